@@ -1,0 +1,156 @@
+"""What one look at a model gives: regions, scores, costs; and the plans that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+from fxprune.costs import ParameterGroup
+from fxprune.errors import SettingError
+from fxprune.plan import Candidate, IslandRecord, Plan, Totals
+from fxprune.regions import Rejection
+from fxprune.selection import Item, check_budget, select
+
+COSTS = ("flops", "params", "blocks")
+"""What a budget can count."""
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """What the instrumented interpreter saw at one node.
+
+    Attributes
+    ----------
+    name : str
+        Dotted path in the model of the module it calls, or of its island and the node's own name.
+    island, node : str
+        Where it stands.
+    grad_act : float or None
+        ``E_x [sum |dL/dA * A|]``; None if no gradient reached it.
+    l1 : float or None
+        Sum of its weights' absolute values; None if it has none.
+    flops : float
+        Operations per image, all its calls together.
+    """
+
+    name: str
+    island: str
+    node: str
+    grad_act: float | None
+    l1: float | None
+    flops: float
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Regions of a model with scores and costs; makes plans for any budget.
+
+    Attributes
+    ----------
+    regions : tuple of Candidate
+        Every region that can go, in the model's order.
+    rejections : tuple of Rejection
+        What cannot go, and why.
+    nodes : tuple of NodeRecord
+        Every node of every island.
+    islands : tuple of IslandRecord
+        Every captured graph.
+    before : Totals
+        Cost of the whole model.
+    settings : mapping
+        Criterion, seed, number of images, where targets came from, versions.
+
+    Examples
+    --------
+    >>> analysis = fxprune.analyze(model, loader)        # doctest: +SKIP
+    >>> [analysis.plan(budget).after.flops for budget in (0.1, 0.2)]  # doctest: +SKIP
+    """
+
+    regions: tuple[Candidate, ...]
+    rejections: tuple[Rejection, ...]
+    nodes: tuple[NodeRecord, ...]
+    islands: tuple[IslandRecord, ...]
+    before: Totals
+    settings: Mapping[str, Any]
+    groups: tuple[ParameterGroup, ...] = field(repr=False)
+
+    def plan(self, budget: float = 0.1, cost: str = "flops") -> Plan:
+        """Choose the least important regions whose removal saves a fraction of the whole model's cost.
+
+        Parameters
+        ----------
+        budget : float
+            Fraction in (0, 1): at least this much goes, with least summed importance; among such choices the one
+            that overshoots least.
+        cost : str
+            What it counts: ``"flops"``, ``"params"``, or ``"blocks"`` (candidate regions that lie in no other).
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        BudgetError
+            If the budget is no such fraction, or more than can go (says how much could).
+        SettingError
+            If the cost is not known.
+        """
+        fraction = check_budget(budget)
+        if cost not in COSTS:
+            raise SettingError(f"cost {cost!r} is not known; known: {', '.join(COSTS)}")
+        total = {"flops": self.before.flops, "params": self.before.params, "blocks": self.before.blocks}[cost]
+        scores = [region.score for region in self.regions]
+        chosen = set(select(scores, self._items(cost), conflicts(self.regions), total, fraction))
+        regions = tuple(replace(region, removed=index in chosen) for index, region in enumerate(self.regions))
+        touched = {region.island for region in regions if region.removed}
+        return Plan(
+            budget=fraction,
+            cost=cost,
+            settings=self.settings,
+            before=self.before,
+            after=self._after(regions),
+            islands=tuple(island for island in self.islands if island.name in touched),
+            regions=regions,
+            rejections=self.rejections,
+        )
+
+    def _items(self, cost: str) -> list[Item]:
+        holders: dict[tuple[str, str], frozenset[int]] = {}
+        for index, region in enumerate(self.regions):
+            for node in region.nodes:
+                key = (region.island, node)
+                holders[key] = holders.get(key, frozenset()) | {index}
+        if cost == "blocks":
+            return [Item(1.0, (frozenset([index]),)) for index, region in enumerate(self.regions) if region.block]
+        if cost == "params":
+            nobody: frozenset[int] = frozenset()
+            return [Item(group.params, tuple(holders.get(key, nobody) for key in group.readers)) for group in self.groups]
+        nodes = [(node, holders.get((node.island, node.node))) for node in self.nodes]
+        return [Item(node.flops, (held,)) for node, held in nodes if held]
+
+    def _after(self, regions: tuple[Candidate, ...]) -> Totals:
+        removed = [region for region in regions if region.removed]
+        gone = {(region.island, node) for region in removed for node in region.nodes}
+        return Totals(
+            flops=self.before.flops - sum(region.flops for region in removed),
+            params=self.before.params - sum(group.params for group in self.groups if gone.issuperset(group.readers)),
+            blocks=self.before.blocks - sum(region.block for region in removed),
+        )
+
+
+def conflicts(regions: tuple[Candidate, ...]) -> list[tuple[int, int]]:
+    """Pairs of regions that share a node, or of which one lies in an island inside the other."""
+    members = [set(region.nodes) for region in regions]
+    return [
+        (i, j)
+        for (i, first), (j, second) in combinations(enumerate(regions), 2)
+        if (first.island == second.island and members[i] & members[j])
+        or (first.island != second.island and (_holds(first, second) or _holds(second, first)))
+    ]
+
+
+def _holds(outer: Candidate, inner: Candidate) -> bool:
+    return any(f"{inner.island}.".startswith(f"{layer}.") for layer in outer.layers)

@@ -1,0 +1,259 @@
+"""Importance of regions: the criteria, and the interpreter that records what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.errors import LossError, SettingError
+from fxprune.graph import map_tensors
+from fxprune.interpreting import NodeName
+from fxprune.regions import Region
+
+
+@dataclass
+class Record:
+    """Sums of gradient times activation, batch by batch.
+
+    Attributes
+    ----------
+    nodes : dict
+        Per node ``E_x [sum_i |dL/dA_i * A_i|]``: the score of arXiv 2602.14040, expectation over the images seen.
+    deltas : dict
+        Per region ``E_x [sum_i |dL/dy_i * (y_i - s_i)|]``, y its exit value and s the value that would stand in.
+    images : int
+        Images seen.
+    """
+
+    nodes: dict[NodeName, float] = field(default_factory=dict)
+    deltas: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+    _pending: dict[tuple[bool, Any], list[Tensor]] = field(default_factory=dict)
+
+    def add(self, is_delta: bool, key: Any, value: Tensor) -> None:
+        """Note one term of the batch under way; nothing is read back from the device yet."""
+        self._pending.setdefault((is_delta, key), []).append(value)
+
+    def close_batch(self, index: int, images: int) -> None:
+        """Take the batch under way into the expectation.
+
+        The loss is a mean over `images`, so the gradient of one image's own loss is `images` times as large.
+
+        Raises
+        ------
+        LossError
+            If a gradient held NaN or infinity; names the batch and the node, and takes nothing of it.
+        """
+        pending, self._pending = self._pending, {}
+        keys = list(pending)
+        rows = [torch.stack(terms).double().sum() for terms in pending.values()]
+        values = torch.stack(rows).tolist() if rows else []
+        for (_, key), value in zip(keys, values, strict=True):
+            if not value < float("inf"):
+                where = key if isinstance(key, str) else ".".join(filter(None, key))
+                raise LossError(f"batch {index}: the gradient at {where!r} is NaN or infinite; leave that batch out")
+        total = self.images + images
+        for (is_delta, key), value in zip(keys, values, strict=True):
+            sums: dict[Any, float] = self.deltas if is_delta else self.nodes
+            sums[key] = (sums.get(key, 0.0) * self.images + value * images) / total
+        seen = set(keys)
+        for is_delta, sums in ((True, self.deltas), (False, self.nodes)):
+            for key in sums:  # type: ignore[attr-defined]
+                if (is_delta, key) not in seen:
+                    sums[key] *= self.images / total  # type: ignore[index]
+        self.images = total
+
+
+class RecordingInterpreter(fx.Interpreter):
+    """Runs a graph and hooks every value: as its gradient comes, both become one number and are let go.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        The graph.
+    island : str
+        Its path in the model.
+    record : Record
+        Where the numbers go.
+    regions : sequence of Region
+        The island's regions.
+    """
+
+    def __init__(self, gm: fx.GraphModule, island: str, record: Record, regions: Iterable[Region]) -> None:
+        super().__init__(gm)
+        self.island, self.record = island, record
+        self.exits: dict[str, list[Region]] = {}
+        for region in regions:
+            self.exits.setdefault(region.exit, []).append(region)
+        self.kept = {region.stand_in for found in self.exits.values() for region in found}
+        self.stand_ins: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node and hook its value."""
+        value = super().run_node(n)
+        if n.op == "placeholder":
+            value = map_tensors(value, _tracked)
+        if not isinstance(value, Tensor) or n.op in ("output", "get_attr"):
+            return value
+        if n.name in self.kept:
+            self.stand_ins[n.name] = value.detach()
+        if value.requires_grad:
+            self._hook(n.name, value)
+        return value
+
+    def _hook(self, name: str, value: Tensor) -> None:
+        activation = value.detach()
+        differences = [(region.name, self.stand_ins[region.stand_in]) for region in self.exits.get(name, ())]
+
+        def hook(gradient: Tensor) -> None:
+            self.record.add(False, (self.island, name), _sum_of_products(gradient, activation))
+            for region, stand_in in differences:
+                self.record.add(True, region, _sum_of_products(gradient, activation - stand_in))
+
+        value.register_hook(hook)
+
+
+def _tracked(value: Tensor) -> Tensor:
+    """Make a value that enters a graph one that gradients reach, even if all weights are frozen."""
+    if value.is_floating_point() and not value.requires_grad and torch.is_grad_enabled():
+        return value.detach().requires_grad_()
+    return value
+
+
+def _sum_of_products(gradient: Tensor, value: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(gradient * value, ord=1)
+
+
+class AblationInterpreter(fx.Interpreter):
+    """Runs a graph as if regions had been removed: their nodes are skipped, the stand-in is read in their place.
+
+    Examples
+    --------
+    The loss with a region gone, no second graph made: ``AblationInterpreter(gm, [region]).run(x)``.
+    """
+
+    def __init__(self, gm: fx.GraphModule, regions: Iterable[Region]) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.stand_ins: dict[str, str] = {}
+        self.skipped: set[str] = set()
+        for region in regions:
+            self.stand_ins[region.exit] = region.stand_in
+            self.skipped |= set(region.nodes) - {region.exit}
+        self.nodes = {node.name: node for node in gm.graph.nodes}
+        for node in gm.graph.nodes:  # what reads a skipped value is dead code, else it would be no region
+            if node.name not in self.stand_ins and any(source.name in self.skipped for source in node.all_input_nodes):
+                self.skipped.add(node.name)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, skip it, or read its stand-in."""
+        if n.name in self.stand_ins:
+            return self.env[self.nodes[self.stand_ins[n.name]]]
+        if n.name in self.skipped:
+            return None
+        return super().run_node(n)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at.
+
+    Attributes
+    ----------
+    regions : sequence of Region
+        All regions.
+    record : Record
+        Of one forward and backward pass per batch.
+    modules : mapping of str to Module
+        The model's modules by dotted path; `Region.layers` are among them.
+    loss_increase : callable
+        ``(Region) -> float``: mean over all calibration images of the loss without the region minus the loss with it.
+    seed : int
+        For criteria that draw.
+    """
+
+    regions: Sequence[Region]
+    record: Record
+    modules: Mapping[str, nn.Module]
+    loss_increase: Callable[[Region], float]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to score regions: `score` gives one number a region; `keeps_batches` if it needs them all again."""
+
+    score: Callable[[Evidence], dict[str, float]]
+    keeps_batches: bool = False
+
+
+RegionScore = Callable[[Region, Mapping[str, nn.Module]], float]
+"""A caller's own criterion: the region, and its modules with weights by dotted path; larger is more important."""
+
+
+def _grad_delta(evidence: Evidence) -> dict[str, float]:
+    return dict(evidence.record.deltas)
+
+
+def _grad_act(evidence: Evidence) -> dict[str, float]:
+    nodes = evidence.record.nodes
+    found = {region.name: nodes.get((region.island, region.exit)) for region in evidence.regions}
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def weight_norm(region: Region, modules: Mapping[str, nn.Module]) -> float:
+    """Sum of ``|W|`` over a region's weights of two dimensions or more (arXiv 2602.14040, its L1 baseline)."""
+    weights = {id(w): w for module in modules.values() for w in module.parameters() if w.ndim >= 2}
+    return float(sum(weight.detach().abs().sum(dtype=torch.float64) for weight in weights.values()))
+
+
+def _ablation(evidence: Evidence) -> dict[str, float]:
+    return {region.name: evidence.loss_increase(region) for region in evidence.regions}
+
+
+def _random(evidence: Evidence) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(evidence.seed)
+    draws = torch.rand(len(evidence.regions), generator=generator, dtype=torch.float64).tolist()
+    return dict(zip((region.name for region in evidence.regions), draws, strict=True))
+
+
+def each_region(criterion: RegionScore) -> Callable[[Evidence], dict[str, float]]:
+    """Make a criterion over all regions from one over a single region and its modules."""
+
+    def score(evidence: Evidence) -> dict[str, float]:
+        return {
+            region.name: float(
+                criterion(region, {path: evidence.modules[path] for path in region.layers if path in evidence.modules})
+            )
+            for region in evidence.regions
+        }
+
+    return score
+
+
+CRITERIA: dict[str, Criterion] = {
+    "grad_delta": Criterion(_grad_delta),
+    "grad_act": Criterion(_grad_act),
+    "l1": Criterion(each_region(weight_norm)),
+    "ablation": Criterion(_ablation, keeps_batches=True),
+    "random": Criterion(_random),
+}
+"""Criteria by name. A region that a criterion leaves out has no score and is not pruned."""
+
+
+def criterion_named(criterion: str | RegionScore) -> tuple[str, Criterion]:
+    """Look a criterion up by name, or wrap the caller's own.
+
+    Raises
+    ------
+    SettingError
+        If the name is not known.
+    """
+    if callable(criterion):
+        return getattr(criterion, "__name__", type(criterion).__name__), Criterion(each_region(criterion))
+    if criterion not in CRITERIA:
+        raise SettingError(f"criterion {criterion!r} is not known; known: {', '.join(CRITERIA)}, or a callable")
+    return criterion, CRITERIA[criterion]

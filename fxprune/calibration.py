@@ -1,0 +1,102 @@
+"""One pass over the calibration batches: read once, normalized once, labelled if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.detectors.batch import Adapter, Batch
+from fxprune.errors import BatchError, FxpruneError, LossError
+
+
+class Calibration:
+    """The batches of a loader in the form the model's adapter takes.
+
+    Parameters
+    ----------
+    loader : iterable
+        Any iterable of batches; a generator is read once.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        if isinstance(loader, (str, bytes, Tensor, dict)) or not isinstance(loader, Iterable):
+            raise BatchError(
+                f"calib_loader must be an iterable of batches, got {type(loader).__name__}; a single batch goes in a list"
+            )
+        self._rest = iter(loader)
+        first = next(self._rest, None)
+        if first is None:
+            raise BatchError("calib_loader yielded no batch; give at least one")
+        self.first_raw: Any = first
+        self.labelled = True
+
+    def batches(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
+        """Yield every batch once; batches without labels get the model's own confident outputs."""
+        index, raw = 0, self.first_raw
+        while raw is not None:
+            yield self.read(model, adapter, raw, index)
+            index, raw = index + 1, next(self._rest, None)
+
+    def read(self, model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
+        """Normalize one batch; errors name its index."""
+        with _named(index):
+            batch = adapter.normalize(model, raw)
+            if batch.targets is None:
+                self.labelled = False
+                batch = adapter.label(model, batch)
+            return batch
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Put the batch's index before the message of an error about it."""
+    try:
+        yield
+    except FxpruneError as error:
+        raise type(error)(f"batch {index}: {error}") from error.__cause__
+
+
+def take_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed: int) -> Tensor:
+    """Compute a batch's loss, samplers seeded, and hold it to what a loss must be.
+
+    Returns
+    -------
+    Tensor
+        A finite scalar.
+
+    Raises
+    ------
+    LossError
+        If it is no finite scalar; names the batch.
+    BatchError
+        If the model refuses the batch; names it, the reason, and the forms that are known.
+    """
+    torch.manual_seed(seed)
+    try:
+        with _named(index):
+            value = adapter.loss(model, batch)
+    except FxpruneError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
+        text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise BatchError(
+            f"batch {index}: the {adapter.family} could not take its loss: {type(error).__name__}: {text}."
+            f" {_label_range(batch)}Known forms: {adapter.forms}"
+        ) from error
+    if value.numel() != 1:
+        raise LossError(f"batch {index}: the loss has shape {tuple(value.shape)}; return a scalar, e.g. loss.mean()")
+    if not bool(torch.isfinite(value)):
+        raise LossError(f"batch {index}: the loss is {float(value.detach())}; leave that batch out or mend its labels")
+    return value.reshape(())
+
+
+def _label_range(batch: Batch) -> str:
+    """Say which labels a batch holds: out-of-range labels are the usual cause of a refusal."""
+    rows = batch.targets if isinstance(batch.targets, list) else []
+    labels = [row["labels"] for row in rows if isinstance(row, dict) and isinstance(row.get("labels"), Tensor)]
+    joined = torch.cat([label.reshape(-1) for label in labels]) if labels else torch.empty(0)
+    return f"Its labels run from {int(joined.min())} to {int(joined.max())}. " if len(joined) else ""

@@ -1,0 +1,1 @@
+"""Which batches a model takes, how it gives a loss, and how it gives boxes: one adapter a family of models."""

@@ -1,0 +1,138 @@
+"""One form for every batch, whatever the loader gave, and the record of functions an adapter is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import BatchError
+from fxprune.graph import map_tensors
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch in the form its adapter works on.
+
+    Attributes
+    ----------
+    images
+        What the model takes: a tensor (N, 3, H, W), or a list of tensors (3, H, W) for torchvision detectors.
+    targets
+        Labels in the form the adapter's loss takes, or None where there are none.
+    count : int
+        Number of images.
+    """
+
+    images: Any
+    targets: Any
+    count: int
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How fxprune talks to one family of models. Functions work on a private copy of the model.
+
+    Attributes
+    ----------
+    family : str
+        Name for messages and reports.
+    forms : str
+        The known batch forms, in words.
+    fits : callable
+        ``(model, raw batch) -> bool``.
+    prepare : callable
+        ``(model) -> None``: what must be set once on the copy before a loss can be had.
+    normalize : callable
+        ``(model, raw batch) -> Batch`` on the model's device; raises `BatchError`.
+    loss : callable
+        ``(model, Batch) -> scalar Tensor``, the mean over the images of the batch; sets the modes it needs.
+    predict : callable
+        ``(model, Batch) -> outputs`` as at inference; sets eval mode.
+    label : callable
+        ``(model, Batch) -> Batch`` with the model's own confident outputs as targets.
+    root_is_function : bool
+        Whether the model is just its forward, so that a GraphModule can stand in for the whole of it.
+    """
+
+    family: str
+    forms: str
+    fits: Callable[[nn.Module, Any], bool]
+    prepare: Callable[[nn.Module], None]
+    normalize: Callable[[nn.Module, Any], Batch]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    predict: Callable[[nn.Module, Batch], Any]
+    label: Callable[[nn.Module, Batch], Batch]
+    root_is_function: bool
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of a model's first parameter or buffer; the CPU where it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def check_image(image: Any, rank: int, forms: str) -> Tensor:
+    """Return an image tensor as float32, refused unless it is a numeric tensor of the given rank.
+
+    Integer images are read as 0..255 and scaled to [0, 1].
+
+    Raises
+    ------
+    BatchError
+        If it is no tensor, has another rank, or holds NaN or infinity.
+    """
+    if not isinstance(image, Tensor):
+        raise BatchError(f"expected an image tensor, got {type(image).__name__}; known forms: {forms}")
+    if image.ndim != rank:
+        raise BatchError(f"expected {rank} dimensions, got an image tensor of shape {tuple(image.shape)}; {forms}")
+    image = image.float() if image.is_floating_point() else image.float() / 255
+    if not bool(torch.isfinite(image).all()):
+        raise BatchError("an image holds NaN or infinity; clean the calibration images")
+    return image
+
+
+def stack_images(images: Any, forms: str) -> Tensor:
+    """Return a tensor (N, C, H, W) from such a tensor or from a list of equally sized (C, H, W) tensors.
+
+    Raises
+    ------
+    BatchError
+        If sizes differ (named) or the batch is empty.
+    """
+    if isinstance(images, (list, tuple)):
+        rows = [check_image(image, 3, forms) for image in images]
+        sizes = sorted({tuple(row.shape) for row in rows})
+        if len(sizes) > 1:
+            raise BatchError(f"this model needs images of one size in a batch, got {sizes}; resize or pad them")
+        if not rows:
+            raise BatchError("the batch holds no image")
+        return torch.stack(rows)
+    stacked = check_image(images, 4, forms)
+    if not len(stacked):
+        raise BatchError("the batch holds no image")
+    return stacked
+
+
+def narrower(batch: Batch) -> Batch:
+    """Cut every image of a batch to about three quarters of its width, a multiple of 32: a second size to run at.
+
+    Raises
+    ------
+    BatchError
+        If the images are too narrow to be cut.
+    """
+
+    def cut(value: Tensor) -> Tensor:
+        if value.ndim not in (3, 4):
+            return value
+        width = value.shape[-1] * 3 // 4 // 32 * 32
+        if not width:
+            raise BatchError(f"shapes='sampled' needs images wider than 42 px, got {value.shape[-1]}")
+        return value[..., :width]
+
+    return Batch(map_tensors(batch.images, cut), None, batch.count)

@@ -1,0 +1,56 @@
+"""The table of adapters, and what is done about wrappers around a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from fxprune.detectors import classifier, custom, torchvision, ultralytics
+from fxprune.detectors.batch import Adapter
+from fxprune.errors import ModelError, SettingError
+from fxprune.graph import class_names
+
+ADAPTERS: tuple[Adapter, ...] = (ultralytics.ADAPTER, torchvision.ADAPTER, classifier.ADAPTER)
+"""Tried in this order; the last one takes whatever gives logits."""
+
+_WRAPPERS: dict[str, str] = {
+    "torch._dynamo.eval_frame.OptimizedModule": "pass model._orig_mod and compile the result again",
+    "torch.nn.parallel.data_parallel.DataParallel": "pass model.module and wrap the result again",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "pass model.module and wrap the result again",
+    "torch.jit._script.ScriptModule": "pass the eager model; TorchScript has no Python to trace",
+}
+
+
+def choose_adapter(model: nn.Module, raw: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> Adapter:
+    """Pick the adapter for a model, given its first batch and the caller's loss."""
+    if loss is not None:
+        if not callable(loss):
+            raise SettingError(f"loss must be callable(model, batch) -> scalar tensor, got {type(loss).__name__}")
+        return custom.adapter_of(loss)
+    return next(adapter for adapter in ADAPTERS if adapter.fits(model, raw))
+
+
+def network_of(model: Any) -> nn.Module:
+    """Return the network to work on: the model itself, or what a `YOLO` object holds.
+
+    Raises
+    ------
+    ModelError
+        If it is no module, is wrapped (says how to unwrap), or its weights are on the meta device or quantized.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for name in class_names(model):
+        if name in _WRAPPERS:
+            raise ModelError(f"the model is wrapped in {type(model).__name__}: {_WRAPPERS[name]}")
+    network = ultralytics.unwrap(model) if ultralytics.is_wrapper(model) else model
+    if any(parameter.is_meta for parameter in network.parameters()):
+        raise ModelError("the model's weights are on the meta device; load them first")
+    return network
+
+
+def like_the_model(model: nn.Module, network: nn.Module) -> nn.Module:
+    """Give a pruned network the wrapper its original had: a `YOLO` comes back as a `YOLO`."""
+    return ultralytics.rewrap(model, network) if ultralytics.is_wrapper(cast(nn.Module, model)) else network

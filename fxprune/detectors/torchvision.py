@@ -1,0 +1,127 @@
+"""Detectors of torchvision's convention: losses in train mode, boxes in eval mode, lists of images and dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.detectors.batch import Adapter, Batch, check_image, device_of
+from fxprune.errors import BatchError, LossError
+from fxprune.graph import class_names
+
+FORMS = (
+    "(list of Tensor(3, H, W), list of dict(boxes=Tensor(n, 4) xyxy, labels=Tensor(n))),"
+    " or images alone as list of Tensor(3, H, W) or Tensor(N, 3, H, W)"
+)
+CONFIDENT = 0.5
+"""Score from which an output serves as a label; in an image that reaches none, half of its best score."""
+
+
+def fits(model: nn.Module, raw: Any) -> bool:
+    """Whether the model is one of torchvision's detectors, or its batches are theirs."""
+    if any(name.startswith("torchvision.models.detection.") for name in class_names(model)):
+        return True
+    return _is_pair(raw)
+
+
+def _is_pair(raw: Any) -> bool:
+    return (
+        isinstance(raw, (list, tuple))
+        and len(raw) == 2
+        and isinstance(raw[1], (list, tuple))
+        and all(isinstance(target, Mapping) for target in raw[1])
+    )
+
+
+def normalize(model: nn.Module, raw: Any) -> Batch:
+    """Read a detector's batch; see `FORMS`."""
+    device = device_of(model)
+    if isinstance(raw, Mapping) or not isinstance(raw, (Tensor, list, tuple)):
+        raise BatchError(f"got a {type(raw).__name__}; known forms for a torchvision detector: {FORMS}")
+    images = raw[0] if _is_pair(raw) else raw
+    if isinstance(images, (list, tuple)) and len(images) == 1 and isinstance(images[0], Tensor) and images[0].ndim == 4:
+        images = images[0]
+    rows = [check_image(image, 3, FORMS).to(device) for image in images]
+    if not rows:
+        raise BatchError("the batch holds no image")
+    if not _is_pair(raw):
+        return Batch(rows, None, len(rows))
+    if len(raw[1]) != len(rows):
+        raise BatchError(f"{len(rows)} images but {len(raw[1])} targets")
+    return Batch(rows, [_read_target(target, device) for target in raw[1]], len(rows))
+
+
+def _read_target(target: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    missing = {"boxes", "labels"} - set(target)
+    if missing:
+        raise BatchError(f"a target lacks {sorted(missing)}, it has {sorted(map(str, target))}; known forms: {FORMS}")
+    read = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
+    boxes = torch.as_tensor(read["boxes"], dtype=torch.float32, device=device).reshape(-1, 4)
+    labels = torch.as_tensor(read["labels"], dtype=torch.int64, device=device).reshape(-1)
+    if len(boxes) != len(labels):
+        raise BatchError(f"a target has {len(boxes)} boxes but {len(labels)} labels")
+    if len(labels) and int(labels.min()) < 0:
+        raise BatchError(f"label {int(labels.min())} is negative; labels count from 0 (background) upwards")
+    if len(boxes) and not bool((boxes[:, 2:] > boxes[:, :2]).all()):
+        raise BatchError("a box has no positive width and height; boxes are [x1, y1, x2, y2] in pixels")
+    return {**read, "boxes": boxes, "labels": labels}
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Sum of the detector's losses; torchvision takes their mean over the images.
+
+    Torchvision gives losses only in train mode. Containers go there, layers stay in eval mode: norms keep their
+    statistics and dropout is off, as at inference.
+    """
+    losses = _trainable_mode(model)(batch.images, [dict(target) for target in batch.targets])
+    if not isinstance(losses, Mapping) or not losses:
+        raise LossError(f"{type(model).__name__} gave {type(losses).__name__} in train mode, not a dict of losses")
+    return torch.stack([value.sum() for value in losses.values()]).sum()
+
+
+def _trainable_mode(model: nn.Module) -> nn.Module:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) or not any(True for _ in module.children()):
+            module.eval()
+    return model
+
+
+def predict(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
+    """Return one dict of boxes, labels and scores an image."""
+    outputs: list[dict[str, Tensor]] = model.eval()(batch.images)
+    return outputs
+
+
+def label(model: nn.Module, batch: Batch) -> Batch:
+    """Use the detector's own confident outputs as targets."""
+    with torch.no_grad():
+        outputs = predict(model, batch)
+    return Batch(batch.images, [_confident(output) for output in outputs], batch.count)
+
+
+def _confident(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    scores = output["scores"]
+    threshold = min(CONFIDENT, float(scores.max()) / 2) if len(scores) else CONFIDENT
+    sides = output["boxes"][:, 2:] - output["boxes"][:, :2]
+    keep = (scores >= threshold) & (sides > 0).all(1)
+    target = {key: value[keep] for key, value in output.items() if len(value) == len(keep) and key != "scores"}
+    if "masks" in target:
+        target["masks"] = (target["masks"][:, 0] > CONFIDENT).to(torch.uint8)
+    return target
+
+
+ADAPTER = Adapter(
+    family="torchvision detector",
+    forms=FORMS,
+    fits=fits,
+    prepare=lambda model: None,
+    normalize=normalize,
+    loss=loss,
+    predict=predict,
+    label=label,
+    root_is_function=False,
+)

@@ -1,0 +1,219 @@
+"""The way through: `analyze`, `apply`, and `compile`, which is both with a plan in between."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.analysis import Analysis
+from fxprune.attribution import RegionScore
+from fxprune.capture import install, trace_island
+from fxprune.detectors.choice import like_the_model, network_of
+from fxprune.errors import FxpruneWarning, PlanError
+from fxprune.graph import fingerprint
+from fxprune.isolation import private_copy, untouched_randomness
+from fxprune.passes.bypass import bypass_regions
+from fxprune.passes.cleanup import remove_dead_code
+from fxprune.plan import IslandRecord, Plan
+from fxprune.selection import check_budget
+from fxprune.study import Progress, Study
+from fxprune.verification import verify_graph, verify_weights
+
+PLANS = "fxprune_plans"
+"""Attribute of a pruned network: the plans applied to it, oldest first, as plain data."""
+
+
+def analyze(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    *,
+    criterion: str | RegionScore = "grad_delta",
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    shapes: str = "proved",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Find what can be removed from a model, what it would save, and how important it is.
+
+    Parameters
+    ----------
+    model : Module
+        A torchvision detector or classifier, an ultralytics model or `YOLO` object, or anything with a `loss`.
+        It is not changed; the work is done on a copy in float32.
+    calib_loader : iterable
+        Batches in the form the kind of model takes (an unknown form raises with the known ones), with labels or
+        images alone; then the model's own confident outputs are the targets. Read once.
+    criterion : str or callable
+        ``"grad_delta"`` (default), ``"grad_act"`` (arXiv 2602.14040), ``"l1"`` (its baseline), ``"ablation"``,
+        ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by dotted path.
+    loss : callable, optional
+        ``loss(model, batch) -> scalar Tensor``, the mean over the images; for models of no known kind.
+    shapes : str
+        ``"proved"``: only regions whose entry and exit provably have one shape at every batch and image size.
+        ``"sampled"``: also those where two real sizes agree.
+    seed : int
+        For samplers inside the loss, and for ``criterion="random"``.
+    progress : callable, optional
+        ``progress(stage, done, total)`` as work goes on; `total` is None where it is not known.
+
+    Returns
+    -------
+    Analysis
+
+    Raises
+    ------
+    ModelError, NoRegionError
+        If the model cannot be analyzed, or has nothing to remove.
+    BatchError, LossError
+        If a batch or its loss cannot be used; names the batch.
+    SettingError
+        If an option is not known.
+
+    Examples
+    --------
+    >>> analysis = fxprune.analyze(model, loader)                  # doctest: +SKIP
+    >>> plan = analysis.plan(budget=0.1)                           # doctest: +SKIP
+    """
+    study = Study(criterion, loss, shapes, seed, progress)
+    network = network_of(model)
+    with untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():
+        return study.run(private_copy(network), calib_loader)
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Carry out a plan on a copy of a model.
+
+    Parameters
+    ----------
+    model : Module
+        The model the plan was made for, or one of the same structure with other weights. It is not changed.
+    plan : Plan
+        From `Analysis.plan` or `Plan.load`.
+
+    Returns
+    -------
+    Module
+        The same kind of model, its mode, device and dtype kept, the plan's regions gone from its graphs, its
+        parameters and its `state_dict`. A model that is one graph as a whole comes back as a `GraphModule`.
+
+    Raises
+    ------
+    PlanError
+        If the plan was made for another structure; names the part that does not fit.
+
+    Warns
+    -----
+    FxpruneWarning
+        If a module that the rewrite dissolves carries hooks; names it.
+
+    Examples
+    --------
+    >>> pruned = fxprune.apply(model, analysis.plan(0.1))          # doctest: +SKIP
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"expected a Plan, got {type(plan).__name__}; read a file with Plan.load(path)")
+    network = network_of(model)
+    with torch.inference_mode(False):
+        shell = nn.Module()
+        shell.add_module("root", private_copy(network, keep_precision=True))
+        for record in plan.islands:
+            _rewrite(shell, record, plan)
+        pruned = shell.get_submodule("root")
+    verify_weights(network, pruned, plan)
+    remember(pruned, [*plans_of(network), plan.to_dict()])
+    return like_the_model(model, pruned)
+
+
+def compile(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    budget: float = 0.1,
+    *,
+    criterion: str | RegionScore = "grad_delta",
+    cost: str = "flops",
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    shapes: str = "proved",
+) -> nn.Module:
+    """Remove a fraction of a model's cost: `analyze`, `Analysis.plan` and `apply` in one call.
+
+    Parameters
+    ----------
+    model, calib_loader, criterion, loss, shapes
+        As for `analyze`.
+    budget : float
+        Fraction in (0, 1) of the whole model's cost to remove.
+    cost : str
+        What the budget counts: ``"flops"``, ``"params"`` or ``"blocks"``.
+
+    Returns
+    -------
+    Module
+        The same kind of model, smaller; see `apply`. `fxprune.report` says what went.
+
+    Raises
+    ------
+    FxpruneError
+        As `analyze`, `Analysis.plan` and `apply` do. The model is left as it was.
+
+    Examples
+    --------
+    >>> pruned = fxprune.compile(model, loader, budget=0.1)        # doctest: +SKIP
+    >>> print(fxprune.report(pruned))                              # doctest: +SKIP
+    """
+    check_budget(budget)
+    return apply(model, analyze(model, calib_loader, criterion=criterion, loss=loss, shapes=shapes).plan(budget, cost))
+
+
+def plans_of(network: nn.Module) -> list[dict[str, Any]]:
+    """Plans that were applied to a network, oldest first, as plain data; empty if none was."""
+    return list(getattr(network, PLANS, ()))
+
+
+def remember(network: nn.Module, plans: list[dict[str, Any]]) -> None:
+    """Leave the plans on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
+    setattr(network, PLANS, plans)
+    if isinstance(network, fx.GraphModule):
+        network.meta["_user_preserved_attributes"] = {**network.meta.get("_user_preserved_attributes", {}), PLANS: plans}
+
+
+def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
+    """Trace one island again, hold it to its fingerprint, and take the plan's regions out of it."""
+    where = f"island {record.name or '<model>'!r}"
+    path = ".".join(filter(None, ("root", record.name)))
+    try:
+        module = shell.get_submodule(path)
+    except AttributeError:
+        raise PlanError(f"the plan needs {where}, which this model does not have") from None
+    traced = trace_island(module, frozenset(record.opaque), exactly=True)
+    found = None if traced is None else fingerprint(traced[0])
+    if traced is None or found != record.fingerprint:
+        raise PlanError(
+            f"{where} of this model has fingerprint {found}, the plan was made for {record.fingerprint}:"
+            " the structure differs; analyze this model and make a new plan"
+        )
+    gm = traced[0]
+    _warn_of_hooks(record.name, module, gm)
+    removed = [region for region in plan.removed if region.island == record.name]
+    arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    bypass_regions(gm, {region.exit: region.stand_in for region in removed})
+    remove_dead_code(gm)
+    verify_graph(record.name, arguments, gm, {node for region in removed for node in region.nodes})
+    install(shell, path, gm)
+
+
+def _warn_of_hooks(island: str, module: nn.Module, gm: fx.GraphModule) -> None:
+    called = tuple(f"{node.target}." for node in gm.graph.nodes if node.op == "call_module")
+    for name, part in module.named_modules():
+        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        if any(hooks) and not f"{name}.".startswith(called):
+            shown = ".".join(filter(None, (island, name))) or "the model itself"
+            warnings.warn(
+                f"{shown} carries hooks; it becomes part of a graph and they are gone in the pruned model."
+                " Register them on the result, or on a layer that stays",
+                FxpruneWarning,
+                stacklevel=4,
+            )

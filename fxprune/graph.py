@@ -1,0 +1,158 @@
+"""What fxprune reads off an fx graph: the value graph, parameters of a node, names, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+SOURCE, SINK = "<source>", "<sink>"
+
+
+def qualified_name(target: Any) -> str:
+    """Name a call target the same way in every process, e.g. ``torch.nn.functional.relu``."""
+    if isinstance(target, str):
+        return target
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or type(target).__qualname__
+    return f"{getattr(target, '__module__', None) or 'torch'}.{name}"
+
+
+def class_names(module: nn.Module) -> list[str]:
+    """Qualified names of a module's class and of all it derives from, nearest first."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+
+
+def value_graph(graph: fx.Graph) -> nx.DiGraph:
+    """Build the directed graph of values that flow through an fx graph.
+
+    Constants (`get_attr`) are left out: they are no data and would tie unrelated nodes together. `SOURCE` precedes
+    every value that needs no other one, `SINK` follows whatever the output reads and whatever has an effect.
+
+    Returns
+    -------
+    networkx.DiGraph
+        Nodes are node names, in graph order; values that reach neither output nor effect are left out.
+    """
+    flow: nx.DiGraph = nx.DiGraph()
+    flow.add_node(SOURCE)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        inputs = [source.name for source in node.all_input_nodes if source.op != "get_attr"]
+        name = SINK if node.op == "output" else node.name
+        flow.add_edges_from((source, name) for source in inputs or [SOURCE])
+        if node.op not in ("output", "placeholder") and has_effect(node):
+            flow.add_edge(node.name, SINK)
+    flow.add_node(SINK)
+    alive = nx.ancestors(flow, SINK) | {SOURCE, SINK}
+    return flow.subgraph(alive).copy()
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node must run although nobody reads its value. Assertions need not: they guard what is removed."""
+    return node.target is not torch._assert and node.is_impure(impure_random=False)
+
+
+def parameters_read(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and value of every parameter a node reads, by module call or as a constant argument."""
+    if node.op == "call_module":
+        prefix = str(node.target)
+        for name, parameter in gm.get_submodule(prefix).named_parameters():
+            yield f"{prefix}.{name}", parameter
+        return
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            value = attribute(gm, str(source.target))
+            if isinstance(value, nn.Parameter):
+                yield str(source.target), value
+
+
+def attribute(gm: nn.Module, path: str) -> Any:
+    """Follow a dotted path of attributes, as a `get_attr` node does."""
+    value: Any = gm
+    for atom in path.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def is_weighted(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node does the work a region is removed for: it reads a parameter with two dimensions or more.
+
+    Scales and shifts (norms, layer scale) have one dimension longer than 1 and do not count.
+    """
+    return any(sum(size > 1 for size in parameter.shape) >= 2 for _, parameter in parameters_read(gm, node))
+
+
+def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Apply `change` to every tensor of nested containers and keep their structure."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, change, tree)
+
+
+def structure_of(graph: fx.Graph) -> list[tuple[str, str, str, str]]:
+    """One row a node: operation, target, arguments by position in the graph. Equal for graphs that do the same."""
+    index = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
+    return [
+        (node.op, qualified_name(node.target), _spell(node.args, index), _spell(node.kwargs, index))
+        for node in graph.nodes
+    ]
+
+
+def _spell(value: Any, index: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return index[value]
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_spell(item, index) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_spell(item, index)}" for key, item in value.items()) + "}"
+    if isinstance(value, slice):
+        return f"slice{_spell((value.start, value.stop, value.step), index)}"
+    return qualified_name(value) if callable(value) else repr(value)
+
+
+def fingerprint(gm: fx.GraphModule) -> str:
+    """Digest of what a graph does and of the shapes of its weights, not of their values.
+
+    Two graphs with one fingerprint have the same nodes under the same names, so a plan made for one fits the other.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits of a SHA-256.
+    """
+    digest = hashlib.sha256()
+    for node, row in zip(gm.graph.nodes, structure_of(gm.graph), strict=True):
+        shapes = [f"{name}{tuple(parameter.shape)}" for name, parameter in parameters_read(gm, node)]
+        digest.update("|".join((node.name, *row, *shapes)).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def dotted(*parts: str) -> str:
+    """Join module paths with dots and leave empty ones out: ``dotted("", "conv") == "conv"``."""
+    return ".".join(part for part in parts if part)
+
+
+def common_name(inside: Iterable[str], outside: Iterable[str]) -> str:
+    """Shortest dotted path that holds all of `inside` and none of `outside`; first..last where there is none.
+
+    Examples
+    --------
+    >>> common_name(["layer3.4.conv1", "layer3.4.conv2"], ["layer3.3.conv1"])
+    'layer3.4'
+    >>> common_name(["b.conv1", "b.conv2"], ["b.down"])
+    'b.conv1..conv2'
+    """
+    inside, outside = list(inside), list(outside)
+    atoms = inside[0].split(".")
+    for length in range(1, len(atoms) + 1):
+        prefix = ".".join(atoms[:length])
+        if all(f"{name}.".startswith(f"{prefix}.") for name in inside) and not any(
+            f"{name}.".startswith(f"{prefix}.") for name in outside
+        ):
+            return prefix
+    first, last = inside[0].split("."), inside[-1].split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(last))
+    return inside[0] if len(inside) == 1 else f"{inside[0]}..{'.'.join(last[shared:])}"

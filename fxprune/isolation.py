@@ -1,0 +1,46 @@
+"""Keep the caller's model and randomness as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from fxprune.errors import ModelError
+
+
+def private_copy(network: nn.Module, keep_precision: bool = False) -> nn.Module:
+    """Copy a network to work on.
+
+    Parameters
+    ----------
+    network : Module
+        The caller's; it is not changed.
+    keep_precision : bool
+        Whether the copy keeps its precision and gradients' settings. Else it is in float32, since scores in half
+        precision underflow and many CPU kernels lack it, and its weights take no gradients.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be copied; says why.
+    """
+    try:
+        twin = copy.deepcopy(network)
+    except Exception as error:  # deepcopy runs the model's own code and may fail in any way of its own
+        raise ModelError(
+            f"{type(network).__name__} cannot be copied ({type(error).__name__}: {error}); fxprune works on a copy."
+            " Detach tensors the model keeps from its last run, or build it anew"
+        ) from error
+    return twin if keep_precision else twin.float().requires_grad_(False)
+
+
+@contextmanager
+def untouched_randomness(network: nn.Module) -> Iterator[None]:
+    """Restore torch's random state, on the CPU and on the network's devices, at the end of the block."""
+    devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
+        yield

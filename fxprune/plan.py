@@ -1,0 +1,189 @@
+"""The decision as a value: which regions go, what that saves, and the graphs it was made for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from fxprune.errors import PlanError
+from fxprune.regions import Rejection
+
+VERSION = 1
+"""Version of the plan file's schema; a file of another version is refused."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a whole model costs.
+
+    Attributes
+    ----------
+    flops : float
+        Floating point operations per calibration image at inference, two per multiply-add.
+    params : int
+        Values in all parameters.
+    blocks : int
+        Candidate regions that lie in no other one.
+    """
+
+    flops: float
+    params: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class IslandRecord:
+    """A captured graph: its path, the digest of its structure, and the paths in it that stayed one node."""
+
+    name: str
+    fingerprint: str
+    opaque: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A region with its score and costs.
+
+    Attributes
+    ----------
+    name, kind, island, exit, stand_in, nodes, layers
+        As in `fxprune.regions.Region`.
+    score : float
+        Importance by the plan's criterion.
+    flops : float
+        Operations per image that go with it.
+    params : int
+        Parameters that go with it if nothing else goes.
+    block : bool
+        Whether it lies in no other candidate.
+    removed : bool
+        Whether the plan removes it.
+    """
+
+    name: str
+    kind: str
+    island: str
+    exit: str
+    stand_in: str
+    nodes: tuple[str, ...]
+    layers: tuple[str, ...]
+    score: float
+    flops: float
+    params: int
+    block: bool
+    removed: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which regions go.
+
+    Attributes
+    ----------
+    budget : float
+        Fraction of the model's cost that was to go.
+    cost : str
+        What the budget counts: ``flops``, ``params`` or ``blocks``.
+    settings : mapping
+        How it was made: criterion, seed, images, targets, shapes, versions.
+    before, after : Totals
+        The model as it was given, and as it will be.
+    islands : tuple of IslandRecord
+        Graphs in which something goes.
+    regions : tuple of Candidate
+        Every region, removed or not.
+    rejections : tuple of Rejection
+        What cannot go, and why.
+
+    Examples
+    --------
+    >>> plan = analysis.plan(0.1)                        # doctest: +SKIP
+    >>> plan.save("plan.json")                           # doctest: +SKIP
+    >>> pruned = fxprune.apply(model, Plan.load("plan.json"))  # doctest: +SKIP
+    """
+
+    budget: float
+    cost: str
+    settings: Mapping[str, Any]
+    before: Totals
+    after: Totals
+    islands: tuple[IslandRecord, ...]
+    regions: tuple[Candidate, ...]
+    rejections: tuple[Rejection, ...]
+
+    @property
+    def removed(self) -> tuple[Candidate, ...]:
+        """The regions that go."""
+        return tuple(candidate for candidate in self.regions if candidate.removed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data, ready for JSON."""
+        return {"fxprune_plan": VERSION, **json.loads(json.dumps(asdict(self)))}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Read what `to_dict` gave.
+
+        Raises
+        ------
+        PlanError
+            If a field is missing or unknown, or the version is another one; names the field.
+        """
+        if not isinstance(data, Mapping) or "fxprune_plan" not in data:
+            raise PlanError("this is no fxprune plan: it has no field 'fxprune_plan'")
+        if data["fxprune_plan"] != VERSION:
+            raise PlanError(f"the plan has schema version {data['fxprune_plan']!r}, this fxprune reads {VERSION}")
+        rest = {key: value for key, value in data.items() if key != "fxprune_plan"}
+        parts: dict[str, Any] = {"before": Totals, "after": Totals}
+        lists: dict[str, Any] = {"islands": IslandRecord, "regions": Candidate, "rejections": Rejection}
+        for key, kind in parts.items():
+            rest[key] = _read(kind, rest.get(key), key)
+        for key, kind in lists.items():
+            rows = rest.get(key)
+            if not isinstance(rows, list):
+                raise PlanError(f"plan field {key!r} should be a list")
+            rest[key] = tuple(_read(kind, row, f"{key}[{index}]") for index, row in enumerate(rows))
+        plan: Plan = _read(cls, rest, "plan")
+        return plan
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Read a plan file.
+
+        Raises
+        ------
+        PlanError
+            If it is no JSON or no plan; names the file and what is wrong in it.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: not a JSON file ({error})") from error
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+
+def _read(kind: Any, row: Any, where: str) -> Any:
+    """Make a dataclass from a mapping, lists as tuples; refuse missing and unknown fields and wrong kinds."""
+    if not isinstance(row, Mapping):
+        raise PlanError(f"plan field {where!r} should be an object")
+    expected = {field.name: str(field.type) for field in fields(kind)}
+    if missing := sorted(set(expected) - set(row)):
+        raise PlanError(f"plan field {where!r} lacks {missing}")
+    if unknown := sorted(set(row) - set(expected)):
+        raise PlanError(f"plan field {where!r} has unknown {unknown}")
+    scalars: dict[str, Any] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
+    for name, annotation in expected.items():
+        if annotation in scalars and not isinstance(row[name], scalars[annotation]):
+            raise PlanError(f"plan field '{where}.{name}' should be {annotation}, is {row[name]!r}")
+        if annotation.startswith("tuple[str") and not isinstance(row[name], (list, tuple)):
+            raise PlanError(f"plan field '{where}.{name}' should be a list, is {row[name]!r}")
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})

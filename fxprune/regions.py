@@ -1,0 +1,293 @@
+"""From an island's graph to regions: what an identity can stand in for, and what cannot be removed and why.
+
+A region is a set of nodes with one way in (its entry value) and one way out (its exit value). It is found with
+dominators on the value graph: of the nodes that reach the output only through `exit`, those that nothing reaches but
+through `entry`. If nothing else feeds them and both values have the same signature, the exit can become the entry.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from fxprune.graph import SINK, SOURCE, common_name, dotted, is_weighted, parameters_read, qualified_name, value_graph
+from fxprune.shapes import Signatures
+
+
+@dataclass(frozen=True)
+class Region:
+    """A piece of an island's graph that can be removed.
+
+    Attributes
+    ----------
+    name : str
+        Dotted path in the model, e.g. ``backbone.body.layer3.4``; the shortest that holds its layers and no others.
+    kind : str
+        ``"bypass"``: readers of the exit read the entry. ``"drop"``: an `add` leaves one operand out.
+    island : str
+        Path of the island; "" is the model itself.
+    exit : str
+        Node whose value goes.
+    stand_in : str
+        Node whose value is read instead: the entry, or the operand that stays.
+    nodes : tuple of str
+        All nodes that go, in graph order, exit included.
+    layers : tuple of str
+        Dotted paths, in the model, of the modules with weights and of the weights used as constants that they read.
+    """
+
+    name: str
+    kind: str
+    island: str
+    exit: str
+    stand_in: str
+    nodes: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Something that looked removable and is not: its `name` and the `reason` in words."""
+
+    name: str
+    reason: str
+
+
+EPILOGUES: frozenset[str] = frozenset(
+    qualified_name(target)
+    for target in (
+        *(torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.relu6, functional.silu, functional.gelu),
+        *(functional.hardswish, functional.leaky_relu, functional.mish, functional.elu, functional.dropout),
+        *(functional.batch_norm, functional.layer_norm, functional.group_norm, torch.Tensor.relu, torch.Tensor.sigmoid),
+    )
+) | {"relu", "sigmoid", "tanh", "contiguous"}
+"""Functions and methods that finish the value computed before them, and go with it."""
+
+_EPILOGUE_PACKAGES = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.linear.Identity")
+_NORM_MODULES = ("torch.nn.modules.batchnorm", "torch.nn.modules.normalization", "torch.nn.modules.instancenorm")
+_EPILOGUE_MODULES = (*_EPILOGUE_PACKAGES, *_NORM_MODULES, "torchvision.ops.misc.FrozenBatchNorm2d")
+_ADDITIONS = {operator.add, torch.add, "add"}
+
+
+def find_regions(
+    island: str, gm: fx.GraphModule, shapes: Signatures, sampled: Mapping[str, object] | None = None
+) -> tuple[list[Region], list[Rejection]]:
+    """Find every region of an island.
+
+    Parameters
+    ----------
+    island : str
+        Path of the island in the model.
+    gm : GraphModule
+        Its graph.
+    shapes : Signatures
+        Shape of each of its values.
+    sampled : mapping, optional
+        Shape of its values at a second size. Entry and exit must agree provably for every batch and image size, or,
+        if this is given, at the two sizes.
+
+    Returns
+    -------
+    regions : list of Region
+        In graph order of their exits. They may nest and overlap; each removes at least one layer with weights.
+    rejections : list of Rejection
+        One for each such layer that is in no region, and for each region whose shapes agree by accident of size.
+    """
+    finder = _Finder(island, gm, shapes, sampled)
+    regions = _outermost_of_equal_work(finder, [*finder.bypasses(), *finder.drops()])
+    named = [finder.region(*found) for found in sorted(regions, key=lambda found: finder.order[found[1]])]
+    return _distinct(named), [*finder.unproved, *finder.left_out(regions)]
+
+
+_Found = tuple[str, str, str, int]  # kind, exit, stand-in, members as a bit set
+
+
+class _Finder:
+    def __init__(
+        self, island: str, gm: fx.GraphModule, shapes: Signatures, sampled: Mapping[str, object] | None
+    ) -> None:
+        self.island, self.gm, self.shapes, self.sampled = island, gm, shapes, sampled
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in gm.graph.nodes}
+        self.order = {name: index for index, name in enumerate(self.nodes)}
+        self.flow = value_graph(gm.graph)
+        self.weighted = {name for name in self.flow if name in self.nodes and is_weighted(gm, self.nodes[name])}
+        self.work = self.bits(self.weighted)
+        self.idom = nx.immediate_dominators(self.flow, SOURCE)
+        after = nx.immediate_dominators(self.flow.reverse(copy=False), SINK)
+        self.dominated = self._subtrees(self.idom)
+        self.finished = self._subtrees(after)
+        self.feeds = {name: self.bits(self.flow.predecessors(name)) for name in self.flow if name in self.nodes}
+        self.unproved: list[Rejection] = []
+
+    def bits(self, names: object) -> int:
+        return sum(1 << self.order[name] for name in names if name in self.order)  # type: ignore[attr-defined]
+
+    def members(self, bits: int) -> list[str]:
+        return [name for name, index in self.order.items() if bits >> index & 1]
+
+    def _subtrees(self, parent: dict[str, str]) -> dict[str, int]:
+        """Bit set of each node's subtree in a dominator tree, the node itself included."""
+        tree = nx.DiGraph((above, below) for below, above in parent.items() if above != below and above is not None)
+        tree.add_nodes_from(self.flow)
+        sets: dict[str, int] = {}
+        for name in reversed(list(nx.topological_sort(tree))):
+            sets[name] = self.bits([name])
+            for below in tree.successors(name):
+                sets[name] |= sets[below]
+        return sets
+
+    def between(self, entry: str, exit_: str) -> int:
+        """Members of the region between two values, or 0 if something else feeds it."""
+        inside = self.finished[exit_] & self.dominated[entry] & ~self.bits([entry])
+        allowed = inside | self.bits([entry])
+        closed = inside >> self.order[exit_] & 1 and all(
+            not self.feeds[name] & ~allowed for name in self.members(inside)
+        )
+        return inside if closed else 0
+
+    def above(self, name: str) -> Iterator[str]:
+        """Dominators of a node, nearest first."""
+        while (parent := self.idom.get(name)) not in (None, name, SOURCE):
+            assert parent is not None
+            yield parent
+            name = parent
+
+    def agree(self, entry: str, exit_: str) -> bool:
+        if self.shapes.agree(entry, exit_):
+            return True
+        second = self.sampled or {}
+        return self.shapes.agree_here(entry, exit_) and entry in second and second[entry] == second.get(exit_)
+
+    def bypasses(self) -> Iterator[_Found]:
+        """For each value the nearest earlier one that can stand in for it; what finishes the value goes with it."""
+        nearest: dict[str, tuple[str, int]] = {}
+        for exit_ in self.order:
+            if exit_ not in self.flow or exit_ not in self.shapes.values:
+                continue
+            for entry in self.above(exit_):
+                if not self.shapes.agree_here(entry, exit_) or not (inside := self.between(entry, exit_)):
+                    continue
+                if self.agree(entry, exit_):
+                    nearest[exit_] = (entry, inside)
+                    break
+                self._note_unproved(entry, exit_, inside)
+        for exit_, (entry, inside) in nearest.items():
+            if inside & self.work:
+                yield ("bypass", *self._with_epilogue(entry, exit_, inside, nearest))
+
+    def _with_epilogue(
+        self, entry: str, exit_: str, inside: int, nearest: dict[str, tuple[str, int]]
+    ) -> tuple[str, str, int]:
+        """Take norms and activations that follow the exit into the region, as far as nobody reads in between."""
+        while True:
+            (follower, *others) = [name for name in self.flow.successors(exit_)] or [SINK]
+            if others or follower == SINK or nearest.get(follower, ("",))[0] != exit_:
+                return exit_, entry, inside
+            if not is_epilogue(self.gm, self.nodes[follower]) or not (wider := self.between(entry, follower)):
+                return exit_, entry, inside
+            exit_, inside = follower, wider
+
+    def drops(self) -> Iterator[_Found]:
+        """For each sum the operands whose branch nothing else reads."""
+        for name, node in self.nodes.items():
+            operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
+            if node.target not in _ADDITIONS or len(operands) != 2 or node.kwargs or operands[0] is operands[1]:
+                continue
+            for gone, kept in (operands, operands[::-1]):
+                if gone.name not in self.finished or kept.name not in self.flow:
+                    continue
+                branch = self.finished[gone.name]
+                alone = list(self.flow.successors(gone.name)) == [name]
+                if alone and branch & self.work and not self.between(kept.name, name) and self.agree(kept.name, name):
+                    yield "drop", name, kept.name, branch | self.bits([name])
+
+    def _note_unproved(self, entry: str, exit_: str, inside: int) -> None:
+        if inside & self.work:
+            name = self.region("bypass", exit_, entry, inside).name
+            reason = "entry and exit have the same shape at the observed size, but not provably at every size"
+            self.unproved.append(Rejection(name, f"{reason} (shapes='sampled' takes it all the same)"))
+
+    def layers_of(self, bits: int) -> list[str]:
+        """Paths, below the island, of what gives a set of nodes their names: modules, or constants read."""
+        paths: dict[str, None] = {}
+        for name in self.members(bits & self.work):
+            node = self.nodes[name]
+            read = [str(node.target)] if node.op == "call_module" else [p for p, _ in parameters_read(self.gm, node)]
+            paths |= dict.fromkeys(read)
+        return list(paths)
+
+    def region(self, kind: str, exit_: str, stand_in: str, inside: int) -> Region:
+        layers = self.layers_of(inside)
+        everything = self.layers_of(self.work)
+        others = [path for path in everything if path not in set(layers)]
+        name = self.island if not others and self.island else dotted(self.island, common_name(layers, others))
+        return Region(
+            name=name,
+            kind=kind,
+            island=self.island,
+            exit=exit_,
+            stand_in=stand_in,
+            nodes=tuple(self.members(inside)),
+            layers=tuple(dotted(self.island, layer) for layer in layers),
+        )
+
+    def left_out(self, regions: list[_Found]) -> Iterator[Rejection]:
+        """Say of every layer with weights that no region holds why that is so."""
+        covered = 0
+        for _, _, _, inside in regions:
+            covered |= inside
+        unproved = {rejection.name for rejection in self.unproved}
+        for name in self.members(self.work & ~covered):
+            layer = dotted(self.island, (self.layers_of(self.bits([name])) or [name])[0])
+            if layer not in unproved:
+                yield Rejection(layer, self._reason(name))
+
+    def _reason(self, name: str) -> str:
+        if name not in self.shapes.values:
+            return self.shapes.failure or "its output is not one tensor"
+        sources = [source.name for source in self.nodes[name].all_input_nodes if source.name in self.shapes.values]
+        if sources and self.shapes.agree_here(sources[0], name):
+            inside = self.finished[name] & self.dominated[sources[0]]
+            readers = [reader for member in self.members(inside) for reader in self.flow.successors(member)]
+            outside = next((reader for reader in readers if reader in self.nodes and not self.bits([reader]) & inside), "")
+            return f"more than its input feeds it or it is read in between ({outside})"
+        before = "x".join(map(str, self.shapes.sizes(sources[0])[1:])) if sources else "nothing"
+        after = "x".join(map(str, self.shapes.sizes(name)[1:]))
+        change = f"it turns {before} into {after}" if before != after else "its shape is not provably that of its input"
+        return f"{change}, and no piece of the graph around it starts and ends with one shape"
+
+
+def is_epilogue(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node finishes the value before it (norm, activation, dropout) and moves no data."""
+    if node.op == "call_module":
+        kind = type(gm.get_submodule(str(node.target)))
+        return f"{kind.__module__}.{kind.__qualname__}".startswith(_EPILOGUE_MODULES) and kind is not nn.MultiheadAttention
+    return qualified_name(node.target) in EPILOGUES
+
+
+def _outermost_of_equal_work(finder: _Finder, found: list[_Found]) -> list[_Found]:
+    """Of nested regions that remove the same layers keep the outermost: it removes the glue as well."""
+    kept: list[_Found] = []
+    for candidate in found:
+        _, _, _, inside = candidate
+        rivals = [other for other in found if other is not candidate and other[3] & finder.work == inside & finder.work]
+        if not any(other[3] | inside == other[3] and other[3] != inside for other in rivals):
+            kept.append(candidate)
+    return kept
+
+
+def _distinct(regions: list[Region]) -> list[Region]:
+    """Give regions of one name numbers: ``fc``, ``fc#2``."""
+    seen: dict[str, int] = {}
+    distinct = []
+    for region in regions:
+        seen[region.name] = count = seen.get(region.name, 0) + 1
+        suffix = f"#{count}" if count > 1 else ""
+        distinct.append(Region(**{**region.__dict__, "name": region.name + suffix}))
+    return distinct

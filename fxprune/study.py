@@ -1,0 +1,270 @@
+"""One look at a model: capture it, find its regions, count its costs, run the calibration batches."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+
+from fxprune.analysis import Analysis, NodeRecord
+from fxprune.attribution import (
+    AblationInterpreter,
+    Evidence,
+    Record,
+    RecordingInterpreter,
+    RegionScore,
+    criterion_named,
+    weight_norm,
+)
+from fxprune.calibration import Calibration, take_loss
+from fxprune.capture import Island, capture
+from fxprune.costs import ParameterGroup, count_flops, count_params, group_parameters
+from fxprune.detectors.batch import Adapter, Batch, narrower
+from fxprune.detectors.choice import choose_adapter
+from fxprune.errors import LossError, ModelError, NoRegionError, SettingError
+from fxprune.graph import dotted, fingerprint
+from fxprune.interpreting import interpreted, record_sizes
+from fxprune.plan import Candidate, IslandRecord, Totals
+from fxprune.regions import Region, Rejection, find_regions
+from fxprune.shapes import propagate
+from fxprune.version import __version__
+
+Progress = Callable[[str, int, int | None], None]
+"""``progress(stage, done, total)``; `total` is None where it is not known."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model with its islands in place, its regions, and what does not depend on the criterion."""
+
+    model: nn.Module
+    islands: Sequence[Island]
+    regions: Sequence[Region]
+    rejections: Sequence[Rejection]
+
+    @property
+    def graphs(self) -> list[tuple[str, fx.GraphModule]]:
+        """Name and graph of each island."""
+        return [(island.name, island.gm) for island in self.islands]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings of an analysis, checked; see `fxprune.analyze`.
+
+    Raises
+    ------
+    SettingError
+        If one is not known.
+    """
+
+    criterion: str | RegionScore
+    loss: Callable[[nn.Module, Any], Tensor] | None
+    shapes: str
+    seed: int
+    progress: Progress | None = None
+    _kept: list[tuple[Batch, float]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        criterion_named(self.criterion)
+        if self.shapes not in ("proved", "sampled"):
+            raise SettingError(f"shapes {self.shapes!r} is not known; known: 'proved', 'sampled'")
+
+    def run(self, model: nn.Module, calib_loader: Any) -> Analysis:
+        """Analyze a private copy of a model; it is changed."""
+        calibration = Calibration(calib_loader)
+        adapter = choose_adapter(model, calibration.first_raw, self.loss)
+        adapter.prepare(model)
+        first = calibration.read(model, adapter, calibration.first_raw, 0)
+        self._say("capture", 0, 1)
+        captured = self.capture(model, adapter, first)
+        self._say("capture", 1, 1)
+        total, nodes = count_flops(lambda: adapter.predict(captured.model, first), captured.graphs)
+        flops = {key: value / first.count for key, value in nodes.items()}
+        captured = _without_cost(captured, flops)
+        record, batches = self._record(captured, adapter, calibration)
+        name, criterion = criterion_named(self.criterion)
+        evidence = Evidence(
+            regions=captured.regions,
+            record=record,
+            modules=dict(captured.model.named_modules()),
+            loss_increase=lambda region: self._loss_increase(captured, adapter, region),
+            seed=self.seed,
+        )
+        scores = criterion.score(evidence)
+        groups = group_parameters(captured.model, captured.graphs)
+        regions, unscored = _candidates(captured.regions, scores, flops, groups)
+        settings = {
+            "criterion": name,
+            "shapes": self.shapes,
+            "seed": self.seed,
+            "family": adapter.family,
+            "images": record.images,
+            "batches": batches,
+            "targets": "labels given" if calibration.labelled else "the model's own confident outputs",
+            "versions": _versions(),
+        }
+        return Analysis(
+            regions=regions,
+            rejections=(*captured.rejections, *unscored),
+            nodes=tuple(_node_records(captured, record, flops)),
+            islands=tuple(IslandRecord(i.name, fingerprint(i.gm), i.opaque) for i in captured.islands),
+            before=Totals(total / first.count, count_params(captured.model), sum(region.block for region in regions)),
+            settings=settings,
+            groups=tuple(groups),
+        )
+
+    def capture(self, model: nn.Module, adapter: Adapter, first: Batch) -> Captured:
+        """Capture a private copy of a model and find its regions.
+
+        Raises
+        ------
+        ModelError
+            If no part of it can be captured.
+        """
+        model, islands = capture(
+            model, lambda network: take_loss(network, adapter, first, 0, self.seed), adapter.root_is_function
+        )
+        if not islands:
+            raise ModelError(f"no part of {type(model).__name__} with weights could be traced to an fx graph")
+        second: dict[tuple[str, str], Any] = {}
+        if self.shapes == "sampled":
+            second = _sizes_at_second_size(model, islands, adapter, first)
+        regions: list[Region] = []
+        rejections: list[Rejection] = []
+        for island in islands:
+            shapes = propagate(island.gm, island.call.args, island.call.kwargs)
+            sampled = {node: size for (name, node), size in second.items() if name == island.name}
+            found, refused = find_regions(island.name, island.gm, shapes, sampled or None)
+            regions += found
+            rejections += refused
+        return Captured(model, islands, regions, rejections)
+
+    def _record(self, captured: Captured, adapter: Adapter, calibration: Calibration) -> tuple[Record, int]:
+        """One forward and one backward pass per batch, every node recorded."""
+        record, batches = Record(), 0
+        keep = criterion_named(self.criterion)[1].keeps_batches
+
+        def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
+            own = [region for region in captured.regions if region.island == island]
+            return RecordingInterpreter(gm, island, record, own)
+
+        with interpreted(captured.graphs, make):
+            for index, batch in enumerate(calibration.batches(captured.model, adapter)):
+                value = take_loss(captured.model, adapter, batch, index, self.seed)
+                if not value.requires_grad:
+                    raise LossError(f"batch {index}: the loss does not depend on the model's captured layers")
+                value.backward()  # type: ignore[no-untyped-call]
+                record.close_batch(index, batch.count)
+                if keep:
+                    self._kept.append((batch, float(value.detach())))
+                batches += 1
+                self._say("attribution", batches, None)
+        if not record.nodes:
+            raise LossError("no gradient reached any captured layer: the loss does not depend on the model")
+        return record, batches
+
+    def _loss_increase(self, captured: Captured, adapter: Adapter, region: Region) -> float:
+        """Mean loss over the calibration images with a region bypassed, minus without."""
+        graph = [(name, gm) for name, gm in captured.graphs if name == region.island]
+        increase, images = 0.0, 0
+        with interpreted(graph, lambda _, gm: AblationInterpreter(gm, [region])), torch.no_grad():
+            for index, (batch, loss) in enumerate(self._kept):
+                value = float(take_loss(captured.model, adapter, batch, index, self.seed))
+                increase, images = increase + (value - loss) * batch.count, images + batch.count
+        self._say("ablation", list(captured.regions).index(region) + 1, len(captured.regions))
+        return increase / images
+
+    def _say(self, stage: str, done: int, total: int | None) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+
+def _sizes_at_second_size(model: nn.Module, islands: Sequence[Island], adapter: Adapter, first: Batch) -> Any:
+    """Shapes of every node at a second image size.
+
+    Raises
+    ------
+    SettingError
+        If the model does not run at another size.
+    """
+    graphs = [(island.name, island.gm) for island in islands]
+    other = narrower(first)
+    try:
+        return record_sizes(lambda: adapter.predict(model, other), graphs)
+    except Exception as error:  # a model made for one size may refuse another in any way of its own
+        raise SettingError(f"shapes='sampled' runs the model at a second image size, and it failed there: {error}") from error
+
+
+def _without_cost(captured: Captured, flops: dict[tuple[str, str], float]) -> Captured:
+    """Take out the regions that do no work at inference. Raises `NoRegionError` if none is left."""
+    idle = [r for r in captured.regions if not sum(flops.get((r.island, node), 0.0) for node in r.nodes)]
+    reason = "it does no floating point work at inference on the first calibration batch"
+    rejections = [*captured.rejections, *(Rejection(region.name, reason) for region in idle)]
+    regions = [region for region in captured.regions if region not in idle]
+    if not regions:
+        raise _no_region(captured.model, rejections)
+    return Captured(captured.model, captured.islands, regions, rejections)
+
+
+def _no_region(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionError:
+    rows = [f"  {rejection.name}: {rejection.reason}" for rejection in rejections[:20]]
+    more = [f"  ... and {len(rejections) - 20} more"] if len(rejections) > 20 else []
+    return NoRegionError("\n".join([f"nothing in {type(model).__name__} can be removed:", *rows, *more]))
+
+
+def _candidates(
+    regions: Sequence[Region],
+    scores: dict[str, float],
+    flops: dict[tuple[str, str], float],
+    groups: Sequence[ParameterGroup],
+) -> tuple[tuple[Candidate, ...], list[Rejection]]:
+    """Join regions with scores and costs; those without a score are refused, never taken for unimportant."""
+    wrong = next((region.name for region in regions if not abs(scores.get(region.name, 0.0)) < float("inf")), None)
+    if wrong is not None:
+        raise SettingError(f"the criterion gave {scores[wrong]} for region {wrong!r}; scores must be finite")
+    scored = [region for region in regions if region.name in scores]
+    reason = "no gradient reached it on any calibration batch, so its importance is not known"
+    refused = [Rejection(region.name, reason) for region in regions if region.name not in scores]
+    if not scored:
+        raise LossError("no region received a gradient: the loss does not depend on what could be removed")
+    members = {region.name: {(region.island, node) for node in region.nodes} for region in scored}
+    rows = [
+        Candidate(
+            **region.__dict__,
+            score=scores[region.name],
+            flops=sum(flops.get(key, 0.0) for key in members[region.name]),
+            params=sum(group.params for group in groups if members[region.name].issuperset(group.readers)),
+            block=not any(members[region.name] < other for other in members.values()),
+        )
+        for region in scored
+    ]
+    return tuple(rows), refused
+
+
+def _node_records(captured: Captured, record: Record, flops: dict[tuple[str, str], float]) -> list[NodeRecord]:
+    rows = []
+    for island, gm in captured.graphs:
+        for node in gm.graph.nodes:
+            if node.op in ("output", "get_attr"):
+                continue
+            key, called = (island, node.name), node.op == "call_module"
+            module = gm.get_submodule(str(node.target)) if called else None
+            l1 = weight_norm(captured.regions[0], {"": module}) if module is not None else 0.0
+            name = dotted(island, str(node.target) if called else node.name)
+            rows.append(NodeRecord(name, *key, record.nodes.get(key), l1 or None, flops.get(key, 0.0)))
+    return rows
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fxprune": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }

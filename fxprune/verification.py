@@ -1,0 +1,69 @@
+"""Does a rewritten model still hold to what it promised?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten
+
+from fxprune.errors import ModelError, PlanError
+from fxprune.plan import Plan
+
+
+def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str]) -> None:
+    """Check one rewritten graph: well-formed, called as before, and nothing left of what should have gone.
+
+    Parameters
+    ----------
+    name : str
+        Path of the island, for the message.
+    before : list of str
+        Placeholder names of the graph before the rewrite.
+    gm : GraphModule
+        The graph after it.
+    gone : set of str
+        Nodes that the plan removes.
+
+    Raises
+    ------
+    PlanError
+        If a check fails: the plan does not describe regions of this graph.
+    """
+    gm.graph.lint()
+    left = sorted(gone & {node.name for node in gm.graph.nodes})
+    if left:
+        raise PlanError(f"island {name or '<model>'!r}: {left[:3]} should be gone but something still reads them")
+    after = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    if after != before:
+        raise PlanError(f"island {name or '<model>'!r}: its arguments changed from {before} to {after}")
+
+
+def verify_weights(original: nn.Module, pruned: nn.Module, plan: Plan) -> None:
+    """Check that what is left of the weights is the original's, under its names, and that the removed ones are gone.
+
+    Raises
+    ------
+    PlanError
+        If a key is new or a tensor changed its shape.
+    """
+    shapes = {key: value.shape for key, value in original.state_dict().items() if isinstance(value, torch.Tensor)}
+    for key, value in pruned.state_dict().items():
+        if isinstance(value, torch.Tensor) and shapes.get(key) != value.shape:
+            raise PlanError(f"the plan for {len(plan.removed)} regions changed weight {key!r}; report this as a bug")
+
+
+def verify_outputs(original: Any, pruned: Any) -> None:
+    """Check that two models gave outputs of one structure.
+
+    Raises
+    ------
+    ModelError
+        If containers, tensor ranks or dtypes differ. Lengths may: fewer boxes are no defect.
+    """
+    (leaves, structure), (others, other_structure) = tree_flatten(original), tree_flatten(pruned)
+    kinds = [(leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in leaves]
+    other_kinds = [(leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in others]
+    if structure != other_structure or kinds != other_kinds:
+        raise ModelError(f"the pruned model returns {other_structure}, the original {structure}; report this as a bug")

@@ -1,0 +1,1 @@
+"""The only code of fxprune that writes graphs. Every pass is ``f(gm, ...) -> PassResult``."""

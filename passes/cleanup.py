@@ -1,0 +1,40 @@
+"""Out of a graph and its module goes what nothing reads any more."""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.graph import has_effect
+
+
+def remove_dead_code(gm: fx.GraphModule) -> PassResult:
+    """Replaces a graph, its modules and its parameters by those that the output needs.
+
+    Torch's own `delete_all_unused_submodules` leaves parameters and buffers on modules that stay, the root among
+    them; here they go too.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        Rewritten in place.
+
+    Returns
+    -------
+    PassResult
+        `modified` says whether anything went.
+    """
+    before = (len(gm.graph.nodes), len(gm.state_dict()))
+    gm.graph.eliminate_dead_code(is_impure_node=has_effect)
+    called = {f"{node.target}." for node in gm.graph.nodes if node.op == "call_module"}
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    tensors = [name for name, _ in gm.named_parameters(remove_duplicate=False)]
+    tensors += [name for name, _ in gm.named_buffers(remove_duplicate=False)]
+    for name in tensors:
+        if name not in read and not any(name.startswith(prefix) for prefix in called):
+            owner, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(owner), leaf)
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(gm, before != (len(gm.graph.nodes), len(gm.state_dict())))
