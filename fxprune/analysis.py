@@ -127,7 +127,9 @@ class Analysis:
             return [Item(1.0, (frozenset([index]),)) for index, region in enumerate(self.regions) if region.block]
         if cost == "params":
             nobody: frozenset[int] = frozenset()
-            return [Item(group.params, tuple(holders.get(key, nobody) for key in group.readers)) for group in self.groups]
+            return [
+                Item(group.params, tuple(holders.get(key, nobody) for key in group.readers)) for group in self.groups
+            ]
         nodes = [(node, holders.get((node.island, node.node))) for node in self.nodes]
         return [Item(node.flops, (held,)) for node, held in nodes if held]
 

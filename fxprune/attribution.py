@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,16 +33,17 @@ class Record:
     nodes: dict[NodeName, float] = field(default_factory=dict)
     deltas: dict[str, float] = field(default_factory=dict)
     images: int = 0
-    _pending: dict[tuple[bool, Any], list[Tensor]] = field(default_factory=dict)
+    _pending: dict[NodeName | str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, is_delta: bool, key: Any, value: Tensor) -> None:
-        """Note one term of the batch under way; nothing is read back from the device yet."""
-        self._pending.setdefault((is_delta, key), []).append(value)
+    def add(self, key: NodeName | str, value: Tensor) -> None:
+        """Note one term of the batch under way, of a node or of a region; nothing is read from the device yet."""
+        self._pending.setdefault(key, []).append(value)
 
     def close_batch(self, index: int, images: int) -> None:
         """Take the batch under way into the expectation.
 
-        The loss is a mean over `images`, so the gradient of one image's own loss is `images` times as large.
+        The loss is the mean over `images` of each image's own loss, so the terms already sum to a mean over them;
+        batches count by their number of images.
 
         Raises
         ------
@@ -49,23 +51,22 @@ class Record:
             If a gradient held NaN or infinity; names the batch and the node, and takes nothing of it.
         """
         pending, self._pending = self._pending, {}
-        keys = list(pending)
-        rows = [torch.stack(terms).double().sum() for terms in pending.values()]
-        values = torch.stack(rows).tolist() if rows else []
-        for (_, key), value in zip(keys, values, strict=True):
-            if not value < float("inf"):
+        sums = [torch.stack(terms).double().sum() for terms in pending.values()]
+        means = dict(zip(pending, torch.stack(sums).tolist() if sums else [], strict=True))
+        for key, value in means.items():
+            if not math.isfinite(value):
                 where = key if isinstance(key, str) else ".".join(filter(None, key))
                 raise LossError(f"batch {index}: the gradient at {where!r} is NaN or infinite; leave that batch out")
-        total = self.images + images
-        for (is_delta, key), value in zip(keys, values, strict=True):
-            sums: dict[Any, float] = self.deltas if is_delta else self.nodes
-            sums[key] = (sums.get(key, 0.0) * self.images + value * images) / total
-        seen = set(keys)
-        for is_delta, sums in ((True, self.deltas), (False, self.nodes)):
-            for key in sums:  # type: ignore[attr-defined]
-                if (is_delta, key) not in seen:
-                    sums[key] *= self.images / total  # type: ignore[index]
-        self.images = total
+        weight = images / (self.images + images)
+        for known in (self.nodes, self.deltas):
+            for key in known:
+                known[key] *= 1 - weight  # type: ignore[index]
+        for key, value in means.items():
+            if isinstance(key, str):
+                self.deltas[key] = self.deltas.get(key, 0.0) + weight * value
+            else:
+                self.nodes[key] = self.nodes.get(key, 0.0) + weight * value
+        self.images += images
 
 
 class RecordingInterpreter(fx.Interpreter):
@@ -110,11 +111,11 @@ class RecordingInterpreter(fx.Interpreter):
         differences = [(region.name, self.stand_ins[region.stand_in]) for region in self.exits.get(name, ())]
 
         def hook(gradient: Tensor) -> None:
-            self.record.add(False, (self.island, name), _sum_of_products(gradient, activation))
+            self.record.add((self.island, name), _sum_of_products(gradient, activation))
             for region, stand_in in differences:
-                self.record.add(True, region, _sum_of_products(gradient, activation - stand_in))
+                self.record.add(region, _sum_of_products(gradient, activation - stand_in))
 
-        value.register_hook(hook)
+        value.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _tracked(value: Tensor) -> Tensor:
@@ -125,7 +126,8 @@ def _tracked(value: Tensor) -> Tensor:
 
 
 def _sum_of_products(gradient: Tensor, value: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient * value, ord=1)
+    product: Tensor = torch.linalg.vector_norm(gradient * value, ord=1)
+    return product
 
 
 class AblationInterpreter(fx.Interpreter):

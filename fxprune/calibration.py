@@ -25,7 +25,8 @@ class Calibration:
     def __init__(self, loader: Any) -> None:
         if isinstance(loader, (str, bytes, Tensor, dict)) or not isinstance(loader, Iterable):
             raise BatchError(
-                f"calib_loader must be an iterable of batches, got {type(loader).__name__}; a single batch goes in a list"
+                f"calib_loader must be an iterable of batches, got {type(loader).__name__};"
+                " a single batch goes in a list"
             )
         self._rest = iter(loader)
         first = next(self._rest, None)

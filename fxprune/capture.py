@@ -259,7 +259,9 @@ def _as_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     gm = fx.GraphModule(module, graph, type(module).__name__)
     gm.training = module.training
     kept = {key: value for key, value in module.__dict__.items() if key not in _MODULE_ATTRIBUTES}
-    kept = {key: value for key, value in kept.items() if not key.startswith("_") and not isinstance(value, torch.Tensor)}
+    kept = {
+        key: value for key, value in kept.items() if not key.startswith("_") and not isinstance(value, torch.Tensor)
+    }
     for key, value in kept.items():
         setattr(gm, key, value)
     gm.meta["_user_preserved_attributes"] = kept | gm.meta.get("_user_preserved_attributes", {})

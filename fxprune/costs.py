@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.graph import dotted, parameters_read
 from fxprune.interpreting import NodeName, interpreted
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -49,7 +51,7 @@ def count_flops(
         Of each node, summed over all its calls.
     """
     nodes: dict[NodeName, int] = {}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _visible_attention(), FlopCounterMode(display=False) as counter, torch.no_grad():
 
         def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
             return _CountingInterpreter(gm, island, counter, nodes)
@@ -57,6 +59,17 @@ def count_flops(
         with interpreted(graphs, make):
             run()
     return int(counter.get_total_flops()), nodes
+
+
+@contextmanager
+def _visible_attention() -> Iterator[None]:
+    """Switch off attention's fused inference kernel, whose operations torch's counter does not know."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _CountingInterpreter(fx.Interpreter):

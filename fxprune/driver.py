@@ -177,7 +177,10 @@ def remember(network: nn.Module, plans: list[dict[str, Any]]) -> None:
     """Leave the plans on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
     setattr(network, PLANS, plans)
     if isinstance(network, fx.GraphModule):
-        network.meta["_user_preserved_attributes"] = {**network.meta.get("_user_preserved_attributes", {}), PLANS: plans}
+        network.meta["_user_preserved_attributes"] = {
+            **network.meta.get("_user_preserved_attributes", {}),
+            PLANS: plans,
+        }
 
 
 def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:

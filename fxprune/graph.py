@@ -17,7 +17,7 @@ def qualified_name(target: Any) -> str:
     """Name a call target the same way in every process, e.g. ``torch.nn.functional.relu``."""
     if isinstance(target, str):
         return target
-    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or type(target).__qualname__
+    name = getattr(target, "__name__", None) or type(target).__name__
     return f"{getattr(target, '__module__', None) or 'torch'}.{name}"
 
 

@@ -7,16 +7,22 @@ through `entry`. If nothing else feeds them and both values have the same signat
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
-import torch
-from torch import fx, nn
-from torch.nn import functional
+from torch import fx
 
-from fxprune.graph import SINK, SOURCE, common_name, dotted, is_weighted, parameters_read, qualified_name, value_graph
+from fxprune.graph import (
+    SINK,
+    SOURCE,
+    common_name,
+    dotted,
+    is_weighted,
+    parameters_read,
+    value_graph,
+)
+from fxprune.operations import ADDITIONS, is_activation, is_norm
 from fxprune.shapes import Signatures
 
 
@@ -57,22 +63,6 @@ class Rejection:
 
     name: str
     reason: str
-
-
-EPILOGUES: frozenset[str] = frozenset(
-    qualified_name(target)
-    for target in (
-        *(torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.relu6, functional.silu, functional.gelu),
-        *(functional.hardswish, functional.leaky_relu, functional.mish, functional.elu, functional.dropout),
-        *(functional.batch_norm, functional.layer_norm, functional.group_norm, torch.Tensor.relu, torch.Tensor.sigmoid),
-    )
-) | {"relu", "sigmoid", "tanh", "contiguous"}
-"""Functions and methods that finish the value computed before them, and go with it."""
-
-_EPILOGUE_PACKAGES = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.linear.Identity")
-_NORM_MODULES = ("torch.nn.modules.batchnorm", "torch.nn.modules.normalization", "torch.nn.modules.instancenorm")
-_EPILOGUE_MODULES = (*_EPILOGUE_PACKAGES, *_NORM_MODULES, "torchvision.ops.misc.FrozenBatchNorm2d")
-_ADDITIONS = {operator.add, torch.add, "add"}
 
 
 def find_regions(
@@ -125,8 +115,8 @@ class _Finder:
         self.feeds = {name: self.bits(self.flow.predecessors(name)) for name in self.flow if name in self.nodes}
         self.unproved: list[Rejection] = []
 
-    def bits(self, names: object) -> int:
-        return sum(1 << self.order[name] for name in names if name in self.order)  # type: ignore[attr-defined]
+    def bits(self, names: Iterable[str]) -> int:
+        return sum(1 << self.order[name] for name in names if name in self.order)
 
     def members(self, bits: int) -> list[str]:
         return [name for name, index in self.order.items() if bits >> index & 1]
@@ -146,7 +136,7 @@ class _Finder:
         """Members of the region between two values, or 0 if something else feeds it."""
         inside = self.finished[exit_] & self.dominated[entry] & ~self.bits([entry])
         allowed = inside | self.bits([entry])
-        closed = inside >> self.order[exit_] & 1 and all(
+        closed = bool(inside >> self.order[exit_] & 1) and all(
             not self.feeds[name] & ~allowed for name in self.members(inside)
         )
         return inside if closed else 0
@@ -184,12 +174,17 @@ class _Finder:
     def _with_epilogue(
         self, entry: str, exit_: str, inside: int, nearest: dict[str, tuple[str, int]]
     ) -> tuple[str, str, int]:
-        """Take norms and activations that follow the exit into the region, as far as nobody reads in between."""
+        """Take along what finishes the exit, as far as nobody reads in between: a layer's norm, any activation.
+
+        A norm after a sum stays: it serves what follows.
+        """
         while True:
-            (follower, *others) = [name for name in self.flow.successors(exit_)] or [SINK]
+            (follower, *others) = list(self.flow.successors(exit_)) or [SINK]
             if others or follower == SINK or nearest.get(follower, ("",))[0] != exit_:
                 return exit_, entry, inside
-            if not is_epilogue(self.gm, self.nodes[follower]) or not (wider := self.between(entry, follower)):
+            node = self.nodes[follower]
+            finishes = is_activation(self.gm, node) or (exit_ in self.weighted and is_norm(self.gm, node))
+            if not finishes or not (wider := self.between(entry, follower)):
                 return exit_, entry, inside
             exit_, inside = follower, wider
 
@@ -197,7 +192,7 @@ class _Finder:
         """For each sum the operands whose branch nothing else reads."""
         for name, node in self.nodes.items():
             operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
-            if node.target not in _ADDITIONS or len(operands) != 2 or node.kwargs or operands[0] is operands[1]:
+            if node.target not in ADDITIONS or len(operands) != 2 or node.kwargs or operands[0] is operands[1]:
                 continue
             for gone, kept in (operands, operands[::-1]):
                 if gone.name not in self.finished or kept.name not in self.flow:
@@ -254,21 +249,13 @@ class _Finder:
         sources = [source.name for source in self.nodes[name].all_input_nodes if source.name in self.shapes.values]
         if sources and self.shapes.agree_here(sources[0], name):
             inside = self.finished[name] & self.dominated[sources[0]]
-            readers = [reader for member in self.members(inside) for reader in self.flow.successors(member)]
-            outside = next((reader for reader in readers if reader in self.nodes and not self.bits([reader]) & inside), "")
-            return f"more than its input feeds it or it is read in between ({outside})"
+            readers = {reader for member in self.members(inside) for reader in self.flow.successors(member)}
+            outside = sorted(readers - set(self.members(inside)) - {SINK})
+            return f"something else feeds it or reads from inside it ({', '.join(outside[:3]) or 'the output'})"
         before = "x".join(map(str, self.shapes.sizes(sources[0])[1:])) if sources else "nothing"
         after = "x".join(map(str, self.shapes.sizes(name)[1:]))
         change = f"it turns {before} into {after}" if before != after else "its shape is not provably that of its input"
         return f"{change}, and no piece of the graph around it starts and ends with one shape"
-
-
-def is_epilogue(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node finishes the value before it (norm, activation, dropout) and moves no data."""
-    if node.op == "call_module":
-        kind = type(gm.get_submodule(str(node.target)))
-        return f"{kind.__module__}.{kind.__qualname__}".startswith(_EPILOGUE_MODULES) and kind is not nn.MultiheadAttention
-    return qualified_name(node.target) in EPILOGUES
 
 
 def _outermost_of_equal_work(finder: _Finder, found: list[_Found]) -> list[_Found]:

@@ -93,7 +93,9 @@ class Report:
         for region in self.regions:
             mark, style = ("✂", "bold red") if region.removed else ("", "")
             share = f"{region.flops / self.before.flops:.1%}"
-            table.add_row(mark, region.name, region.kind, f"{region.score:.3g}", share, quantity(region.params), style=style)
+            table.add_row(
+                mark, region.name, region.kind, f"{region.score:.3g}", share, quantity(region.params), style=style
+            )
         yield table
         if self.rejections and width >= 60:
             reasons: dict[str, list[str]] = {}

@@ -44,7 +44,11 @@ def check_budget(budget: object) -> float:
 
 
 def select(
-    importance: Sequence[float], items: Sequence[Item], conflicts: Sequence[tuple[int, int]], total: float, budget: float
+    importance: Sequence[float],
+    items: Sequence[Item],
+    conflicts: Sequence[tuple[int, int]],
+    total: float,
+    budget: float,
 ) -> list[int]:
     """Choose candidates of least summed importance whose removal saves at least a fraction of the total.
 

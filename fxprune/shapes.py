@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -89,7 +90,7 @@ def propagate(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, An
         An operation that has no symbolic shape rule ends the propagation and is named in `failure`.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
-    recorder = _SignatureInterpreter(gm)
+    recorder = _SignatureInterpreter(gm, mode)
     failure = ""
     inputs = tree_map_only(TensorSpec, lambda spec: _symbolic(mode, spec), (list(args), dict(kwargs)))
     with mode, enable_python_dispatcher(), torch.no_grad():
@@ -124,20 +125,46 @@ def _symbolic(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
     channel = {4: 1, 3: 2, 2: 1, 5: 1}.get(rank, rank)
     sizes = [DimDynamic.STATIC if dim == channel or spec.shape[dim] <= 1 else DimDynamic.DYNAMIC for dim in range(rank)]
     sizes = [DimDynamic.DYNAMIC if dim == 0 else size for dim, size in enumerate(sizes)]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes, dynamic_strides=[DimDynamic.INFER_STRIDE] * rank)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, dynamic_strides=[DimDynamic.INFER_STRIDE] * rank)
     return mode.from_tensor(real, symbolic_context=context)
 
 
+_COMPLEX = 4
+"""Operations from which the formula of a size gets a symbol of its own."""
+
+
 class _SignatureInterpreter(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule) -> None:
+    """Runs a graph on fake tensors and keeps the formulas of their sizes short.
+
+    A size given by a long formula is replaced by a fresh symbol, the same for the same formula. What is proved for
+    every value of the symbol holds for those the formula takes; only equalities between different formulas are lost.
+    """
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm)
         self.extra_traceback = False
+        self.mode = mode
         self.values: dict[str, FakeTensor] = {}
         self.current = ""
+        self.symbols: dict[Any, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n.name
         value = super().run_node(n)
         if isinstance(value, FakeTensor):
+            sizes = [self._shortened(size) for size in value.shape]
+            if any(new is not old for new, old in zip(sizes, value.shape, strict=True)):
+                value = torch.empty(sizes, dtype=value.dtype, device=value.device)
             self.values[n.name] = value
         return value
+
+    def _shortened(self, size: Any) -> Any:
+        if isinstance(size, int) or size.node.expr.count_ops() <= _COMPLEX:
+            return size
+        formula, shape_env = size.node.expr, self.mode.shape_env
+        if formula not in self.symbols:
+            assert shape_env is not None
+            hint, source = _size_hint(size), ConstantSource(f"size_{len(self.symbols)}")
+            symbol = shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+            self.symbols[formula] = shape_env.create_symintnode(symbol, hint=hint, source=source)
+        return self.symbols[formula]

@@ -198,7 +198,9 @@ def _sizes_at_second_size(model: nn.Module, islands: Sequence[Island], adapter: 
     try:
         return record_sizes(lambda: adapter.predict(model, other), graphs)
     except Exception as error:  # a model made for one size may refuse another in any way of its own
-        raise SettingError(f"shapes='sampled' runs the model at a second image size, and it failed there: {error}") from error
+        raise SettingError(
+            f"shapes='sampled' runs the model at a second image size, and it failed there: {error}"
+        ) from error
 
 
 def _without_cost(captured: Captured, flops: dict[tuple[str, str], float]) -> Captured:

@@ -104,7 +104,7 @@ class StructureTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a value whose length is a constant of the program."""
         length = static_length(obj.node)
-        return super().iter(obj) if length is None else iter([obj[i] for i in range(length)])
+        return super().iter(obj) if length is None else iter([operator.getitem(obj, i) for i in range(length)])
 
     def create_arg(self, a: Any) -> Any:
         """Turn an argument into graph form; an OrderedDict stays one."""
@@ -159,5 +159,3 @@ def functional_form(kind: str, target: Any, kwargs: dict[str, Any]) -> tuple[Any
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         return IN_PLACE.get(target, target), kwargs
     return target, kwargs
-
-

@@ -90,10 +90,10 @@ def check_image(image: Any, rank: int, forms: str) -> Tensor:
         raise BatchError(f"expected an image tensor, got {type(image).__name__}; known forms: {forms}")
     if image.ndim != rank:
         raise BatchError(f"expected {rank} dimensions, got an image tensor of shape {tuple(image.shape)}; {forms}")
-    image = image.float() if image.is_floating_point() else image.float() / 255
-    if not bool(torch.isfinite(image).all()):
+    scaled: Tensor = image.float() if image.is_floating_point() else image.float() / 255
+    if not bool(torch.isfinite(scaled).all()):
         raise BatchError("an image holds NaN or infinity; clean the calibration images")
-    return image
+    return scaled
 
 
 def stack_images(images: Any, forms: str) -> Tensor:

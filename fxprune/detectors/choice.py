@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,4 +53,4 @@ def network_of(model: Any) -> nn.Module:
 
 def like_the_model(model: nn.Module, network: nn.Module) -> nn.Module:
     """Give a pruned network the wrapper its original had: a `YOLO` comes back as a `YOLO`."""
-    return ultralytics.rewrap(model, network) if ultralytics.is_wrapper(cast(nn.Module, model)) else network
+    return ultralytics.rewrap(model, network) if ultralytics.is_wrapper(model) else network

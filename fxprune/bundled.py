@@ -1,0 +1,201 @@
+"""A small trained detector and the images to judge it by, carried inside the package.
+
+The detector finds handwritten digits on photographs ("composed digits"; `fxprune/data/README.md` says where the pixels
+come from, `benchmarks/train_demo.py` made the files). Nothing here needs a network connection.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import OrderedDict
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from torchvision.models import mobilenet_v2
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD
+from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.ops import Conv2dNormActivation
+from torchvision.transforms.functional import pil_to_tensor
+
+from fxprune.errors import FxpruneError
+
+Split = Literal["val", "calibration"]
+
+IMAGE_SIZE = 160
+CLASS_NAMES = ("background", *"0123456789")
+WEIGHTS_FILE = "detector.safetensors"
+
+# Index of the MobileNetV2 block each feature map is taken from, with its channels: strides 4, 8, 16 and 32.
+TAPS = {3: 24, 6: 32, 13: 96, 17: 320}
+WIDTH = 64
+# Side of the square default boxes of each map in pixels, and one more for the square between the last two.
+ANCHOR_SIDES = (14, 22, 36, 56, 88)
+
+
+class PyramidBackbone(nn.Module):
+    """MobileNetV2 features with a small top-down path; torch.fx traces it whole.
+
+    Attributes
+    ----------
+    out_channels : int
+        Channels of every feature map.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = mobilenet_v2(weights=None).features[: max(TAPS) + 1]
+        self.laterals = nn.ModuleList(
+            Conv2dNormActivation(channels, WIDTH, kernel_size=1, activation_layer=None) for channels in TAPS.values()
+        )
+        self.smooths = nn.ModuleList(
+            Conv2dNormActivation(WIDTH, WIDTH, groups=WIDTH, activation_layer=nn.ReLU6) for _ in TAPS
+        )
+        self.out_channels = WIDTH
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """Compute the feature maps.
+
+        Parameters
+        ----------
+        x : Tensor
+            Normalized images of shape (N, 3, H, W).
+
+        Returns
+        -------
+        OrderedDict of str to Tensor
+            Four maps "0" to "3", finest first, of shape (N, 64, H / s, W / s) with stride s = 4, 8, 16, 32.
+        """
+        taps = []
+        for index, block in enumerate(self.features):
+            x = block(x)
+            if index in TAPS:
+                taps.append(x)
+        merged = [lateral(tap) for lateral, tap in zip(self.laterals, taps, strict=True)]
+        for level in range(len(merged) - 2, -1, -1):
+            above = functional.interpolate(merged[level + 1], size=merged[level].shape[-2:], mode="nearest")
+            merged[level] = merged[level] + above
+        return OrderedDict((str(level), smooth(merged[level])) for level, smooth in enumerate(self.smooths))
+
+
+def build_detector() -> SSD:
+    """Build the bundled detector's architecture with random weights; downloads nothing.
+
+    Returns
+    -------
+    torchvision.models.detection.SSD
+        An SSD with an SSDLite head on `PyramidBackbone`, for images of 160 x 160 pixels and 11 classes (0 is the
+        background, digit d is d + 1), in train mode.
+    """
+    anchors = DefaultBoxGenerator(
+        aspect_ratios=[[2]] + [[2, 3]] * (len(TAPS) - 1), scales=[side / IMAGE_SIZE for side in ANCHOR_SIDES]
+    )
+    head = SSDLiteHead(
+        [WIDTH] * len(TAPS), anchors.num_anchors_per_location(), len(CLASS_NAMES), norm_layer=nn.BatchNorm2d
+    )
+    return SSD(
+        PyramidBackbone(),
+        anchors,
+        size=(IMAGE_SIZE, IMAGE_SIZE),
+        num_classes=len(CLASS_NAMES),
+        head=head,
+        detections_per_img=100,
+    )
+
+
+def load_detector() -> SSD:
+    """Load the bundled detector: trained weights, stored as float16, as a float32 model on the CPU in eval mode.
+
+    Raises
+    ------
+    FxpruneError
+        The weights are not part of this installation.
+    """
+    from safetensors.torch import load
+
+    stored = load(_read(_data() / WEIGHTS_FILE))
+    detector = build_detector()
+    detector.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
+    )
+    return detector.eval()
+
+
+class CocoFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """Images with boxes from a folder that holds ``annotations.json`` (COCO format) and ``images/``.
+
+    Parameters
+    ----------
+    folder : Traversable
+        A `pathlib.Path` or a folder inside an installed package.
+
+    Attributes
+    ----------
+    annotations : dict
+        The annotations as read; what ``pycocotools.coco.COCO`` takes as its ``dataset``.
+
+    Raises
+    ------
+    FxpruneError
+        The folder has no ``annotations.json``.
+
+    Notes
+    -----
+    An item is ``(image, target)``: a float32 Tensor of shape (3, H, W) in [0, 1], and a dict of ``boxes`` (n, 4)
+    float32 as x1, y1, x2, y2 in pixels, ``labels`` (n,) int64 category ids, and ``image_id`` int.
+    """
+
+    def __init__(self, folder: Traversable) -> None:
+        self.folder = folder
+        self.annotations: dict[str, Any] = json.loads(_read(folder / "annotations.json"))
+        self._boxes: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in self.annotations["images"]}
+        for annotation in self.annotations["annotations"]:
+            self._boxes[annotation["image_id"]].append(annotation)
+
+    def __len__(self) -> int:
+        return len(self.annotations["images"])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        record = self.annotations["images"][index]
+        with Image.open(io.BytesIO(_read(self.folder / "images" / record["file_name"]))) as image:
+            pixels = pil_to_tensor(image.convert("RGB")).float() / 255
+        found = self._boxes[record["id"]]
+        boxes = torch.tensor([box["bbox"] for box in found], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([box["category_id"] for box in found], dtype=torch.int64)
+        return pixels, {"boxes": boxes, "labels": labels, "image_id": record["id"]}
+
+
+def load_dataset(split: Split) -> CocoFolder:
+    """Load bundled images: 200 to validate on ("val"), 64 others to calibrate on ("calibration").
+
+    The two share no digit and no part of a photograph. The COCO ground truth is ``load_dataset(split).annotations``.
+
+    Raises
+    ------
+    FxpruneError
+        There is no such split, or the images are not part of this installation.
+    """
+    if split not in ("val", "calibration"):
+        raise FxpruneError(f"There is no bundled split {split!r}; choose 'val' or 'calibration'.")
+    return CocoFolder(_data() / split)
+
+
+def _data() -> Traversable:
+    return resources.files("fxprune") / "data"
+
+
+def _read(file: Traversable) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise FxpruneError(
+            f"{file} is missing; reinstall fxprune, or run `python -m benchmarks.train_demo`."
+        ) from error

@@ -1,0 +1,159 @@
+"""The main job on the bundled detector: prune it by several criteria and show what each keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+from fxprune.bundled import load_dataset, load_detector
+from fxprune.driver import analyze, apply
+from fxprune.evaluation import evaluate
+from fxprune.plan import Plan
+from fxprune.report import quantity
+from fxprune.selection import check_budget
+from fxprune.timing import Ratio, Timing, interleave, ratio_of
+
+DEMO_CRITERIA = ("grad_delta", "grad_act", "l1", "random")
+BATCH_SIZE = 16
+ROUNDS = 15
+TIMED_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the demo's table: a model, what it scores, and the plan that made it (None: unpruned)."""
+
+    name: str
+    model: nn.Module
+    scores: Mapping[str, float]
+    plan: Plan | None
+
+
+def run_demo(out: Console, err: Console, budget: float = 0.1, criteria: Sequence[str] = DEMO_CRITERIA) -> list[Row]:
+    """Prune the bundled detector by each criterion, evaluate and time every result, print one table.
+
+    Parameters
+    ----------
+    out, err : Console
+        Where the table goes, and the progress bars.
+    budget : float
+        Fraction of FLOPs to remove.
+    criteria : sequence of str
+        Names from `fxprune.attribution.CRITERIA`.
+
+    Returns
+    -------
+    list of Row
+        The unpruned detector first.
+
+    Raises
+    ------
+    BudgetError
+        If the budget is no fraction, or too much.
+    """
+    check_budget(budget)
+    model, val = load_detector(), load_dataset("val")
+    calibration = load_dataset("calibration")
+    samples = [calibration[index] for index in range(len(calibration))]
+    out.print(
+        f"Pruning {budget:.0%} of the FLOPs of a trained SSDLite-MobileNetV2 detector (composed digits:"
+        f" {len(calibration)} calibration images, {len(val)} others to evaluate on)."
+    )
+    rows: list[Row] = []
+    with _progress(err) as progress:
+        names = ("unpruned", *criteria)
+        task = progress.add_task("", total=len(val) * len(names) + ROUNDS)
+        for name in names:
+            progress.update(task, description=f"prune by {name}" if rows else "evaluate the unpruned detector")
+            plan = None if not rows else analyze(model, _batches(samples), criterion=name).plan(budget)
+            pruned = model if plan is None else apply(model, plan)
+            scores = evaluate(pruned, val, progress=_advancing(progress, task))
+            rows.append(Row(name, pruned, scores, plan))
+        progress.update(task, description="time all of them in turn")
+        timings = _time({row.name: row.model for row in rows}, [image for image, _ in samples[:TIMED_IMAGES]])
+        progress.update(task, completed=len(val) * len(names) + ROUNDS)
+    out.print(_table(rows, timings))
+    out.print(_meaning(rows, timings))
+    return rows
+
+
+@contextmanager
+def _progress(err: Console) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        yield progress
+
+
+def _advancing(progress: Progress, task: TaskID) -> Callable[[int], None]:
+    """Return what moves a bar on from where it is now to so many images further."""
+    start = progress.tasks[task].completed
+    return lambda images: progress.update(task, completed=start + images)
+
+
+def _batches(samples: Sequence[tuple[torch.Tensor, dict[str, object]]]) -> Iterable[object]:
+    for start in range(0, len(samples), BATCH_SIZE):
+        images, targets = zip(*samples[start : start + BATCH_SIZE], strict=True)
+        yield list(images), list(targets)
+
+
+def _time(models: Mapping[str, nn.Module], images: list[torch.Tensor]) -> dict[str, Timing]:
+    """Time all models in turn on one batch; the unpruned one stands there twice, to show how far chance goes."""
+
+    def run(model: nn.Module) -> object:
+        with torch.inference_mode():
+            return model.eval()(images)
+
+    functions = {name: (lambda model=model: run(model)) for name, model in models.items()}
+    twice = {"unpruned again": functions["unpruned"], **functions}
+    return interleave(twice, rounds=ROUNDS)
+
+
+def _table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> Table:
+    table = Table(show_lines=True)
+    table.add_column("criterion", no_wrap=True)
+    for column in ("mAP", "mAP50", "FLOPs", "params", "images/s", "speed"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("blocks removed", overflow="fold")
+    before = next(row.plan.before for row in rows if row.plan is not None)
+    for row in rows:
+        cost = before if row.plan is None else row.plan.after
+        removed = "" if row.plan is None else ", ".join(region.name for region in row.plan.removed)
+        timing = timings[row.name]
+        table.add_row(
+            row.name,
+            f"{row.scores['mAP']:.3f}",
+            f"{row.scores['mAP50']:.3f}",
+            f"{quantity(cost.flops)}\n−{1 - cost.flops / before.flops:.1%}" if row.plan else quantity(cost.flops),
+            f"{quantity(cost.params)}\n−{1 - cost.params / before.params:.1%}" if row.plan else quantity(cost.params),
+            f"{TIMED_IMAGES / timing.median_ms * 1e3:.0f}",
+            _speed(ratio_of(timings["unpruned"], timing)) if row.plan else "1.00×",
+            removed,
+        )
+    return table
+
+
+def _speed(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f}×\n{ratio.low:.2f}–{ratio.high:.2f}"
+
+
+def _meaning(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
+    unpruned, ours = rows[0], rows[1]
+    assert ours.plan is not None
+    loss = unpruned.scores["mAP"] - ours.scores["mAP"]
+    cut = 1 - ours.plan.after.flops / ours.plan.before.flops
+    floor = ratio_of(timings["unpruned"], timings["unpruned again"])
+    speed = ratio_of(timings["unpruned"], timings[ours.name])
+    others = "; ".join(f"{row.name} keeps {row.scores['mAP']:.3f}" for row in rows[2:])
+    change = f"{loss:.3f} mAP less" if loss > 0 else f"no loss of mAP ({-loss:+.3f})"
+    return (
+        f"{ours.name} took out {cut:.1%} of the FLOPs for {change}, at {speed.median:.2f}× the speed, without any"
+        f" training{f' ({others})' if others else ''}. Speed is the median of {ROUNDS} interleaved rounds with its"
+        f" quartiles; the unpruned model against itself: {floor.low:.2f}–{floor.high:.2f}×."
+    )

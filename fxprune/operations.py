@@ -1,0 +1,53 @@
+"""Tables of operations: which ones finish the value before them, and which ones add."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from fxprune.graph import class_names, qualified_name
+
+ADDITIONS: frozenset[Any] = frozenset({operator.add, torch.add, "add"})
+"""Targets that sum two values."""
+
+NORM_MODULES = (
+    "torch.nn.modules.batchnorm.",
+    "torch.nn.modules.normalization.",
+    "torch.nn.modules.instancenorm.",
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+)
+"""Prefixes of class names of modules that rescale each channel of what a layer gave."""
+
+ACTIVATION_MODULES = ("torch.nn.modules.activation.", "torch.nn.modules.dropout.", "torch.nn.modules.linear.Identity")
+"""Prefixes of class names of modules that act on each value alone."""
+
+NORM_FUNCTIONS = frozenset(
+    map(qualified_name, (functional.batch_norm, functional.layer_norm, functional.group_norm, functional.instance_norm))
+)
+ACTIVATION_FUNCTIONS = frozenset(
+    qualified_name(function)
+    for function in (
+        *(torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.relu6, functional.silu, functional.gelu),
+        *(functional.hardswish, functional.hardsigmoid, functional.leaky_relu, functional.mish, functional.elu),
+        *(functional.dropout, functional.softplus, functional.selu),
+    )
+) | {"relu", "sigmoid", "tanh", "contiguous"}
+
+
+def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node normalizes: it belongs to the layer right before it."""
+    if node.op == "call_module":
+        return class_names(gm.get_submodule(str(node.target)))[0].startswith(NORM_MODULES)
+    return qualified_name(node.target) in NORM_FUNCTIONS
+
+
+def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node acts on each value alone (activation, dropout): it belongs to whatever is before it."""
+    if node.op == "call_module":
+        layer = gm.get_submodule(str(node.target))
+        return class_names(layer)[0].startswith(ACTIVATION_MODULES) and not isinstance(layer, nn.MultiheadAttention)
+    return qualified_name(node.target) in ACTIVATION_FUNCTIONS

@@ -1,0 +1,159 @@
+"""Compare the time of functions fairly: run them in turn, many times over, and look at ratios round by round.
+
+The latency of one run is noise: the machine grows warm, other programs come and go. What hits a whole round hits every
+function of it, so a ratio taken within a round cancels it. How far such a ratio still strays is measured too: time the
+same function under two names, and no smaller difference between others means anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a function took.
+
+    Attributes
+    ----------
+    name : str
+        What the function was called in the comparison.
+    latency_ms : tuple of float
+        Milliseconds, one a round, in the order of the rounds.
+    """
+
+    name: str
+    latency_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """Median over the rounds."""
+        return float(np.median(self.latency_ms))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long one function took as another.
+
+    Attributes
+    ----------
+    name, base : str
+        The function, and the one it is compared with.
+    median, low, high : float
+        Median and quartiles of the ratios of the rounds; above 1 where `name` is slower.
+    rounds : int
+        Number of rounds.
+    """
+
+    name: str
+    base: str
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    device: torch.device | str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time functions in turn: A, B, C, then B, C, A, then C, A, B, and so on.
+
+    Parameters
+    ----------
+    functions : mapping of str to callable
+        What to time. One function under two names shows how far ratios stray by chance.
+    rounds : int
+        How often each is timed.
+    warmup : int
+        Rounds that run first and are not timed.
+    device : device, optional
+        Where the work is done; a CUDA device is waited for before the clock is read.
+    clock : callable
+        Gives the time in seconds.
+
+    Returns
+    -------
+    dict of str to Timing
+        In the order of `functions`.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to time, no round, or a negative number of rounds to warm up.
+
+    Examples
+    --------
+    >>> timings = interleave({"a": lambda: sum(range(100)), "b": lambda: sum(range(900))}, rounds=9)
+    >>> ratio_of(timings["b"], timings["a"]).rounds
+    9
+    """
+    if not functions:
+        raise ValueError("there is no function to time")
+    if rounds < 1 or warmup < 0:
+        raise ValueError(f"rounds must be 1 or more and warmup 0 or more, got {rounds} and {warmup}")
+    wait = _wait_for(device)
+    latency_ms: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(-warmup, rounds):
+        for name in _rotated(list(functions), index):
+            wait()
+            start = clock()
+            functions[name]()
+            wait()
+            if index >= 0:
+                latency_ms[name].append((clock() - start) * 1e3)
+    return {name: Timing(name, tuple(values)) for name, values in latency_ms.items()}
+
+
+def ratio_of(timing: Timing, base: Timing) -> Ratio:
+    """Compare two functions that were timed together, round by round.
+
+    Parameters
+    ----------
+    timing, base : Timing
+        From one call of `interleave`.
+
+    Returns
+    -------
+    Ratio
+        Of `timing` to `base`.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of rounds differ, or `base` took no measurable time in some round.
+    """
+    if len(timing.latency_ms) != len(base.latency_ms):
+        raise ValueError(
+            f"{timing.name!r} was timed {len(timing.latency_ms)} times and {base.name!r} {len(base.latency_ms)} times;"
+            " ratios are taken within a round, so time them in one call"
+        )
+    if not base.latency_ms or min(base.latency_ms) <= 0:
+        raise ValueError(f"{base.name!r} took no measurable time in some round; give it more work")
+    ratios = np.asarray(timing.latency_ms) / np.asarray(base.latency_ms)
+    low, median, high = (float(value) for value in np.percentile(ratios, (25, 50, 75)))
+    return Ratio(timing.name, base.name, median, low, high, len(ratios))
+
+
+def _rotated(names: list[str], index: int) -> Iterator[str]:
+    start = index % len(names)
+    yield from names[start:] + names[:start]
+
+
+def _wait_for(device: torch.device | str | None) -> Callable[[], None]:
+    """Return what waits for the work on a device; on the CPU calls return when it is done."""
+    if device is None or torch.device(device).type != "cuda":
+        return lambda: None
+    return lambda: torch.cuda.synchronize(device)
