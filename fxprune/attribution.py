@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import LossError, SettingError
-from fxprune.graph import map_tensors
+from fxprune.graph import is_weighted, map_tensors
 from fxprune.interpreting import NodeName
 from fxprune.regions import Region
 
@@ -34,10 +34,17 @@ class Record:
     deltas: dict[str, float] = field(default_factory=dict)
     images: int = 0
     _pending: dict[NodeName | str, list[Tensor]] = field(default_factory=dict)
+    _room: Tensor | None = None
 
     def add(self, key: NodeName | str, value: Tensor) -> None:
         """Note one term of the batch under way, of a node or of a region; nothing is read from the device yet."""
         self._pending.setdefault(key, []).append(value)
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """Return room for a product, reused from one value to the next: large new tensors cost more than the sum."""
+        if self._room is None or self._room.numel() < like.numel() or self._room.dtype != like.dtype:
+            self._room = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        return self._room[: like.numel()].view(like.shape)
 
     def close_batch(self, index: int, images: int) -> None:
         """Take the batch under way into the expectation.
@@ -92,11 +99,12 @@ class RecordingInterpreter(fx.Interpreter):
             self.exits.setdefault(region.exit, []).append(region)
         self.kept = {region.stand_in for found in self.exits.values() for region in found}
         self.stand_ins: dict[str, Tensor] = {}
+        self.weighted = {node.name for node in gm.graph.nodes if is_weighted(gm, node)}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and hook its value."""
         value = super().run_node(n)
-        if n.op == "placeholder":
+        if n.name in self.weighted:
             value = map_tensors(value, _tracked)
         if not isinstance(value, Tensor) or n.op in ("output", "get_attr"):
             return value
@@ -111,23 +119,20 @@ class RecordingInterpreter(fx.Interpreter):
         differences = [(region.name, self.stand_ins[region.stand_in]) for region in self.exits.get(name, ())]
 
         def hook(gradient: Tensor) -> None:
-            self.record.add((self.island, name), _sum_of_products(gradient, activation))
+            scratch = self.record.scratch(gradient)
+            self.record.add((self.island, name), torch.mul(gradient, activation, out=scratch).abs_().sum())
             for region, stand_in in differences:
-                self.record.add(region, _sum_of_products(gradient, activation - stand_in))
+                difference = torch.sub(activation, stand_in, out=scratch)
+                self.record.add(region, difference.mul_(gradient).abs_().sum())
 
         value.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _tracked(value: Tensor) -> Tensor:
-    """Make a value that enters a graph one that gradients reach, even if all weights are frozen."""
+    """Make what a layer gives a value that gradients reach, even if all weights are frozen."""
     if value.is_floating_point() and not value.requires_grad and torch.is_grad_enabled():
         return value.detach().requires_grad_()
     return value
-
-
-def _sum_of_products(gradient: Tensor, value: Tensor) -> Tensor:
-    product: Tensor = torch.linalg.vector_norm(gradient * value, ord=1)
-    return product
 
 
 class AblationInterpreter(fx.Interpreter):
@@ -196,14 +201,14 @@ RegionScore = Callable[[Region, Mapping[str, nn.Module]], float]
 """A caller's own criterion: the region, and its modules with weights by dotted path; larger is more important."""
 
 
-def _grad_delta(evidence: Evidence) -> dict[str, float]:
-    return dict(evidence.record.deltas)
-
-
 def _grad_act(evidence: Evidence) -> dict[str, float]:
     nodes = evidence.record.nodes
-    found = {region.name: nodes.get((region.island, region.exit)) for region in evidence.regions}
-    return {name: score for name, score in found.items() if score is not None}
+    found = {region.name: nodes.get((region.island, region.exit), 0.0) for region in evidence.regions}
+    return {name: score for name, score in found.items() if score}  # zero throughout: the loss does not see it
+
+
+def _grad_delta(evidence: Evidence) -> dict[str, float]:
+    return {name: evidence.record.deltas[name] for name in _grad_act(evidence)}
 
 
 def weight_norm(region: Region, modules: Mapping[str, nn.Module]) -> float:
@@ -226,12 +231,17 @@ def each_region(criterion: RegionScore) -> Callable[[Evidence], dict[str, float]
     """Make a criterion over all regions from one over a single region and its modules."""
 
     def score(evidence: Evidence) -> dict[str, float]:
-        return {
-            region.name: float(
-                criterion(region, {path: evidence.modules[path] for path in region.layers if path in evidence.modules})
-            )
-            for region in evidence.regions
-        }
+        found = {}
+        for region in evidence.regions:
+            modules = {path: evidence.modules[path] for path in region.layers if path in evidence.modules}
+            value = criterion(region, modules)
+            try:
+                found[region.name] = float(value)
+            except (TypeError, ValueError):
+                raise SettingError(
+                    f"the criterion gave {value!r} for region {region.name!r}; scores must be finite numbers"
+                ) from None
+        return found
 
     return score
 
@@ -256,6 +266,6 @@ def criterion_named(criterion: str | RegionScore) -> tuple[str, Criterion]:
     """
     if callable(criterion):
         return getattr(criterion, "__name__", type(criterion).__name__), Criterion(each_region(criterion))
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise SettingError(f"criterion {criterion!r} is not known; known: {', '.join(CRITERIA)}, or a callable")
     return criterion, CRITERIA[criterion]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fxprune.detectors.batch import Adapter, Batch
 from fxprune.errors import BatchError, FxpruneError, LossError
+from fxprune.graph import map_tensors
 
 
 class Calibration:
@@ -29,27 +31,43 @@ class Calibration:
                 " a single batch goes in a list"
             )
         self._rest = iter(loader)
-        first = next(self._rest, None)
-        if first is None:
+        first = next(self._rest, _END)
+        if first is _END:
             raise BatchError("calib_loader yielded no batch; give at least one")
         self.first_raw: Any = first
-        self.labelled = True
+        self._with_labels: list[bool] = []
+
+    @property
+    def targets(self) -> str:
+        """Where the targets of the batches read so far came from, in words."""
+        if all(self._with_labels):
+            return "labels given"
+        own = "the model's own confident outputs"
+        return f"labels given for some batches, {own} for the rest" if any(self._with_labels) else own
 
     def batches(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
         """Yield every batch once; batches without labels get the model's own confident outputs."""
-        index, raw = 0, self.first_raw
-        while raw is not None:
-            yield self.read(model, adapter, raw, index)
-            index, raw = index + 1, next(self._rest, None)
+        for index, raw in enumerate(chain([self.first_raw], self._rest)):
+            batch, labelled = read_batch(model, adapter, raw, index)
+            self._with_labels.append(labelled)
+            yield batch
 
-    def read(self, model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
-        """Normalize one batch; errors name its index."""
-        with _named(index):
-            batch = adapter.normalize(model, raw)
-            if batch.targets is None:
-                self.labelled = False
-                batch = adapter.label(model, batch)
-            return batch
+
+_END = object()
+
+
+def read_batch(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> tuple[Batch, bool]:
+    """Normalize one batch, label it if need be, and say whether it came with labels; errors name its index."""
+    with _named(index):
+        if raw is None:
+            raise BatchError(f"got None; known forms: {adapter.forms}")
+        batch = adapter.normalize(model, map_tensors(raw, _ordinary))
+        return (batch, True) if batch.targets is not None else (adapter.label(model, batch), False)
+
+
+def _ordinary(value: Tensor) -> Tensor:
+    """Copy a tensor that was made in inference mode: gradients cannot pass through those."""
+    return value.clone() if value.is_inference() else value
 
 
 @contextmanager
@@ -85,7 +103,7 @@ def take_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
         text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise BatchError(
-            f"batch {index}: the {adapter.family} could not take its loss: {type(error).__name__}: {text}."
+            f"batch {index}: the {adapter.family} could not take its loss: {type(error).__name__}: {text.rstrip('.')}."
             f" {_label_range(batch)}Known forms: {adapter.forms}"
         ) from error
     if value.numel() != 1:

@@ -12,7 +12,8 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from fxprune.graph import dotted, is_weighted, structure_of
+from fxprune.errors import LossError
+from fxprune.graph import CALLED, dotted, is_weighted, structure_of
 from fxprune.shapes import specs_of
 from fxprune.tracer import StructureTracer
 
@@ -72,10 +73,17 @@ def capture(
         The copy with its islands in place; a `GraphModule` if the whole model is one.
     islands : list of Island
         Outer ones before those nested in what stayed opaque inside them.
+
+    Raises
+    ------
+    LossError
+        If the run called no layer of the model.
     """
     shell = nn.Module()
     shell.add_module("root", model)
     calls = observe(shell, run)
+    if not calls and any(True for _ in model.parameters()):
+        raise LossError(f"the loss does not depend on the model: no layer of {type(model).__name__} was called")
     islands = list(_propose(shell, "root", calls) if root_is_function else _below(shell, "root", calls))
     while True:
         originals = {island.name: shell.get_submodule(island.name) for island in islands}
@@ -223,23 +231,25 @@ def trace_island(
 def _trace_both(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule | str:
     """Trace in train and eval mode; give the graph, or the path of the module that stands in the way."""
     modes = {part: part.training for part in module.modules()}
-    graphs: list[tuple[fx.Graph, dict[str, str]]] = []
+    graphs: list[tuple[fx.Graph, StructureTracer]] = []
     try:
         for training in (True, False):
             module.train(training)
             tracer = StructureTracer(opaque)
             try:
-                graphs.append((tracer.trace(module), tracer.owners))
+                graphs.append((tracer.trace(module), tracer))
             except Exception:  # a forward may fail on symbolic values in any way of its own
                 return tracer.culprit or ""
     finally:
         for part, training in modes.items():
             part.training = training
-    (trained, owners), (evaluated, owners_eval) = graphs
+    (trained, first), (evaluated, second) = graphs
     difference = _first_difference(trained, evaluated)
     if difference is not None:
-        return (owners if difference[0] is trained else owners_eval).get(difference[1], "")
-    return _as_module(module, evaluated)
+        return (first if difference[0] is trained else second).owners.get(difference[1], "")
+    gm = _as_module(module, evaluated)
+    gm.meta[CALLED] = list(second.called)
+    return gm
 
 
 def _first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Graph, str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.analysis import Analysis
+from fxprune.analysis import Analysis, check_cost
 from fxprune.attribution import RegionScore
 from fxprune.capture import install, trace_island
 from fxprune.detectors.choice import like_the_model, network_of
@@ -18,7 +18,7 @@ from fxprune.graph import fingerprint
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.cleanup import remove_dead_code
-from fxprune.plan import IslandRecord, Plan
+from fxprune.plan import Candidate, IslandRecord, Plan
 from fxprune.selection import check_budget
 from fxprune.study import Progress, Study
 from fxprune.verification import verify_graph, verify_weights
@@ -116,6 +116,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """
     if not isinstance(plan, Plan):
         raise PlanError(f"expected a Plan, got {type(plan).__name__}; read a file with Plan.load(path)")
+    unlisted = {region.island for region in plan.removed} - {island.name for island in plan.islands}
+    if unlisted:
+        raise PlanError(f"the plan removes regions of {sorted(unlisted)} but does not list these among its islands")
     network = network_of(model)
     with torch.inference_mode(False):
         shell = nn.Module()
@@ -165,6 +168,7 @@ def compile(
     >>> print(fxprune.report(pruned))                              # doctest: +SKIP
     """
     check_budget(budget)
+    check_cost(cost)
     return apply(model, analyze(model, calib_loader, criterion=criterion, loss=loss, shapes=shapes).plan(budget, cost))
 
 
@@ -201,11 +205,23 @@ def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
     gm = traced[0]
     _warn_of_hooks(record.name, module, gm)
     removed = [region for region in plan.removed if region.island == record.name]
+    _check_nodes(removed, gm)
     arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     bypass_regions(gm, {region.exit: region.stand_in for region in removed})
     remove_dead_code(gm)
     verify_graph(record.name, arguments, gm, {node for region in removed for node in region.nodes})
     install(shell, path, gm)
+
+
+def _check_nodes(removed: list[Candidate], gm: fx.GraphModule) -> None:
+    """Refuse a plan whose regions do not name values of the graph, each stand-in before its exit."""
+    order = {node.name: index for index, node in enumerate(gm.graph.nodes)}
+    for region in removed:
+        for name in (region.exit, region.stand_in):
+            if name not in order:
+                raise PlanError(f"region {region.name!r} names {name!r}, which is no node of its island's graph")
+        if order[region.stand_in] >= order[region.exit]:
+            raise PlanError(f"region {region.name!r} reads {region.stand_in!r}, which comes after {region.exit!r}")
 
 
 def _warn_of_hooks(island: str, module: nn.Module, gm: fx.GraphModule) -> None:

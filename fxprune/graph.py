@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 
 SOURCE, SINK = "<source>", "<sink>"
+CALLED = "fxprune_called"
+"""Key of a captured graph's meta: paths of the modules that were called when it was traced."""
 
 
 def qualified_name(target: Any) -> str:
@@ -135,8 +137,10 @@ def dotted(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def common_name(inside: Iterable[str], outside: Iterable[str]) -> str:
+def common_name(inside: Iterable[str], outside: Iterable[str], called: Iterable[str] = ()) -> str:
     """Shortest dotted path that holds all of `inside` and none of `outside`; first..last where there is none.
+
+    Paths among `called` come first: a list of modules is never called, its only block is.
 
     Examples
     --------
@@ -144,15 +148,21 @@ def common_name(inside: Iterable[str], outside: Iterable[str]) -> str:
     'layer3.4'
     >>> common_name(["b.conv1", "b.conv2"], ["b.down"])
     'b.conv1..conv2'
+    >>> common_name(["m.0.cv1", "m.0.cv2"], ["cv1"], called=["m.0", "m.0.cv1"])
+    'm.0'
     """
     inside, outside = list(inside), list(outside)
     atoms = inside[0].split(".")
-    for length in range(1, len(atoms) + 1):
-        prefix = ".".join(atoms[:length])
-        if all(f"{name}.".startswith(f"{prefix}.") for name in inside) and not any(
-            f"{name}.".startswith(f"{prefix}.") for name in outside
-        ):
-            return prefix
+    prefixes = [".".join(atoms[:length]) for length in range(1, len(atoms) + 1)]
+    fitting = [
+        prefix
+        for prefix in prefixes
+        if all(f"{name}.".startswith(f"{prefix}.") for name in inside)
+        and not any(f"{name}.".startswith(f"{prefix}.") for name in outside)
+    ]
+    if fitting:
+        known = set(called)
+        return next((prefix for prefix in fitting if prefix in known), fitting[0])
     first, last = inside[0].split("."), inside[-1].split(".")
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(last))
     return inside[0] if len(inside) == 1 else f"{inside[0]}..{'.'.join(last[shared:])}"

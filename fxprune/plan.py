@@ -182,8 +182,13 @@ def _read(kind: Any, row: Any, where: str) -> Any:
         raise PlanError(f"plan field {where!r} has unknown {unknown}")
     scalars: dict[str, Any] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
     for name, annotation in expected.items():
-        if annotation in scalars and not isinstance(row[name], scalars[annotation]):
-            raise PlanError(f"plan field '{where}.{name}' should be {annotation}, is {row[name]!r}")
-        if annotation.startswith("tuple[str") and not isinstance(row[name], (list, tuple)):
-            raise PlanError(f"plan field '{where}.{name}' should be a list, is {row[name]!r}")
+        value = row[name]
+        flag = isinstance(value, bool) and annotation != "bool"
+        if annotation in scalars and (flag or not isinstance(value, scalars[annotation])):
+            raise PlanError(f"plan field '{where}.{name}' should be {annotation}, is {value!r}")
+        if annotation.startswith("Mapping") and not isinstance(value, Mapping):
+            raise PlanError(f"plan field '{where}.{name}' should be an object, is {value!r}")
+        names = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+        if annotation.startswith("tuple[str") and not names:
+            raise PlanError(f"plan field '{where}.{name}' should be a list of strings, is {value!r}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})

@@ -14,6 +14,7 @@ import networkx as nx
 from torch import fx
 
 from fxprune.graph import (
+    CALLED,
     SINK,
     SOURCE,
     common_name,
@@ -221,7 +222,11 @@ class _Finder:
         layers = self.layers_of(inside)
         everything = self.layers_of(self.work)
         others = [path for path in everything if path not in set(layers)]
-        name = self.island if not others and self.island else dotted(self.island, common_name(layers, others))
+        name = (
+            self.island
+            if not others and self.island
+            else dotted(self.island, common_name(layers, others, self.gm.meta.get(CALLED, ())))
+        )
         return Region(
             name=name,
             kind=kind,
@@ -246,12 +251,14 @@ class _Finder:
     def _reason(self, name: str) -> str:
         if name not in self.shapes.values:
             return self.shapes.failure or "its output is not one tensor"
+        for entry in self.above(name):
+            if self.shapes.agree_here(entry, name):
+                between = set(self.members(self.bits(nx.ancestors(self.flow, name)) & self.dominated[entry])) - {entry}
+                readers = {reader for member in between for reader in self.flow.successors(member)}
+                outside = sorted("the output" if reader == SINK else reader for reader in readers - between - {name})
+                if outside:
+                    return f"it could become {entry!r}, but what lies between is also read by {', '.join(outside[:3])}"
         sources = [source.name for source in self.nodes[name].all_input_nodes if source.name in self.shapes.values]
-        if sources and self.shapes.agree_here(sources[0], name):
-            inside = self.finished[name] & self.dominated[sources[0]]
-            readers = {reader for member in self.members(inside) for reader in self.flow.successors(member)}
-            outside = sorted(readers - set(self.members(inside)) - {SINK})
-            return f"something else feeds it or reads from inside it ({', '.join(outside[:3]) or 'the output'})"
         before = "x".join(map(str, self.shapes.sizes(sources[0])[1:])) if sources else "nothing"
         after = "x".join(map(str, self.shapes.sizes(name)[1:]))
         change = f"it turns {before} into {after}" if before != after else "its shape is not provably that of its input"

@@ -158,7 +158,7 @@ def report(pruned: nn.Module) -> Report:
 def quantity(value: float) -> str:
     """Write a count with an SI prefix: ``quantity(12_300_000) == "12.3M"``."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= factor * 0.9995:  # what rounds to 1000 of the smaller unit is 1 of this one
             return f"{value / factor:.3g}{prefix}"
     return f"{value:.0f}"
 

@@ -21,7 +21,7 @@ from fxprune.attribution import (
     criterion_named,
     weight_norm,
 )
-from fxprune.calibration import Calibration, take_loss
+from fxprune.calibration import Calibration, read_batch, take_loss
 from fxprune.capture import Island, capture
 from fxprune.costs import ParameterGroup, count_flops, count_params, group_parameters
 from fxprune.detectors.batch import Adapter, Batch, narrower
@@ -80,7 +80,7 @@ class Study:
         calibration = Calibration(calib_loader)
         adapter = choose_adapter(model, calibration.first_raw, self.loss)
         adapter.prepare(model)
-        first = calibration.read(model, adapter, calibration.first_raw, 0)
+        first, _ = read_batch(model, adapter, calibration.first_raw, 0)
         self._say("capture", 0, 1)
         captured = self.capture(model, adapter, first)
         self._say("capture", 1, 1)
@@ -106,7 +106,7 @@ class Study:
             "family": adapter.family,
             "images": record.images,
             "batches": batches,
-            "targets": "labels given" if calibration.labelled else "the model's own confident outputs",
+            "targets": calibration.targets,
             "versions": _versions(),
         }
         return Analysis(
@@ -229,7 +229,7 @@ def _candidates(
     """Join regions with scores and costs; those without a score are refused, never taken for unimportant."""
     wrong = next((region.name for region in regions if not abs(scores.get(region.name, 0.0)) < float("inf")), None)
     if wrong is not None:
-        raise SettingError(f"the criterion gave {scores[wrong]} for region {wrong!r}; scores must be finite")
+        raise SettingError(f"the criterion gave {scores[wrong]} for region {wrong!r}; scores must be finite numbers")
     scored = [region for region in regions if region.name in scores]
     reason = "no gradient reached it on any calibration batch, so its importance is not known"
     refused = [Rejection(region.name, reason) for region in regions if region.name not in scores]

@@ -67,6 +67,10 @@ class StructureTracer(fx.Tracer):
     ----------
     culprit : str or None
         Path of the innermost module whose forward raised while it was traced; "" is the root.
+    owners : dict
+        By node name, the module whose forward made it.
+    called : dict
+        Paths of all modules that were called, in order.
     """
 
     def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
@@ -74,6 +78,7 @@ class StructureTracer(fx.Tracer):
         self.opaque = opaque
         self.culprit: str | None = None
         self.owners: dict[str, str] = {}
+        self.called: dict[str, None] = {}
         self._active = [""]
         self._overwritten: dict[fx.Node, fx.Node] = {}
 
@@ -86,6 +91,7 @@ class StructureTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace a module call and note which module a failure came from."""
         path = self.path_of_module(m)
+        self.called[path] = None
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self._active.append(path)

@@ -38,7 +38,7 @@ def network_of(model: Any) -> nn.Module:
     Raises
     ------
     ModelError
-        If it is no module, is wrapped (says how to unwrap), or its weights are on the meta device or quantized.
+        If it is no module, is wrapped (says how to unwrap), or its weights are on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -46,7 +46,7 @@ def network_of(model: Any) -> nn.Module:
         if name in _WRAPPERS:
             raise ModelError(f"the model is wrapped in {type(model).__name__}: {_WRAPPERS[name]}")
     network = ultralytics.unwrap(model) if ultralytics.is_wrapper(model) else model
-    if any(parameter.is_meta for parameter in network.parameters()):
+    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         raise ModelError("the model's weights are on the meta device; load them first")
     return network
 

@@ -58,6 +58,8 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross entropy, mean over the images, with every module in eval mode."""
     logits, labels = predict(model, batch), batch.targets
+    if labels.ndim == 2 and labels.shape != logits.shape:
+        raise BatchError(f"labels have {labels.shape[1]} classes, the model {logits.shape[1]}")
     if labels.ndim == 1 and (int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]):
         raise BatchError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, the model knows 0 to {logits.shape[1] - 1}"

@@ -59,8 +59,16 @@ def _read_target(target: Mapping[str, Any], device: torch.device) -> dict[str, A
     if missing:
         raise BatchError(f"a target lacks {sorted(missing)}, it has {sorted(map(str, target))}; known forms: {FORMS}")
     read = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
-    boxes = torch.as_tensor(read["boxes"], dtype=torch.float32, device=device).reshape(-1, 4)
-    labels = torch.as_tensor(read["labels"], dtype=torch.int64, device=device).reshape(-1)
+    try:
+        boxes = torch.as_tensor(read["boxes"], dtype=torch.float32, device=device)
+        labels = torch.as_tensor(read["labels"], dtype=torch.int64, device=device).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BatchError(f"boxes or labels cannot be read as numbers ({error}); known forms: {FORMS}") from error
+    if boxes.numel() and (boxes.ndim != 2 or boxes.shape[1] != 4):
+        raise BatchError(f"boxes have shape {tuple(boxes.shape)}; boxes are (n, 4), [x1, y1, x2, y2] in pixels")
+    boxes = boxes.reshape(-1, 4)
+    if not bool(torch.isfinite(boxes).all()):
+        raise BatchError("a box holds NaN or infinity")
     if len(boxes) != len(labels):
         raise BatchError(f"a target has {len(boxes)} boxes but {len(labels)} labels")
     if len(labels) and int(labels.min()) < 0:

@@ -81,6 +81,11 @@ def normalize(model: nn.Module, raw: Any) -> Batch:
 
 
 def _check_targets(model: nn.Module, targets: Mapping[str, Any], count: int) -> None:
+    for key in ("cls", "bboxes", "batch_idx"):
+        if not isinstance(targets[key], Tensor):
+            raise BatchError(f"{key} should be a tensor, got {type(targets[key]).__name__}; known forms: {FORMS}")
+    if targets["bboxes"].numel() and (targets["bboxes"].ndim != 2 or targets["bboxes"].shape[1] != 4):
+        raise BatchError(f"bboxes have shape {tuple(targets['bboxes'].shape)}; they are (n, 4), xywh in [0, 1]")
     classes, boxes, index = targets["cls"].reshape(-1), targets["bboxes"], targets["batch_idx"].reshape(-1)
     if not len(classes) == len(boxes) == len(index):
         raise BatchError(f"{len(classes)} cls, {len(boxes)} bboxes and {len(index)} batch_idx should be equally many")
@@ -92,9 +97,13 @@ def _check_targets(model: nn.Module, targets: Mapping[str, Any], count: int) -> 
             f"cls runs from {int(classes.min())} to {int(classes.max())}, the model knows 0 to {known - 1}"
         )
     if int(index.min()) < 0 or int(index.max()) >= count:
-        raise BatchError(f"batch_idx runs to {int(index.max())}, the batch has {count} images")
+        raise BatchError(f"batch_idx runs from {int(index.min())} to {int(index.max())}, the batch has {count} images")
+    if not bool(torch.isfinite(boxes).all()):
+        raise BatchError("bboxes hold NaN or infinity")
     if float(boxes.min()) < 0 or float(boxes.max()) > 1:
         raise BatchError("bboxes leave [0, 1]; ultralytics boxes are xywh divided by the image's width and height")
+    if bool((boxes[:, 2:] <= 0).any()):
+        raise BatchError("a box has no positive width and height; ultralytics boxes are xywh in [0, 1]")
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:

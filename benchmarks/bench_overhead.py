@@ -1,0 +1,252 @@
+"""What an attribution pass costs, against a plain training step and against Captum; and how long capture takes.
+
+    python -m benchmarks.bench_overhead [--rounds 7] [--only overhead captum capture] [--systems NAME ...]
+                                        [--clock cpu --threads 1]
+
+Everything that is compared takes the same loss of the same batch with norms in eval mode, and runs interleaved; a
+ratio is the median over the rounds with its quartiles, and beside it stands that of a function to itself (A/A), below
+which nothing means anything. Rows go to ``benchmarks/results/bench_overhead.jsonl``.
+
+- ``overhead``: forward, backward and the reduction of every node and region to numbers, as `fxprune.analyze` does it,
+  against forward and backward with gradients of all weights (a training step without its optimizer), and against
+  forward and backward with frozen weights and gradients of the images.
+- ``captum``: against `captum.attr.LayerGradientXActivation` on ResNet-50, layer after layer, timed on a few layers
+  evenly spread over the depth and scaled to all, and with all layers in one call; and whether the numbers agree.
+- ``capture``: capture, shape proof and regions of one image's batch, in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.systems import SIX, System, add_options, chosen, sizes_of, write_rows
+from fxprune.attribution import Record
+from fxprune.calibration import Calibration
+from fxprune.detectors.batch import Adapter, Batch
+from fxprune.detectors.choice import choose_adapter
+from fxprune.isolation import private_copy
+from fxprune.study import Captured, Study
+from fxprune.timing import Timing, interleave, ratio_of
+
+PARTS = ("overhead", "captum", "capture")
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""``cpu`` counts the processor's time in this process: on a machine that others use too, with one thread."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A private copy of a model with frozen weights, its adapter, and a batch of its own in the adapter's form."""
+
+    model: nn.Module
+    raw: Any
+    adapter: Adapter
+    batch: Batch
+
+
+def prepare(model: nn.Module, raw: Any) -> Prepared:
+    """Copy a model and a batch, so that what one function does to them is not seen by another."""
+    twin, own = private_copy(model), copy.deepcopy(raw)
+    adapter = choose_adapter(twin, own, None)
+    adapter.prepare(twin)
+    return Prepared(twin, own, adapter, Calibration([own]).read(twin, adapter, own, 0))
+
+
+def capture_of(study: Study, ready: Prepared) -> Captured:
+    """Capture a prepared model and find its regions."""
+    return study.capture(ready.model, ready.adapter, ready.batch)
+
+
+def recording_pass(model: nn.Module, raw: Any) -> Callable[[], Record]:
+    """Make the attribution pass of `fxprune.analyze` over one batch; every node and region is recorded."""
+    study, ready = Study("grad_delta", None, "proved", 0), prepare(model, raw)
+    captured = capture_of(study, ready)
+    return lambda: study._record(captured, ready.adapter, Calibration([ready.raw]))[0]
+
+
+def bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
+    """Make a forward and backward pass of the model as it was given.
+
+    Gradients go to all weights, or, with `frozen` weights, to the images.
+    """
+    ready = prepare(model, raw)
+    inputs = tree_leaves(ready.batch.images) if frozen else list(ready.model.parameters())
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def run() -> None:
+        torch.manual_seed(0)
+        for tensor in inputs:
+            tensor.grad = None
+        ready.adapter.loss(ready.model, ready.batch).backward()  # type: ignore[no-untyped-call]
+
+    return run
+
+
+def compared(timings: dict[str, Timing], name: str, base: str) -> dict[str, Any]:
+    """One ratio as plain data."""
+    ratio = ratio_of(timings[name], timings[base])
+    return {key: round(getattr(ratio, key), 4) for key in ("median", "low", "high")}
+
+
+def measure_overhead(system: System, options: argparse.Namespace) -> dict[str, Any]:
+    """Time the attribution pass of a system against bare passes."""
+    sizes, rounds = sizes_of(options), options.rounds
+    model, raw = system.build(sizes)
+    recording, training = recording_pass(model, raw), bare_pass(model, raw, frozen=False)
+    record = recording()
+    functions: dict[str, Callable[[], object]] = {
+        "recording": recording,
+        "training": training,
+        "frozen": bare_pass(model, raw, frozen=True),
+        "training again": training,
+    }
+    timings = interleave(functions, rounds=rounds, clock=CLOCKS[options.clock])
+    return {
+        "part": "overhead",
+        "system": system.name,
+        "images": record.images,
+        "nodes": len(record.nodes),
+        "regions": len(record.deltas),
+        "recording_ms": round(timings["recording"].median_ms, 1),
+        "training_ms": round(timings["training"].median_ms, 1),
+        "frozen_ms": round(timings["frozen"].median_ms, 1),
+        "over_training": compared(timings, "recording", "training"),
+        "over_frozen": compared(timings, "recording", "frozen"),
+        "floor": compared(timings, "training again", "training"),
+        "rounds": rounds,
+    }
+
+
+def captum_layers(model: nn.Module) -> list[str]:
+    """Paths of the leaf modules that one forward pass calls once; Captum keeps one value a module."""
+    leaves = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear)
+    return [name for name, module in model.named_modules() if isinstance(module, leaves)]
+
+
+def captum_pass(model: nn.Module, raw: Any, names: Sequence[str], at_once: bool) -> Callable[[], dict[str, float]]:
+    """Make a pass that gives ``E [sum |dL/dA * A|]`` of layers with Captum: in one call, or one layer a call."""
+    from captum.attr import LayerGradientXActivation
+
+    ready = prepare(model, raw)
+    for module in ready.model.modules():  # an in-place ReLU would overwrite the activation that Captum reads
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    layers = [ready.model.get_submodule(name) for name in names]
+    images, labels = ready.batch.images, ready.batch.targets
+
+    def loss(images: Tensor) -> Tensor:
+        return functional.cross_entropy(ready.model(images), labels).reshape(1)
+
+    def run() -> dict[str, float]:
+        calls = [layers] if at_once else layers
+        found = [LayerGradientXActivation(loss, call).attribute(images) for call in calls]
+        return {name: float(value.detach().abs().sum()) for name, value in zip(names, tree_leaves(found), strict=True)}
+
+    return run
+
+
+def measure_captum(options: argparse.Namespace) -> dict[str, Any]:
+    """Time the attribution pass of ResNet-50 against Captum over the same layers."""
+    sizes, rounds, sample = sizes_of(options), options.captum_rounds, options.captum_layers
+    model, raw = SIX[0].build(sizes)
+    names = captum_layers(model)
+    spread = torch.linspace(0, len(names) - 1, min(sample or len(names), len(names))).round().long().tolist()
+    some = [names[index] for index in spread]
+    recording = recording_pass(model, raw)
+    together = captum_pass(model, raw, names, at_once=True)
+    ours, theirs = recording().nodes, together()
+    apart = [abs(ours["", name.replace(".", "_")] / theirs[name] - 1) for name in names]
+    functions: dict[str, Callable[[], object]] = {
+        "recording": recording,
+        "each": captum_pass(model, raw, some, at_once=False),
+        "together": together,
+        "recording again": recording,
+    }
+    timings = interleave(functions, rounds=rounds, clock=CLOCKS[options.clock])
+    scale = len(names) / len(some)
+    each = {key: round(value * scale, 2) for key, value in compared(timings, "each", "recording").items()}
+    return {
+        "part": "captum",
+        "system": SIX[0].name,
+        "images": sizes.classifier_images,
+        "layers": len(names),
+        "layers_timed": len(some),
+        "recording_ms": round(timings["recording"].median_ms, 1),
+        "each_layer_ms": round(timings["each"].median_ms * scale, 1),
+        "together_ms": round(timings["together"].median_ms, 1),
+        "each_layer_over_recording": each,
+        "together_over_recording": compared(timings, "together", "recording"),
+        "floor": compared(timings, "recording again", "recording"),
+        "largest_relative_difference": float(f"{max(apart):.1e}"),
+        "rounds": rounds,
+    }
+
+
+def measure_capture(system: System, options: argparse.Namespace) -> dict[str, Any]:
+    """Time capture, shape proof and regions of a system on one image."""
+    rounds, clock = options.captures, CLOCKS[options.clock]
+    model, raw = system.build(sizes_of(options), images=1)
+    study = Study("grad_delta", None, "proved", 0)
+    ready = iter([prepare(model, raw) for _ in range(rounds)])
+    functions = {"capture": lambda: capture_of(study, next(ready))}
+    timing = interleave(functions, rounds=rounds, warmup=0, clock=clock)["capture"]
+    seconds = [round(latency / 1e3, 2) for latency in timing.latency_ms]
+    return {"part": "capture", "system": system.name, "capture_s": round(timing.median_ms / 1e3, 2), "each_s": seconds}
+
+
+def measure(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all parts asked for."""
+    clock = {"clock": options.clock}
+    for system in chosen(options):
+        with console.status(system.name):
+            if "capture" in options.only:
+                yield measure_capture(system, options) | clock
+            if "overhead" in options.only:
+                yield measure_overhead(system, options) | clock
+    if "captum" in options.only:
+        with console.status("captum"):
+            yield measure_captum(options) | clock
+
+
+def show(rows: Sequence[dict[str, Any]]) -> Table:
+    """Lay rows out as a table: a ratio is its median and quartiles."""
+    table = Table("part", "system", "measured", "value")
+    for row in rows:
+        skipped = ("part", "system", "machine")
+        for index, (key, value) in enumerate((k, v) for k, v in row.items() if k not in skipped):
+            if isinstance(value, dict):
+                value = f"{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+            table.add_row(*((row["part"], row["system"]) if not index else ("", "")), key, str(value))
+        table.add_section()
+    return table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write the rows, print the table."""
+    parser = argparse.ArgumentParser(description="What an attribution pass costs.")
+    add_options(parser)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--captures", type=int, default=3, help="how often each capture is timed")
+    parser.add_argument("--captum-rounds", type=int, default=3)
+    parser.add_argument("--captum-layers", type=int, default=11, help="layers to time one by one; 0 for all")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: on a machine that is in use")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    Console().print(show(write_rows("bench_overhead", measure(options, Console(stderr=True)))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What can be removed from each system: regions, the largest share of FLOPs, and what a 10 % budget takes.
+
+    python -m benchmarks.bench_systems [--all] [--systems NAME ...] [--detector-px 320]
+
+Weights are random, so the scores are too: that a budget of 10 % can be met, with which kinds of regions and at what
+overshoot, holds for any weights; which of several like blocks it names does not. Rows go to
+``benchmarks/results/bench_systems.jsonl``; stdout is a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+import fxprune
+from benchmarks.systems import Sizes, System, add_options, chosen, sizes_of, write_rows
+from fxprune.analysis import Analysis, conflicts
+
+BUDGET = 0.1
+IMAGES = 2
+
+
+def largest_share(analysis: Analysis) -> float:
+    """Largest fraction of a model's FLOPs that any choice of its regions removes.
+
+    Regions that do not conflict share no node, so their FLOPs add up: a heaviest independent set, solved exactly.
+    """
+    flops = np.array([region.flops for region in analysis.regions]) / analysis.before.flops
+    pairs = conflicts(analysis.regions)
+    rows = np.zeros((len(pairs), len(flops)))
+    for row, pair in zip(rows, pairs, strict=True):
+        row[list(pair)] = 1
+    limits = [LinearConstraint(rows, -np.inf, 1)] if pairs else []
+    result = milp(-flops, constraints=limits, integrality=np.ones_like(flops), bounds=Bounds(0, 1))
+    return float(flops @ np.round(result.x))
+
+
+def measure(system: System, sizes: Sizes) -> dict[str, Any]:
+    """Analyze one system and plan for the budget; what cannot be done is said in the row."""
+    model, batch = system.build(sizes, IMAGES)
+    row: dict[str, Any] = {"system": system.name, "family": system.family}
+    start = time.perf_counter()
+    try:
+        analysis = fxprune.analyze(model, [batch])
+    except fxprune.FxpruneError as error:
+        return row | {"error": f"{type(error).__name__}: {error}"}
+    row["analyze_s"] = round(time.perf_counter() - start, 2)
+    row["islands"] = len(analysis.islands)
+    row["regions"], row["blocks"] = len(analysis.regions), analysis.before.blocks
+    row["rejections"] = len(analysis.rejections)
+    row["gflops"] = round(analysis.before.flops / 1e9, 3)
+    row["largest_share"] = round(largest_share(analysis), 4)
+    return row | planned(analysis)
+
+
+def planned(analysis: Analysis) -> dict[str, Any]:
+    """What the budget removes, or why it removes nothing."""
+    start = time.perf_counter()
+    try:
+        plan = analysis.plan(BUDGET)
+    except fxprune.BudgetError as error:
+        return {"budget": BUDGET, "removed": [], "refused": str(error)}
+    return {
+        "budget": BUDGET,
+        "removed": [{"name": region.name, "kind": region.kind} for region in plan.removed],
+        "flops_removed": round(1 - plan.after.flops / plan.before.flops, 4),
+        "params_removed": round(1 - plan.after.params / plan.before.params, 4),
+        "plan_s": round(time.perf_counter() - start, 3),
+    }
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay rows out as a Markdown table."""
+    lines = [
+        f"| system | regions (outermost) | FLOPs removable at most | a {BUDGET:.0%} budget removes | FLOPs | parameters"
+        " | analyze, s |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    return "\n".join([*lines, *map(_line, rows)])
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['system']} | | | {row['error'].splitlines()[0]} | | | |"
+    names = [f"`{gone['name']}`" + (" (drop)" if gone["kind"] == "drop" else "") for gone in row["removed"]]
+    shares = [f"{row[key]:.1%}" if key in row else "" for key in ("flops_removed", "params_removed")]
+    cells = [
+        row["system"],
+        f"{row['regions']} ({row['blocks']})",
+        f"{row['largest_share']:.1%}",
+        ", ".join(names) or row["refused"],
+        *shares,
+        f"{row['analyze_s']:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the systems, write the rows, print the table."""
+    parser = argparse.ArgumentParser(description="What can be removed from each system.")
+    add_options(parser)
+    parser.add_argument("--all", action="store_true", help="more systems than the six")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    console = Console(stderr=True)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for system in chosen(options, options.all):
+            with console.status(system.name):
+                yield measure(system, sizes_of(options))
+
+    print(markdown(write_rows("bench_systems", rows())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The integer program against brute force."""
+
+from __future__ import annotations
+
+from itertools import chain, combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxprune.errors import BudgetError
+from fxprune.selection import Item, check_budget, select
+
+Instance = tuple[list[float], list[Item], list[tuple[int, int]], float, float]
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> Instance:
+    """Small selection problems, items shared between candidates among them."""
+    count = draw(st.integers(1, 6))
+    importance = draw(st.lists(st.integers(0, 9).map(float), min_size=count, max_size=count))
+    need = st.frozensets(st.integers(0, count - 1), max_size=3)
+    item = st.builds(
+        lambda size, needs: Item(float(size), tuple(needs)), st.integers(1, 20), st.lists(need, max_size=2)
+    )
+    items = draw(st.lists(item, min_size=1, max_size=8))
+    pairs = list(combinations(range(count), 2))
+    conflicts = draw(st.lists(st.sampled_from(pairs), unique=True, max_size=4)) if pairs else []
+    return importance, items, conflicts, 40.0, draw(st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.8]))
+
+
+def saved(items: list[Item], chosen: set[int]) -> float:
+    return sum(item.size for item in items if item.needs and all(need & chosen for need in item.needs))
+
+
+def feasible(instance: Instance) -> list[set[int]]:
+    importance, items, conflicts, total, budget = instance
+    subsets = chain.from_iterable(combinations(range(len(importance)), k) for k in range(len(importance) + 1))
+    sets = [set(subset) for subset in subsets]
+    free = [chosen for chosen in sets if not any({a, b} <= chosen for a, b in conflicts)]
+    return [chosen for chosen in free if saved(items, chosen) >= budget * total]
+
+
+@settings(max_examples=150, deadline=None)
+@given(instances())
+def test_choice_is_of_least_importance_then_of_least_overshoot(instance: Instance) -> None:
+    importance, items, conflicts, total, budget = instance
+    possible = feasible(instance)
+    if not possible:
+        with pytest.raises(BudgetError, match="at most"):
+            select(importance, items, conflicts, total, budget)
+        return
+    chosen = set(select(importance, items, conflicts, total, budget))
+    least = min(sum(importance[i] for i in subset) for subset in possible)
+    cheapest = min(saved(items, s) for s in possible if sum(importance[i] for i in s) == least)
+    assert chosen in possible
+    assert sum(importance[i] for i in chosen) == least
+    assert saved(items, chosen) == cheapest
+
+
+def test_a_negative_importance_is_no_reason_to_remove_more() -> None:
+    items = [Item(10.0, (frozenset([0]),)), Item(10.0, (frozenset([1]),))]
+    assert len(select([-5.0, -1.0], items, [], 100.0, 0.1)) == 1
+
+
+def test_shared_weights_are_saved_only_with_their_last_reader() -> None:
+    shared = Item(50.0, (frozenset([0]), frozenset([1])))
+    assert select([1.0, 1.0, 9.0], [shared, Item(20.0, (frozenset([2]),))], [], 100.0, 0.3) == [0, 1]
+
+
+def test_scores_of_very_different_size_are_told_apart() -> None:
+    items = [Item(10.0, (frozenset([i]),)) for i in range(4)]
+    assert select([1e-12, 3e-12, 1e6, 2e-12], items, [], 100.0, 0.2) in ([0, 3], [0, 1], [1, 3])
+    assert select([5.0, 1.0, 1e4, 2.0], items, [], 100.0, 0.2) == [1, 3]
+
+
+@pytest.mark.parametrize("budget", [0, 1, -0.1, 1.5, float("nan"), "0.1", None, True])
+def test_what_is_no_fraction_is_refused(budget: object) -> None:
+    with pytest.raises(BudgetError, match="between 0 and 1"):
+        check_budget(budget)
+
+
+def test_an_impossible_budget_says_what_is_possible() -> None:
+    with pytest.raises(BudgetError, match=r"30\.0% at most"):
+        select([1.0], [Item(30.0, (frozenset([0]),))], [], 100.0, 0.5)

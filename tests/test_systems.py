@@ -1,0 +1,226 @@
+"""Six systems and more, by code that names none of them: pruned at 10 %, and still what they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxprune
+from fxprune.detectors.choice import choose_adapter, network_of
+
+classification, detection = torchvision.models, torchvision.models.detection
+
+
+@dataclass(frozen=True)
+class System:
+    """A model, one calibration batch, and how to make an image batch of another size for it."""
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[int, int], Any]
+    sizes: tuple[tuple[int, int], ...]
+    slow: bool = True
+
+
+def classified(height: int, width: int) -> tuple[Tensor, Tensor]:
+    return torch.rand(2, 3, height, width), torch.tensor([1, 3])
+
+
+def boxed(height: int, width: int, **extra: Callable[[], Any]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    boxes = torch.tensor([[4.0, 6.0, 40.0, 44.0], [20.0, 10.0, 60.0, 50.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([1, 1])}
+    sizes = ((height, width), (width, height))
+    images = [torch.rand(3, *size) for size in sizes]
+    return images, [{**target, **{key: make() for key, make in extra.items()}} for _ in images]
+
+
+def masked(height: int, width: int) -> Any:
+    images, targets = boxed(height, width)
+    for image, target in zip(images, targets, strict=True):
+        target["masks"] = torch.ones(2, *image.shape[-2:], dtype=torch.uint8)
+    return images, targets
+
+
+def keyed(height: int, width: int) -> Any:
+    return boxed(height, width, keypoints=lambda: torch.tensor([[[20.0, 20.0, 1.0]] * 17] * 2))
+
+
+def batched(height: int, width: int) -> dict[str, Tensor]:
+    return {
+        "img": torch.rand(2, 3, height, width),
+        "cls": torch.tensor([[1.0], [2.0], [3.0]]),
+        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.5]] * 3),
+        "batch_idx": torch.tensor([0.0, 0.0, 1.0]),
+    }
+
+
+def classifier(name: str, *sizes: tuple[int, int], slow: bool = True, **options: Any) -> System:
+    sizes = sizes or ((64, 64), (96, 64), (64, 128))
+    return System(lambda: getattr(classification, name)(num_classes=10, **options), classified, sizes, slow)
+
+
+def detector(name: str, batch: Callable[[int, int], Any] = boxed, slow: bool = True, **options: Any) -> System:
+    def build() -> nn.Module:
+        return getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3, **options)
+
+    return System(build, batch, ((96, 128), (128, 96), (96, 160)), slow)
+
+
+def yolo(name: str, kind: str = "YOLO", slow: bool = True) -> System:
+    def build() -> nn.Module:
+        ultralytics = pytest.importorskip("ultralytics")
+        return getattr(ultralytics, kind)(f"{name}.yaml")
+
+    return System(build, batched, ((128, 160), (160, 128), (192, 192)), slow)
+
+
+small: dict[str, Any] = {"min_size": 96, "max_size": 160}
+SYSTEMS: dict[str, System] = {
+    "resnet50": classifier("resnet50", slow=False),
+    "mobilenet_v2": classifier("mobilenet_v2", slow=False),
+    "shufflenet_v2_x1_0": classifier("shufflenet_v2_x1_0", slow=False),
+    "fasterrcnn_resnet50_fpn": detector("fasterrcnn_resnet50_fpn", slow=False, **small),
+    "retinanet_resnet50_fpn": detector("retinanet_resnet50_fpn", slow=False, **small),
+    "yolov8n": yolo("yolov8n", slow=False),
+    "retinanet_resnet50_fpn_v2": detector("retinanet_resnet50_fpn_v2", **small),
+    "fcos_resnet50_fpn": detector("fcos_resnet50_fpn", **small),
+    "maskrcnn_resnet50_fpn": detector("maskrcnn_resnet50_fpn", masked, **small),
+    "keypointrcnn_resnet50_fpn": System(
+        lambda: detection.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None, **small),
+        keyed,
+        ((96, 128), (128, 96), (96, 160)),
+    ),
+    "ssdlite320_mobilenet_v3_large": detector("ssdlite320_mobilenet_v3_large", slow=False),
+    "ssd300_vgg16": detector("ssd300_vgg16"),
+    "regnet_y_400mf": classifier("regnet_y_400mf"),
+    "efficientnet_b0": classifier("efficientnet_b0", slow=False),
+    "convnext_tiny": classifier("convnext_tiny"),
+    "vit_b_32": classifier("vit_b_32", (224, 224), image_size=224),
+    "googlenet": classifier("googlenet", slow=False, init_weights=False, aux_logits=False),
+    "mobilenet_v3_small": classifier("mobilenet_v3_small"),
+    "yolov5n": yolo("yolov5n"),
+    "yolov9t": yolo("yolov9t"),
+    "yolov10n": yolo("yolov10n"),
+    "yolo11n": yolo("yolo11n", slow=False),
+    "yolo12n": yolo("yolo12n"),
+    "yolo26n": yolo("yolo26n"),
+    "rtdetr-l": yolo("rtdetr-l", "RTDETR"),
+}
+
+
+def structure(value: Any) -> Any:
+    """Containers, and rank and dtype of every tensor in them."""
+    leaves, tree = tree_flatten(value)
+    return str(tree), [(leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+
+
+def flops_of(network: nn.Module, images: Any) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(images)
+    return int(counter.get_total_flops())
+
+
+def images_of(raw: Any) -> Any:
+    return raw["img"] if isinstance(raw, Mapping) else raw[0]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if system.slow else name for name, system in SYSTEMS.items()]
+)
+def test_a_pruned_system_is_what_it_was_only_smaller(name: str) -> None:
+    system = SYSTEMS[name]
+    model = system.build()
+    network = network_of(model).eval()
+    raw = system.batch(*system.sizes[0])
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    pruned = fxprune.compile(model, [raw], budget=0.1)
+    report = fxprune.report(pruned)
+    smaller = network_of(pruned)
+
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert type(pruned).__name__ == type(model).__name__
+    assert isinstance(smaller, type(network) if not isinstance(smaller, torch.fx.GraphModule) else torch.fx.GraphModule)
+    assert not smaller.training
+    assert report.removed
+    assert report.after.flops <= 0.9 * report.before.flops
+
+    state = smaller.state_dict()
+    assert set(state) < set(before)
+    assert all(torch.equal(state[key], before[key]) for key in state)
+    assert report.after.params == sum(parameter.numel() for parameter in smaller.parameters())
+    assert report.before.params > report.after.params
+
+    for size in system.sizes:
+        images = images_of(system.batch(*size))
+        with torch.no_grad():
+            assert structure(smaller(images)) == structure(network(images)), size
+    images = images_of(raw)
+    if "rcnn" not in name:  # what their second stage costs depends on the proposals
+        ratio = flops_of(smaller, images) / flops_of(network, images)
+        assert ratio == pytest.approx(report.after.flops / report.before.flops, rel=2e-2)
+    check_training(smaller, raw)
+    twin = copy.deepcopy(pruned)
+    assert fxprune.report(twin).to_dict() == report.to_dict()
+    half = network_of(twin).half()
+    assert all(value.dtype != torch.float32 for value in half.state_dict().values() if value.is_floating_point())
+
+
+def check_training(network: nn.Module, raw: Any) -> None:
+    """One backward pass and one optimizer step in train mode change the weights."""
+    trained = copy.deepcopy(network).train()
+    adapter = choose_adapter(trained, raw, None)
+    adapter.prepare(trained)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4)
+    loss = adapter.loss(trained, adapter.normalize(trained, raw))
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
+    assert sum(float(gradient.abs().sum()) > 0 for gradient in gradients) > 5
+    before = [parameter.detach().clone() for parameter in trained.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True))
+
+
+def test_nothing_in_the_package_names_a_model() -> None:
+    from pathlib import Path
+
+    root = Path(fxprune.__file__).parent
+    names = ("resnet", "retinanet", "faster", "yolov", "shufflenet", "c2f", "bottleneck")
+    demo_files = {"bundled.py", "demo.py"}
+    for path in root.rglob("*.py"):
+        code = "\n".join(
+            line for line in path.read_text(encoding="utf-8").lower().splitlines() if not line.lstrip().startswith("#")
+        )
+        code = strip_docstrings(code)
+        if path.name not in demo_files:
+            assert not [name for name in names if name in code], path
+
+
+def strip_docstrings(code: str) -> str:
+    """Code without its strings: names of models may stand in examples."""
+    import ast
+
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            node.value.value = ""
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "ssdlite320_mobilenet_v3_large", "yolov8n"])
+def test_images_alone_are_enough(name: str) -> None:
+    system = SYSTEMS[name]
+    model = system.build()
+    raw = system.batch(*system.sizes[0])
+    images = {"img": raw["img"]} if isinstance(raw, dict) else raw[0]
+    pruned = fxprune.compile(model, [images], budget=0.1)
+    report = fxprune.report(pruned)
+    assert report.settings["targets"] == "the model's own confident outputs"
+    assert report.removed

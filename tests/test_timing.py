@@ -1,0 +1,165 @@
+"""Timing, on a clock that moves only when a function says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from fxprune.timing import Ratio, Timing, interleave, ratio_of
+
+
+class FakeClock:
+    """A clock in seconds, and functions that take a given time on it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, name: str, *seconds: float) -> Callable[[], None]:
+        """Make a function that takes these times call after call; the last one from then on."""
+        left = list(seconds)
+
+        def function() -> None:
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return function
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+def test_every_round_starts_with_the_next_function(clock: FakeClock) -> None:
+    functions = {name: clock.taking(name, 1.0) for name in "ABC"}
+    interleave(functions, rounds=4, warmup=0, clock=clock)
+    assert clock.calls == [*"ABC", *"BCA", *"CAB", *"ABC"]
+
+
+def test_two_functions_alternate_who_goes_first(clock: FakeClock) -> None:
+    interleave({name: clock.taking(name, 1.0) for name in "AB"}, rounds=3, warmup=0, clock=clock)
+    assert clock.calls == [*"AB", *"BA", *"AB"]
+
+
+def test_each_function_gets_its_own_time_in_milliseconds(clock: FakeClock) -> None:
+    functions = {"slow": clock.taking("slow", 0.004, 0.006), "fast": clock.taking("fast", 0.001)}
+    timings = interleave(functions, rounds=3, warmup=0, clock=clock)
+    assert list(timings) == ["slow", "fast"]
+    assert timings["slow"].latency_ms == pytest.approx((4.0, 6.0, 6.0))
+    assert timings["fast"].latency_ms == pytest.approx((1.0, 1.0, 1.0))
+    assert timings["slow"].median_ms == pytest.approx(6.0)
+
+
+def test_warmup_runs_and_is_not_counted(clock: FakeClock) -> None:
+    timing = interleave({"f": clock.taking("f", 9.0, 9.0, 1.0)}, rounds=2, warmup=2, clock=clock)["f"]
+    assert timing.latency_ms == pytest.approx((1000.0, 1000.0))
+    assert len(clock.calls) == 4
+
+
+def test_warmup_does_not_shift_the_first_timed_round(clock: FakeClock) -> None:
+    interleave({name: clock.taking(name, 1.0) for name in "AB"}, rounds=1, warmup=1, clock=clock)
+    assert clock.calls[2:] == [*"AB"]
+
+
+def test_ratios_are_paired_round_by_round() -> None:
+    # A machine that slows down fourfold: the ratio of medians would be 1, the rounds all say 2 and 0.5.
+    base = Timing("base", (1.0, 2.0, 4.0))
+    assert ratio_of(Timing("twice", (2.0, 4.0, 8.0)), base) == Ratio("twice", "base", 2.0, 2.0, 2.0, 3)
+    crossed = ratio_of(Timing("crossed", (4.0, 2.0, 1.0)), base)
+    assert (crossed.median, crossed.low, crossed.high) == (1.0, 0.625, 2.5)
+
+
+def test_drift_that_hits_a_whole_round_cancels(clock: FakeClock) -> None:
+    drift = [1.0, 3.0, 2.0, 10.0]
+    functions = {"b": clock.taking("b", *(1.5 * d for d in drift)), "a": clock.taking("a", *drift)}
+    timings = interleave(functions, rounds=4, warmup=0, clock=clock)
+    ratio = ratio_of(timings["b"], timings["a"])
+    assert (ratio.low, ratio.median, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
+    assert str(ratio) == "1.500 [1.500, 1.500]"
+
+
+def test_one_function_under_two_names_has_ratio_one(clock: FakeClock) -> None:
+    function = clock.taking("f", 0.5)
+    timings = interleave({"a": function, "a again": function}, rounds=5, clock=clock)
+    assert ratio_of(timings["a again"], timings["a"]).median == 1.0
+
+
+def test_cuda_is_waited_for_inside_the_timed_span(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    pending = 0.0
+
+    def launch() -> None:
+        nonlocal pending
+        pending += 0.002
+
+    def synchronize(device: object) -> None:
+        nonlocal pending
+        assert torch.device(str(device)).type == "cuda"
+        clock.now, pending = clock.now + pending, 0.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    timing = interleave({"f": launch}, rounds=2, device="cuda:1", clock=clock)["f"]
+    assert timing.latency_ms == pytest.approx((2.0, 2.0))
+
+
+def test_work_of_others_is_waited_for_before_the_clock_starts(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pending = [5.0]
+
+    def synchronize(device: object) -> None:
+        clock.now += sum(pending)
+        pending.clear()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    timing = interleave({"f": clock.taking("f", 0.001)}, rounds=1, warmup=0, device="cuda", clock=clock)["f"]
+    assert timing.latency_ms == pytest.approx((1.0,))
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_the_cpu_is_not_waited_for(
+    device: torch.device | str | None, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(device: object) -> None:
+        raise AssertionError("synchronized without need")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    assert interleave({"f": clock.taking("f", 1.0)}, rounds=1, device=device, clock=clock)
+
+
+def test_what_cannot_be_timed_is_refused(clock: FakeClock) -> None:
+    with pytest.raises(ValueError, match="no function"):
+        interleave({}, rounds=1)
+    with pytest.raises(ValueError, match="rounds must be 1 or more"):
+        interleave({"f": clock.taking("f", 1.0)}, rounds=0)
+    with pytest.raises(ValueError, match="warmup 0 or more, got 1 and -1"):
+        interleave({"f": clock.taking("f", 1.0)}, rounds=1, warmup=-1)
+    assert not clock.calls
+
+
+def test_ratios_that_cannot_be_taken_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'a' was timed 2 times and 'b' 1 times"):
+        ratio_of(Timing("a", (1.0, 1.0)), Timing("b", (1.0,)))
+    with pytest.raises(ValueError, match="'b' took no measurable time"):
+        ratio_of(Timing("a", (1.0,)), Timing("b", (0.0,)))
+
+
+def test_an_error_of_a_timed_function_reaches_the_caller(clock: FakeClock) -> None:
+    def fail() -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        interleave({"f": fail}, rounds=1, clock=clock)
+
+
+def test_timings_are_values() -> None:
+    timing = Timing("a", (1.0,))
+    assert timing == Timing("a", (1.0,))
+    with pytest.raises(FrozenInstanceError):
+        timing.name = "b"  # type: ignore[misc]
