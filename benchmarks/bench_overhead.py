@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.systems import SIX, System, add_options, chosen, sizes_of, write_rows
 from fxprune.attribution import Record
-from fxprune.calibration import Calibration
+from fxprune.calibration import Calibration, read_batch
 from fxprune.detectors.batch import Adapter, Batch
 from fxprune.detectors.choice import choose_adapter
 from fxprune.isolation import private_copy
@@ -60,7 +60,7 @@ def prepare(model: nn.Module, raw: Any) -> Prepared:
     twin, own = private_copy(model), copy.deepcopy(raw)
     adapter = choose_adapter(twin, own, None)
     adapter.prepare(twin)
-    return Prepared(twin, own, adapter, Calibration([own]).read(twin, adapter, own, 0))
+    return Prepared(twin, own, adapter, read_batch(twin, adapter, own, 0)[0])
 
 
 def capture_of(study: Study, ready: Prepared) -> Captured:

@@ -222,11 +222,9 @@ class _Finder:
         layers = self.layers_of(inside)
         everything = self.layers_of(self.work)
         others = [path for path in everything if path not in set(layers)]
-        name = (
-            self.island
-            if not others and self.island
-            else dotted(self.island, common_name(layers, others, self.gm.meta.get(CALLED, ())))
-        )
+        called = self.gm.meta.get(CALLED, ())
+        whole = bool(self.island) and not others
+        name = self.island if whole else dotted(self.island, common_name(layers, others, called))
         return Region(
             name=name,
             kind=kind,
