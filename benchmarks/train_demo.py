@@ -14,14 +14,17 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torchvision.models import mobilenet_v2
 from torchvision.models.detection.ssd import SSD
+from torchvision.ops import stochastic_depth
 
 from benchmarks.data import DigitsConfig, load_sources, write_split
 from fxprune.bundled import WEIGHTS_FILE, CocoFolder, build_detector, load_dataset, load_detector
@@ -32,6 +35,7 @@ DATA = ROOT / "fxprune" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "train_demo.jsonl"
 BATCH_SIZE = 16
 LEARNING_RATE = 2e-3
+DROP_DEPTH = 0.1
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 
@@ -70,6 +74,7 @@ def train(samples: list[Sample], epochs: int, seed: int, device: torch.device) -
     """Train from ImageNet features, printing the mAP on val after every epoch; the last epoch is what is kept."""
     detector = build_detector()
     load_imagenet_features(detector)
+    hooks = add_stochastic_depth(detector)
     detector.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     steps = len(samples) // BATCH_SIZE
@@ -94,6 +99,8 @@ def train(samples: list[Sample], epochs: int, seed: int, device: torch.device) -
             f"  {seconds:.0f} s",
             flush=True,
         )
+    for hook in hooks:
+        hook.remove()
     return detector.eval()
 
 
@@ -102,6 +109,26 @@ def load_imagenet_features(detector: SSD) -> None:
     features = mobilenet_v2(weights="IMAGENET1K_V1").features
     target = detector.backbone.features
     target.load_state_dict(features[: len(target)].state_dict())
+
+
+def add_stochastic_depth(detector: SSD) -> list[RemovableHandle]:
+    """Drop the branch of residual blocks at random while training, deeper ones more often (Huang et al., 2016).
+
+    Returns
+    -------
+    list of handle
+        ``remove()`` of each ends it; nothing of it is in the weights.
+    """
+    blocks = [block for block in detector.backbone.features if getattr(block, "use_res_connect", False)]
+
+    def drop(p: float) -> Callable[..., Tensor | None]:
+        def hook(branch: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            return stochastic_depth(output, p, "row", training=True) if branch.training else None
+
+        return hook
+
+    shares = [DROP_DEPTH * (index + 1) / len(blocks) for index in range(len(blocks))]
+    return [block.conv.register_forward_hook(drop(p)) for block, p in zip(blocks, shares, strict=True)]
 
 
 def draw_batches(
@@ -137,6 +164,7 @@ def log_result(options: argparse.Namespace, seconds: float) -> None:
         "seed": options.seed,
         "epochs": options.epochs,
         "images": options.images,
+        "stochastic_depth": DROP_DEPTH,
         "device": options.device,
         "mAP": round(scores["mAP"], 4),
         "mAP50": round(scores["mAP50"], 4),

@@ -33,11 +33,12 @@ IMAGE_SIZE = 160
 CLASS_NAMES = ("background", *"0123456789")
 WEIGHTS_FILE = "detector.safetensors"
 
-# Index of the MobileNetV2 block each feature map is taken from, with its channels: strides 4, 8, 16 and 32.
-TAPS = {3: 24, 6: 32, 13: 96, 17: 320}
+# Index of the MobileNetV2 block each feature map is taken from, with its channels: strides 8, 16 and 32.
+TAPS = {6: 32, 13: 96, 17: 320}
+EXTRA = 128  # channels of one map more, of stride 64
 WIDTH = 64
 # Side of the square default boxes of each map in pixels, and one more for the square between the last two.
-ANCHOR_SIDES = (14, 22, 36, 56, 88)
+ANCHOR_SIDES = (16, 28, 44, 70, 100)
 
 
 class PyramidBackbone(nn.Module):
@@ -52,11 +53,13 @@ class PyramidBackbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = mobilenet_v2(weights=None).features[: max(TAPS) + 1]
-        self.laterals = nn.ModuleList(
-            Conv2dNormActivation(channels, WIDTH, kernel_size=1, activation_layer=None) for channels in TAPS.values()
+        self.extra = nn.Sequential(
+            Conv2dNormActivation(TAPS[17], TAPS[17], stride=2, groups=TAPS[17], activation_layer=nn.ReLU6),
+            Conv2dNormActivation(TAPS[17], EXTRA, kernel_size=1, activation_layer=nn.ReLU6),
         )
-        self.smooths = nn.ModuleList(
-            Conv2dNormActivation(WIDTH, WIDTH, groups=WIDTH, activation_layer=nn.ReLU6) for _ in TAPS
+        self.laterals = nn.ModuleList(
+            Conv2dNormActivation(channels, WIDTH, kernel_size=1, activation_layer=None)
+            for channels in (*TAPS.values(), EXTRA)
         )
         self.out_channels = WIDTH
 
@@ -71,18 +74,19 @@ class PyramidBackbone(nn.Module):
         Returns
         -------
         OrderedDict of str to Tensor
-            Four maps "0" to "3", finest first, of shape (N, 64, H / s, W / s) with stride s = 4, 8, 16, 32.
+            Four maps "0" to "3", finest first, of shape (N, 64, H / s, W / s) with stride s = 8, 16, 32, 64.
         """
         taps = []
         for index, block in enumerate(self.features):
             x = block(x)
             if index in TAPS:
                 taps.append(x)
+        taps.append(self.extra(x))
         merged = [lateral(tap) for lateral, tap in zip(self.laterals, taps, strict=True)]
         for level in range(len(merged) - 2, -1, -1):
             above = functional.interpolate(merged[level + 1], size=merged[level].shape[-2:], mode="nearest")
             merged[level] = merged[level] + above
-        return OrderedDict((str(level), smooth(merged[level])) for level, smooth in enumerate(self.smooths))
+        return OrderedDict((str(level), value) for level, value in enumerate(merged))
 
 
 def build_detector() -> SSD:
@@ -95,10 +99,10 @@ def build_detector() -> SSD:
         background, digit d is d + 1), in train mode.
     """
     anchors = DefaultBoxGenerator(
-        aspect_ratios=[[2]] + [[2, 3]] * (len(TAPS) - 1), scales=[side / IMAGE_SIZE for side in ANCHOR_SIDES]
+        aspect_ratios=[[2, 3]] * (len(TAPS) + 1), scales=[side / IMAGE_SIZE for side in ANCHOR_SIDES]
     )
     head = SSDLiteHead(
-        [WIDTH] * len(TAPS), anchors.num_anchors_per_location(), len(CLASS_NAMES), norm_layer=nn.BatchNorm2d
+        [WIDTH] * (len(TAPS) + 1), anchors.num_anchors_per_location(), len(CLASS_NAMES), norm_layer=nn.BatchNorm2d
     )
     return SSD(
         PyramidBackbone(),

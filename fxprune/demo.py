@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from fxprune.bundled import load_dataset, load_detector
@@ -116,27 +118,30 @@ def _time(models: Mapping[str, nn.Module], images: list[torch.Tensor]) -> dict[s
 
 
 def _table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> Table:
-    table = Table(show_lines=True)
-    table.add_column("criterion", no_wrap=True)
+    table = Table(box=box.HORIZONTALS, show_lines=True, pad_edge=False)
+    table.add_column("criterion and the\nblocks it removed", overflow="fold", max_width=52)
     for column in ("mAP", "mAP50", "FLOPs", "params", "images/s", "speed"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("blocks removed", overflow="fold")
     before = next(row.plan.before for row in rows if row.plan is not None)
     for row in rows:
         cost = before if row.plan is None else row.plan.after
-        removed = "" if row.plan is None else ", ".join(region.name for region in row.plan.removed)
+        removed = () if row.plan is None else row.plan.removed
+        names = Text("".join(f"\n  {region.name}" for region in removed), style="dim")
         timing = timings[row.name]
         table.add_row(
-            row.name,
+            Text(row.name, style="bold") + names,
             f"{row.scores['mAP']:.3f}",
             f"{row.scores['mAP50']:.3f}",
-            f"{quantity(cost.flops)}\n−{1 - cost.flops / before.flops:.1%}" if row.plan else quantity(cost.flops),
-            f"{quantity(cost.params)}\n−{1 - cost.params / before.params:.1%}" if row.plan else quantity(cost.params),
+            quantity(cost.flops) + _cut(cost.flops, before.flops),
+            quantity(cost.params) + _cut(cost.params, before.params),
             f"{TIMED_IMAGES / timing.median_ms * 1e3:.0f}",
             _speed(ratio_of(timings["unpruned"], timing)) if row.plan else "1.00×",
-            removed,
         )
     return table
+
+
+def _cut(after: float, before: float) -> str:
+    return f"\n−{1 - after / before:.1%}" if after < before else ""
 
 
 def _speed(ratio: Ratio) -> str:

@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.act(self.norm(self.conv(x)))  # type: ignore[no-any-return]
+        return x + self.act(self.norm(self.conv(x)))
 
 
 class Tiny(nn.Module):
@@ -42,7 +42,7 @@ class Tiny(nn.Module):
         self.fc = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
 
 
 def tiny(seed: int = 0) -> nn.Module:
@@ -61,7 +61,7 @@ def labelled(count: int = 2, batches: int = 2) -> list[tuple[Tensor, Tensor]]:
 
 def squared(model: nn.Module, batch: Any) -> Tensor:
     """A loss of the caller's own."""
-    return model(batch[0]).square().mean()  # type: ignore[no-any-return]
+    return model(batch[0]).square().mean()
 
 
 # What the caller owns, before and after ------------------------------------------------------------------------------
@@ -725,7 +725,7 @@ def ssd() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         built = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5)
-    return built.eval()  # type: ignore[no-any-return]
+    return built.eval()
 
 
 @pytest.fixture(scope="module")
@@ -738,7 +738,7 @@ def retinanet() -> nn.Module:
         anchors = detection.anchor_utils.AnchorGenerator(((16, 32),), ((1.0,),))
         head = detection.retinanet.RetinaNetHead(8, 2, 5)
         built = detection.RetinaNet(backbone, 5, min_size=64, max_size=96, anchor_generator=anchors, head=head)
-    return built.eval()  # type: ignore[no-any-return]
+    return built.eval()
 
 
 def target(label: int = 1, box: tuple[float, ...] = (8.0, 8.0, 40.0, 40.0)) -> dict[str, Tensor]:

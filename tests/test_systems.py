@@ -103,7 +103,7 @@ SYSTEMS: dict[str, System] = {
     "regnet_y_400mf": classifier("regnet_y_400mf"),
     "efficientnet_b0": classifier("efficientnet_b0", slow=False),
     "convnext_tiny": classifier("convnext_tiny"),
-    "vit_b_32": classifier("vit_b_32", (224, 224), image_size=224),
+    "vit_b_32": classifier("vit_b_32", (64, 64), image_size=64),
     "googlenet": classifier("googlenet", slow=False, init_weights=False, aux_logits=False),
     "mobilenet_v3_small": classifier("mobilenet_v3_small"),
     "yolov5n": yolo("yolov5n"),

@@ -1,0 +1,106 @@
+"""A pruned YOLO is a YOLO: predict, val, fuse, save and reload."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import fxprune
+from fxprune.detectors.ultralytics import rewrap
+from tests.test_systems import batched
+
+ultralytics = pytest.importorskip("ultralytics")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return ultralytics.YOLO("yolov8n.yaml")
+
+
+@pytest.fixture(scope="module")
+def pruned(model: Any) -> Any:
+    return fxprune.compile(model, [batched(128, 160)], budget=0.1)
+
+
+def test_a_yolo_comes_back_as_a_yolo(model: Any, pruned: Any) -> None:
+    assert type(pruned) is type(model)
+    assert pruned is not model
+    assert pruned.model is not model.model
+    assert type(pruned.model) is type(model.model)
+    islands = [part for part in pruned.model.modules() if isinstance(part, torch.fx.GraphModule)]
+    assert islands
+    assert not any(isinstance(part, torch.fx.GraphModule) for part in model.model.modules())
+
+
+def test_layers_keep_what_ultralytics_looks_for(model: Any, pruned: Any) -> None:
+    for twin in (pruned.model, copy.deepcopy(pruned.model)):
+        for old, new in zip(model.model.model, twin.model, strict=True):
+            assert (old.f, old.i, old.type) == (new.f, new.i, new.type)
+
+
+def test_predict(pruned: Any) -> None:
+    twin: Any = rewrap(pruned, copy.deepcopy(pruned.model))
+    image = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
+    (result,) = twin.predict(image, imgsz=160, verbose=False, conf=0.001)
+    assert result.boxes is not None
+
+
+def test_val_gives_figures(pruned: Any, tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for index in range(2):
+        pixels = np.random.default_rng(index).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.jpg")
+        (tmp_path / "labels" / f"{index}.txt").write_text("1 0.5 0.5 0.4 0.4\n")
+    names = {index: str(index) for index in range(80)}
+    settings = {"path": str(tmp_path), "train": "images", "val": "images", "names": names}
+    (tmp_path / "data.yaml").write_text(json.dumps(settings))
+    twin: Any = rewrap(pruned, copy.deepcopy(pruned.model))
+    metrics = twin.val(
+        data=str(tmp_path / "data.yaml"),
+        imgsz=96,
+        batch=2,
+        workers=0,
+        plots=False,
+        verbose=False,
+        project=str(tmp_path),
+    )
+    assert 0 <= metrics.box.map <= 1
+
+
+def test_fuse_changes_nothing_but_rounding(pruned: Any) -> None:
+    twin = copy.deepcopy(pruned.model).eval()
+    x = torch.rand(1, 3, 96, 128)
+    with torch.no_grad():
+        before = twin(x)[0]
+        after = twin.fuse(verbose=False)(x)[0]
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in twin.modules())
+    assert torch.allclose(before, after, rtol=1e-3, atol=1e-2)
+
+
+def test_a_fused_model_is_pruned_too(model: Any) -> None:
+    fused = copy.deepcopy(model.model).eval().fuse(verbose=False)
+    smaller = fxprune.compile(fused, [batched(96, 96)], budget=0.05)
+    with torch.no_grad():
+        assert smaller(torch.rand(1, 3, 96, 96))[0].shape == fused(torch.rand(1, 3, 96, 96))[0].shape
+
+
+def test_save_and_reload_is_bit_equal(pruned: Any, tmp_path: Path) -> None:
+    path = tmp_path / "pruned.pt"
+    twin: Any = rewrap(pruned, copy.deepcopy(pruned.model))
+    twin.save(path)
+    reloaded = torch.load(path, weights_only=False)["model"].float().eval()
+    expected = copy.deepcopy(pruned.model).half().float().eval()
+    x = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(reloaded(x)[0], expected(x)[0])
+    assert fxprune.report(reloaded).to_dict() == fxprune.report(pruned).to_dict()
