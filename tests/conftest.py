@@ -10,8 +10,6 @@ os.environ.setdefault("YOLO_VERBOSE", "false")
 import pytest
 import torch
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
