@@ -33,11 +33,11 @@ def largest_share(analysis: Analysis) -> float:
     Regions that do not conflict share no node, so their FLOPs add up: a heaviest independent set, solved exactly.
     """
     flops = np.array([region.flops for region in analysis.regions]) / analysis.before.flops
-    pairs = conflicts(analysis.regions)
-    rows = np.zeros((len(pairs), len(flops)))
-    for row, pair in zip(rows, pairs, strict=True):
-        row[list(pair)] = 1
-    limits = [LinearConstraint(rows, -np.inf, 1)] if pairs else []
+    rivals = conflicts(analysis.regions)
+    rows = np.zeros((len(rivals), len(flops)))
+    for row, some in zip(rows, rivals, strict=True):
+        row[list(some)] = 1
+    limits = [LinearConstraint(rows, -np.inf, 1)] if rivals else []
     result = milp(-flops, constraints=limits, integrality=np.ones_like(flops), bounds=Bounds(0, 1))
     return float(flops @ np.round(result.x))
 

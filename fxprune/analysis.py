@@ -148,15 +148,18 @@ class Analysis:
         )
 
 
-def conflicts(regions: tuple[Candidate, ...]) -> list[tuple[int, int]]:
-    """Pairs of regions that share a node, or of which one lies in an island inside the other."""
-    members = [set(region.nodes) for region in regions]
-    return [
-        (i, j)
+def conflicts(regions: tuple[Candidate, ...]) -> set[frozenset[int]]:
+    """Sets of regions of which at most one can go: those that hold one node, or one that lies in a layer of another."""
+    holders: dict[tuple[str, str], set[int]] = {}
+    for index, region in enumerate(regions):
+        for node in region.nodes:
+            holders.setdefault((region.island, node), set()).add(index)
+    nested = {
+        frozenset((i, j))
         for (i, first), (j, second) in combinations(enumerate(regions), 2)
-        if (first.island == second.island and members[i] & members[j])
-        or (first.island != second.island and (_holds(first, second) or _holds(second, first)))
-    ]
+        if first.island != second.island and (_holds(first, second) or _holds(second, first))
+    }
+    return {frozenset(some) for some in holders.values() if len(some) > 1} | nested
 
 
 def _holds(outer: Candidate, inner: Candidate) -> bool:

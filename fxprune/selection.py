@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def check_budget(budget: object) -> float:
 def select(
     importance: Sequence[float],
     items: Sequence[Item],
-    conflicts: Sequence[tuple[int, int]],
+    conflicts: Iterable[Collection[int]],
     total: float,
     budget: float,
 ) -> list[int]:
@@ -61,8 +62,8 @@ def select(
         One number a candidate.
     items : sequence of Item
         What can be saved.
-    conflicts : sequence of (int, int)
-        Pairs of candidates that cannot both go.
+    conflicts : iterable of collection of int
+        Sets of candidates of which at most one can go.
     total : float
         Cost of the whole model, in the unit of the items.
     budget : float
@@ -78,24 +79,27 @@ def select(
     BudgetError
         If no choice saves that much; says how much could go at most.
     """
-    program = _Program(len(importance), _merged(items), conflicts, total)
-    most = program.share(program.solve(np.zeros(program.size), -program.cost, None))
+    program = _Program(len(importance), _merged(items), {frozenset(some) for some in conflicts}, total)
+    most = program.share(program.solve(-program.cost, None))
     if most < budget:
         raise BudgetError(
             f"budget {budget:.3g} of the model's cost cannot be removed: its regions together give {most:.1%} at most;"
             f" ask for less than {math.floor(most * 1000) / 1000:.3f}"
         )
     weights = np.maximum(np.asarray(importance, dtype=float), 0.0)
-    scale = 1e4 / weights.max() if weights.max() > 0 else 1.0
-    objective = np.concatenate([weights * scale, np.zeros(program.size - len(weights))])
+    objective = _TIE_BREAK * program.cost
+    objective[: len(weights)] += weights * (_SCALE / weights.max() if weights.max() > 0 else 1.0)
     for slack in (0.0, 1e-6, 1e-5):  # the solver keeps constraints to 1e-6; what it chose is counted exactly
-        least = program.solve(np.zeros(program.size), objective, budget + slack)
-        bound = float(objective @ least) * (1 + 1e-9) + 1e-7
-        chosen = program.solve(objective, program.cost, budget + slack, bound)
-        for solution in (chosen, least):
-            if program.share(solution) >= budget:
-                return [int(index) for index in np.flatnonzero(solution[: len(importance)] > 0.5)]
+        solution = program.solve(objective, budget + slack)
+        if program.share(solution) >= budget:
+            return [int(index) for index in np.flatnonzero(solution[: len(importance)] > 0.5)]
     raise BudgetError(f"budget {budget:.3g} lies within rounding of what can be removed at most ({most:.6%})")
+
+
+_SCALE = 1e4
+"""The largest importance in the solver's objective, whose absolute tolerance is 1e-6."""
+_TIE_BREAK = 1e-2
+"""What the whole model's cost weighs beside it: too little to outweigh a difference that means anything."""
 
 
 def _merged(items: Sequence[Item]) -> list[Item]:
@@ -109,38 +113,54 @@ def _merged(items: Sequence[Item]) -> list[Item]:
 
 
 class _Program:
-    """Variables: one 0/1 a candidate, then one in [0, 1] an item: how far all that needs it is removed."""
+    """Variables: one 0/1 a candidate, then one in [0, 1] an item that several things need.
 
-    def __init__(self, candidates: int, items: list[Item], conflicts: Sequence[tuple[int, int]], total: float) -> None:
+    What only one thing needs, of whose removers at most one can go, is a cost of these candidates themselves.
+    """
+
+    def __init__(self, candidates: int, items: list[Item], conflicts: set[frozenset[int]], total: float) -> None:
         self.candidates, self.items, self.total = candidates, items, total
-        self.size = candidates + len(items)
-        self.cost = np.concatenate([np.zeros(candidates), [item.size / total for item in items]])
-        rows: list[tuple[Any, float, float]] = [(self._row({a: 1.0, b: 1.0}), 0.0, 1.0) for a, b in conflicts]
-        for index, item in enumerate(items, start=candidates):
-            for need in item.needs:
-                rows.append((self._row({index: -1.0} | dict.fromkeys(need, 1.0)), 0.0, np.inf))
-            together = self._row({index: -1.0})
-            for need in item.needs:
-                together += self._row(dict.fromkeys(need, 1.0))
-            rows.append((together, -np.inf, len(item.needs) - 1.0))
-        self.rows = rows
+        plain = [item for item in items if len(item.needs) == 1 and _exclusive(item.needs[0], conflicts)]
+        joint = [item for item in items if item not in plain]
+        self.size = candidates + len(joint)
+        self.cost = np.zeros(self.size)
+        for item in plain:
+            self.cost[list(item.needs[0])] += item.size / total
+        largest = {some for some in conflicts if len(some) > 1 and not any(some < other for other in conflicts)}
+        self.rows = [(self._row(dict.fromkeys(some, 1.0)), -np.inf, 1.0) for some in sorted(largest, key=sorted)]
+        for index, item in enumerate(joint, start=candidates):
+            self.cost[index] = item.size / total
+            self.rows += self._joint_rows(index, item, conflicts)
 
-    def _row(self, entries: dict[int, float]) -> Any:
+    def _joint_rows(self, index: int, item: Item, conflicts: set[frozenset[int]]) -> list[tuple[Any, float, float]]:
+        """Hold an item's variable to 1 exactly when every need has a candidate that goes, to 0 else."""
+        rows = [(self._row(dict.fromkeys(need, 1.0) | {index: -1.0}), 0.0, np.inf) for need in item.needs]
+        exclusive = [
+            [need] if _exclusive(need, conflicts) else [frozenset([one]) for one in need] for need in item.needs
+        ]
+        for removers in product(*exclusive):
+            row = self._row({index: -1.0})
+            for some in removers:
+                row += self._row(dict.fromkeys(some, 1.0))
+            rows.append((row, -np.inf, len(removers) - 1.0))
+        return rows
+
+    def _row(self, entries: Mapping[int, float]) -> Any:
         row = np.zeros(self.size)
         row[list(entries)] = list(entries.values())
         return row
 
-    def solve(self, bounded: Any, objective: Any, target: float | None, bound: float | None = None) -> Any:
-        rows = list(self.rows)
-        if target is not None:
-            rows.append((self.cost, target, np.inf))
-        if bound is not None:
-            rows.append((bounded, -np.inf, bound))
-        matrix, low, high = (np.array(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
+    def solve(self, objective: Any, target: float | None) -> Any:
+        """Minimize an objective, the saved share at least `target` (None: any); zeros if there is no solution."""
+        rows = self.rows if target is None else [*self.rows, (self.cost, target, np.inf)]
+        constraints = []
+        if rows:
+            matrix, low, high = (np.array(column) for column in zip(*rows, strict=True))
+            constraints.append(LinearConstraint(matrix, low, high))
         result = milp(
             objective,
-            constraints=[LinearConstraint(matrix, low, high)] if rows else [],
-            integrality=np.concatenate([np.ones(self.candidates), np.zeros(len(self.items))]),
+            constraints=constraints,
+            integrality=np.arange(self.size) < self.candidates,
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 0.0},
         )
@@ -150,3 +170,7 @@ class _Program:
         """Fraction of the total that a choice really saves, counted without the solver's tolerances."""
         chosen = {int(index) for index in np.flatnonzero(solution[: self.candidates] > 0.5)}
         return sum(item.size for item in self.items if all(need & chosen for need in item.needs)) / self.total
+
+
+def _exclusive(need: frozenset[int], conflicts: set[frozenset[int]]) -> bool:
+    return len(need) == 1 or any(need <= some for some in conflicts)

@@ -37,7 +37,7 @@ def feasible(instance: Instance) -> list[set[int]]:
     importance, items, conflicts, total, budget = instance
     subsets = chain.from_iterable(combinations(range(len(importance)), k) for k in range(len(importance) + 1))
     sets = [set(subset) for subset in subsets]
-    free = [chosen for chosen in sets if not any({a, b} <= chosen for a, b in conflicts)]
+    free = [chosen for chosen in sets if not any(len(set(some) & chosen) > 1 for some in conflicts)]
     return [chosen for chosen in free if saved(items, chosen) >= budget * total]
 
 
