@@ -118,9 +118,9 @@ def _time(models: Mapping[str, nn.Module], images: list[torch.Tensor]) -> dict[s
 
 
 def _table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> Table:
-    table = Table(box=box.HORIZONTALS, show_lines=True, pad_edge=False)
+    table = Table(box=box.HORIZONTALS, show_lines=True, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("criterion and the\nblocks it removed", overflow="fold", max_width=52)
-    for column in ("mAP", "mAP50", "FLOPs", "params", "images/s", "speed"):
+    for column in ("mAP", "mAP50", "FLOPs", "params", "img/s", "speed"):
         table.add_column(column, justify="right", no_wrap=True)
     before = next(row.plan.before for row in rows if row.plan is not None)
     for row in rows:
@@ -156,9 +156,11 @@ def _meaning(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
     floor = ratio_of(timings["unpruned"], timings["unpruned again"])
     speed = ratio_of(timings["unpruned"], timings[ours.name])
     others = "; ".join(f"{row.name} keeps {row.scores['mAP']:.3f}" for row in rows[2:])
-    change = f"{loss:.3f} mAP less" if loss > 0 else f"no loss of mAP ({-loss:+.3f})"
+    change = f"{loss:.3f} mAP less" if loss >= 0.0005 else "no loss of mAP"
+    within = floor.low <= speed.median <= floor.high
+    pace = "its speed did not change beyond the noise" if within else f"it runs at {speed.median:.2f}× the speed"
     return (
-        f"{ours.name} took out {cut:.1%} of the FLOPs for {change}, at {speed.median:.2f}× the speed, without any"
-        f" training{f' ({others})' if others else ''}. Speed is the median of {ROUNDS} interleaved rounds with its"
-        f" quartiles; the unpruned model against itself: {floor.low:.2f}–{floor.high:.2f}×."
+        f"{ours.name} took out {cut:.1%} of the FLOPs for {change}, without any training"
+        f"{f' ({others})' if others else ''}; {pace}. Speed is the median of {ROUNDS} interleaved rounds, with its"
+        f" quartiles; the unpruned model against itself gives {floor.low:.2f}–{floor.high:.2f}×."
     )

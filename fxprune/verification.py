@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten
 
-from fxprune.errors import ModelError, PlanError
+from fxprune.errors import PlanError
 from fxprune.plan import Plan
 
 
@@ -52,18 +49,3 @@ def verify_weights(original: nn.Module, pruned: nn.Module, plan: Plan) -> None:
     for key, value in pruned.state_dict().items():
         if isinstance(value, torch.Tensor) and shapes.get(key) != value.shape:
             raise PlanError(f"the plan for {len(plan.removed)} regions changed weight {key!r}; report this as a bug")
-
-
-def verify_outputs(original: Any, pruned: Any) -> None:
-    """Check that two models gave outputs of one structure.
-
-    Raises
-    ------
-    ModelError
-        If containers, tensor ranks or dtypes differ. Lengths may: fewer boxes are no defect.
-    """
-    (leaves, structure), (others, other_structure) = tree_flatten(original), tree_flatten(pruned)
-    kinds = [(leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in leaves]
-    other_kinds = [(leaf.ndim, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in others]
-    if structure != other_structure or kinds != other_kinds:
-        raise ModelError(f"the pruned model returns {other_structure}, the original {structure}; report this as a bug")

@@ -47,6 +47,12 @@ def test_layers_keep_what_ultralytics_looks_for(model: Any, pruned: Any) -> None
             assert (old.f, old.i, old.type) == (new.f, new.i, new.type)
 
 
+def test_fixed_weights_of_the_box_decoder_are_no_candidate(pruned: Any) -> None:
+    report = fxprune.report(pruned)
+    assert not any("dfl" in layer for region in report.regions for layer in region.layers)
+    assert "model.22.dfl.conv.weight" in pruned.model.state_dict()
+
+
 def test_predict(pruned: Any) -> None:
     twin: Any = rewrap(pruned, copy.deepcopy(pruned.model))
     image = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
