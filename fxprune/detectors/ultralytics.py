@@ -50,7 +50,7 @@ def rewrap(model: nn.Module, network: nn.Module) -> nn.Module:
 
 
 def prepare(model: nn.Module) -> None:
-    """Give the copy complete training settings, of which its loss reads the gains."""
+    """Give the copy what its loss reads and ultralytics' trainer would set: the gains, the number of classes."""
     from ultralytics.cfg import get_cfg
 
     network = cast(Any, model)
@@ -59,6 +59,8 @@ def prepare(model: nn.Module) -> None:
     settings = given if isinstance(given, Mapping) else vars(given)
     network.args = get_cfg(overrides={key: value for key, value in settings.items() if key in known})
     network.criterion = None
+    if not hasattr(network, "nc"):
+        network.nc = len(network.names)
 
 
 def normalize(model: nn.Module, raw: Any) -> Batch:
