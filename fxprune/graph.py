@@ -12,7 +12,7 @@ from torch import fx, nn
 
 SOURCE, SINK = "<source>", "<sink>"
 CALLED = "fxprune_called"
-"""Key of a captured graph's meta: paths of the modules that were called when it was traced."""
+"""Key of a captured graph's meta: paths of the modules that were traced into."""
 
 
 def qualified_name(target: Any) -> str:

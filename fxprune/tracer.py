@@ -70,7 +70,7 @@ class StructureTracer(fx.Tracer):
     owners : dict
         By node name, the module whose forward made it.
     called : dict
-        Paths of all modules that were called, in order.
+        Paths of all modules that were traced into, in order.
     """
 
     def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
@@ -91,9 +91,9 @@ class StructureTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace a module call and note which module a failure came from."""
         path = self.path_of_module(m)
-        self.called[path] = None
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
+        self.called[path] = None
         self._active.append(path)
         try:
             return super().call_module(m, forward, args, kwargs)
