@@ -213,7 +213,12 @@ def _grad_delta(evidence: Evidence) -> dict[str, float]:
 
 def weight_norm(region: Region, modules: Mapping[str, nn.Module]) -> float:
     """Sum of ``|W|`` over a region's weights of two dimensions or more (arXiv 2602.14040, its L1 baseline)."""
-    weights = {id(w): w for module in modules.values() for w in module.parameters() if w.ndim >= 2}
+    return absolute_weights(modules.values())
+
+
+def absolute_weights(modules: Iterable[nn.Module]) -> float:
+    """Sum of ``|W|`` over the weights of two dimensions or more of some modules, shared ones once."""
+    weights = {id(w): w for module in modules for w in module.parameters() if w.ndim >= 2}
     return float(sum(weight.detach().abs().sum(dtype=torch.float64) for weight in weights.values()))
 
 

@@ -18,8 +18,8 @@ from fxprune.attribution import (
     Record,
     RecordingInterpreter,
     RegionScore,
+    absolute_weights,
     criterion_named,
-    weight_norm,
 )
 from fxprune.calibration import Calibration, read_batch, take_loss
 from fxprune.capture import Island, capture
@@ -256,8 +256,7 @@ def _node_records(captured: Captured, record: Record, flops: dict[tuple[str, str
             if node.op in ("output", "get_attr"):
                 continue
             key, called = (island, node.name), node.op == "call_module"
-            module = gm.get_submodule(str(node.target)) if called else None
-            l1 = weight_norm(captured.regions[0], {"": module}) if module is not None else 0.0
+            l1 = absolute_weights([gm.get_submodule(str(node.target))]) if called else 0.0
             name = dotted(island, str(node.target) if called else node.name)
             rows.append(NodeRecord(name, *key, record.nodes.get(key), l1 or None, flops.get(key, 0.0)))
     return rows
