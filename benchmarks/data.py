@@ -44,7 +44,7 @@ class DigitsConfig:
     digits : tuple of int
         Fewest and most digits per image; fewer are placed where no free spot is found.
     height : tuple of float
-        Smallest and largest height of a digit before rotation, as a share of `size`.
+        Smallest and largest height of a digit before rotation, in pixels; at most half of `size`.
     jpeg_quality : int
         PIL's quality setting.
     seed : int
@@ -56,7 +56,7 @@ class DigitsConfig:
     calibration: int = 64
     val: int = 200
     digits: tuple[int, int] = (2, 5)
-    height: tuple[float, float] = (0.11, 0.40)
+    height: tuple[float, float] = (17.6, 64.0)
     jpeg_quality: int = 85
     seed: int = 0
 
@@ -198,7 +198,7 @@ def compose(config: DigitsConfig, sources: Sources, split: str, pool: Array, ind
     rng = np.random.default_rng([config.seed, 100 + SPLITS.index(split), index])
     pixels = draw_background(rng, sources.photos, split, config.size)
     placed: list[Placed] = []
-    low, high = np.log(config.height[0] * config.size), np.log(config.height[1] * config.size)
+    low, high = np.log(config.height[0]), np.log(min(config.height[1], config.size / 2))
     for _ in range(rng.integers(config.digits[0], config.digits[1] + 1)):
         source = rng.choice(pool)
         ink = draw_ink(rng, sources.inks[source], round(float(np.exp(rng.uniform(low, high)))))

@@ -1,0 +1,115 @@
+"""Train one of the six detectors of `benchmarks.detectors` on composed digits.
+
+    python -m benchmarks.train NAME [--epochs N] [--images 2400] [--seed 0] [--device cpu] [--threads 1]
+
+Data, checkpoints, weights and the log of every epoch go to the cache folder (``FXPRUNE_CACHE``, by default
+``~/.cache/fxprune``). A run that was interrupted goes on after its last whole epoch; ``--restart`` begins anew. What
+came out, with its sha256, goes into ``benchmarks/results/train.jsonl``. ``resnet50_ssdlite`` comes first: two others
+start from its weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from benchmarks.data import SPLITS, DigitsConfig, load_sources, write_split
+from benchmarks.detectors import DETECTORS
+from fxprune.bundled import CocoFolder
+from fxprune.evaluation import evaluate
+
+RESULTS = Path(__file__).parent / "results" / "train.jsonl"
+WEIGHTS = "weights.safetensors"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, save and log one detector."""
+    parser = argparse.ArgumentParser(description="Train a detector of the evidence on composed digits.")
+    parser.add_argument("name", choices=DETECTORS)
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--images", type=int, default=2400, help="training images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="one thread keeps CPU runs reproducible")
+    parser.add_argument("--restart", action="store_true", help="begin anew")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    recipe = DETECTORS[options.name]
+    options.epochs = options.epochs or recipe.epochs
+    started = time.perf_counter()
+    folder = cache_folder() / options.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.restart:
+        for file in ("checkpoint.pt", "log.jsonl"):
+            (folder / file).unlink(missing_ok=True)
+    digits = digits_folder(recipe.size, options.images, options.seed)
+    if options.name.startswith("yolo"):
+        from benchmarks.train_ultralytics import run
+    else:
+        from benchmarks.train_torchvision import run
+    model = run(recipe, folder, digits, options)
+    scores = evaluate(model.eval(), CocoFolder(digits / "val"))
+    save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS)
+    row = {
+        "model": options.name, "size": recipe.size, "epochs": options.epochs, "images": options.images,
+        "seed": options.seed, "start": recipe.start or ("imagenet" if recipe.imagenet else "random"),
+        "device": options.device, "mAP": round(scores["mAP"], 4), "mAP50": round(scores["mAP50"], 4),
+        "seconds": round(time.perf_counter() - started),
+        "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+    }  # fmt: skip
+    log_result(row)
+    print(json.dumps(row))
+
+
+def cache_folder() -> Path:
+    """Where data and weights are kept between runs."""
+    return Path(os.environ.get("FXPRUNE_CACHE", Path.home() / ".cache" / "fxprune"))
+
+
+def digits_folder(size: int, images: int = 2400, seed: int = 0) -> Path:
+    """Compose the data set if it is not in the cache yet; returns its folder, with one sub-folder per split."""
+    folder = cache_folder() / f"digits-{size}px-{images}-seed{seed}"
+    if not (folder / "done").exists():
+        config, sources = DigitsConfig(size=size, train=images, seed=seed), load_sources()
+        for split in SPLITS:
+            write_split(folder / split, config, sources, split)
+        (folder / "done").touch()
+    return folder
+
+
+def load_trained(name: str) -> nn.Module:
+    """The trained detector `name` in eval mode, from the cache.
+
+    Raises
+    ------
+    SystemExit
+        It was not trained yet; says how to.
+    """
+    file = cache_folder() / name / WEIGHTS
+    if not file.exists():
+        raise SystemExit(f"{file} is missing; run `python -m benchmarks.train {name}` first.")
+    model = DETECTORS[name].build(DETECTORS[name].size)
+    model.load_state_dict(load_file(file))
+    return model.eval()
+
+
+def log_result(row: dict[str, Any]) -> None:
+    """Write a row in place of the one of the same model."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = [*(other for other in rows if other["model"] != row["model"]), row]
+    rows.sort(key=lambda other: list(DETECTORS).index(other["model"]))
+    RESULTS.write_text("".join(json.dumps(other) + "\n" for other in rows))
+
+
+if __name__ == "__main__":
+    main()
