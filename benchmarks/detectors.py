@@ -34,7 +34,7 @@ class Recipe:
     size : int
         Side of the images in pixels.
     epochs, learning_rate
-        Of one run on 2,400 images.
+        Of one run on 8,000 images.
     imagenet : callable, optional
         Gives ImageNet weights for ``backbone.body``; None where the run starts from random weights or from `start`.
     start : str, optional
@@ -43,7 +43,7 @@ class Recipe:
 
     build: Callable[[int], nn.Module]
     size: int = 160
-    epochs: int = 14
+    epochs: int = 3
     learning_rate: float = 2e-3
     imagenet: Callable[[], nn.Module] | None = None
     start: str | None = None
@@ -128,11 +128,11 @@ def imagenet_mobilenet_v2() -> nn.Module:
 
 
 DETECTORS: dict[str, Recipe] = {
-    "resnet50_ssdlite": Recipe(resnet50, size=96, epochs=10, learning_rate=1e-3),
-    "mobilenet_v2_ssdlite": Recipe(mobilenet_v2, epochs=12, imagenet=imagenet_mobilenet_v2),
-    "shufflenet_v2_ssdlite": Recipe(shufflenet_v2, epochs=16),
-    "fasterrcnn_resnet50_fpn": Recipe(faster_rcnn, size=96, epochs=5, learning_rate=5e-4, start="resnet50_ssdlite"),
-    "retinanet_resnet50_fpn_v2": Recipe(retinanet, size=96, epochs=6, learning_rate=5e-4, start="resnet50_ssdlite"),
-    "yolov8n": Recipe(yolov8n, epochs=10, learning_rate=2e-3),
+    "resnet50_ssdlite": Recipe(resnet50, size=96, epochs=3, learning_rate=1e-3),
+    "mobilenet_v2_ssdlite": Recipe(mobilenet_v2, epochs=3, imagenet=imagenet_mobilenet_v2),
+    "shufflenet_v2_ssdlite": Recipe(shufflenet_v2, epochs=9),
+    "fasterrcnn_resnet50_fpn": Recipe(faster_rcnn, size=96, epochs=1, learning_rate=5e-4, start="resnet50_ssdlite"),
+    "retinanet_resnet50_fpn_v2": Recipe(retinanet, size=96, epochs=1, learning_rate=5e-4, start="resnet50_ssdlite"),
+    "yolov8n": Recipe(yolov8n, epochs=3, learning_rate=2e-3),
 }
 """The six by name. On CPU the ResNet-50 ones see smaller images, with digits as large in pixels."""

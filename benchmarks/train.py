@@ -1,11 +1,16 @@
 """Train one of the six detectors of `benchmarks.detectors` on composed digits.
 
-    python -m benchmarks.train NAME [--epochs N] [--images 2400] [--seed 0] [--device cpu] [--threads 1]
+    python -m benchmarks.train NAME [--epochs N] [--images 8000] [--seed 0] [--device cpu] [--threads 1]
 
 Data, checkpoints, weights and the log of every epoch go to the cache folder (``FXPRUNE_CACHE``, by default
 ``~/.cache/fxprune``). A run that was interrupted goes on after its last whole epoch; ``--restart`` begins anew. What
-came out, with its sha256, goes into ``benchmarks/results/train.jsonl``. ``resnet50_ssdlite`` comes first: two others
-start from its weights.
+came out, with its sha256, goes into ``benchmarks/results/train.jsonl``.
+
+Many images and few epochs, for small networks learn 2,400 by heart. ``resnet50_ssdlite`` comes first, since two others
+start from its weights, and takes two cycles::
+
+    python -m benchmarks.train resnet50_ssdlite --images 2400 --epochs 10
+    python -m benchmarks.train resnet50_ssdlite --restart --start resnet50_ssdlite
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,10 +29,10 @@ from torch import nn
 
 from benchmarks.data import SPLITS, DigitsConfig, load_sources, write_split
 from benchmarks.detectors import DETECTORS
-from fxprune.bundled import CocoFolder
+from benchmarks.results import replace_rows
+from fxprune.datasets import CocoDataset
 from fxprune.evaluation import evaluate
 
-RESULTS = Path(__file__).parent / "results" / "train.jsonl"
 WEIGHTS = "weights.safetensors"
 
 
@@ -36,14 +41,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a detector of the evidence on composed digits.")
     parser.add_argument("name", choices=DETECTORS)
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
-    parser.add_argument("--images", type=int, default=2400, help="training images")
+    parser.add_argument("--images", type=int, default=8000, help="training images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="one thread keeps CPU runs reproducible")
     parser.add_argument("--restart", action="store_true", help="begin anew")
+    parser.add_argument("--start", choices=DETECTORS, help="start from this one's weights, which may be its own")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     recipe = DETECTORS[options.name]
+    if options.start is not None:
+        recipe = replace(recipe, start=options.start, imagenet=None)
     options.epochs = options.epochs or recipe.epochs
     started = time.perf_counter()
     folder = cache_folder() / options.name
@@ -57,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         from benchmarks.train_torchvision import run
     model = run(recipe, folder, digits, options)
-    scores = evaluate(model.eval(), CocoFolder(digits / "val"))
+    scores = evaluate(model.eval(), CocoDataset.from_folder(digits / "val"), image_size=recipe.size)
     save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS)
     row = {
         "model": options.name, "size": recipe.size, "epochs": options.epochs, "images": options.images,
@@ -66,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         "seconds": round(time.perf_counter() - started),
         "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
     }  # fmt: skip
-    log_result(row)
+    replace_rows("train", options.name, [row])
     print(json.dumps(row))
 
 
@@ -75,7 +83,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FXPRUNE_CACHE", Path.home() / ".cache" / "fxprune"))
 
 
-def digits_folder(size: int, images: int = 2400, seed: int = 0) -> Path:
+def digits_folder(size: int, images: int = 8000, seed: int = 0) -> Path:
     """Compose the data set if it is not in the cache yet; returns its folder, with one sub-folder per split."""
     folder = cache_folder() / f"digits-{size}px-{images}-seed{seed}"
     if not (folder / "done").exists():
@@ -100,15 +108,6 @@ def load_trained(name: str) -> nn.Module:
     model = DETECTORS[name].build(DETECTORS[name].size)
     model.load_state_dict(load_file(file))
     return model.eval()
-
-
-def log_result(row: dict[str, Any]) -> None:
-    """Write a row in place of the one of the same model."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    rows = [*(other for other in rows if other["model"] != row["model"]), row]
-    rows.sort(key=lambda other: list(DETECTORS).index(other["model"]))
-    RESULTS.write_text("".join(json.dumps(other) + "\n" for other in rows))
 
 
 if __name__ == "__main__":

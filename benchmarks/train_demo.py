@@ -27,7 +27,8 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import stochastic_depth
 
 from benchmarks.data import DigitsConfig, load_sources, write_split
-from fxprune.bundled import WEIGHTS_FILE, CocoFolder, build_detector, load_dataset, load_detector
+from fxprune.bundled import WEIGHTS_FILE, build_detector, load_dataset, load_detector
+from fxprune.datasets import CocoDataset
 from fxprune.evaluation import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ def prepare_data(seed: int, images: int) -> list[Sample]:
         write_split(DATA / split, config, sources, split)
     with tempfile.TemporaryDirectory() as folder:
         write_split(Path(folder), config, sources, "train")
-        dataset = CocoFolder(Path(folder))
+        dataset = CocoDataset.from_folder(Path(folder))
         return [dataset[index] for index in range(len(dataset))]
 
 

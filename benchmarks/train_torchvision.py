@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.detectors import Recipe
-from fxprune.bundled import CocoFolder
+from fxprune.datasets import CocoDataset
 from fxprune.evaluation import evaluate
 
 BATCH_SIZE = 16
@@ -29,9 +29,9 @@ def run(recipe: Recipe, folder: Path, digits: Path, options: argparse.Namespace)
     torch.manual_seed(options.seed)
     model = recipe.build(recipe.size)
     start_from(model, recipe, folder.parent)
-    train = CocoFolder(digits / "train")
+    train = CocoDataset.from_folder(digits / "train")
     samples = [train[index] for index in range(len(train))]
-    val = CocoFolder(digits / "val")
+    val = CocoDataset.from_folder(digits / "val")
 
     def report(epoch: int, loss: float, seconds: float) -> None:
         scores = evaluate(model, val)

@@ -1,9 +1,11 @@
 """fxprune: a compiler pass over torch.fx that finds the blocks a detector does not need and removes them."""
 
+from fxprune.datasets import CocoDataset
 from fxprune.driver import analyze, apply, compile  # noqa: A004
 from fxprune.errors import (
     BatchError,
     BudgetError,
+    DatasetError,
     FxpruneError,
     FxpruneWarning,
     LossError,
@@ -11,14 +13,20 @@ from fxprune.errors import (
     NoRegionError,
     PlanError,
     SettingError,
+    StorageError,
 )
+from fxprune.evaluation import evaluate
+from fxprune.loading import batches
 from fxprune.plan import Plan
 from fxprune.report import report
+from fxprune.storage import load, save
 from fxprune.version import __version__
 
 __all__ = [
     "BatchError",
     "BudgetError",
+    "CocoDataset",
+    "DatasetError",
     "FxpruneError",
     "FxpruneWarning",
     "LossError",
@@ -27,9 +35,14 @@ __all__ = [
     "Plan",
     "PlanError",
     "SettingError",
+    "StorageError",
     "__version__",
     "analyze",
     "apply",
+    "batches",
     "compile",
+    "evaluate",
+    "load",
     "report",
+    "save",
 ]

@@ -6,25 +6,20 @@ come from, `benchmarks/train_demo.py` made the files). Nothing here needs a netw
 
 from __future__ import annotations
 
-import io
-import json
 from collections import OrderedDict
 from importlib import resources
 from importlib.resources.abc import Traversable
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
 from torchvision.models import mobilenet_v2
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import Conv2dNormActivation
-from torchvision.transforms.functional import pil_to_tensor
 
+from fxprune.datasets import CocoDataset
 from fxprune.errors import FxpruneError
 
 Split = Literal["val", "calibration"]
@@ -132,55 +127,10 @@ def load_detector() -> SSD:
     return detector.eval()
 
 
-class CocoFolder(Dataset[tuple[Tensor, dict[str, Any]]]):
-    """Images with boxes from a folder that holds ``annotations.json`` (COCO format) and ``images/``.
-
-    Parameters
-    ----------
-    folder : Traversable
-        A `pathlib.Path` or a folder inside an installed package.
-
-    Attributes
-    ----------
-    annotations : dict
-        The annotations as read; what ``pycocotools.coco.COCO`` takes as its ``dataset``.
-
-    Raises
-    ------
-    FxpruneError
-        The folder has no ``annotations.json``.
-
-    Notes
-    -----
-    An item is ``(image, target)``: a float32 Tensor of shape (3, H, W) in [0, 1], and a dict of ``boxes`` (n, 4)
-    float32 as x1, y1, x2, y2 in pixels, ``labels`` (n,) int64 category ids, and ``image_id`` int.
-    """
-
-    def __init__(self, folder: Traversable) -> None:
-        self.folder = folder
-        self.annotations: dict[str, Any] = json.loads(_read(folder / "annotations.json"))
-        self._boxes: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in self.annotations["images"]}
-        for annotation in self.annotations["annotations"]:
-            self._boxes[annotation["image_id"]].append(annotation)
-
-    def __len__(self) -> int:
-        return len(self.annotations["images"])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        record = self.annotations["images"][index]
-        with Image.open(io.BytesIO(_read(self.folder / "images" / record["file_name"]))) as image:
-            pixels = pil_to_tensor(image.convert("RGB")).float() / 255
-        found = self._boxes[record["id"]]
-        boxes = torch.tensor([box["bbox"] for box in found], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([box["category_id"] for box in found], dtype=torch.int64)
-        return pixels, {"boxes": boxes, "labels": labels, "image_id": record["id"]}
-
-
-def load_dataset(split: Split) -> CocoFolder:
+def load_dataset(split: Split) -> CocoDataset:
     """Load bundled images: 200 to validate on ("val"), 64 others to calibrate on ("calibration").
 
-    The two share no digit and no part of a photograph. The COCO ground truth is ``load_dataset(split).annotations``.
+    The two share no digit and no part of a photograph.
 
     Raises
     ------
@@ -189,7 +139,9 @@ def load_dataset(split: Split) -> CocoFolder:
     """
     if split not in ("val", "calibration"):
         raise FxpruneError(f"There is no bundled split {split!r}; choose 'val' or 'calibration'.")
-    return CocoFolder(_data() / split)
+    if not (_data() / split).is_dir():
+        raise _missing(_data() / split)
+    return CocoDataset.from_folder(_data() / split)
 
 
 def _data() -> Traversable:
@@ -200,6 +152,8 @@ def _read(file: Traversable) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError as error:
-        raise FxpruneError(
-            f"{file} is missing; reinstall fxprune, or run `python -m benchmarks.train_demo`."
-        ) from error
+        raise _missing(file) from error
+
+
+def _missing(place: Traversable) -> FxpruneError:
+    return FxpruneError(f"{place} is missing; reinstall fxprune, or run `python -m benchmarks.train_demo`.")

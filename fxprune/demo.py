@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,13 +17,13 @@ from torch import nn
 from fxprune.bundled import load_dataset, load_detector
 from fxprune.driver import analyze, apply
 from fxprune.evaluation import evaluate
+from fxprune.loading import batches
 from fxprune.plan import Plan
 from fxprune.report import quantity
 from fxprune.selection import check_budget
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
 DEMO_CRITERIA = ("grad_delta", "grad_act", "l1", "random")
-BATCH_SIZE = 16
 ROUNDS = 15
 TIMED_IMAGES = 8
 
@@ -63,7 +63,6 @@ def run_demo(out: Console, err: Console, budget: float = 0.1, criteria: Sequence
     check_budget(budget)
     model, val = load_detector(), load_dataset("val")
     calibration = load_dataset("calibration")
-    samples = [calibration[index] for index in range(len(calibration))]
     out.print(
         f"Pruning {budget:.0%} of the FLOPs of a trained SSDLite-MobileNetV2 detector (composed digits:"
         f" {len(calibration)} calibration images, {len(val)} others to evaluate on)."
@@ -74,12 +73,13 @@ def run_demo(out: Console, err: Console, budget: float = 0.1, criteria: Sequence
         task = progress.add_task("", total=len(val) * len(names) + ROUNDS)
         for name in names:
             progress.update(task, description=f"prune by {name}" if rows else "evaluate the unpruned detector")
-            plan = None if not rows else analyze(model, _batches(samples), criterion=name).plan(budget)
+            plan = None if not rows else analyze(model, batches(model, calibration), criterion=name).plan(budget)
             pruned = model if plan is None else apply(model, plan)
             scores = evaluate(pruned, val, progress=_advancing(progress, task))
             rows.append(Row(name, pruned, scores, plan))
         progress.update(task, description="time all of them in turn")
-        timings = _time({row.name: row.model for row in rows}, [image for image, _ in samples[:TIMED_IMAGES]])
+        images = [calibration[index][0] for index in range(TIMED_IMAGES)]
+        timings = _time({row.name: row.model for row in rows}, images)
         progress.update(task, completed=len(val) * len(names) + ROUNDS)
     out.print(_table(rows, timings))
     out.print(_meaning(rows, timings))
@@ -97,12 +97,6 @@ def _advancing(progress: Progress, task: TaskID) -> Callable[[int], None]:
     """Return what moves a bar on from where it is now to so many images further."""
     start = progress.tasks[task].completed
     return lambda images: progress.update(task, completed=start + images)
-
-
-def _batches(samples: Sequence[tuple[torch.Tensor, dict[str, object]]]) -> Iterable[object]:
-    for start in range(0, len(samples), BATCH_SIZE):
-        images, targets = zip(*samples[start : start + BATCH_SIZE], strict=True)
-        yield list(images), list(targets)
 
 
 def _time(models: Mapping[str, nn.Module], images: list[torch.Tensor]) -> dict[str, Timing]:

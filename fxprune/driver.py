@@ -21,10 +21,12 @@ from fxprune.passes.cleanup import remove_dead_code
 from fxprune.plan import Candidate, IslandRecord, Plan
 from fxprune.selection import check_budget
 from fxprune.study import Progress, Study
-from fxprune.verification import verify_graph, verify_weights
+from fxprune.verification import differences, inventory, verify_graph, verify_weights
 
 PLANS = "fxprune_plans"
 """Attribute of a pruned network: the plans applied to it, oldest first, as plain data."""
+LAYOUT = "fxprune_layout"
+"""Attribute of a pruned network: what it was made of when its last plan had been carried out, as plain data."""
 
 
 def analyze(
@@ -127,7 +129,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             _rewrite(shell, record, plan)
         pruned = shell.get_submodule("root")
     verify_weights(network, pruned, plan)
-    remember(pruned, [*plans_of(network), plan.to_dict()])
+    remember(pruned, [*plans_of(network), plan.to_dict()], alterations(network))
     return like_the_model(model, pruned)
 
 
@@ -177,22 +179,32 @@ def plans_of(network: nn.Module) -> list[dict[str, Any]]:
     return list(getattr(network, PLANS, ()))
 
 
-def remember(network: nn.Module, plans: list[dict[str, Any]]) -> None:
-    """Leave the plans on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
-    setattr(network, PLANS, plans)
+def alterations(network: nn.Module) -> list[str]:
+    """Say what was changed in a pruned network's structure behind its plans' back; empty if nothing is known of it."""
+    layout = getattr(network, LAYOUT, None)
+    return [] if layout is None else [*layout["altered"], *differences(layout["parts"], network)]
+
+
+def remember(network: nn.Module, plans: list[dict[str, Any]], altered: list[str]) -> None:
+    """Leave plans and layout on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
+    notes = {PLANS: plans, LAYOUT: {"parts": inventory(network), "altered": altered}}
+    for name, value in notes.items():
+        setattr(network, name, value)
     if isinstance(network, fx.GraphModule):
-        network.meta["_user_preserved_attributes"] = {
-            **network.meta.get("_user_preserved_attributes", {}),
-            PLANS: plans,
-        }
+        network.meta["_user_preserved_attributes"] = {**network.meta.get("_user_preserved_attributes", {}), **notes}
 
 
-def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
-    """Trace one island again, hold it to its fingerprint, and take the plan's regions out of it."""
+def traced_island(model: nn.Module, record: IslandRecord) -> fx.GraphModule:
+    """Trace one island of a plan in a model and hold it to its fingerprint.
+
+    Raises
+    ------
+    PlanError
+        If the model has no such part, or one of another structure.
+    """
     where = f"island {record.name or '<model>'!r}"
-    path = ".".join(filter(None, ("root", record.name)))
     try:
-        module = shell.get_submodule(path)
+        module = model.get_submodule(record.name)
     except AttributeError:
         raise PlanError(f"the plan needs {where}, which this model does not have") from None
     traced = trace_island(module, frozenset(record.opaque), exactly=True)
@@ -202,8 +214,14 @@ def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
             f"{where} of this model has fingerprint {found}, the plan was made for {record.fingerprint}:"
             " the structure differs; analyze this model and make a new plan"
         )
-    gm = traced[0]
-    _warn_of_hooks(record.name, module, gm)
+    return traced[0]
+
+
+def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
+    """Take the plan's regions out of one island of a model."""
+    path = ".".join(filter(None, ("root", record.name)))
+    gm = traced_island(shell.get_submodule("root"), record)
+    _warn_of_hooks(record.name, shell.get_submodule(path), gm)
     removed = [region for region in plan.removed if region.island == record.name]
     _check_nodes(removed, gm)
     arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from fxprune.detectors.choice import detector_adapter, network_of
 from fxprune.errors import BatchError
+from fxprune.labels import match_labels, relabel
 
 # Where each figure stands in COCOeval.stats.
 STATS = {"mAP": 0, "mAP50": 1, "mAP75": 2, "mAP_small": 3, "mAP_medium": 4, "mAP_large": 5, "mAR": 8}
@@ -33,29 +33,46 @@ class Boxes:
         Category ids, int64 of shape (n,).
     scores : ndarray
         Confidence in [0, 1], float64 of shape (n,); ones where the boxes are the truth.
+    areas : ndarray
+        Area of the objects in pixels, float64 of shape (n,); decides what is small, medium, large.
+    crowd : ndarray
+        Bool of shape (n,): the box stands for many objects, and detections inside it count neither way.
     """
 
     xywh: NDArray[np.float64]
     labels: NDArray[np.int64]
     scores: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
 
 
 def evaluate(
     model: nn.Module,
     dataset: Any,
     *,
+    labels: Mapping[int, int] | None = None,
+    image_size: int | None = None,
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Average precision of a torchvision detector on a data set.
+    """Average precision of a detector on a data set, as COCO measures it (by pycocotools).
 
     Parameters
     ----------
-    model : nn.Module
-        Takes a list of image Tensors and, in eval mode, returns a list of dicts of ``boxes``, ``labels``, ``scores``.
+    model : Module
+        A detector of torchvision's convention (a list of image Tensors in; in eval mode a list of dicts of ``boxes``,
+        ``labels``, ``scores`` out), an ultralytics model, or a `YOLO` object. Its modes are restored.
     dataset : map-style dataset
-        Items are ``(image, target)``: a float Tensor of shape (3, H, W), and a dict of ``boxes`` (n, 4) as x1, y1, x2,
-        y2 in pixels and ``labels`` (n,); n may be 0. The label numbers must mean the same as the model's.
+        Items are ``(image, target)``, as `fxprune.CocoDataset` gives them: a Tensor of shape (3, H, W) in [0, 1], and a
+        dict of ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels and ``labels`` (n,); n may be 0. If there are ``area`` (n,)
+        and ``iscrowd`` (n,), they are used; else areas are the boxes' and none is a crowd.
+    labels : mapping of int to int, optional
+        The model's class numbers to the data set's labels. Detections of other classes are dropped; true boxes of
+        other labels count as missed. By default, if the model has ``names`` and the data set ``categories``, they are
+        matched by name, and a category the model does not have is an error; else the numbers mean the same.
+    image_size : int, optional
+        Side in pixels of the square an ultralytics model is fed, rounded up to a multiple of its stride; by default
+        what it was trained on. Torchvision's detectors size images themselves and take no notice.
     batch_size : int
         Images per forward pass.
     progress : callable, optional
@@ -70,31 +87,39 @@ def evaluate(
     Raises
     ------
     BatchError
-        `batch_size` is less than 1, an item is malformed, or the data set has no box at all: precision is undefined.
+        `batch_size` is less than 1, an item is malformed, or the data set has no box but of crowds.
+    SettingError
+        `labels` or `image_size` is wrong, or the names do not say which class a label is.
+    ModelError
+        The model is no detector.
+
+    Notes
+    -----
+    An ultralytics model is fed and read as its own ``val(rect=False)`` does it: letterboxed (query decoders:
+    stretched), score from .001, overlap at most .7, 300 boxes an image. Its ``val`` reports a slightly different mAP,
+    because it interpolates the precision curve in another way than COCO.
+
+    Examples
+    --------
+    >>> from fxprune.bundled import load_dataset, load_detector
+    >>> round(evaluate(load_detector(), load_dataset("val"))["mAP50"], 2)
+    0.95
     """
     if batch_size < 1:
         raise BatchError(f"batch_size is {batch_size}; give 1 or more.")
+    network = network_of(model)
+    adapter, classes = detector_adapter(network), match_labels(network, dataset, labels)
     truth: list[Boxes] = []
     found: list[Boxes] = []
-    with _eval_mode(model), torch.inference_mode():
+    with _eval_mode(network), torch.inference_mode(False), torch.no_grad():
         for start in range(0, len(dataset), batch_size):
             items = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
             truth += [_read_target(item, start + offset) for offset, item in enumerate(items)]
-            found += detect(model, [image for image, _ in items])
+            outputs = adapter.detect(network, [image for image, _ in items], image_size)
+            found += [_make_boxes(**relabel(output, classes)) for output in outputs]
             if progress is not None:
                 progress(len(found))
     return average_precision(truth, found)
-
-
-def detect(model: nn.Module, images: Sequence[Tensor]) -> list[Boxes]:
-    """Run a detector, already in eval mode, on one batch of images of shape (3, H, W); one `Boxes` per image."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return read_outputs(model([image.to(device) for image in images]))
-
-
-def read_outputs(outputs: Iterable[dict[str, Tensor]]) -> list[Boxes]:
-    """Turn one batch of torchvision detector outputs (corners in pixels) into one `Boxes` per image."""
-    return [_make_boxes(output["boxes"], output["labels"], output["scores"]) for output in outputs]
 
 
 def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes]) -> dict[str, float]:
@@ -103,15 +128,17 @@ def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes]) -> dict[st
     Raises
     ------
     BatchError
-        The two differ in length, or `truth` has no box at all.
+        The two differ in length, or `truth` has no box but of crowds.
     """
     if len(truth) != len(found):
         raise BatchError(f"{len(truth)} images have true boxes but {len(found)} have detections; give one per image.")
-    if not any(len(boxes.labels) for boxes in truth):
+    if all(boxes.crowd.all() for boxes in truth):
         raise BatchError(
-            f"None of the {len(truth)} images has a true box, so average precision is undefined;"
+            f"None of the {len(truth)} images has a true box (crowds aside), so average precision is undefined;"
             " evaluate on annotated images."
         )
+    from pycocotools.cocoeval import COCOeval
+
     categories = sorted({int(label) for boxes in truth for label in boxes.labels})
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOeval(_make_coco(truth, categories), _make_coco(found, categories), iouType="bbox")
@@ -122,8 +149,10 @@ def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes]) -> dict[st
     return {name: value if value >= 0 else float("nan") for name, value in figures.items()}
 
 
-def _make_coco(images: Sequence[Boxes], categories: list[int]) -> COCO:
+def _make_coco(images: Sequence[Boxes], categories: list[int]) -> Any:
     """A COCO index over `images`; written out because ``COCO.loadRes`` fails when there is no detection."""
+    from pycocotools.coco import COCO
+
     rows = [(image_id, row) for image_id, boxes in enumerate(images, 1) for row in _iterate_rows(boxes)]
     coco = COCO()
     coco.dataset = {
@@ -136,15 +165,24 @@ def _make_coco(images: Sequence[Boxes], categories: list[int]) -> COCO:
 
 
 def _iterate_rows(boxes: Boxes) -> Iterator[dict[str, Any]]:
-    for xywh, label, score in zip(boxes.xywh.tolist(), boxes.labels.tolist(), boxes.scores.tolist(), strict=True):
-        yield {"category_id": label, "bbox": xywh, "area": xywh[2] * xywh[3], "iscrowd": 0, "score": score}
+    columns = (boxes.xywh, boxes.labels, boxes.scores, boxes.areas, boxes.crowd)
+    for xywh, label, score, area, crowd in zip(*(column.tolist() for column in columns), strict=True):
+        yield {"category_id": label, "bbox": xywh, "area": area, "iscrowd": int(crowd), "score": score}
 
 
-def _make_boxes(corners: Tensor, labels: Tensor, scores: Tensor) -> Boxes:
-    xywh = corners.detach().to("cpu", torch.float64).reshape(-1, 4).clone()
+def _make_boxes(
+    boxes: Tensor, labels: Tensor, scores: Tensor, area: Tensor | None = None, iscrowd: Tensor | None = None
+) -> Boxes:
+    xywh = boxes.detach().to("cpu", torch.float64).reshape(-1, 4).clone()
     xywh[:, 2:] -= xywh[:, :2]
+    areas = xywh[:, 2] * xywh[:, 3] if area is None else area.detach().to("cpu", torch.float64)
+    crowd = torch.zeros(len(xywh)) if iscrowd is None else iscrowd.detach().cpu()
     return Boxes(
-        xywh.numpy(), labels.detach().to("cpu", torch.int64).numpy(), scores.detach().to("cpu", torch.float64).numpy()
+        xywh.numpy(),
+        labels.detach().to("cpu", torch.int64).numpy(),
+        scores.detach().to("cpu", torch.float64).numpy(),
+        areas.numpy(),
+        crowd.bool().numpy(),
     )
 
 
@@ -152,7 +190,8 @@ def _read_target(item: Any, index: int) -> Boxes:
     """The true boxes of data set item `index`, checked."""
     try:
         _, target = item
-        corners, labels = target["boxes"], target["labels"]
+        corners, labels = torch.as_tensor(target["boxes"]), torch.as_tensor(target["labels"])
+        extras = {key: torch.as_tensor(target[key]) for key in ("area", "iscrowd") if key in target}
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise BatchError(
             f"Item {index} of the data set is not (image, dict with 'boxes' and 'labels'): {error!r}; convert it first."
@@ -162,9 +201,14 @@ def _read_target(item: Any, index: int) -> Boxes:
             f"Item {index} has boxes of shape {tuple(corners.shape)} and labels of shape {tuple(labels.shape)}; "
             "give (n, 4) and (n,)."
         )
+    for key, value in extras.items():
+        if tuple(value.shape) != tuple(labels.shape):
+            raise BatchError(
+                f"Item {index} has {len(labels)} boxes but {key} of shape {tuple(value.shape)}; give (n,)."
+            )
     if corners.numel() and not bool((corners[:, 2:] > corners[:, :2]).all()):
         raise BatchError(f"Item {index} has a box with x2 <= x1 or y2 <= y1; give corners as x1, y1, x2, y2 in pixels.")
-    return _make_boxes(corners, labels, torch.ones(len(labels)))
+    return _make_boxes(corners, labels, torch.ones(len(labels)), **extras)
 
 
 @contextlib.contextmanager

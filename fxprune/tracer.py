@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -132,9 +133,9 @@ class StructureTracer(fx.Tracer):
         """Add a node in functional form."""
         args = fx.map_arg(args, lambda node: self._current(node))
         kwargs = fx.map_arg(kwargs, lambda node: self._current(node))
-        overwrites = kind != "placeholder" and self._is_in_place(kind, target, kwargs)
+        overwrites = kind != "placeholder" and self._is_in_place(kind, target, args, kwargs)
         if overwrites:
-            target, kwargs = functional_form(kind, target, kwargs)
+            target, args, kwargs = functional_form(kind, target, args, kwargs)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         self.owners[node.name] = self._active[-1]
         if overwrites and args and isinstance(args[0], fx.Node):
@@ -146,22 +147,46 @@ class StructureTracer(fx.Tracer):
             node = self._overwritten[node]
         return node
 
-    def _is_in_place(self, kind: str, target: Any, kwargs: dict[str, Any]) -> bool:
+    def _is_in_place(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if kind == "call_module":
             return bool(getattr(self.root.get_submodule(target), "inplace", False)) and target not in self.opaque
-        if kind == "call_method":
-            return str(target).endswith("_") and not str(target).endswith("__")
-        return kind == "call_function" and (target in IN_PLACE or kwargs.get("inplace") is True)
+        return is_in_place(kind, target, args, kwargs)
 
 
-def functional_form(kind: str, target: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Target and keyword arguments that compute the same into a new tensor."""
+def is_in_place(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a function or a method overwrites its first argument."""
+    if kind == "call_method":
+        return str(target).endswith("_") and not str(target).endswith("__")
+    return kind == "call_function" and (target in IN_PLACE or _flag(target, args, kwargs) is not None)
+
+
+def functional_form(
+    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Target and arguments that compute the same into a new tensor."""
     if kind == "call_method":
         functional = str(target).rstrip("_")
         if not hasattr(torch.Tensor, functional):
             raise fx.proxy.TraceError(f"Tensor.{target} overwrites a value and has no functional form")
-        return functional, kwargs
+        return functional, args, kwargs
     if kind == "call_function":
+        flag = _flag(target, args, kwargs)
+        if isinstance(flag, int):
+            args = (*args[:flag], False, *args[flag + 1 :])
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-        return IN_PLACE.get(target, target), kwargs
-    return target, kwargs
+        return IN_PLACE.get(target, target), args, kwargs
+    return target, args, kwargs
+
+
+def _flag(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Where a call says ``inplace=True``: the position or the name of the argument."""
+    if kwargs.get("inplace") is True:
+        return "inplace"
+    if not any(value is True for value in args):
+        return None
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a built-in function says nothing of its arguments, and has no such flag
+        return None
+    position = names.index("inplace") if "inplace" in names else len(args)
+    return position if position < len(args) and args[position] is True else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -38,3 +40,29 @@ def remove_dead_code(gm: fx.GraphModule) -> PassResult:
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, before != (len(gm.graph.nodes), len(gm.state_dict())))
+
+
+def erase_nodes(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
+    """Replaces a graph by one without the named nodes, as far as nothing else reads them.
+
+    Unlike `remove_dead_code` it leaves everything else alone, such as updates of statistics that nobody reads.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        Rewritten in place.
+    names : collection of str
+        Names of nodes.
+
+    Returns
+    -------
+    PassResult
+        `modified` says whether any node went.
+    """
+    before = len(gm.graph.nodes)
+    for node in reversed(list(gm.graph.nodes)):
+        if node.name in names and not node.users:
+            gm.graph.erase_node(node)
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(gm, before != len(gm.graph.nodes))

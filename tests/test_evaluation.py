@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
-from fxprune.errors import BatchError
+from fxprune.bundled import load_dataset
+from fxprune.errors import BatchError, ModelError, SettingError
 from fxprune.evaluation import evaluate
 
 
@@ -83,3 +86,79 @@ def test_the_mode_is_restored_and_progress_told() -> None:
     assert seen == [2, 3]
     assert model.training
     assert not model.layer.training
+
+
+class Data(list[Any]):
+    """Items with named labels."""
+
+    def __init__(self, items: list[Any], categories: dict[int, str]) -> None:
+        super().__init__(items)
+        self.categories = categories
+
+
+def test_detections_inside_a_crowd_count_neither_way() -> None:
+    # By score: a hit, one inside the crowd, a false alarm, a hit. With the crowd ignored: precisions 1, 1/2, 2/3.
+    image, target = item((0, 0, 20, 20), (30, 0, 50, 20), (0, 50, 100, 100))
+    rows = boxes((0, 0, 20, 20), (10, 60, 40, 90), (70, 10, 90, 30), (30, 0, 50, 20))
+    outputs = [found(rows, [0.9, 0.8, 0.7, 0.6])]
+    crowd = target | {"iscrowd": torch.tensor([0, 0, 1])}
+    assert evaluate(Oracle(outputs), [(image, crowd)])["mAP50"] == pytest.approx((51 + 50 * 2 / 3) / 101, abs=1e-6)
+    # Taken as an object, the crowd is missed and the box in it is a false alarm: precisions 1, 1/2 (4 found, 2 right)
+    # at recalls 1/3, 2/3: 34 recalls (0 to .33) at 1, 33 at 1/2, the rest at 0.
+    assert evaluate(Oracle(outputs), [(image, target)])["mAP50"] == pytest.approx((34 + 33 / 2) / 101, abs=1e-6)
+    with pytest.raises(BatchError, match="crowds aside"):
+        evaluate(Oracle(outputs), [(image, target | {"iscrowd": torch.ones(3)})])
+
+
+def test_given_areas_decide_what_is_small() -> None:
+    image, target = item((0, 0, 50, 50))
+    outputs = [found(target["boxes"], [0.9])]
+    scores = evaluate(Oracle(outputs), [(image, target)])
+    assert math.isnan(scores["mAP_small"])  # 2500 pixels are medium
+    scores = evaluate(Oracle(outputs), [(image, target | {"area": torch.tensor([900.0])})])
+    assert scores["mAP_small"] == pytest.approx(1.0)  # the outline's are not
+    assert math.isnan(scores["mAP_medium"])
+    with pytest.raises(BatchError, match="Item 0 has 1 boxes but area of shape"):
+        evaluate(Oracle(outputs), [(image, target | {"area": torch.ones(2)})])
+
+
+def test_classes_become_labels() -> None:
+    image, target = item((0, 0, 20, 20), (50, 50, 90, 90))
+    target["labels"] = torch.tensor([30, 20])
+    output = found(boxes((0, 0, 20, 20), (0, 60, 20, 80), (50, 50, 90, 90)), [0.8, 0.9, 0.9])
+    output["labels"] = torch.tensor([2, 0, 1])
+    data = Data([(image, target)], {20: "cat", 30: "dog"})
+    model = Oracle([output])
+    assert evaluate(model, data, labels={2: 30, 1: 20})["mAP"] == pytest.approx(1.0)  # class 0 is dropped
+    # With class 0 as a dog, its false alarm comes before the dog: half of the mean over two labels.
+    scores = evaluate(Oracle([output]), data, labels={2: 30, 1: 20, 0: 30})
+    assert scores["mAP"] == pytest.approx((1 + 1 / 2) / 2)
+    assert evaluate(Oracle([output]), data)["mAP"] == 0  # the model names nothing: numbers are taken as they are
+    named = Oracle([output])
+    named.names = {0: "bird", 1: "cat", 2: "dog"}  # type: ignore[assignment]
+    assert evaluate(named, data)["mAP"] == pytest.approx(1.0)
+    named.names = {0: "bird", 1: "cat", 2: "hound"}  # type: ignore[assignment]
+    with pytest.raises(SettingError, match=r"no class named like the data set's {30: 'dog'}.*labels="):
+        evaluate(named, data)
+    for labels, message in (({0: 7}, "label 7"), ({5: 20}, "class 5"), ([20, 30], "should be a dict")):
+        with pytest.raises(SettingError, match=message):
+            evaluate(named, data, labels=labels)  # type: ignore[arg-type]
+
+
+def test_what_is_no_detector_is_refused() -> None:
+    with pytest.raises(ModelError, match="ResNet is not known to give boxes"):
+        evaluate(resnet18(), [item((0, 0, 9, 9))])
+    with pytest.raises(ModelError, match=r"Sequential cannot take a list of images .TypeError.*takes a list"):
+        evaluate(nn.Sequential(nn.Conv2d(3, 1, 1)), [item((0, 0, 9, 9))])
+    with pytest.raises(ModelError, match=r"Identity gave a list of 1 for 1 images"):
+        evaluate(nn.Identity(), [item((0, 0, 9, 9))])
+    with pytest.raises(ModelError, match=r"expected a torch.nn.Module"):
+        evaluate("yolov8n.pt", [item((0, 0, 9, 9))])  # type: ignore[arg-type]
+
+
+def test_the_bundled_truth_fed_back_scores_one() -> None:
+    data = load_dataset("val")
+    outputs = [target | {"scores": torch.ones(len(target["labels"]))} for _, target in data]
+    scores = evaluate(Oracle(outputs), data)
+    assert scores["mAP"] == pytest.approx(1.0)
+    assert scores["mAR"] == pytest.approx(1.0)

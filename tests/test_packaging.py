@@ -29,7 +29,8 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
 
 def test_surface() -> None:
     errors = {name for name, value in vars(fxprune.errors).items() if isinstance(value, type)}
-    assert set(fxprune.__all__) == errors | {"analyze", "apply", "compile", "report", "Plan", "__version__"}
+    data = {"CocoDataset", "batches", "evaluate"}
+    assert set(fxprune.__all__) == errors | data | {"analyze", "apply", "compile", "report", "Plan", "__version__"}
     for name in errors - {"FxpruneWarning"}:
         assert issubclass(getattr(fxprune, name), fxprune.FxpruneError)
 

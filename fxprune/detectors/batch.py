@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import BatchError
+from fxprune.errors import BatchError, ModelError
 from fxprune.graph import map_tensors
 
 
@@ -54,6 +54,13 @@ class Adapter:
         ``(model, Batch) -> outputs`` as at inference; sets eval mode.
     label : callable
         ``(model, Batch) -> Batch`` with the model's own confident outputs as targets.
+    detect : callable
+        ``(model, images, image size or None) -> one dict an image``: for images (3, H, W) in [0, 1] of any sizes,
+        ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the image given, ``labels`` (n,) the model's class numbers,
+        ``scores`` (n,). The model is in eval mode already. Raises `ModelError` if it is no detector.
+    collate : callable
+        ``(model, images, targets or None, image size or None) -> raw batch`` that `normalize` takes, from images
+        (3, H, W) in [0, 1] and dicts of ``boxes`` and ``labels`` as `detect` gives them.
     root_is_function : bool
         Whether the model is just its forward, so that a GraphModule can stand in for the whole of it.
     """
@@ -66,7 +73,24 @@ class Adapter:
     loss: Callable[[nn.Module, Batch], Tensor]
     predict: Callable[[nn.Module, Batch], Any]
     label: Callable[[nn.Module, Batch], Batch]
+    detect: Callable[[nn.Module, Sequence[Tensor], int | None], list[dict[str, Tensor]]]
+    collate: Callable[[nn.Module, Sequence[Tensor], Sequence[Mapping[str, Any]] | None, int | None], Any]
     root_is_function: bool
+
+
+def refuse_boxes(model: nn.Module, *_: Any) -> NoReturn:
+    """Stand in for `detect` and `collate` where a model gives no boxes.
+
+    Raises
+    ------
+    ModelError
+        Always.
+    """
+    raise ModelError(
+        f"{type(model).__name__} is not known to give boxes; evaluate and batches take detectors of torchvision's"
+        " convention (a list of images in; in eval mode a list of dicts with boxes, labels, scores out) and ultralytics"
+        " models: measure this one with a loop of your own, and make its calibration batches by hand"
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxprune.detectors import classifier, custom, torchvision, ultralytics
-from fxprune.detectors.batch import Adapter
+from fxprune.detectors.batch import Adapter, refuse_boxes
 from fxprune.errors import ModelError, SettingError
 from fxprune.graph import class_names
 
@@ -30,6 +30,20 @@ def choose_adapter(model: nn.Module, raw: Any, loss: Callable[[nn.Module, Any], 
             raise SettingError(f"loss must be callable(model, batch) -> scalar tensor, got {type(loss).__name__}")
         return custom.adapter_of(loss)
     return next(adapter for adapter in ADAPTERS if adapter.fits(model, raw))
+
+
+def detector_adapter(network: nn.Module) -> Adapter:
+    """Pick the adapter for a detector, without a batch of it: ultralytics', or else torchvision's convention.
+
+    Raises
+    ------
+    ModelError
+        If the model is known to be no detector: one of torchvision's classifiers and the like.
+    """
+    known = any(name.startswith("torchvision.models.") for name in class_names(network))
+    if known and not torchvision.is_known(network):
+        refuse_boxes(network)
+    return next(adapter for adapter in ADAPTERS if adapter.fits(network, ([], [])))
 
 
 def network_of(model: Any) -> nn.Module:

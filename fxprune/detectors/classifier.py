@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.detectors.batch import Adapter, Batch, device_of, stack_images
+from fxprune.detectors.batch import Adapter, Batch, device_of, refuse_boxes, stack_images
 from fxprune.errors import BatchError, ModelError
 
 FORMS = "(Tensor(N, 3, H, W), Tensor(N) of class indices), or images alone as Tensor(N, 3, H, W)"
@@ -82,5 +82,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    detect=refuse_boxes,
+    collate=refuse_boxes,
     root_is_function=True,
 )

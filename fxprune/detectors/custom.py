@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.detectors.batch import Adapter, Batch, device_of
+from fxprune.detectors.batch import Adapter, Batch, device_of, refuse_boxes
 from fxprune.errors import BatchError, LossError
 from fxprune.graph import map_tensors
 
@@ -41,6 +41,8 @@ def adapter_of(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
         loss=compute,
         predict=compute,
         label=refuse,
+        detect=refuse_boxes,
+        collate=refuse_boxes,
         root_is_function=True,
     )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.detectors.batch import Adapter, Batch, check_image, device_of
-from fxprune.errors import BatchError, LossError
+from fxprune.errors import BatchError, LossError, ModelError
 from fxprune.graph import class_names
 
 FORMS = (
@@ -18,13 +18,20 @@ FORMS = (
 )
 CONFIDENT = 0.5
 """Score from which an output serves as a label; in an image that reaches none, half of its best score."""
+CONVENTION = (
+    "a detector of torchvision's convention takes a list of Tensor(3, H, W) and gives, in eval mode, one dict of boxes,"
+    " labels and scores an image: wrap the model in a module that does, or measure it with a loop of your own"
+)
 
 
 def fits(model: nn.Module, raw: Any) -> bool:
     """Whether the model is one of torchvision's detectors, or its batches are theirs."""
-    if any(name.startswith("torchvision.models.detection.") for name in class_names(model)):
-        return True
-    return _is_pair(raw)
+    return is_known(model) or _is_pair(raw)
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether the model is one of torchvision's own detectors."""
+    return any(name.startswith("torchvision.models.detection.") for name in class_names(model))
 
 
 def _is_pair(raw: Any) -> bool:
@@ -122,6 +129,38 @@ def _confident(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return target
 
 
+def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -> list[dict[str, Tensor]]:
+    """Run the detector on images of any sizes; it sizes them itself, whatever `image_size`."""
+    device = device_of(model)
+    rows = [check_image(image, 3, FORMS).to(device) for image in images]
+    if is_known(model):
+        outputs = model(rows)
+    else:
+        try:
+            outputs = model(rows)
+        except (TypeError, AttributeError) as error:  # what a model that takes a tensor makes of a list
+            said = str(error).split("\n")[0]
+            raise ModelError(
+                f"{type(model).__name__} cannot take a list of images ({type(error).__name__}: {said}); {CONVENTION}"
+            ) from error
+    if not isinstance(outputs, (list, tuple)) or len(outputs) != len(rows) or not all(map(_is_detection, outputs)):
+        got = f"{type(outputs).__name__} of {len(outputs)}" if isinstance(outputs, Sized) else type(outputs).__name__
+        raise ModelError(f"{type(model).__name__} gave a {got} for {len(rows)} images; {CONVENTION}")
+    return [{key: output[key].detach() for key in ("boxes", "labels", "scores")} for output in outputs]
+
+
+def _is_detection(output: Any) -> bool:
+    return isinstance(output, Mapping) and {"boxes", "labels", "scores"} <= set(output)
+
+
+def collate(
+    model: nn.Module, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None, image_size: int | None
+) -> Any:
+    """Put images and targets in two lists; without targets, images in one."""
+    rows = [check_image(image, 3, FORMS) for image in images]
+    return rows if targets is None else (rows, [dict(target) for target in targets])
+
+
 ADAPTER = Adapter(
     family="torchvision detector",
     forms=FORMS,
@@ -131,5 +170,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    detect=detect,
+    collate=collate,
     root_is_function=False,
 )

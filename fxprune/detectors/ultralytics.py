@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.detectors.batch import Adapter, Batch, device_of, stack_images
-from fxprune.errors import BatchError, ModelError
+from fxprune.detectors.batch import Adapter, Batch, check_image, device_of, stack_images
+from fxprune.detectors.decoding import has_queries, read_output, scores_of, suppress
+from fxprune.detectors.letterbox import Placement, clip, letterbox
+from fxprune.errors import BatchError, ModelError, SettingError
 from fxprune.graph import class_names
 
 FORMS = (
@@ -19,6 +22,8 @@ FORMS = (
 )
 CONFIDENT = 0.25
 """Score from which an output serves as a label (ultralytics' own prediction threshold)."""
+IMAGE_SIZE = 640
+"""Side of the square where a model does not say what it was trained on (ultralytics' default)."""
 
 
 def is_wrapper(model: nn.Module) -> bool:
@@ -121,27 +126,88 @@ def predict(model: nn.Module, batch: Batch) -> Any:
 
 def label(model: nn.Module, batch: Batch) -> Batch:
     """Use the detector's own confident outputs, after non-maximum suppression, as targets."""
-    from ultralytics.utils.nms import non_max_suppression
-    from ultralytics.utils.ops import xyxy2xywhn
-
-    with torch.no_grad():
-        raw = predict(model, batch)
-    raw = raw[0] if isinstance(raw, (list, tuple)) else raw
-    scores = raw[..., 4] if raw.shape[-1] == 6 else raw[:, 4:].amax(1)
-    threshold = min(CONFIDENT, float(scores.max()) / 2)
     height, width = batch.images.shape[-2:]
-    scale = raw.new_tensor([width, height, width, height])
-    if raw.shape[-1] != 6 and float(raw[:, :4].max()) <= 2:  # DETR-like heads give boxes in [0, 1]
-        raw = torch.cat([raw[:, :4] * scale[:, None], raw[:, 4:]], 1)
-    found = non_max_suppression(raw, conf_thres=threshold, max_det=100, end2end=raw.shape[-1] == 6)
-    rows = torch.cat([torch.cat([row.new_full((len(row), 1), i), row[:, :6]], 1) for i, row in enumerate(found)])
-    targets = {
-        "img": batch.images,
-        "cls": rows[:, 6:7],
-        "bboxes": xyxy2xywhn(rows[:, 1:5], w=width, h=height, clip=True).clamp(0, 1),
-        "batch_idx": rows[:, 0],
+    with torch.no_grad():
+        boxes, rows = read_output(model, predict(model, batch), height, width)
+        threshold = min(CONFIDENT, float(scores_of(model, boxes, rows).max()) / 2)
+        found = suppress(model, boxes, rows, confidence=threshold, iou=0.45, limit=100, multi_label=False)
+    return Batch(batch.images, _targets(batch.images, [(row[:, :4], row[:, 5]) for row in found]), batch.count)
+
+
+def _targets(images: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A batch's targets from the boxes (x1, y1, x2, y2 in its pixels) and class numbers of every image."""
+    height, width = images.shape[-2:]
+    corners = torch.cat([clip(boxes, height, width) for boxes, _ in found])
+    centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+    index = torch.cat([classes.new_full((len(classes),), image) for image, (_, classes) in enumerate(found)])
+    return {
+        "img": images,
+        "cls": torch.cat([classes for _, classes in found]).float()[:, None],
+        "bboxes": (torch.cat([centres, sides], 1) / corners.new_tensor([width, height] * 2)).clamp(0, 1),
+        "batch_idx": index.float(),
     }
-    return Batch(batch.images, targets, batch.count)
+
+
+def side_of(model: nn.Module, image_size: int | None) -> int:
+    """Side of the square the model is fed: as asked, or as trained (else 640), rounded up to a multiple of its stride.
+
+    Raises
+    ------
+    SettingError
+        `image_size` is no positive number.
+    """
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise SettingError(f"image_size is {image_size!r}; give the side of the square in pixels, or None")
+    given = getattr(model, "args", None) or {}
+    settings = given if isinstance(given, Mapping) else vars(given)
+    trained = settings.get("imgsz") or IMAGE_SIZE
+    side = image_size or (max(trained) if isinstance(trained, (list, tuple)) else int(trained))
+    stride = int(max(torch.as_tensor(getattr(model, "stride", 32)).reshape(-1).tolist()))
+    return math.ceil(side / stride) * stride
+
+
+def _fit(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -> tuple[Tensor, list[Placement]]:
+    """Images of any sizes in squares (N, 3, S, S) on the CPU, and where they lie in them."""
+    side, stretch = side_of(model, image_size), has_queries(model)
+    pairs = [letterbox(check_image(image, 3, FORMS), side, stretch) for image in images]
+    return torch.stack([square for square, _ in pairs]), [placement for _, placement in pairs]
+
+
+def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -> list[dict[str, Tensor]]:
+    """Find boxes as ultralytics' ``val(rect=False)`` does: letterboxed, score from .001, at most 300 an image."""
+    squares, placements = _fit(model, images, image_size)
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+    with torch.no_grad():
+        output = model(squares.to(device_of(model), dtype))
+        boxes, rows = read_output(model, output, *squares.shape[-2:])
+        found = suppress(model, boxes.float(), rows, confidence=0.001, iou=0.7, limit=300, multi_label=True)
+    return [
+        {"boxes": placement.back(row[:, :4]), "labels": row[:, 5].long(), "scores": row[:, 4]}
+        for row, placement in zip(found, placements, strict=True)
+    ]
+
+
+def collate(
+    model: nn.Module, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None, image_size: int | None
+) -> dict[str, Tensor]:
+    """Letterbox images, and boxes with them, into a batch of ultralytics' form; see `FORMS`."""
+    squares, placements = _fit(model, images, image_size)
+    if targets is None:
+        return {"img": squares}
+    pairs = list(zip(targets, placements, strict=True))
+    return _targets(squares, [(_move(target, placement), target["labels"]) for target, placement in pairs])
+
+
+def _move(target: Mapping[str, Any], placement: Placement) -> Tensor:
+    """A target's boxes, cut off at the edges of its image, in the pixels of the square."""
+    boxes = clip(target["boxes"], placement.height, placement.width)
+    outside = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
+    if bool(outside.any()):
+        raise BatchError(
+            f"box {target['boxes'][outside][0].tolist()} of image {target.get('image_id', '(no id)')} lies outside"
+            f" its {placement.width} x {placement.height} pixels or has no size; boxes are x1, y1, x2, y2 in pixels"
+        )
+    return placement.forth(boxes)
 
 
 ADAPTER = Adapter(
@@ -153,5 +219,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    detect=detect,
+    collate=collate,
     root_is_function=False,
 )

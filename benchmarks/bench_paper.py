@@ -1,0 +1,187 @@
+"""The paper's table: what each criterion keeps of a trained detector, budget by budget, and how fast it becomes.
+
+    python -m benchmarks.bench_paper [MODEL ...]                    # composed digits; train with benchmarks.train first
+    python -m benchmarks.bench_paper --coco DIR [MODEL ...]         # COCO 2017 and released weights, where at hand
+
+No training after pruning. Criteria see the calibration images only; mAP is of the val images. Rows go to
+``results/bench_paper.jsonl``; what the removal of each region alone does goes to ``results/bench_paper_regions.jsonl``;
+`benchmarks.render_paper` makes the table and the figures of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import fxprune
+from benchmarks import render_paper
+from benchmarks.results import machine, replace_rows
+from benchmarks.subjects import Subject, add_options, subjects
+from fxprune.analysis import Analysis
+from fxprune.timing import Ratio, Timing, interleave, ratio_of
+
+CRITERIA = ("random", "l1", "grad_act", "grad_delta", "ablation")
+BUDGETS = (0.1, 0.2, 0.3)
+NO_HEALING = {"strategy": "one_shot", "heal": "none", "cost": "flops"}
+
+Row = dict[str, Any]
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One way to prune: the criterion (and its seed), the budget, the plan, and the seconds that it took to find."""
+
+    criterion: str
+    seed: int
+    budget: float
+    plan: fxprune.Plan
+    seconds: float
+
+    @property
+    def regions(self) -> frozenset[str]:
+        """Names of what it removes."""
+        return frozenset(region.name for region in self.plan.removed)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the detectors asked for, write rows model by model, render."""
+    parser = argparse.ArgumentParser(description="mAP, cost and latency of pruned detectors, by criterion and budget.")
+    add_options(parser)
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--random-seeds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15, help="of timing")
+    parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
+    parser.add_argument("--agreement", type=int, default=100, metavar="N",
+                        help="val images for the removal of each region alone; 0: leave that out")  # fmt: skip
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in subjects(options):
+        started = time.perf_counter()
+        analyses, cuts = prune(subject, options)
+        rows = list(measure(subject, cuts, options))
+        replace_rows("bench_paper", subject.name, rows)
+        if options.agreement:
+            replace_rows("bench_paper_regions", subject.name, remove_each(subject, analyses, options.agreement))
+        console.print(f"{subject.name}: {time.perf_counter() - started:.0f} s")
+    render_paper.main([])
+
+
+def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Analysis], list[Cut]]:
+    """Analyze once per criterion (and seed), and plan for every budget; budgets out of reach are left out, aloud."""
+    analyses: dict[str, Analysis] = {}
+    cuts = []
+    for criterion in options.criteria:
+        for seed in range(options.random_seeds if criterion == "random" else 1):
+            started = time.perf_counter()
+            analysis = fxprune.analyze(subject.model, subject.batches(), criterion=criterion, seed=seed)
+            seconds = time.perf_counter() - started
+            analyses.setdefault(criterion, analysis)
+            for budget in options.budgets:
+                try:
+                    cuts.append(Cut(criterion, seed, budget, analysis.plan(budget), seconds))
+                except fxprune.BudgetError as error:
+                    console.print(f"{subject.name}, {criterion}: {error}")
+            console.print(f"{subject.name}: {criterion} {seed}, {seconds:.1f} s")
+    return analyses, cuts
+
+
+def measure(subject: Subject, cuts: Sequence[Cut], options: argparse.Namespace) -> Iterator[Row]:
+    """Evaluate and time every distinct cut once; one row for the unpruned model and one for each cut."""
+    models = {cut.regions: fxprune.apply(subject.model, cut.plan) for cut in cuts}
+    scores: dict[frozenset[str], Mapping[str, float]] = {frozenset(): subject.evaluate(subject.model)}
+    for regions, model in models.items():
+        scores[regions] = subject.evaluate(model)
+        console.print(f"{subject.name}: {len(scores) - 1} of {len(models)}, mAP {scores[regions]['mAP']:.3f}")
+    timings = time_all(subject, models, options)
+    base = timings[key_of(())]
+    floor = ratio_of(timings["again"], base)
+    shared = {
+        "images": len(subject.calibration),
+        "val_images": len(subject.val),
+        "timed_images": options.timed_images,
+        **named("floor", floor),
+        "machine": machine(),
+    }
+    unpruned = Cut("none", 0, 0.0, replace(cuts[0].plan, regions=()), 0.0)
+    for cut in (unpruned, *cuts):
+        timing = timings[key_of(cut.regions)]
+        total = cut.plan.before if cut is unpruned else cut.plan.after
+        yield {
+            "model": subject.name,
+            "criterion": cut.criterion,
+            "seed": cut.seed,
+            "budget": cut.budget,
+            **NO_HEALING,
+            "mAP": scores[cut.regions]["mAP"],
+            "mAP50": scores[cut.regions]["mAP50"],
+            "flops": total.flops,
+            "params": total.params,
+            **named("latency_ratio", ratio_of(timing, base)),
+            "latency_ms": timing.median_ms,
+            "regions": sorted(cut.regions),
+            "seconds": cut.seconds,
+            **shared,
+        }
+
+
+def named(name: str, ratio: Ratio) -> dict[str, float]:
+    """A ratio as keys of a row: the median under `name`, the quartiles beside it."""
+    return {name: ratio.median, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
+
+
+def time_all(
+    subject: Subject, models: Mapping[frozenset[str], nn.Module], options: argparse.Namespace
+) -> dict[str, Timing]:
+    """Time all models in turn on one batch; the unpruned one stands there twice, to show how far chance goes."""
+    batch = subject.timed_batch(options.timed_images)
+    everything = {"again": subject.model, key_of(()): subject.model}
+    everything |= {key_of(regions): model for regions, model in models.items()}
+    functions = {name: partial(model.eval(), batch) for name, model in everything.items()}
+    with torch.inference_mode():
+        return interleave(functions, rounds=options.rounds, warmup=2)
+
+
+def key_of(regions: Iterable[str]) -> str:
+    """One name for a set of regions."""
+    return " + ".join(sorted(regions)) or "unpruned"
+
+
+def remove_each(subject: Subject, analyses: Mapping[str, Analysis], images: int) -> list[Row]:
+    """The truth that criteria are held to: for every region its scores, and the mAP without it alone."""
+    first = next(iter(analyses.values()))
+    whole = subject.evaluate(subject.model, images)["mAP"]
+    scores = {name: {region.name: region.score for region in a.regions} for name, a in analyses.items()}
+    rows = []
+    for index, region in enumerate(first.regions, 1):
+        scored = {name: found[region.name] for name, found in scores.items() if region.name in found}
+        pruned = fxprune.apply(subject.model, removing(first, {region.name}))
+        mAP = subject.evaluate(pruned, images)["mAP"]
+        rows.append({
+            "model": subject.name, "region": region.name, "kind": region.kind, "block": region.block,
+            "flops_share": region.flops / first.before.flops, "params": region.params,
+            "mAP_drop": whole - mAP, "scores": scored, "val_images": images,
+        })  # fmt: skip
+        console.print(f"{subject.name}: {index} of {len(first.regions)}, {region.name} {whole - mAP:+.3f}")
+    return rows
+
+
+def removing(analysis: Analysis, names: set[str]) -> fxprune.Plan:
+    """A plan that removes just these regions, whatever they save."""
+    regions = tuple(replace(region, removed=region.name in names) for region in analysis.regions)
+    touched = {region.island for region in regions if region.removed}
+    islands = tuple(island for island in analysis.islands if island.name in touched)
+    return replace(analysis.plan(budget=1e-9), regions=regions, islands=islands)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Table and figures of what `benchmarks.bench_paper` measured: ``results/paper.md`` and ``results/paper_<model>.svg``.
+
+python -m benchmarks.render_paper
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from benchmarks.results import RESULTS, Row, read_rows
+
+STYLES = {
+    "random": ("#999999", ":"), "l1": ("#d55e00", "--"), "grad_act": ("#e69f00", "-."),
+    "grad_delta": ("#0072b2", "-"), "ablation": ("#000000", "-"),
+}  # fmt: skip
+"""Colour (Okabe and Ito's, safe for the colour-blind) and dash of each criterion's line."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the table and one figure per model."""
+    rows, regions = read_rows("bench_paper"), read_rows("bench_paper_regions")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    parts = [
+        "# What each criterion keeps\n",
+        *(model_table([row for row in rows if row["model"] == model]) for model in models),
+    ]
+    parts += [summary_table(rows, models), agreement_table(regions)]
+    (RESULTS / "paper.md").write_text("\n".join(parts), encoding="utf-8")
+    for model in models:
+        draw([row for row in rows if row["model"] == model], model)
+
+
+def average_seeds(rows: Iterable[Row]) -> list[Row]:
+    """One row per criterion and budget: the mean over seeds, with the mAP's spread where there are several."""
+    groups: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["criterion"], row["budget"]), []).append(row)
+    merged = []
+    for group in groups.values():
+        averaged = {
+            key: mean(row[key] for row in group) for key in ("mAP", "mAP50", "flops", "params", "latency_ratio")
+        }
+        spread = max(row["mAP"] for row in group) - min(row["mAP"] for row in group)
+        merged.append({**group[0], **averaged, "spread": spread, "seeds": len(group)})
+    return merged
+
+
+def model_table(rows: Sequence[Row]) -> str:
+    """One model: a line per criterion and budget."""
+    (unpruned,) = (row for row in rows if row["criterion"] == "none")
+    noise = f"{unpruned['floor']:.3f} [{unpruned['floor_low']:.3f}, {unpruned['floor_high']:.3f}]"
+    lines = [
+        f"\n## {unpruned['model']}\n",
+        f"Unpruned: mAP {unpruned['mAP']:.3f}, mAP50 {unpruned['mAP50']:.3f}, {unpruned['flops'] / 1e9:.2f} GFLOPs,"
+        f" {unpruned['params'] / 1e6:.1f} M parameters, {unpruned['latency_ms']:.0f} ms for"
+        f" {unpruned['timed_images']} images; latency against itself {noise}.\n",
+        "| criterion | budget | mAP | loss | mAP50 | FLOPs | params | latency | removed |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in average_seeds(row for row in rows if row["criterion"] != "none"):
+        spread = f" ± {row['spread'] / 2:.3f}" if row["seeds"] > 1 else ""
+        quartiles = f" [{row['latency_ratio_low']:.2f}, {row['latency_ratio_high']:.2f}]" if row["seeds"] == 1 else ""
+        cells = (
+            row["criterion"],
+            f"{row['budget']:.0%}",
+            f"{row['mAP']:.3f}{spread}",
+            f"{unpruned['mAP'] - row['mAP']:.3f}",
+            f"{row['mAP50']:.3f}",
+            f"−{1 - row['flops'] / unpruned['flops']:.1%}",
+            f"−{1 - row['params'] / unpruned['params']:.1%}",
+            f"{row['latency_ratio']:.2f}{quartiles}",
+            ", ".join(row["regions"]) if row["seeds"] == 1 else "differs by seed",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """Mean mAP over models and budgets, by criterion; only budgets that every criterion reached count."""
+    averaged = average_seeds(rows)
+    found = {(row["model"], row["criterion"], row["budget"]): row["mAP"] for row in averaged}
+    whole = {model: found[model, "none", 0.0] for model in models}
+    budgets = sorted({row["budget"] for row in rows} - {0.0})
+    criteria = [name for name in dict.fromkeys(row["criterion"] for row in rows) if name != "none"]
+    head = "| criterion | mean mAP | " + " | ".join(f"loss at {b:.0%}, mean (worst)" for b in budgets) + " |"
+    lines = ["\n## Over all models\n", head, "|---|--:|" + "--:|" * len(budgets)]
+    for name in criteria:
+        cells, everything = [], []
+        for budget in budgets:
+            losses = [whole[m] - found[m, name, budget] for m in models if (m, name, budget) in found]
+            everything += [found[m, name, budget] for m in models if (m, name, budget) in found]
+            cells.append(f"{mean(losses):.3f} ({max(losses):.3f})" if losses else "-")
+        lines.append(f"| {name} | {mean(everything):.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def agreement_table(regions: Sequence[Row]) -> str:
+    """Spearman's rank correlation of each criterion with the mAP drop of removing each region alone."""
+    models = list(dict.fromkeys(row["model"] for row in regions))
+    criteria = list(dict.fromkeys(name for row in regions for name in row["scores"]))
+    lines = ["\n## Rank agreement with the mAP drop of each region alone (all regions / blocks)\n",
+             "| model | regions | " + " | ".join(criteria) + " |", "|---|--:|" + "--:|" * len(criteria)]  # fmt: skip
+    for model in models:
+        own = [row for row in regions if row["model"] == model]
+        cells = []
+        for name in criteria:
+            scored = [row for row in own if name in row["scores"]]
+            cells.append(f"{agreement(scored, name)} / {agreement([row for row in scored if row['block']], name)}")
+        lines.append(f"| {model} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def agreement(rows: Sequence[Row], criterion: str) -> str:
+    """Spearman's rho, or a dash where there is no order to speak of."""
+    drops, scores = [row["mAP_drop"] for row in rows], [row["scores"][criterion] for row in rows]
+    if len(rows) < 3 or np.ptp(drops) == 0 or np.ptp(scores) == 0:
+        return "–"
+    return f"{spearmanr(drops, scores).statistic:.2f}"
+
+
+def draw(rows: Sequence[Row], model: str) -> None:
+    """mAP against relative latency, a line per criterion."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = model
+    from matplotlib import pyplot as plt
+
+    (unpruned,) = (row for row in rows if row["criterion"] == "none")
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    averaged = average_seeds(rows)
+    axes.axvspan(unpruned["floor_low"], unpruned["floor_high"], color="0.9", label="unpruned against itself")
+    for name in dict.fromkeys(row["criterion"] for row in averaged if row["criterion"] != "none"):
+        points: list[Any] = [unpruned, *(row for row in averaged if row["criterion"] == name)]
+        colour, dash = STYLES.get(name, ("#009e73", "-"))
+        axes.plot([p["latency_ratio"] for p in points], [p["mAP"] for p in points], dash, color=colour, marker="o",
+                  markersize=4, label=name)  # fmt: skip
+    axes.set(xlabel="latency, unpruned = 1", ylabel="mAP", title=model, ylim=(-0.02, unpruned["mAP"] * 1.08))
+    axes.invert_xaxis()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower left")
+    figure.savefig(RESULTS / f"paper_{model}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The files under ``benchmarks/results/``: one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    version = torch.__version__.split("+")[0]
+    kind = platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores, {kind}, torch {version}, {torch.get_num_threads()} thread(s)"
+
+
+def read_rows(name: str) -> list[Row]:
+    """All rows of ``results/<name>.jsonl``; none if it is not there."""
+    file = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def replace_rows(name: str, model: str, rows: Iterable[Row]) -> None:
+    """Write the rows of one model in place of those that are there."""
+    kept = [row for row in read_rows(name) if row["model"] != model]
+    write_all(name, [*kept, *rows])
+
+
+def write_all(name: str, rows: Iterable[Row]) -> None:
+    """Write a file anew."""
+    RESULTS.mkdir(exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (RESULTS / f"{name}.jsonl").write_text(text, encoding="utf-8")

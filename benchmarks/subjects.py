@@ -1,0 +1,172 @@
+"""What the evidence is measured on: a trained detector, the images it is judged by, and others to calibrate on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+import fxprune
+from benchmarks.detectors import DETECTORS
+from benchmarks.train import digits_folder, load_trained
+from fxprune import CocoDataset
+
+BATCH_SIZE = 8
+OFFICIAL = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "yolov8n.pt")
+"""Detectors with released COCO weights that ``--coco`` runs if none is named."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A detector with its data.
+
+    Attributes
+    ----------
+    name : str
+        Of the detector.
+    model : Module
+        Trained, in eval mode.
+    val : list
+        Items of a `CocoDataset` to judge by.
+    calibration : list
+        Others, of which the criteria see images and labels.
+    categories : dict of int to str
+        Names of the data set's labels.
+    image_size : int, optional
+        What an ultralytics model is fed.
+    """
+
+    name: str
+    model: nn.Module
+    val: Items
+    calibration: Items
+    image_size: int | None
+
+    def batches(self) -> list[Any]:
+        """The calibration images with labels, in the form the model takes."""
+        return list(fxprune.batches(self.model, self.calibration, batch_size=BATCH_SIZE, image_size=self.image_size))
+
+    def evaluate(self, model: nn.Module, images: int | None = None) -> dict[str, float]:
+        """COCO figures of a pruned version on the (first) val images."""
+        val = self.val if images is None else Items(self.val.rows[:images], self.val.categories)
+        return fxprune.evaluate(model, val, image_size=self.image_size)
+
+    def timed_batch(self, images: int) -> Any:
+        """Some val images in the form the model takes at inference."""
+        some = Items(self.val.rows[:images], self.val.categories)
+        (batch,) = fxprune.batches(self.model, some, batch_size=images, image_size=self.image_size, targets=False)
+        return batch["img"] if isinstance(batch, dict) else batch
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """Decoded items of a data set, kept in memory."""
+
+    rows: list[tuple[Tensor, dict[str, Any]]]
+    categories: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        return self.rows[index]
+
+
+def read_items(dataset: CocoDataset, limit: int | None) -> Items:
+    """Decode the first images of a data set."""
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    return Items([dataset[index] for index in range(count)], dict(dataset.categories))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which detectors and which data."""
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(DETECTORS)}; by default all")
+    parser.add_argument("--coco", type=Path, metavar="DIR", help="COCO 2017 (val2017, train2017 and annotations in DIR)"
+                        " and released weights; MODEL is a torchvision detector or an ultralytics .pt")  # fmt: skip
+    parser.add_argument("--images", type=Path, metavar="DIR", help="val images of any COCO-format set")
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="and their annotations")
+    parser.add_argument("--calibration-images", type=Path, metavar="DIR")
+    parser.add_argument("--calibration-annotations", type=Path, metavar="FILE")
+    parser.add_argument("--calibration", type=int, default=64, metavar="N", help="calibration images (64)")
+    parser.add_argument("--val", type=int, metavar="N", help="val images; by default all")
+    parser.add_argument("--image-size", type=int, help="what ultralytics models are fed on such a set (640)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def subjects(options: argparse.Namespace) -> Iterator[Subject]:
+    """The detectors asked for, one at a time.
+
+    Raises
+    ------
+    SystemExit
+        Weights or images are missing; says which, and where they were looked for.
+    """
+    if options.coco is not None:
+        options.images = options.images or options.coco / "val2017"
+        options.annotations = options.annotations or options.coco / "annotations" / "instances_val2017.json"
+        options.calibration_images = options.calibration_images or options.coco / "train2017"
+        options.calibration_annotations = (
+            options.calibration_annotations or options.coco / "annotations" / "instances_train2017.json"
+        )
+    if options.images is None:
+        yield from (trained(name, options) for name in options.models or DETECTORS)
+        return
+    try:
+        val = read_items(CocoDataset(options.images, options.annotations), options.val)
+        calibration = read_items(
+            CocoDataset(options.calibration_images, options.calibration_annotations), options.calibration
+        )
+    except fxprune.FxpruneError as error:
+        raise SystemExit(str(error)) from None
+    for name in options.models or OFFICIAL:
+        yield Subject(name.removesuffix(".pt"), released(name), val, calibration, options.image_size)
+
+
+def trained(name: str, options: argparse.Namespace) -> Subject:
+    """One of the six, with composed digits."""
+    if name not in DETECTORS:
+        raise SystemExit(f"{name!r} is none of the trained detectors: {', '.join(DETECTORS)}")
+    model, size = load_trained(name), DETECTORS[name].size
+    digits = digits_folder(size)
+    val, calibration = (CocoDataset.from_folder(digits / split) for split in ("val", "calibration"))
+    return Subject(
+        name, model, read_items(val, options.val), read_items(calibration, options.calibration), image_size=size
+    )
+
+
+def released(name: str) -> nn.Module:
+    """A detector with its official COCO weights: torchvision's ``DEFAULT``, or an ultralytics ``.pt``.
+
+    Raises
+    ------
+    SystemExit
+        They are not on this machine and cannot be downloaded.
+    """
+    if name.endswith(".pt"):
+        from ultralytics import YOLO
+        from ultralytics.utils import SETTINGS
+
+        try:
+            network: nn.Module = YOLO(name).model
+        except Exception as error:
+            raise SystemExit(
+                f"{name} is missing ({error}): looked in {Path.cwd()} and {SETTINGS['weights_dir']}; put the file there"
+            ) from None
+        return network.float().eval()
+    known = models.list_models(models.detection)
+    if name not in known:
+        raise SystemExit(f"{name!r} is no detector of torchvision ({', '.join(known)}) and no ultralytics .pt file")
+    weights = models.get_model_weights(name).DEFAULT
+    try:
+        return models.get_model(name, weights=weights, weights_backbone=None).eval()
+    except OSError as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise SystemExit(
+            f"the weights of {name} are missing ({error}): put {Path(weights.url).name} into {folder}"
+        ) from None

@@ -1,0 +1,138 @@
+"""Which class of a model is which label of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxprune.errors import SettingError
+
+
+def match_labels(model: nn.Module, dataset: Any, labels: Mapping[int, int] | None) -> dict[int, int] | None:
+    """Find the label of a data set that each class of a model stands for.
+
+    Parameters
+    ----------
+    model : Module
+        Its ``names``, if it has such, are its classes: a list or a dict of class number to name.
+    dataset : map-style dataset
+        Its ``categories``, if it has such, are its labels: a dict of label to name. A `torch.utils.data.Subset` is
+        looked through.
+    labels : mapping of int to int, optional
+        The caller's own: the model's class numbers to the data set's labels.
+
+    Returns
+    -------
+    dict of int to int, or None
+        Class number to label. None where nothing is known to tell them apart: the numbers mean the same.
+
+    Raises
+    ------
+    SettingError
+        `labels` is no such mapping or names what is not there, or the names do not say which class a label is.
+    """
+    names, categories = names_of(model), categories_of(dataset)
+    if labels is not None:
+        return _check(labels, names, categories)
+    if names is None or categories is None:
+        return None
+    return _match_names(names, categories)
+
+
+def names_of(model: nn.Module) -> dict[int, str] | None:
+    """Names of a model's classes by number; None where it has none."""
+    names = getattr(model, "names", None)
+    if isinstance(names, (list, tuple)):
+        names = dict(enumerate(names))
+    return {int(key): str(value) for key, value in names.items()} if isinstance(names, Mapping) else None
+
+
+def categories_of(dataset: Any) -> dict[int, str] | None:
+    """Names of a data set's labels; None where it, and the data set it is a subset of, have none."""
+    while not hasattr(dataset, "categories") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    categories = getattr(dataset, "categories", None)
+    if categories is None:
+        return None
+    if not isinstance(categories, Mapping):
+        raise SettingError(
+            f"categories of the data set is a {type(categories).__name__}; it should be a dict of label to name"
+        )
+    return {int(key): str(value) for key, value in categories.items()}
+
+
+def _check(
+    labels: Mapping[int, int], names: Mapping[int, str] | None, categories: Mapping[int, str] | None
+) -> dict[int, int]:
+    if not isinstance(labels, Mapping) or not all(
+        isinstance(number, int) for pair in labels.items() for number in pair
+    ):
+        raise SettingError(
+            f"labels should be a dict of the model's class numbers to the data set's labels, got {labels!r}"
+        )
+    for number, label in labels.items():
+        if names is not None and number not in names:
+            raise SettingError(
+                f"labels has class {number}, the model has {_list(names)}; use the model's class numbers"
+            )
+        if categories is not None and label not in categories:
+            raise SettingError(
+                f"labels maps class {number} to label {label}, the data set has {_list(categories)}; use its labels"
+            )
+    return dict(labels)
+
+
+def _match_names(names: Mapping[int, str], categories: Mapping[int, str]) -> dict[int, int]:
+    by_name = {name: label for label, name in categories.items()}
+    if len(by_name) < len(categories):
+        raise SettingError(
+            f"two categories of the data set have one name: {_list(categories)};"
+            " say which class is which with labels={class number: label}"
+        )
+    known = set(names.values())
+    unknown = {label: name for label, name in categories.items() if name not in known}
+    if unknown:
+        raise SettingError(
+            f"the model has no class named like the data set's {_list(unknown)}; its classes are {_list(names)};"
+            " say which class is which with labels={class number: label}"
+        )
+    return {number: by_name[name] for number, name in names.items() if name in by_name}
+
+
+def _list(names: Mapping[int, str]) -> str:
+    """At most six of the names, for a message."""
+    shown = ", ".join(f"{number}: {name!r}" for number, name in list(names.items())[:6])
+    return f"{{{shown}{f', ... {len(names)} in all' if len(names) > 6 else ''}}}"
+
+
+def relabel(found: Mapping[str, Tensor], labels: Mapping[int, int] | None) -> dict[str, Tensor]:
+    """Put a data set's labels for the classes of detections (n,); those of classes it does not have are dropped."""
+    if labels is None:
+        return dict(found)
+    classes = found["labels"].tolist()
+    keep = [position for position, number in enumerate(classes) if number in labels]
+    kept = {key: value[keep] for key, value in found.items()}
+    return {**kept, "labels": found["labels"].new_tensor([labels[classes[position]] for position in keep])}
+
+
+def invert(labels: Mapping[int, int] | None) -> dict[int, int] | None:
+    """Label to class number.
+
+    Raises
+    ------
+    SettingError
+        Two classes have one label.
+    """
+    if labels is None:
+        return None
+    inverse: dict[int, int] = {}
+    for number, label in labels.items():
+        if label in inverse:
+            raise SettingError(
+                f"classes {inverse[label]} and {number} both stand for label {label}, so its boxes could be of either;"
+                " give labels={class number: label} with one class a label"
+            )
+        inverse[label] = number
+    return inverse
