@@ -164,7 +164,8 @@ def released(name: str) -> nn.Module:
         raise SystemExit(f"{name!r} is no detector of torchvision ({', '.join(known)}) and no ultralytics .pt file")
     weights = models.get_model_weights(name).DEFAULT
     try:
-        return models.get_model(name, weights=weights, weights_backbone=None).eval()
+        model: nn.Module = models.get_model(name, weights=weights, weights_backbone=None)
+        return model.eval()
     except OSError as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise SystemExit(

@@ -21,7 +21,7 @@ from fxprune.driver import traced_island
 from fxprune.errors import FxpruneWarning, ModelError, PlanError, SettingError
 from fxprune.matching import DynamoGraph, Search, places_of
 from fxprune.passes.bypass import bypass_regions
-from fxprune.passes.cleanup import erase_nodes
+from fxprune.passes.cleanup import remove_unread
 from fxprune.passes.functional import clear_in_place
 from fxprune.plan import Plan
 
@@ -36,6 +36,7 @@ class Session:
     search: Search
     paths: Mapping[int, str]
     stamp: tuple[str, int, int] | None
+    last: weakref.finalize[[], nn.Module]
 
 
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, dict[str, Session]] = weakref.WeakKeyDictionary()
@@ -85,12 +86,16 @@ def fxprune_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs:
     """
     options = check_options(kwargs.pop("options", None))
     session = _session_of(_compiled_module(sys._getframe()), options)
-    bypasses = session.search.bypasses(DynamoGraph(gm, session.paths))
+    try:
+        bypasses = session.search.bypasses(DynamoGraph(gm, session.paths))
+    except PlanError:
+        session.last.detach()  # it is said already
+        raise
     if bypasses:
         inside = {node for found in bypasses for node in found.nodes}
         clear_in_place(gm, inside | {found.stand_in for found in bypasses})
         bypass_regions(gm, {found.exit: found.stand_in for found in bypasses})
-        erase_nodes(gm, inside)
+        remove_unread(gm, inside)
     return _guarded(_inner(options, kwargs)(gm, example_inputs), session)
 
 
@@ -119,7 +124,7 @@ def check_options(options: Any) -> dict[str, Any]:
 def _inner(options: Mapping[str, Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
     """The backend that compiles what is left, with its options filled in."""
     inner, settings = options["inner"], options["inner_options"]
-    compile_ = lookup_backend(inner) if isinstance(inner, str) else inner
+    compile_: Callable[..., Any] = lookup_backend(inner) if isinstance(inner, str) else inner
     if inner == "inductor":
         from torch._inductor import list_mode_options
 
@@ -143,8 +148,8 @@ def _session_of(compiled: nn.Module, options: Mapping[str, Any]) -> Session:
         gms = {island.name: traced_island(network, island) for island in plan.islands}
         places = {name: places_of(name, gm) for name, gm in gms.items()}
         paths = {id(module): name for name, module in network.named_modules()}
-        sessions[key] = Session(plan, Search(plan.removed, places), paths, stamp)
-        _watch(compiled, sessions[key])
+        search = Search(plan.removed, places)
+        sessions[key] = Session(plan, search, paths, stamp, _watch(compiled, search))
     return sessions[key]
 
 
@@ -176,27 +181,34 @@ def _compiled_module(frame: FrameType | None) -> nn.Module:
     return found
 
 
-def _watch(compiled: nn.Module, session: Session) -> None:
-    """Complain of regions that were met nowhere, when the module is called again or goes away."""
+def _watch(compiled: nn.Module, search: Search) -> weakref.finalize[[], nn.Module]:
+    """Complain of regions that were met nowhere, when the module is called again or goes away.
+
+    Returns
+    -------
+    finalize
+        What complains when it goes away.
+    """
 
     def complaint() -> str:
-        names = ", ".join(map(repr, session.search.unmet))
+        names = ", ".join(map(repr, search.unmet))
         return (
-            f"{len(session.search.unmet)} of the plan's regions were met in no graph and are not pruned: {names}."
+            f"{len(search.unmet)} of the plan's regions were met in no graph and are not pruned: {names}."
             " Graph breaks hide them, or their code was not compiled; prune with fxprune.apply and compile that"
         )
 
     def check() -> None:
         last.detach()
-        if session.search.unmet:
+        if search.unmet:
             raise PlanError(complaint())
 
     def at_the_end() -> None:
-        if session.search.unmet:
+        if search.unmet:
             warnings.warn(complaint(), FxpruneWarning, stacklevel=2)
 
     last = weakref.finalize(compiled, at_the_end)
     _before_next_call(compiled, check)
+    return last
 
 
 def _before_next_call(compiled: nn.Module, check: Callable[[], None]) -> None:
@@ -209,7 +221,7 @@ def _before_next_call(compiled: nn.Module, check: Callable[[], None]) -> None:
 
         handle = compiled.register_forward_pre_hook(hook)
         return
-    run = compiled._compiled_call_impl
+    run: Callable[..., Any] = compiled._compiled_call_impl  # type: ignore[assignment]
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         check()

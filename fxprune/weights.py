@@ -121,20 +121,23 @@ def fill(network: nn.Module, values: Mapping[str, Tensor], manifest: Manifest, p
         network.to(dtypes[0])
     state = network.state_dict(keep_vars=True)
     _refuse_misfit(state, values, f"{path} does not fit the pruned model", manifest)
-    for key, value in values.items():
-        target = state[key]
+    for key, target in state.items():
+        value = values[key]
         if (target.dtype, target.stride()) == (value.dtype, value.stride()):
             target.data.copy_(value)
         else:
             target.data = value.to(target.device, copy=True)
     wrong = [key for key, value in network.state_dict().items() if not _same(value, values[key])]
     if wrong:
-        raise StorageError(f"{path}: {few(wrong)} share memory in this model and did not in the saved one; {FRESH}")
+        raise StorageError(
+            f"{path}: {few(wrong)} should have a value of its own but shares memory with another weight in this model,"
+            f" which it did not in the saved one; {FRESH}"
+        )
 
 
 def _refuse_misfit(state: Mapping[str, Any], values: Mapping[str, Tensor], what: str, manifest: Manifest) -> None:
     lines = [f"{key!r} is missing in the file" for key in state if key not in values]
-    lines += [f"{key!r} is not in the model" for key in values if key not in state]
+    lines += [f"{key!r} is not in the model" for key in sorted(values) if key not in state]
     for key in state:
         if key in values and _form(state[key]) != _form(values[key]):
             lines.append(f"{key!r} is {_form(values[key])} in the file and {_form(state[key])} in the model")

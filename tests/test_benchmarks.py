@@ -101,10 +101,10 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path
 
 def test_only_tensors_of_the_same_name_and_shape_are_taken_over() -> None:
     source, target = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
-    before = target[1].weight.clone()
+    before = target.get_parameter("1.weight").detach().clone()
     assert copy_matching(target, source.state_dict()) == 2
-    assert torch.equal(target[0].weight, source[0].weight)
-    assert torch.equal(target[1].weight, before)
+    assert torch.equal(target.get_parameter("0.weight"), source.get_parameter("0.weight"))
+    assert torch.equal(target.get_parameter("1.weight"), before)
 
 
 def test_labels_for_ultralytics_are_centres_and_sides_as_shares(tmp_path: Path) -> None:

@@ -1,0 +1,287 @@
+"""Removing blocks against removing channels: fxprune and Torch-Pruning on the same trained detectors.
+
+    python -m benchmarks.bench_peers [MODEL ...]              # composed digits; train with benchmarks.train first
+    python -m benchmarks.bench_peers --coco DIR [MODEL ...]   # COCO 2017 and released weights, where at hand
+
+Both see the same calibration images and, where they need gradients, take them of the same loss. The peer's ratio is
+searched until it saves the FLOPs that our own `grad_delta` saves at that budget, and swept, so that the two can be
+compared at one latency too. All models of a detector are timed in turn, before fine-tuning. Fine-tuning is the same
+short one for all, the unpruned model included. Rows go to ``results/bench_peers.jsonl``, failures too;
+`benchmarks.render_peers` makes ``results/peers.md`` of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import fxprune
+from benchmarks import render_peers
+from benchmarks.bench_paper import named
+from benchmarks.channels import PeerError, Settings, find_ratio, first_line, first_working_way, prune_channels
+from benchmarks.detectors import DETECTORS
+from benchmarks.finetune import finetune
+from benchmarks.handover import flops_of
+from benchmarks.results import Row, machine, replace_rows
+from benchmarks.subjects import Items, Subject, add_options, subjects
+from benchmarks.train import digits_folder
+from fxprune import CocoDataset
+from fxprune.calibration import read_batch
+from fxprune.costs import count_params
+from fxprune.detectors.choice import choose_adapter
+from fxprune.timing import Timing, interleave, ratio_of
+
+OURS = ("grad_delta", "ablation", "grad_act", "l1")
+PEERS = {
+    "taylor": Settings("taylor"),
+    "taylor, round_to=8": Settings("taylor", round_to=8),
+    "magnitude": Settings("magnitude"),
+}
+BUDGETS = (0.1, 0.2, 0.3)
+SWEEP = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
+"""Pruning ratios of Torch-Pruning, from little to much."""
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One pruned version of a detector.
+
+    Attributes
+    ----------
+    method : str
+        Tool and criterion.
+    kind : str
+        ``unpruned``, ``cut`` (to a budget) or ``sweep``.
+    key : str
+        The same for versions that are the same, which are measured once.
+    model : Module
+        In eval mode.
+    budget : float, optional
+        What was asked for.
+    seconds : float
+        Wall time of the pruning call.
+    details : dict
+        More keys of the row.
+    """
+
+    method: str
+    kind: str
+    key: str
+    model: nn.Module
+    budget: float | None
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of a version, as pruned or fine-tuned; none where `error` says why."""
+
+    scores: Mapping[str, float | None]
+    seconds: float | None = None
+    error: str | None = None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the detectors asked for, write rows model by model, render."""
+    options = make_parser().parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in subjects(options):
+        started = time.perf_counter()
+        replace_rows("bench_peers", subject.name, compare(subject, options, read_training(subject, options)))
+        console.print(f"{subject.name}: {time.perf_counter() - started:.0f} s")
+    render_peers.main([])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Block removal against channel pruning by Torch-Pruning.")
+    add_options(parser)
+    parser.add_argument("--criteria", nargs="*", default=list(OURS), choices=list(OURS), help="of fxprune")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="of Torch-Pruning")
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--sweep", nargs="+", type=float, default=list(SWEEP), help="pruning ratios of Torch-Pruning")
+    parser.add_argument("--no-sweep", dest="sweep", action="store_const", const=[])
+    parser.add_argument("--rounds", type=int, default=15, help="of timing")
+    parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
+    parser.add_argument("--finetune-images", type=int, default=512, help="training images, seen once; 0: none")
+    parser.add_argument("--no-finetune-sweep", dest="finetune_sweep", action="store_false", help="tune cuts only")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of fine-tuning")
+    return parser
+
+
+def read_training(subject: Subject, options: argparse.Namespace) -> Sequence[Any]:
+    """Batches of 16 to fine-tune on: of the train split, or of what follows the calibration images in their set."""
+    if not options.finetune_images:
+        return []
+    if options.images is None:
+        dataset, first = CocoDataset.from_folder(digits_folder(DETECTORS[subject.name].size) / "train"), 0
+    else:
+        dataset = CocoDataset(options.calibration_images, options.calibration_annotations)
+        first = options.calibration
+    last = min(first + options.finetune_images, len(dataset))
+    items = Items([dataset[index] for index in range(first, last)], dict(dataset.categories))
+    return fxprune.batches(subject.model, items, batch_size=16, image_size=subject.image_size)
+
+
+def compare(subject: Subject, options: argparse.Namespace, training: Sequence[Any]) -> list[Row]:
+    """All rows of one detector."""
+    batches = subject.batches()
+    flops = partial(count_first, batches=batches)
+    unpruned = Variant("unpruned", "unpruned", "unpruned", subject.model, 0.0, 0.0)
+    variants, failures = cut_blocks(subject, options)
+    base = flops(subject.model)
+    targets = {budget: budget for budget in options.budgets}
+    targets |= {v.budget: 1 - flops(v.model) / base for v in variants if v.method == "fxprune grad_delta" and v.budget}
+    for peer in options.peers:
+        found, failed = cut_channels(subject.model, batches, peer, targets, options.sweep)
+        variants += found
+        failures += failed
+    rows = list(measure(subject, [unpruned, *variants], training, options))
+    shared = {"machine": machine(), "calibration_images": len(subject.calibration), "val_images": len(subject.val)}
+    empty = dict.fromkeys(rows[0])
+    return [{**empty, "model": subject.name, **row, **shared} for row in (*rows, *failures)]
+
+
+def count_first(model: nn.Module, batches: Sequence[Any]) -> int:
+    """FLOPs of one inference on the first calibration batch."""
+    adapter = choose_adapter(model, batches[0], None)
+    return flops_of(model, adapter, read_batch(model, adapter, batches[0], 0)[0])
+
+
+def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Variant], list[Row]]:
+    """Our versions: every criterion at every budget."""
+    variants, failures = [], []
+    for criterion in options.criteria:
+        started = time.perf_counter()
+        analysis = fxprune.analyze(subject.model, subject.batches(), criterion=criterion)
+        analyzed = time.perf_counter() - started
+        for budget in options.budgets:
+            started = time.perf_counter()
+            try:
+                plan = analysis.plan(budget)
+            except fxprune.BudgetError as error:
+                failures.append(failure(f"fxprune {criterion}", first_line(error), budget=budget))
+                continue
+            model = fxprune.apply(subject.model, plan).eval()
+            seconds = analyzed + time.perf_counter() - started
+            regions = sorted(region.name for region in plan.removed)
+            variants.append(Variant(f"fxprune {criterion}", "cut", " + ".join(regions), model, budget, seconds,
+                                    {"regions": regions}))  # fmt: skip
+        console.print(f"{subject.name}: fxprune {criterion}, {analyzed:.1f} s")
+    return variants, failures
+
+
+def failure(method: str, error: str, **details: Any) -> Row:
+    """A row that says what a method could not do, in the words of its error."""
+    console.print(f"{method}: {error} {details}")
+    return {"method": method, "kind": "failed", "heal": "none", "error": error, **details}
+
+
+def cut_channels(
+    model: nn.Module, batches: Sequence[Any], peer: str, targets: Mapping[float, float], sweep: Iterable[float]
+) -> tuple[list[Variant], list[Row]]:
+    """The peer's versions with one importance: a sweep over ratios, and one at each share of the FLOPs in `targets`."""
+    method, settings = f"torch-pruning {peer}", PEERS[peer]
+    prepared, failed = first_working_way(model, batches, settings)
+    failures = [failure(method, error, way=way.name) for way, error in failed]
+    if prepared is None:
+        return [], failures
+    base, way = count_first(model, batches), prepared.way.name
+    variants: list[Variant] = []
+    shares: dict[float, float] = {}
+
+    def make(ratio: float, kind: str, budget: float | None) -> Variant | None:
+        try:
+            pruned, seconds = prune_channels(prepared, settings, ratio)
+            shares[ratio] = 1 - count_first(pruned, batches) / base
+        except Exception as error:  # the peer's own code may fail in any way of its own
+            failures.append(failure(method, first_line(error), way=way, ratio=ratio, budget=budget))
+            return None
+        details = {"ratio": ratio, "way": way, "version": version("torch-pruning")}
+        return Variant(method, kind, f"{method} {ratio}", pruned, budget, seconds, details)
+
+    def share_at(ratio: float) -> float | None:
+        return None if make(ratio, "cut", None) is None else shares[ratio]
+
+    made = [make(ratio, "sweep", None) for ratio in sweep]
+    for budget, target in targets.items():
+        try:
+            ratio = find_ratio(target, share_at, shares)
+        except PeerError as error:
+            failures.append(failure(method, first_line(error), way=way, budget=budget))
+            continue
+        made.append(make(ratio, "cut", budget))
+        console.print(f"{method}: {shares[ratio]:.3f} of the FLOPs saved at ratio {ratio:.3f}, asked for {target:.3f}")
+    variants += [variant for variant in made if variant is not None]
+    return variants, failures
+
+
+def measure(
+    subject: Subject, variants: Sequence[Variant], training: Sequence[Any], options: argparse.Namespace
+) -> Iterator[Row]:
+    """Evaluate, fine-tune and time every distinct version once; rows as pruned and as fine-tuned."""
+    distinct = {variant.key: variant for variant in variants}
+    timings = time_all(subject, {key: variant.model for key, variant in distinct.items()}, options)
+    tuned = {v.key for v in variants if training and (v.kind != "sweep" or options.finetune_sweep)}
+    batches = subject.batches()
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    for key, variant in distinct.items():
+        outcomes[key] = {"none": Outcome(score(subject, variant.model))}
+        if key in tuned:
+            outcomes[key]["finetune"] = tune(subject, variant.model, training, options.learning_rate)
+        figures = ", ".join(f"{heal}: mAP {outcome.scores['mAP']}" for heal, outcome in outcomes[key].items())
+        console.print(f"{subject.name}: {len(outcomes)} of {len(distinct)}, {variant.method}, {figures}")
+    base = timings["unpruned"]
+    flops = {key: count_first(variant.model, batches) for key, variant in distinct.items()}
+    for variant in variants:
+        for heal, outcome in outcomes[variant.key].items():
+            yield {
+                "model": subject.name, "method": variant.method, "kind": variant.kind, "budget": variant.budget,
+                "heal": heal, **outcome.scores, "flops": flops[variant.key], "params": count_params(variant.model),
+                **named("latency_ratio", ratio_of(timings[variant.key], base)),
+                "latency_ms": timings[variant.key].median_ms, **named("floor", ratio_of(timings["again"], base)),
+                "rounds": options.rounds, "timed_images": options.timed_images, "seconds": variant.seconds,
+                "finetune_images": options.finetune_images if heal == "finetune" else 0,
+                "finetune_seconds": outcome.seconds, "learning_rate": options.learning_rate,
+                "error": outcome.error, "ratio": None, "way": None, "regions": None, "version": None, **variant.details,
+            }  # fmt: skip
+
+
+def time_all(subject: Subject, models: Mapping[str, nn.Module], options: argparse.Namespace) -> dict[str, Timing]:
+    """Time all versions in turn on one batch; the unpruned one stands there twice, to show how far chance goes."""
+    batch = subject.timed_batch(options.timed_images)
+    everything = {"again": subject.model, **models}
+    functions = {name: partial(model.eval(), batch) for name, model in everything.items()}
+    with torch.inference_mode():
+        return interleave(functions, rounds=options.rounds, warmup=2)
+
+
+def tune(subject: Subject, model: nn.Module, training: Sequence[Any], learning_rate: float) -> Outcome:
+    """Fine-tune a copy and evaluate it; a loss that is not finite is an outcome too."""
+    try:
+        tuned, seconds = finetune(model, training, learning_rate)
+    except fxprune.FxpruneError as error:
+        return Outcome({"mAP": None, "mAP50": None}, error=first_line(error))
+    return Outcome(score(subject, tuned), seconds)
+
+
+def score(subject: Subject, model: nn.Module) -> dict[str, float | None]:
+    """The two figures that rows hold."""
+    figures = subject.evaluate(model)
+    return {name: figures[name] for name in ("mAP", "mAP50")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Where a detector's time goes, and how much of it a cut of FLOPs takes.
+
+    python -m benchmarks.bench_time [MODEL ...] [--budget 0.1] [--rounds 15]
+
+For each trained detector: the share of one inference call that convolutions, other layers inside the captured graphs,
+and everything around them (resizing, anchors, box decoding, suppression) take; then, for the cut that ``grad_delta``
+makes, its share of the FLOPs, the time its nodes take by themselves, and the latency cut that is measured. Nodes are
+timed one by one by an interpreter, which costs some time of its own; that is put down to what is outside.
+Rows go to ``results/bench_time.jsonl``, the table to ``results/time.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+import fxprune
+from benchmarks.results import RESULTS, machine, read_rows, replace_rows
+from benchmarks.subjects import Subject, add_options, subjects
+from fxprune.capture import Island, capture
+from fxprune.detectors.choice import detector_adapter
+from fxprune.interpreting import NodeName, interpreted
+from fxprune.isolation import private_copy
+from fxprune.timing import interleave, ratio_of
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+
+Times = dict[NodeName, float]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the detectors asked for and render the table of all that were."""
+    parser = argparse.ArgumentParser(description="Where the time of a detector goes, and what a cut takes of it.")
+    add_options(parser)
+    parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--timed-images", type=int, default=8)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in subjects(options):
+        row = measure(subject, options)
+        replace_rows("bench_time", subject.name, [row])
+        print(row)
+    (RESULTS / "time.md").write_text("\n".join(table()) + "\n", encoding="utf-8")
+
+
+def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
+    """One row: shares of the time, and what a plan takes."""
+    plan = fxprune.analyze(subject.model, subject.batches()).plan(options.budget)
+    batch = subject.timed_batch(options.timed_images)
+    model, islands = captured(subject.model, batch)
+    with torch.inference_mode():
+        times, whole = time_nodes(model, islands, batch, options.rounds)
+        pruned = fxprune.apply(subject.model, plan).eval()
+        functions = {
+            name: partial(net, batch)
+            for name, net in (("whole", subject.model), ("again", subject.model), ("pruned", pruned))
+        }
+        timings = interleave(functions, rounds=options.rounds, warmup=2)
+    kinds = {(i.name, node.name): kind_of(i.gm, node) for i in islands for node in i.gm.graph.nodes}
+    shares: dict[str, float] = defaultdict(float)
+    for key, seconds in times.items():
+        shares[kinds[key]] += seconds / whole
+    gone = {(region.island, node) for region in plan.removed for node in region.nodes}
+    ratio = ratio_of(timings["pruned"], timings["whole"])
+    floor = ratio_of(timings["again"], timings["whole"])
+    return {
+        "model": subject.name,
+        "budget": options.budget,
+        "ms": timings["whole"].median_ms,
+        "timed_images": options.timed_images,
+        "dense_conv": shares["dense convolution"],
+        "depthwise_conv": shares["depthwise convolution"],
+        "other_layers": shares["other"],
+        "outside": max(0.0, 1 - sum(shares.values())),
+        "flops_cut": 1 - plan.after.flops / plan.before.flops,
+        "node_time_cut": sum(times.get(key, 0.0) for key in gone) / whole,
+        "latency_cut": 1 - ratio.median,
+        "latency_cut_low": 1 - ratio.high,
+        "latency_cut_high": 1 - ratio.low,
+        "floor_low": floor.low,
+        "floor_high": floor.high,
+        "removed": [region.name for region in plan.removed],
+        "machine": machine(),
+    }
+
+
+def captured(model: nn.Module, batch: Any) -> tuple[nn.Module, list[Island]]:
+    """A copy of a detector with its graphs in place, as they are called at inference."""
+    adapter = detector_adapter(model)
+    twin = private_copy(model).eval()
+    return capture(twin, lambda network: network.eval()(batch), adapter.root_is_function)
+
+
+def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int) -> tuple[Times, float]:
+    """Median seconds of every node in one call, summed over its uses, and of the whole call under the interpreter."""
+    runs: list[Times] = []
+    totals = []
+    for _ in range(rounds + 1):
+        runs.append(defaultdict(float))
+        graphs = [(island.name, island.gm) for island in islands]
+        with interpreted(graphs, lambda name, gm: TimingInterpreter(gm, name, runs[-1])):
+            started = time.perf_counter()
+            model(batch)
+            totals.append(time.perf_counter() - started)
+    return {key: median(run[key] for run in runs[1:]) for key in runs[1]}, median(totals[1:])
+
+
+class TimingInterpreter(fx.Interpreter):
+    """Runs a graph and adds up the seconds that each node takes."""
+
+    def __init__(self, gm: fx.GraphModule, island: str, seconds: Times) -> None:
+        super().__init__(gm)
+        self.island, self.seconds = island, seconds
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node and note how long it took."""
+        started = time.perf_counter()
+        value = super().run_node(n)
+        if n.op.startswith("call"):
+            self.seconds[self.island, n.name] += time.perf_counter() - started
+        return value
+
+
+def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:
+    """``dense convolution``, ``depthwise convolution`` or ``other``."""
+    layers = list(gm.get_submodule(str(node.target)).modules()) if node.op == "call_module" else []
+    groups = [layer.groups for layer in layers if isinstance(layer, CONVOLUTIONS)]
+    if node.target is functional.conv2d:
+        groups.append(int(node.kwargs.get("groups", 1)))  # type: ignore[arg-type]
+    if not groups:
+        return "other"
+    return "depthwise convolution" if min(groups) > 1 else "dense convolution"
+
+
+def table() -> Iterator[str]:
+    """The rows as Markdown."""
+    names = (
+        "ms",
+        "dense conv",
+        "depthwise",
+        "other layers",
+        "outside",
+        "FLOPs cut",
+        "own time",
+        "latency cut",
+        "realized",
+    )
+    yield f"| model | {' | '.join(names)} |"
+    yield "|---|" + "--:|" * len(names)
+    for row in read_rows("bench_time"):
+        yield "| " + " | ".join(cells(row)) + " |"
+
+
+def cells(row: Mapping[str, Any]) -> Iterator[str]:
+    """One line of the table; realized is the latency cut over the FLOPs cut."""
+    yield row["model"]
+    yield f"{row['ms']:.0f}"
+    for key in ("dense_conv", "depthwise_conv", "other_layers", "outside"):
+        yield f"{row[key]:.0%}"
+    yield f"{row['flops_cut']:.1%}"
+    yield f"{row['node_time_cut']:.1%}"
+    yield f"{row['latency_cut']:.1%} [{row['latency_cut_low']:.1%}, {row['latency_cut_high']:.1%}]"
+    yield f"{row['latency_cut'] / row['flops_cut']:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""How a detector is handed to Torch-Pruning: a copy, the layers it must leave alone, the gradients of the loss.
+
+What is to be left alone is found, not listed: the layers whose output no other layer takes. What the peer cannot take
+as it is can be handed over in the other ways that its users know.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.calibration import read_batch, take_loss
+from fxprune.costs import count_flops
+from fxprune.detectors.batch import Adapter, Batch
+from fxprune.detectors.choice import choose_adapter
+from fxprune.isolation import private_copy
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to hand over a detector.
+
+    Attributes
+    ----------
+    name : str
+        In words.
+    part : str
+        Submodule whose channels are pruned; empty for all.
+    unsplit : bool
+        Whether ultralytics' C2f blocks are rewritten first, as the peer's own YOLOv8 example does it.
+    spare_splits : bool
+        Whether layers whose channels a split divides are left alone too.
+    """
+
+    name: str
+    part: str = ""
+    unsplit: bool = False
+    spare_splits: bool = False
+
+
+WAYS = (
+    Way("whole network, output layers ignored"),
+    Way("C2f blocks rewritten without the split", unsplit=True),
+    Way("layers before a split ignored too", spare_splits=True),
+    Way("backbone only", part="backbone"),
+)
+"""In the order they are tried."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A detector as it is handed over, with what is known of it.
+
+    Attributes
+    ----------
+    model : Module
+        A copy whose weights all take gradients, or the peer would not see them.
+    adapter : Adapter
+        Of its family.
+    example : Batch
+        Two labelled images.
+    way : Way
+        How it is handed over.
+    outputs : tuple of str
+        Layers whose output no other layer takes.
+    ignored : tuple of str
+        Layers to leave alone: these, and more in some ways.
+    frozen : frozenset of str
+        Parameters that took no gradients before.
+    flops : int
+        Of one inference on `example`.
+    gradients : mapping of str to Tensor
+        Of the loss, summed over the calibration batches.
+    seconds : float
+        That the gradients took.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    example: Batch
+    way: Way
+    outputs: tuple[str, ...]
+    ignored: tuple[str, ...]
+    frozen: frozenset[str]
+    flops: int
+    gradients: Mapping[str, Tensor]
+    seconds: float
+
+
+def ways_for(model: nn.Module) -> Iterator[Way]:
+    """The ways that differ for this detector."""
+    for way in WAYS:
+        if way.unsplit and not any(is_c2f(module) for module in model.modules()):
+            continue
+        if not way.part or hasattr(model, way.part):
+            yield way
+
+
+def prepare(model: nn.Module, batches: Sequence[Any], way: Way) -> Prepared:
+    """Copy a detector and find out what the peer needs: the layers to ignore, and gradients of the loss."""
+    frozen = frozenset(name for name, value in model.named_parameters() if not value.requires_grad)
+    twin = private_copy(model)
+    if way.unsplit:
+        unsplit(twin)
+    adapter = choose_adapter(twin, batches[0], None)
+    adapter.prepare(twin)
+    example = read_batch(twin, adapter, first_two(batches[0]), 0)[0]
+    fixed = set() if all(not value.requires_grad for value in model.parameters()) else frozen
+    for name, value in twin.named_parameters():
+        value.requires_grad_(value.is_floating_point() and name not in fixed)
+    outputs = find_outputs(twin, adapter, example, way.part)
+    for value in twin.parameters():
+        value.requires_grad_(value.is_floating_point())
+    ignored = (*outputs, *find_split(twin, adapter, example, outputs)) if way.spare_splits else outputs
+    flops = flops_of(twin, adapter, example)
+    started = time.perf_counter()
+    gradients = sum_gradients(twin, adapter, batches)
+    seconds = time.perf_counter() - started
+    return Prepared(twin, adapter, example, way, outputs, ignored, frozen, flops, gradients, seconds)
+
+
+def first_two(raw: Any) -> Any:
+    """The first two images of a labelled batch of either family."""
+    if not isinstance(raw, Mapping):
+        return tuple(part[:2] for part in raw)
+    keep = raw["batch_idx"] < 2
+    return {"img": raw["img"][:2]} | {key: raw[key][keep] for key in ("cls", "bboxes", "batch_idx")}
+
+
+def find_outputs(model: nn.Module, adapter: Adapter, example: Batch, part: str) -> tuple[str, ...]:
+    """Names of the layers of a part whose output reaches no other layer of it.
+
+    Layers without gradients, such as the fixed sum over bins behind YOLO's boxes, do not count as layers.
+    """
+    layers = [
+        f"{part}.{name}" if part else name
+        for name, layer in model.get_submodule(part).named_modules()
+        if isinstance(layer, LAYERS) and layer.weight.requires_grad
+    ]
+    seen = collect(model, adapter, example, layers)
+    inner = ancestors(function for _, _, function in seen)
+    return tuple(dict.fromkeys(name for name, _, function in seen if function not in inner))
+
+
+def collect(model: nn.Module, adapter: Adapter, example: Batch, names: Iterable[str]) -> list[tuple[str, Tensor, Any]]:
+    """Run the detector; give name, output and autograd function of every call of the named layers."""
+    seen: list[tuple[str, Tensor, Any]] = []
+
+    def noting(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda layer, inputs, output: seen.append((name, output, output.grad_fn))
+
+    hooks = [model.get_submodule(name).register_forward_hook(noting(name)) for name in names]
+    try:
+        with torch.enable_grad():
+            adapter.predict(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def ancestors(functions: Iterable[Any]) -> set[Any]:
+    """All autograd functions that lie before some of the given ones."""
+    found: set[Any] = set()
+    stack = [before for function in functions for before, _ in function.next_functions]
+    while stack:
+        function = stack.pop()
+        if function is not None and function not in found:
+            found.add(function)
+            stack += [before for before, _ in function.next_functions]
+    return found
+
+
+def find_split(model: nn.Module, adapter: Adapter, example: Batch, outputs: Sequence[str]) -> tuple[str, ...]:
+    """Names of the layers whose channels a split or chunk divides, as the peer sees them."""
+    import torch_pruning as tp
+
+    names = {module: name for name, module in model.named_modules()}
+    graph = tp.DependencyGraph().build_dependency(model, example.images, forward_fn=tracing(adapter, example, outputs))
+    ignored = [model.get_submodule(name) for name in outputs]
+    return tuple(
+        names[group[0].dep.target.module]
+        for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=list(LAYERS))
+        if any(dep.target.type == tp.ops.OPTYPE.SPLIT for dep, _ in group)
+    )
+
+
+def tracing(adapter: Adapter, example: Batch, outputs: Sequence[str]) -> Callable[[nn.Module, Any], list[Tensor]]:
+    """What the peer calls to trace the network: one inference, of which it sees what the output layers give."""
+    return lambda model, _: [output for _, output, _ in collect(model, adapter, example, outputs)]
+
+
+def flops_of(model: nn.Module, adapter: Adapter, batch: Batch) -> int:
+    """FLOPs of one inference on a batch, by torch's counter."""
+    return count_flops(lambda: adapter.predict(model, batch), [])[0]
+
+
+def sum_gradients(model: nn.Module, adapter: Adapter, batches: Sequence[Any]) -> dict[str, Tensor]:
+    """Gradients of the adapter's loss by parameter name, summed over batches; the model keeps none."""
+    for index, raw in enumerate(batches):
+        batch, _ = read_batch(model, adapter, raw, index)
+        take_loss(model, adapter, batch, index, seed=0).backward()  # type: ignore[no-untyped-call]
+    model.eval()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def is_c2f(module: nn.Module) -> bool:
+    """Whether a module runs as ultralytics' C2f does, chunk and all."""
+    forward = getattr(type(module), "forward", None)
+    return forward.__qualname__ == "C2f.forward" if forward is not None else False
+
+
+class UnsplitC2f(nn.Module):
+    """The same function as a C2f block, its first convolution in two halves instead of a chunk of its output."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        first, self.cv2, self.m = cast(Any, block).cv1, cast(Any, block).cv2, cast(Any, block).m
+        width = first.conv.out_channels // 2
+        self.cv0, self.cv1 = half_of(first, slice(0, width)), half_of(first, slice(width, 2 * width))
+        for name in ("i", "f", "type"):  # where ultralytics keeps the place in its own graph
+            if hasattr(block, name):
+                setattr(self, name, getattr(block, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.cv0(x), self.cv1(x)]
+        parts.extend(layer(parts[-1]) for layer in self.m)
+        return cast(Tensor, self.cv2(torch.cat(parts, 1)))
+
+
+def half_of(block: nn.Module, channels: slice) -> nn.Module:
+    """A convolution with norm and activation that gives only some of the channels."""
+    half: Any = copy.deepcopy(block)
+    half.conv.weight = nn.Parameter(half.conv.weight[channels].clone())
+    half.conv.out_channels = half.bn.num_features = len(half.conv.weight)
+    for name in ("weight", "bias"):
+        setattr(half.bn, name, nn.Parameter(getattr(half.bn, name)[channels].clone()))
+    for name in ("running_mean", "running_var"):
+        setattr(half.bn, name, getattr(half.bn, name)[channels].clone())
+    return cast(nn.Module, half)
+
+
+def unsplit(model: nn.Module) -> None:
+    """Rewrite every C2f block of a model."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if is_c2f(child):
+                setattr(parent, name, UnsplitC2f(child))

@@ -1,0 +1,222 @@
+"""Tables of what `benchmarks.bench_peers` measured: ``results/peers.md``.
+
+python -m benchmarks.render_peers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from benchmarks.results import RESULTS, Row, read_rows
+
+LEVEL = 0.005
+"""Differences in mAP up to this count as level."""
+HEALS = {"none": "as pruned", "finetune": "fine-tuned"}
+TOOLS = ("fxprune", "torch-pruning")
+OWN_CRITERIA = ("grad_delta", "ablation")
+"""Ours and not the paper's: what the summary is about."""
+
+Point = tuple[float, float]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the tables."""
+    rows = read_rows("bench_peers")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    parts = ["# Removing blocks or channels\n", summary(rows, models)]
+    for model in models:
+        own = [row for row in rows if row["model"] == model]
+        parts += [heading(own), cut_table(own), latency_table(own), failure_list(own)]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "peers.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def heading(rows: Sequence[Row]) -> str:
+    """One model: what it is without pruning, and after fine-tuning alone."""
+    first = unpruned(rows, "none")
+    noise = f"{first['floor']:.3f} [{first['floor_low']:.3f}, {first['floor_high']:.3f}]"
+    tuned = [row for row in rows if row["kind"] == "unpruned" and row["heal"] == "finetune"]
+    also = f" (fine-tuned on {tuned[0]['finetune_images']} images: {show(tuned[0]['mAP'])})" if tuned else ""
+    return (
+        f"\n## {first['model']}\n\nUnpruned: mAP {show(first['mAP'])}{also}, {first['flops'] / 1e9:.2f} GFLOPs a batch,"
+        f" {first['params'] / 1e6:.1f} M parameters, {first['latency_ms']:.0f} ms for {first['timed_images']} images;"
+        f" latency against itself {noise}; {first['val_images']} val images.\n"
+    )
+
+
+def unpruned(rows: Iterable[Row], heal: str) -> Row:
+    """The row of the unpruned model, as it is or fine-tuned."""
+    return next(row for row in rows if row["kind"] == "unpruned" and row["heal"] == heal)
+
+
+def show(value: float | None) -> str:
+    """An mAP, or a dash."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def cut_table(rows: Sequence[Row]) -> str:
+    """Every method at every budget, the peer's FLOPs as near to ours as it gets."""
+    first = unpruned(rows, "none")
+    lines = ["| budget | method | FLOPs | params | mAP | fine-tuned | latency | call |",
+             "|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    cuts = [row for row in rows if row["kind"] == "cut"]
+    for row in sorted((row for row in cuts if row["heal"] == "none"), key=lambda row: float(row["budget"])):
+        tuned = find(cuts, row["method"], row["budget"], "finetune")
+        cells = (
+            f"{row['budget']:.0%}",
+            row["method"],
+            f"−{1 - row['flops'] / first['flops']:.1%}",
+            f"−{1 - row['params'] / first['params']:.1%}",
+            show(row["mAP"]),
+            show(tuned["mAP"] if tuned else None),
+            f"{row['latency_ratio']:.2f} [{row['latency_ratio_low']:.2f}, {row['latency_ratio_high']:.2f}]",
+            f"{row['seconds']:.1f} s",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def find(rows: Iterable[Row], method: str, budget: float, heal: str) -> Row | None:
+    """The cut of a method at a budget."""
+    return next((row for row in rows if (row["method"], row["budget"], row["heal"], row["kind"])
+                 == (method, budget, heal, "cut")), None)  # fmt: skip
+
+
+def curve(rows: Iterable[Row], method: str, heal: str) -> list[Point]:
+    """Latency and mAP of a method, from the unpruned model to the deepest cut; empty if the method made nothing."""
+    own = [row for row in rows if row["method"] == method and row["kind"] in ("cut", "sweep") and row["heal"] == heal]
+    own = [row for row in own if row["mAP"] is not None]
+    ordered = sorted(own, key=lambda row: -float(row["flops"]))
+    return [(row["latency_ratio"], row["mAP"]) for row in ([unpruned(rows, heal), *ordered] if own else [])]
+
+
+def at_latency(points: Sequence[Point], latency: float) -> float | None:
+    """The best mAP that a method has at a latency, straight lines between its points; None if it is never that fast.
+
+    A point that is faster counts as well, since nobody is made to wait: where a curve goes up and down, this is in
+    favour of the method.
+
+    Parameters
+    ----------
+    points : sequence
+        Latency and mAP, in the order of the cuts.
+    latency : float
+        The most it may take.
+    """
+    found = [mAP for own, mAP in points if own <= latency]
+    for (before, start), (after, end) in pairwise(points):
+        if min(before, after) < latency < max(before, after):
+            found.append(start + (end - start) * (latency - before) / (after - before))
+    return max(found, default=None)
+
+
+def peers_of(rows: Iterable[Row]) -> list[str]:
+    """The peer's methods that were tried, in order."""
+    return list(dict.fromkeys(row["method"] for row in rows if row["method"].startswith(TOOLS[1])))
+
+
+def latency_table(rows: Sequence[Row]) -> str:
+    """For each of our cuts, what each of the peer's methods keeps at that latency."""
+    peers = peers_of(rows)
+    lines = [
+        "At the latency of each of our cuts (mAP as pruned / fine-tuned; *: within chance of the unpruned model):\n",
+        "| budget | method | latency | mAP | " + " | ".join(peers) + " |",
+        "|--:|---|--:|--:|" + "--:|" * len(peers),
+    ]
+    ours = [row for row in rows if row["kind"] == "cut" and row["method"].startswith(TOOLS[0])]
+    for row in (row for row in ours if row["heal"] == "none"):
+        tuned = find(ours, row["method"], row["budget"], "finetune")
+        cells = [" / ".join([show(row["mAP"]), *([show(tuned["mAP"])] if tuned else [])])]
+        for peer in peers:
+            heals = ["none", *(["finetune"] if tuned else [])]
+            cells.append(" / ".join(kept(curve(rows, peer, heal), row["latency_ratio"]) for heal in heals))
+        star = "*" if row["latency_ratio"] >= row["floor_low"] else ""
+        lines.append(
+            f"| {row['budget']:.0%} | {row['method']} | {row['latency_ratio']:.2f}{star} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def kept(points: Sequence[Point], latency: float) -> str:
+    """What a curve keeps at a latency, in a cell."""
+    if not points:
+        return "fails"
+    value = at_latency(points, latency)
+    return "never that fast" if value is None else show(value)
+
+
+def failure_list(rows: Sequence[Row]) -> str:
+    """What could not be done, in the words of the errors, the same ones once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["error"]:
+            where = [row["method"]] + [f"{key} {row[key]}" for key in ("budget", "ratio") if row[key] is not None]
+            where += [HEALS["finetune"]] if row["heal"] == "finetune" else []
+            found.setdefault((row["way"] or "", row["error"]), []).append(" ".join(where))
+    if not found:
+        return ""
+    worked = list(dict.fromkeys(row["way"] for row in rows if row["kind"] in ("cut", "sweep") and row["way"]))
+    lines = [f"- {way + ': ' if way else ''}`{error}` ({'; '.join(who)})" for (way, error), who in found.items()]
+    outcome = f"What worked: {', '.join(worked)}." if worked else "Nothing worked."
+    return "Failures:\n\n" + "\n".join(lines) + f"\n\n{outcome}\n"
+
+
+def summary(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """Who keeps more, our two own criteria against the best of the peer's methods, by model and cut."""
+    heals = [heal for heal in HEALS if any(row["heal"] == heal for row in rows)]
+    columns = [(way, heal) for heal in heals for way in ("FLOPs", "latency")]
+    lines = [
+        f"Our mAP against the best of Torch-Pruning's, at the FLOPs and at the latency of our cut. Differences up to"
+        f" {LEVEL} count as level. A star: the latency is within chance of the unpruned model's.\n",
+        "| model | budget | ours | " + " | ".join(f"same {way}, {HEALS[heal]}" for way, heal in columns) + " |",
+        "|---|--:|---|" + "---|" * len(columns),
+    ]
+    tally: dict[tuple[str, str, str], list[str]] = {}
+    for model in models:
+        own = [row for row in rows if row["model"] == model]
+        for row in own:
+            if row["kind"] != "cut" or row["heal"] != "none" or row["method"].split()[-1] not in OWN_CRITERIA:
+                continue
+            cells = []
+            for way, heal in columns:
+                winner, cell = compare(own, row, way, heal)
+                tally.setdefault((row["method"], way, heal), []).append(winner)
+                cells.append(cell)
+            lines.append(f"| {model} | {row['budget']:.0%} | {row['method'].split()[-1]} | {' | '.join(cells)} |")
+    counted = [
+        f"- `{method.split()[-1]}`, same {way}, {HEALS[heal]}: ours ahead {found.count('ours')}, level"
+        f" {found.count('level')}, Torch-Pruning ahead {found.count('theirs')}, of {len(found)}"
+        for (method, way, heal), found in tally.items()
+    ]
+    return "\n".join([*lines, "", *counted, ""])
+
+
+def compare(rows: Sequence[Row], row: Row, way: str, heal: str) -> tuple[str, str]:
+    """Who is ahead at one cut, and the cell that says so."""
+    own = find(rows, row["method"], row["budget"], heal)
+    mAP = own["mAP"] if own else None
+    peers = peers_of(rows)
+    if way == "FLOPs":
+        found = [find(rows, peer, row["budget"], heal) for peer in peers]
+        values = {peer: other["mAP"] for peer, other in zip(peers, found, strict=True) if other}
+    else:
+        values = {peer: at_latency(curve(rows, peer, heal), row["latency_ratio"]) for peer in peers}
+    reached = {peer: value for peer, value in values.items() if value is not None}
+    star = "*" if way == "latency" and row["latency_ratio"] >= row["floor_low"] else ""
+    if mAP is None:
+        return "theirs" if reached else "level", "–"
+    if not reached:
+        works = any(curve(rows, peer, heal) for peer in peers)
+        return "ours", f"**{show(mAP)}**{star} : {'never that fast' if works else 'fails'}"
+    peer, best = max(reached.items(), key=lambda item: item[1])
+    name = peer.removeprefix(TOOLS[1]).strip()
+    if abs(mAP - best) <= LEVEL:
+        return "level", f"{show(mAP)}{star} : {show(best)} ({name})"
+    if mAP > best:
+        return "ours", f"**{show(mAP)}**{star} : {show(best)} ({name})"
+    return "theirs", f"{show(mAP)}{star} : **{show(best)}** ({name})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Blocks against channels: the peer's ways, the search for its ratio, fine-tuning, the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from benchmarks import bench_peers, render_peers, results
+from benchmarks.channels import (
+    TOLERANCE,
+    PeerError,
+    Settings,
+    check,
+    find_ratio,
+    first_working_way,
+    prune_channels,
+)
+from benchmarks.finetune import finetune
+from benchmarks.handover import WAYS, Prepared, flops_of, is_c2f, prepare, unsplit
+from benchmarks.subjects import Items, Subject
+
+needs_peer = pytest.mark.skipif(find_spec("torch_pruning") is None, reason="torch_pruning is in the bench extra only")
+
+Target = dict[str, Tensor]
+
+
+class Residual(nn.Module):
+    """A block that an identity can stand in for."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x + self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+
+
+class Tiny(nn.Module):
+    """A detector of torchvision's convention that finds one box an image."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        stem = (nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.backbone = nn.Sequential(*stem, *(Residual(width) for _ in range(3)))
+        self.tower, self.head = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, 5, 1)
+
+    def forward(self, images: list[Tensor], targets: list[Target] | None = None) -> Any:
+        batch = torch.stack(images)
+        values = self.head(self.tower(self.backbone(batch)).relu()).mean((2, 3)).sigmoid()
+        boxes = torch.cat([values[:, :2] * 8, values[:, :2] * 8 + 8 + values[:, 2:4] * 8], 1)
+        if self.training and targets is not None:
+            truth = torch.stack([target["boxes"][0] for target in targets])
+            return {"boxes": (boxes - truth).abs().mean(), "scores": (1 - values[:, 4]).mean()}
+        return [
+            {"boxes": box[None], "labels": torch.ones(1, dtype=torch.long), "scores": value[None]}
+            for box, value in zip(boxes, values[:, 4], strict=True)
+        ]
+
+
+@pytest.fixture(autouse=True)
+def results_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(render_peers, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def make_items(count: int) -> Items:
+    target = {"boxes": torch.tensor([[4.0, 4.0, 16.0, 16.0]]), "labels": torch.ones(1, dtype=torch.long)}
+    return Items([(torch.rand(3, 24, 24), dict(target)) for _ in range(count)], {1: "thing"})
+
+
+def make_subject(model: nn.Module | None = None) -> Subject:
+    return Subject("tiny", (model or Tiny()).eval(), make_items(3), make_items(4), None)
+
+
+def working(subject: Subject, settings: Settings) -> Prepared:
+    prepared, failures = first_working_way(subject.model, subject.batches(), settings)
+    assert prepared is not None, failures
+    return prepared
+
+
+@needs_peer
+@pytest.mark.parametrize("settings", [Settings("taylor"), Settings("magnitude"), Settings("taylor", round_to=8)])
+def test_the_peer_reaches_the_asked_flops_and_keeps_the_outputs(settings: Settings) -> None:
+    subject = make_subject()
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    prepared = working(subject, settings)
+    assert prepared.outputs == ("head",)
+
+    def share_at(ratio: float) -> float:
+        model, _ = prune_channels(prepared, settings, ratio)
+        return 1 - flops_of(model, prepared.adapter, prepared.example) / prepared.flops
+
+    share = share_at(find_ratio(0.3, share_at, {}))
+    assert share == pytest.approx(0.3, abs=0.15 if settings.round_to else 0.03)
+    model, seconds = prune_channels(prepared, settings, 0.3)
+    assert seconds > 0
+    assert model.get_submodule("head").out_channels == 5
+    assert all(value.requires_grad and value.grad is None for value in model.parameters())
+    widths = {layer.out_channels for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    assert widths - {5, 48}
+    assert settings.round_to is None or all(width % 8 == 0 for width in widths - {5})
+    assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
+
+
+def test_the_search_ends_at_the_target_and_avoids_what_fails() -> None:
+    def share_at(ratio: float) -> float | None:
+        return ratio**2 if ratio < 0.6 else None
+
+    assert find_ratio(0.25, share_at, {}) ** 2 == pytest.approx(0.25, abs=TOLERANCE)
+    assert find_ratio(0.9, share_at, {0.1: 0.01}) == pytest.approx(0.6, abs=0.01)
+    asked: list[float] = []
+    assert find_ratio(0.25, asked.append, {0.2: 0.04, 0.5: 0.251, 0.7: 0.4}) == 0.5
+    assert not asked
+    with pytest.raises(PeerError, match="no pruning ratio"):
+        find_ratio(0.3, lambda ratio: None, {})
+
+
+def test_a_model_with_other_outputs_is_refused() -> None:
+    subject = make_subject()
+    prepared = prepare(subject.model, subject.batches(), WAYS[0])
+    with pytest.raises(PeerError, match="no FLOPs"):
+        check(prepared, prepared.model)
+    other = Tiny()
+    other.head = nn.Conv2d(48, 6, 1)
+    with pytest.raises(PeerError, match=r"head gives \(6, 12, 12\) where it gave \(5, 12, 12\)"):
+        check(prepared, other.eval())
+
+
+def few(*more: str) -> Any:
+    given = ["--criteria", "grad_delta", "--peers", "taylor", "--budgets", "0.2", "--sweep", "0.4", "--rounds", "1",
+             "--timed-images", "2", *more]  # fmt: skip
+    return bench_peers.make_parser().parse_args(given)
+
+
+@needs_peer
+def test_all_rows_of_a_model_and_its_tables(results_folder: Path) -> None:
+    subject = make_subject()
+    training = fxprune.batches(subject.model, make_items(4), batch_size=2)
+    rows = bench_peers.compare(subject, few("--finetune-images", "4"), training)
+    found = [(row["method"], row["kind"], row["heal"]) for row in rows]
+    ours, peer = "fxprune grad_delta", "torch-pruning taylor"
+    assert sorted(found) == sorted(
+        (method, kind, heal)
+        for heal in ("none", "finetune")
+        for method, kind in (("unpruned", "unpruned"), (ours, "cut"), (peer, "sweep"), (peer, "cut"))
+    )
+    flops = {row["method"]: row["flops"] for row in rows if row["kind"] != "sweep"}
+    assert flops[ours] <= 0.8 * flops["unpruned"]
+    assert flops[peer] == pytest.approx(flops[ours], abs=0.03 * flops["unpruned"])
+    assert all(row["error"] is None and row["seconds"] is not None and set(row) == set(rows[0]) for row in rows)
+    results.replace_rows("bench_peers", "tiny", rows)
+    render_peers.main([])
+    text = (results_folder / "peers.md").read_text()
+    assert f"| 20% | {ours} | −" in text
+    assert "same FLOPs, fine-tuned: ours ahead" in text
+
+
+@needs_peer
+def test_a_peer_that_fails_is_a_row_with_its_words(results_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_pruning as tp
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("modulo by zero\nand more")
+
+    monkeypatch.setattr(tp.pruner.BasePruner, "step", fail)
+    rows = bench_peers.compare(make_subject(), few(), [])
+    failed = [row for row in rows if row["kind"] == "failed"]
+    assert {row["error"] for row in failed} == {"ZeroDivisionError: modulo by zero"}
+    assert [row["way"] for row in failed] == [way.name for way in WAYS if not way.unsplit]
+    assert {row["method"] for row in rows if row["kind"] == "cut"} == {"fxprune grad_delta"}
+    results.replace_rows("bench_peers", "tiny", rows)
+    render_peers.main([])
+    text = (results_folder / "peers.md").read_text()
+    assert "`ZeroDivisionError: modulo by zero`" in text
+    assert "fails |" in text
+
+
+def test_a_budget_out_of_our_reach_is_a_row_too() -> None:
+    options = few()
+    options.budgets, options.peers = [0.1, 0.99], []
+    rows = bench_peers.compare(make_subject(), options, [])
+    assert [row["budget"] for row in rows] == [0.0, 0.1, 0.99]
+    assert rows[-1]["kind"] == "failed"
+    assert rows[-1]["error"].startswith("BudgetError: ")
+
+
+def test_fine_tuning_changes_weights_and_not_the_statistics_of_norms() -> None:
+    subject = make_subject()
+    training = fxprune.batches(subject.model, make_items(4), batch_size=2)
+    analysis = fxprune.analyze(subject.model, subject.batches())
+    for model in (subject.model, fxprune.apply(subject.model, analysis.plan(0.1))):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        tuned, seconds = finetune(model, training, 1e-3)
+        assert seconds > 0
+        assert not tuned.training
+        after = tuned.state_dict()
+        statistics = {name for name in after if name.rpartition(".")[2].startswith(("running_", "num_batches"))}
+        assert statistics
+        assert all(torch.equal(after[name], before[name]) for name in statistics)
+        assert not any(torch.equal(after[name], before[name]) for name in after.keys() - statistics)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("latency", "expected"),
+    [(0.95, 0.7), (0.85, 0.55), (0.9, 0.6), (0.7, None), (1.2, 0.8)],
+)
+def test_what_is_kept_at_a_latency_lies_on_straight_lines(latency: float, expected: float | None) -> None:
+    points = [(1.0, 0.8), (0.9, 0.6), (0.8, 0.5)]
+    kept = render_peers.at_latency(points, latency)
+    assert kept == (expected if expected is None else pytest.approx(expected))
+
+
+def test_where_latency_goes_up_and_down_the_peer_has_the_best_of_it() -> None:
+    points = [(1.0, 0.8), (1.1, 0.7), (0.9, 0.6), (0.96, 0.4)]
+    assert render_peers.at_latency(points, 1.0) == pytest.approx(0.8)
+    assert render_peers.at_latency(points, 0.95) == pytest.approx(0.7 - 0.1 * 0.15 / 0.2)
+    assert render_peers.at_latency([], 1.0) is None
+
+
+def test_blocks_without_the_split_compute_the_same() -> None:
+    from ultralytics.nn.modules import C2f
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), C2f(8, 16, 2, True), C2f(16, 16, 1)).eval()
+    image = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        before = model(image)
+        unsplit(model)
+        assert not any(is_c2f(module) for module in model.modules())
+        torch.testing.assert_close(model(image), before)
