@@ -5,7 +5,7 @@
 
 Both see the same calibration images and, where they need gradients, take them of the same loss. The peer's ratio is
 searched until it saves the FLOPs that our own `grad_delta` saves at that budget, and swept, so that the two can be
-compared at one latency too. All models of a detector are timed in turn, before fine-tuning. Fine-tuning is the same
+compared at one latency too. All models of a detector are timed in turn, as pruned. Fine-tuning is the same
 short one for all, the unpruned model included. Rows go to ``results/bench_peers.jsonl``, failures too;
 `benchmarks.render_peers` makes ``results/peers.md`` of them.
 """
@@ -233,7 +233,6 @@ def measure(
 ) -> Iterator[Row]:
     """Evaluate, fine-tune and time every distinct version once; rows as pruned and as fine-tuned."""
     distinct = {variant.key: variant for variant in variants}
-    timings = time_all(subject, {key: variant.model for key, variant in distinct.items()}, options)
     tuned = {v.key for v in variants if training and (v.kind != "sweep" or options.finetune_sweep)}
     batches = subject.batches()
     outcomes: dict[str, dict[str, Outcome]] = {}
@@ -243,6 +242,7 @@ def measure(
             outcomes[key]["finetune"] = tune(subject, variant.model, training, options.learning_rate)
         figures = ", ".join(f"{heal}: mAP {outcome.scores['mAP']}" for heal, outcome in outcomes[key].items())
         console.print(f"{subject.name}: {len(outcomes)} of {len(distinct)}, {variant.method}, {figures}")
+    timings = time_all(subject, {key: variant.model for key, variant in distinct.items()}, options)
     base = timings["unpruned"]
     flops = {key: count_first(variant.model, batches) for key, variant in distinct.items()}
     for variant in variants:

@@ -130,7 +130,7 @@ def imagenet_mobilenet_v2() -> nn.Module:
 DETECTORS: dict[str, Recipe] = {
     "resnet50_ssdlite": Recipe(resnet50, size=96, epochs=3, learning_rate=1e-3),
     "mobilenet_v2_ssdlite": Recipe(mobilenet_v2, epochs=3, imagenet=imagenet_mobilenet_v2),
-    "shufflenet_v2_ssdlite": Recipe(shufflenet_v2, epochs=9),
+    "shufflenet_v2_ssdlite": Recipe(shufflenet_v2, epochs=12),
     "fasterrcnn_resnet50_fpn": Recipe(faster_rcnn, size=96, epochs=1, learning_rate=5e-4, start="resnet50_ssdlite"),
     "retinanet_resnet50_fpn_v2": Recipe(retinanet, size=96, epochs=1, learning_rate=5e-4, start="resnet50_ssdlite"),
     "yolov8n": Recipe(yolov8n, epochs=3, learning_rate=2e-3),
