@@ -6,6 +6,7 @@ What it cannot take in one way is tried in the others before it counts as a fail
 from __future__ import annotations
 
 import copy
+import gc
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,8 @@ def prune_channels(prepared: Prepared, settings: Settings, ratio: float) -> tupl
     for name, value in model.named_parameters():
         value.grad = None
         value.requires_grad_(name not in prepared.frozen)
+    del pruner
+    gc.collect()  # its graph is full of cycles, which hold the activations of the traced run
     check(prepared, model)
     return model.eval(), seconds
 

@@ -82,7 +82,7 @@ def model_table(rows: Sequence[Row]) -> str:
 
 def summary_table(rows: Sequence[Row], models: Sequence[str]) -> str:
     """Mean mAP over models and budgets, by criterion; only budgets that every criterion reached count."""
-    averaged = average_seeds(rows)
+    averaged = [row for model in models for row in average_seeds(row for row in rows if row["model"] == model)]
     found = {(row["model"], row["criterion"], row["budget"]): row["mAP"] for row in averaged}
     whole = {model: found[model, "none", 0.0] for model in models}
     budgets = sorted({row["budget"] for row in rows} - {0.0})
