@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import detection
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.results import RESULTS, machine
 
 
 @dataclass(frozen=True)
@@ -189,12 +186,10 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
 def write_rows(name: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Write rows to ``results/<name>.jsonl`` as they come, over those of the last run; returns them."""
     RESULTS.mkdir(exist_ok=True)
-    threads, cores, version = torch.get_num_threads(), os.cpu_count(), torch.__version__.split("+")[0]
-    machine = f"{cores} cores, {platform.machine()}, torch {version}, {threads} thread(s)"
     written = []
     with (RESULTS / f"{name}.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            written.append(row | {"machine": machine})
+            written.append(row | {"machine": machine()})
             file.write(json.dumps(written[-1]) + "\n")
             file.flush()
     return written

@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import stochastic_depth
 
 from benchmarks.data import DigitsConfig, load_sources, write_split
+from benchmarks.train_torchvision import BATCH_SIZE, Sample, draw_batches
 from fxprune.bundled import WEIGHTS_FILE, build_detector, load_dataset, load_detector
 from fxprune.datasets import CocoDataset
 from fxprune.evaluation import evaluate
@@ -34,11 +35,8 @@ from fxprune.evaluation import evaluate
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "fxprune" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "train_demo.jsonl"
-BATCH_SIZE = 16
 LEARNING_RATE = 2e-3
 DROP_DEPTH = 0.1
-
-Sample = tuple[Tensor, dict[str, Tensor]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,26 +128,6 @@ def add_stochastic_depth(detector: SSD) -> list[RemovableHandle]:
 
     shares = [DROP_DEPTH * (index + 1) / len(blocks) for index in range(len(blocks))]
     return [block.conv.register_forward_hook(drop(p)) for block, p in zip(blocks, shares, strict=True)]
-
-
-def draw_batches(
-    samples: list[Sample], generator: torch.Generator, device: torch.device
-) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-    """Shuffled, augmented batches of one epoch; what does not fill a batch is left out."""
-    order = torch.randperm(len(samples), generator=generator).tolist()
-    for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-        batch = [samples[index] for index in order[start : start + BATCH_SIZE]]
-        images = [change_light(image, generator).to(device) for image, _ in batch]
-        targets = [{key: target[key].to(device) for key in ("boxes", "labels")} for _, target in batch]
-        yield images, targets
-
-
-def change_light(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Random contrast, brightness and tint of an image of shape (3, H, W) in [0, 1]; digits are never mirrored."""
-    contrast = 0.7 + 0.6 * torch.rand(1, generator=generator)
-    shift = 0.2 * torch.rand(1, generator=generator) - 0.1
-    tint = 0.85 + 0.3 * torch.rand(3, 1, 1, generator=generator)
-    return (((image - 0.5) * contrast + 0.5 + shift) * tint).clamp(0, 1)
 
 
 def save_weights(detector: SSD, file: Path) -> None:

@@ -69,7 +69,8 @@ def test_the_inner_backend_never_sees_what_was_removed() -> None:
 def test_it_is_found_by_name_and_compiles_with_inductor() -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     plan = tiny_plan(model)
-    compiled = torch.compile(model, backend="fxprune", options={"plan": plan})
+    options: Any = {"plan": plan}
+    compiled = torch.compile(model, backend="fxprune", options=options)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), fxprune.apply(model, plan)(x), rtol=1e-4, atol=1e-5)
 
@@ -144,7 +145,7 @@ class Levels(nn.Module):
 def test_an_island_that_runs_several_times() -> None:
     torch.manual_seed(0)
     model, levels = Levels().eval(), [image_batch((8, 8)), image_batch((4, 4))]
-    analysis = fxprune.analyze(model, [levels], loss=lambda net, batch: sum(y.square().mean() for y in net(batch)))  # type: ignore[misc, arg-type, return-value]
+    analysis = fxprune.analyze(model, [levels], loss=lambda net, batch: sum(y.square().mean() for y in net(batch)))
     plan = plan_for(analysis, {"head.1"})
     compiled, pruned = compiled_by(model, plan), fxprune.apply(model, plan)
     for _ in range(2):
@@ -160,6 +161,9 @@ def test_compiled_in_place() -> None:
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
+unseen: Any = torch._dynamo.disable
+
+
 class Broken(nn.Module):
     """Two blocks; `where` says which code Dynamo does not see."""
 
@@ -171,9 +175,9 @@ class Broken(nn.Module):
         if where == "inside":
             block = self.blocks[0]  # type: ignore[index]
             norm = block.norm
-            norm.forward = torch._dynamo.disable(norm.forward)
+            norm.forward = unseen(norm.forward)
         elif where == "around":
-            self.blocks.forward = torch._dynamo.disable(self.blocks.forward)  # type: ignore[method-assign]
+            self.blocks.forward = unseen(self.blocks.forward)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(self.stem(x)).mean((2, 3))
@@ -232,9 +236,8 @@ def test_mistakes_in_the_options(tmp_path: Path) -> None:
 
 def test_a_function_is_refused() -> None:
     model = tiny()
-    compiled = torch.compile(
-        lambda x: model(x), backend=fxprune_backend, options={"plan": tiny_plan(model), "inner": "eager"}
-    )
+    options: Any = {"plan": tiny_plan(model), "inner": "eager"}
+    compiled = torch.compile(lambda x: model(x), backend=fxprune_backend, options=options)
     with pytest.raises(BackendCompilerFailed, match="compiles modules"):
         compiled(pixels(1, 3, 16, 16))
 

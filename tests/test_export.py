@@ -117,7 +117,7 @@ def test_a_whole_detector_exports_if_it_did_unpruned() -> None:
     model = seeded(lambda: ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None))
     images = [pixels(3, 320, 320)]
     pruned = fxprune.compile(model, [images], 0.05, criterion="l1")
-    outcomes = []
+    outcomes: list[Any] = []
     for net in (model, pruned):
         try:
             outcomes.append(len(torch.export.export(net, (images,), strict=False).graph.nodes))
@@ -134,13 +134,13 @@ def test_yolo_exports_through_its_own_method(form: str, tmp_path: Path, monkeypa
     from ultralytics import YOLO
 
     monkeypatch.chdir(tmp_path)
-    model = YOLO("yolov8n.yaml")
-    pruned = fxprune.compile(model, [pixels(1, 3, 64, 64)], 0.2, criterion="l1")
+    model: Any = YOLO("yolov8n.yaml")
+    pruned: Any = fxprune.compile(model, [pixels(1, 3, 64, 64)], 0.2, criterion="l1")
     sizes = []
     for name, net in (("whole", model), ("pruned", pruned)):
         net.ckpt_path = str(tmp_path / f"{name}.pt")
         net.model.pt_path = str(tmp_path / f"{name}.pt")
-        exported = Path(net.export(format=form, imgsz=64, simplify=False))  # type: ignore[attr-defined]
+        exported = Path(net.export(format=form, imgsz=64, simplify=False))
         files = [exported] if exported.is_file() else [file for file in exported.rglob("*") if file.is_file()]
         sizes.append(sum(file.stat().st_size for file in files))
     assert sizes[1] < sizes[0]
