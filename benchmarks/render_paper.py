@@ -14,11 +14,12 @@ from scipy.stats import spearmanr
 
 from benchmarks.results import RESULTS, Row, read_rows
 
+OURS = "grad_delta"
 STYLES = {
-    "random": ("#999999", ":"), "l1": ("#d55e00", "--"), "grad_act": ("#e69f00", "-."),
-    "grad_delta": ("#0072b2", "-"), "ablation": ("#000000", "-"),
+    "random": ("#999999", ":", "x"), "l1": ("#d55e00", "--", "v"), "grad_act": ("#e69f00", "-.", "s"),
+    "grad_delta": ("#0072b2", "-", "o"), "ablation": ("#000000", "-", "^"),
 }  # fmt: skip
-"""Colour (Okabe and Ito's, safe for the colour-blind) and dash of each criterion's line."""
+"""Colour (Okabe and Ito's, safe for the colour-blind), dash and marker of each criterion's line."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,12 +28,31 @@ def main(argv: list[str] | None = None) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     parts = [
         "# What each criterion keeps\n",
+        "The mAP that is lost at each budget, without any training:\n",
+        glance_table(rows, models),
         *(model_table([row for row in rows if row["model"] == model]) for model in models),
     ]
     parts += [summary_table(rows, models), agreement_table(regions)]
     (RESULTS / "paper.md").write_text("\n".join(parts), encoding="utf-8")
     for model in models:
         draw([row for row in rows if row["model"] == model], model)
+
+
+def glance_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+    """Everything in one table: the mAP that each criterion loses, a line per model and budget."""
+    criteria = [name for name in dict.fromkeys(row["criterion"] for row in rows) if name != "none"]
+    lines = [f"| detector (unpruned mAP) | budget | {' | '.join(criteria)} | FLOPs | latency |"]
+    lines.append("|---|--:|" + "--:|" * (len(criteria) + 2))
+    for model in models:
+        own = average_seeds(row for row in rows if row["model"] == model)
+        unpruned = next(row for row in own if row["criterion"] == "none")
+        for budget in sorted({row["budget"] for row in own} - {0.0}):
+            found = {row["criterion"]: row for row in own if row["budget"] == budget}
+            losses = [f"{unpruned['mAP'] - found[name]['mAP']:.3f}" if name in found else "–" for name in criteria]
+            ours = found.get(OURS, found[next(iter(found))])
+            cost = f"−{1 - ours['flops'] / unpruned['flops']:.1%}", f"{ours['latency_ratio']:.2f}"
+            lines.append(f"| {model} ({unpruned['mAP']:.3f}) | {budget:.0%} | {' | '.join((*losses, *cost))} |")
+    return "\n".join(lines) + f"\n\nFLOPs and latency (unpruned = 1) are those of `{OURS}`.\n"
 
 
 def average_seeds(rows: Iterable[Row]) -> list[Row]:
@@ -132,18 +152,23 @@ def draw(rows: Sequence[Row], model: str) -> None:
     from matplotlib import pyplot as plt
 
     (unpruned,) = (row for row in rows if row["criterion"] == "none")
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     averaged = average_seeds(rows)
     axes.axvspan(unpruned["floor_low"], unpruned["floor_high"], color="0.9", label="unpruned against itself")
     for name in dict.fromkeys(row["criterion"] for row in averaged if row["criterion"] != "none"):
         points: list[Any] = [unpruned, *(row for row in averaged if row["criterion"] == name)]
-        colour, dash = STYLES.get(name, ("#009e73", "-"))
-        axes.plot([p["latency_ratio"] for p in points], [p["mAP"] for p in points], dash, color=colour, marker="o",
-                  markersize=4, label=name)  # fmt: skip
-    axes.set(xlabel="latency, unpruned = 1", ylabel="mAP", title=model, ylim=(-0.02, unpruned["mAP"] * 1.08))
+        colour, dash, marker = STYLES.get(name, ("#009e73", "-", "D"))
+        axes.plot([p["latency_ratio"] for p in points], [p["mAP"] for p in points], dash, color=colour, marker=marker,
+                  markersize=5, label=name)  # fmt: skip
+    axes.set(
+        xlabel="latency, unpruned = 1 (faster to the right)",
+        ylabel="mAP",
+        title=model,
+        ylim=(-0.02, unpruned["mAP"] * 1.08),
+    )
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower left")
+    figure.legend(fontsize=8, loc="outside right upper", frameon=False)
     figure.savefig(RESULTS / f"paper_{model}.svg", metadata={"Date": None})
     plt.close(figure)
 
