@@ -3,6 +3,8 @@
     python -m benchmarks.bench_paper [MODEL ...]                    # composed digits; train with benchmarks.train first
     python -m benchmarks.bench_paper --coco DIR [MODEL ...]         # COCO 2017 and released weights, where at hand
 
+    python -m benchmarks.bench_paper --retime [MODEL ...]           # latency alone, of the cuts in the results
+
 No training after pruning. Criteria see the calibration images only; mAP is of the val images. Rows go to
 ``results/bench_paper.jsonl``; what the removal of each region alone does goes to ``results/bench_paper_regions.jsonl``;
 `benchmarks.render_paper` makes the table and the figures of them.
@@ -23,7 +25,7 @@ from torch import nn
 
 import fxprune
 from benchmarks import render_paper
-from benchmarks.results import machine, replace_rows
+from benchmarks.results import machine, read_rows, replace_rows
 from benchmarks.subjects import Subject, add_options, subjects
 from fxprune.analysis import Analysis
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
@@ -63,13 +65,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
     parser.add_argument("--agreement", type=int, default=100, metavar="N",
                         help="val images for the removal of each region alone; 0: leave that out")  # fmt: skip
+    parser.add_argument("--retime", action="store_true", help="time the cuts in the results again, and nothing else")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     for subject in subjects(options):
         started = time.perf_counter()
+        if options.retime:
+            retime(subject, options)
+            continue
         analyses, cuts = prune(subject, options)
-        rows = list(measure(subject, cuts, options))
-        replace_rows("bench_paper", subject.name, rows)
+        models = {cut.regions: fxprune.apply(subject.model, cut.plan) for cut in cuts}
+        rows = list(judge(subject, cuts, models))
+        replace_rows("bench_paper", subject.name, with_latency(subject, rows, models, options))
         if options.agreement:
             replace_rows("bench_paper_regions", subject.name, remove_each(subject, analyses, options.agreement))
         console.print(f"{subject.name}: {time.perf_counter() - started:.0f} s")
@@ -95,26 +102,14 @@ def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Anal
     return analyses, cuts
 
 
-def measure(subject: Subject, cuts: Sequence[Cut], options: argparse.Namespace) -> Iterator[Row]:
-    """Evaluate and time every distinct cut once; one row for the unpruned model and one for each cut."""
-    models = {cut.regions: fxprune.apply(subject.model, cut.plan) for cut in cuts}
+def judge(subject: Subject, cuts: Sequence[Cut], models: Mapping[frozenset[str], nn.Module]) -> Iterator[Row]:
+    """Evaluate every distinct cut once; one row for the unpruned model and one for each cut, latency left out."""
     scores: dict[frozenset[str], Mapping[str, float]] = {frozenset(): subject.evaluate(subject.model)}
     for regions, model in models.items():
         scores[regions] = subject.evaluate(model)
         console.print(f"{subject.name}: {len(scores) - 1} of {len(models)}, mAP {scores[regions]['mAP']:.3f}")
-    timings = time_all(subject, models, options)
-    base = timings[key_of(())]
-    floor = ratio_of(timings["again"], base)
-    shared = {
-        "images": len(subject.calibration),
-        "val_images": len(subject.val),
-        "timed_images": options.timed_images,
-        **named("floor", floor),
-        "machine": machine(),
-    }
     unpruned = Cut("none", 0, 0.0, replace(cuts[0].plan, regions=()), 0.0)
     for cut in (unpruned, *cuts):
-        timing = timings[key_of(cut.regions)]
         total = cut.plan.before if cut is unpruned else cut.plan.after
         yield {
             "model": subject.name,
@@ -126,12 +121,39 @@ def measure(subject: Subject, cuts: Sequence[Cut], options: argparse.Namespace) 
             "mAP50": scores[cut.regions]["mAP50"],
             "flops": total.flops,
             "params": total.params,
-            **named("latency_ratio", ratio_of(timing, base)),
-            "latency_ms": timing.median_ms,
             "regions": sorted(cut.regions),
             "seconds": cut.seconds,
-            **shared,
+            "images": len(subject.calibration),
+            "val_images": len(subject.val),
         }
+
+
+def with_latency(
+    subject: Subject, rows: Sequence[Row], models: Mapping[frozenset[str], nn.Module], options: argparse.Namespace
+) -> Iterator[Row]:
+    """Time all models and add what came out to their rows."""
+    timings = time_all(subject, models, options)
+    base = timings[key_of(())]
+    for row in rows:
+        timing = timings[key_of(row["regions"])]
+        yield row | {
+            **named("latency_ratio", ratio_of(timing, base)),
+            "latency_ms": timing.median_ms,
+            **named("floor", ratio_of(timings["again"], base)),
+            "timed_images": options.timed_images,
+            "machine": machine(),
+        }
+
+
+def retime(subject: Subject, options: argparse.Namespace) -> None:
+    """Make the cuts of the results again and time them: accuracy may be measured on a busy machine, latency not."""
+    rows = [row for row in read_rows("bench_paper") if row["model"] == subject.name]
+    analysis = fxprune.analyze(subject.model, subject.batches()[:1], criterion="random")
+    models = {
+        regions: fxprune.apply(subject.model, removing(analysis, set(regions)))
+        for regions in {frozenset(row["regions"]) for row in rows} - {frozenset()}
+    }
+    replace_rows("bench_paper", subject.name, with_latency(subject, rows, models, options))
 
 
 def named(name: str, ratio: Ratio) -> dict[str, float]:

@@ -69,7 +69,9 @@ def interleave(
     device: torch.device | str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time functions in turn: A, B, C, then B, C, A, then C, A, B, and so on.
+    """Time functions in turn: in an order drawn at random, then in the same order backwards, and so on.
+
+    A function that comes after a certain other one may find the caches warm, so no order stays.
 
     Parameters
     ----------
@@ -106,8 +108,8 @@ def interleave(
         raise ValueError(f"rounds must be 1 or more and warmup 0 or more, got {rounds} and {warmup}")
     wait = _wait_for(device)
     latency_ms: dict[str, list[float]] = {name: [] for name in functions}
-    for index in range(-warmup, rounds):
-        for name in _rotated(list(functions), index):
+    for index, order in zip(range(-warmup, rounds), _orders(list(functions)), strict=False):
+        for name in order:
             wait()
             start = clock()
             functions[name]()
@@ -147,9 +149,13 @@ def ratio_of(timing: Timing, base: Timing) -> Ratio:
     return Ratio(timing.name, base.name, median, low, high, len(ratios))
 
 
-def _rotated(names: list[str], index: int) -> Iterator[str]:
-    start = index % len(names)
-    yield from names[start:] + names[:start]
+def _orders(names: list[str]) -> Iterator[list[str]]:
+    """Orders to time in, without end; the same ones every time."""
+    rng = np.random.default_rng(0)
+    while True:
+        order = [names[index] for index in rng.permutation(len(names))]
+        yield order
+        yield order[::-1]
 
 
 def _wait_for(device: torch.device | str | None) -> Callable[[], None]:
