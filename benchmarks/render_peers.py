@@ -12,6 +12,8 @@ from benchmarks.results import RESULTS, Row, read_rows
 
 LEVEL = 0.005
 """Differences in mAP up to this count as level."""
+NOISY = 0.1
+"""Width of the unpruned model's quartiles against itself from which no latency is compared."""
 HEALS = {"none": "as pruned", "finetune": "fine-tuned"}
 TOOLS = ("fxprune", "torch-pruning")
 OWN_CRITERIA = ("grad_delta", "ablation")
@@ -35,13 +37,14 @@ def main(argv: list[str] | None = None) -> None:
 def heading(rows: Sequence[Row]) -> str:
     """One model: what it is without pruning, and after fine-tuning alone."""
     first = unpruned(rows, "none")
+    warning = "" if measurable(first) else " **Too noisy to compare latencies.**"
     noise = f"{first['floor']:.3f} [{first['floor_low']:.3f}, {first['floor_high']:.3f}]"
     tuned = [row for row in rows if row["kind"] == "unpruned" and row["heal"] == "finetune"]
     also = f" (fine-tuned on {tuned[0]['finetune_images']} images: {show(tuned[0]['mAP'])})" if tuned else ""
     return (
         f"\n## {first['model']}\n\nUnpruned: mAP {show(first['mAP'])}{also}, {first['flops'] / 1e9:.2f} GFLOPs a batch,"
         f" {first['params'] / 1e6:.1f} M parameters, {first['latency_ms']:.0f} ms for {first['timed_images']} images;"
-        f" latency against itself {noise}; {first['val_images']} val images.\n"
+        f" latency against itself {noise}; {first['val_images']} val images.{warning}\n"
     )
 
 
@@ -75,6 +78,12 @@ def cut_table(rows: Sequence[Row]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def measurable(row: Row) -> bool:
+    """Whether the unpruned model took as long as itself: its quartiles hold 1 and are narrow."""
+    low, high = float(row["floor_low"]), float(row["floor_high"])
+    return low <= 1 <= high and high - low <= NOISY
 
 
 def find(rows: Iterable[Row], method: str, budget: float, heal: str) -> Row | None:
@@ -186,7 +195,8 @@ def summary(rows: Sequence[Row], models: Sequence[str]) -> str:
             lines.append(f"| {model} | {row['budget']:.0%} | {row['method'].split()[-1]} | {' | '.join(cells)} |")
     counted = [
         f"- `{method.split()[-1]}`, same {way}, {HEALS[heal]}: ours ahead {found.count('ours')}, level"
-        f" {found.count('level')}, Torch-Pruning ahead {found.count('theirs')}, of {len(found)}"
+        f" {found.count('level')}, Torch-Pruning ahead {found.count('theirs')},"
+        f" too noisy {found.count('unmeasured')}, of {len(found)}"
         for (method, way, heal), found in tally.items()
     ]
     return "\n".join([*lines, "", *counted, ""])
@@ -194,6 +204,8 @@ def summary(rows: Sequence[Row], models: Sequence[str]) -> str:
 
 def compare(rows: Sequence[Row], row: Row, way: str, heal: str) -> tuple[str, str]:
     """Who is ahead at one cut, and the cell that says so."""
+    if way == "latency" and not measurable(row):
+        return "unmeasured", "too noisy"
     own = find(rows, row["method"], row["budget"], heal)
     mAP = own["mAP"] if own else None
     peers = peers_of(rows)

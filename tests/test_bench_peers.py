@@ -235,6 +235,23 @@ def test_where_latency_goes_up_and_down_the_peer_has_the_best_of_it() -> None:
     assert render_peers.at_latency([], 1.0) is None
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(0.98, 1.02, "ours"), (1.01, 1.05, "unmeasured"), (0.9, 1.1, "unmeasured")]
+)
+def test_nobody_wins_on_latency_where_the_unpruned_model_differs_from_itself(
+    low: float, high: float, expected: str
+) -> None:
+    shared = {"heal": "none", "floor_low": low, "floor_high": high}
+    rows = [
+        {"method": "unpruned", "kind": "unpruned", "budget": 0.0, "mAP": 0.8, "latency_ratio": 1.0, "flops": 100},
+        {"method": "fxprune grad_delta", "kind": "cut", "budget": 0.1, "mAP": 0.7, "latency_ratio": 0.8, "flops": 90},
+        {"method": "torch-pruning taylor", "kind": "cut", "budget": 0.1, "mAP": 0.7, "latency_ratio": 0.9, "flops": 90},
+    ]
+    full = [row | shared for row in rows]
+    assert render_peers.compare(full, full[1], "latency", "none")[0] == expected
+    assert render_peers.compare(full, full[1], "FLOPs", "none")[0] == "level"
+
+
 def test_blocks_without_the_split_compute_the_same() -> None:
     from ultralytics.nn.modules import C2f
 
