@@ -26,19 +26,17 @@ from torch import nn
 
 import fxprune
 from benchmarks import render_peers
-from benchmarks.bench_paper import named
 from benchmarks.channels import PeerError, Settings, find_ratio, first_line, first_working_way, prune_channels
 from benchmarks.detectors import DETECTORS
 from benchmarks.finetune import finetune
 from benchmarks.handover import flops_of
 from benchmarks.results import Row, machine, replace_rows
-from benchmarks.subjects import Items, Subject, add_options, subjects
+from benchmarks.subjects import UNPRUNED, Items, Subject, add_options, subjects
 from benchmarks.train import digits_folder
 from fxprune import CocoDataset
 from fxprune.calibration import read_batch
 from fxprune.costs import count_params
 from fxprune.detectors.choice import choose_adapter
-from fxprune.timing import Timing, interleave, ratio_of
 
 OURS = ("grad_delta", "ablation", "grad_act", "l1")
 PEERS = {
@@ -139,7 +137,7 @@ def compare(subject: Subject, options: argparse.Namespace, training: Sequence[An
     """All rows of one detector."""
     batches = subject.batches()
     flops = partial(count_first, batches=batches)
-    unpruned = Variant("unpruned", "unpruned", "unpruned", subject.model, 0.0, 0.0)
+    unpruned = Variant("unpruned", "unpruned", UNPRUNED, subject.model, 0.0, 0.0)
     variants, failures = cut_blocks(subject, options)
     base = flops(subject.model)
     targets = {budget: budget for budget in options.budgets}
@@ -242,30 +240,19 @@ def measure(
             outcomes[key]["finetune"] = tune(subject, variant.model, training, options.learning_rate)
         figures = ", ".join(f"{heal}: mAP {outcome.scores['mAP']}" for heal, outcome in outcomes[key].items())
         console.print(f"{subject.name}: {len(outcomes)} of {len(distinct)}, {variant.method}, {figures}")
-    timings = time_all(subject, {key: variant.model for key, variant in distinct.items()}, options)
-    base = timings["unpruned"]
+    models = {key: variant.model for key, variant in distinct.items()}
+    latencies = subject.time_beside(models, options.rounds, options.timed_images)
     flops = {key: count_first(variant.model, batches) for key, variant in distinct.items()}
     for variant in variants:
         for heal, outcome in outcomes[variant.key].items():
             yield {
                 "model": subject.name, "method": variant.method, "kind": variant.kind, "budget": variant.budget,
                 "heal": heal, **outcome.scores, "flops": flops[variant.key], "params": count_params(variant.model),
-                **named("latency_ratio", ratio_of(timings[variant.key], base)),
-                "latency_ms": timings[variant.key].median_ms, **named("floor", ratio_of(timings["again"], base)),
-                "rounds": options.rounds, "timed_images": options.timed_images, "seconds": variant.seconds,
-                "finetune_images": options.finetune_images if heal == "finetune" else 0,
+                **latencies.columns(variant.key), "rounds": options.rounds, "timed_images": options.timed_images,
+                "seconds": variant.seconds, "finetune_images": options.finetune_images if heal == "finetune" else 0,
                 "finetune_seconds": outcome.seconds, "learning_rate": options.learning_rate,
                 "error": outcome.error, "ratio": None, "way": None, "regions": None, "version": None, **variant.details,
             }  # fmt: skip
-
-
-def time_all(subject: Subject, models: Mapping[str, nn.Module], options: argparse.Namespace) -> dict[str, Timing]:
-    """Time all versions in turn on one batch; the unpruned one stands there twice, to show how far chance goes."""
-    batch = subject.timed_batch(options.timed_images)
-    everything = {"again": subject.model, **models}
-    functions = {name: partial(model.eval(), batch) for name, model in everything.items()}
-    with torch.inference_mode():
-        return interleave(functions, rounds=options.rounds, warmup=2)
 
 
 def tune(subject: Subject, model: nn.Module, training: Sequence[Any], learning_rate: float) -> Outcome:

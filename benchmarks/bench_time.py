@@ -15,7 +15,6 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -25,12 +24,11 @@ from torch.nn import functional
 
 import fxprune
 from benchmarks.results import RESULTS, machine, read_rows, replace_rows
-from benchmarks.subjects import Subject, add_options, subjects
+from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
 from fxprune.capture import Island, capture
 from fxprune.detectors.choice import detector_adapter
 from fxprune.interpreting import NodeName, interpreted
 from fxprune.isolation import private_copy
-from fxprune.timing import interleave, ratio_of
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -57,26 +55,21 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """One row: shares of the time, and what a plan takes."""
     plan = fxprune.analyze(subject.model, subject.batches()).plan(options.budget)
     batch = subject.timed_batch(options.timed_images)
-    model, islands = captured(subject.model, batch)
+    model, islands = captured(subject.model, batch, detector_adapter(subject.model).root_is_function)
     with torch.inference_mode():
         times, whole = time_nodes(model, islands, batch, options.rounds)
         pruned = fxprune.apply(subject.model, plan).eval()
-        functions = {
-            name: partial(net, batch)
-            for name, net in (("whole", subject.model), ("again", subject.model), ("pruned", pruned))
-        }
-        timings = interleave(functions, rounds=options.rounds, warmup=2)
+    latencies = subject.time_beside({"pruned": pruned}, options.rounds, options.timed_images)
     kinds = {(i.name, node.name): kind_of(i.gm, node) for i in islands for node in i.gm.graph.nodes}
     shares: dict[str, float] = defaultdict(float)
     for key, seconds in times.items():
         shares[kinds[key]] += seconds / whole
     gone = {(region.island, node) for region in plan.removed for node in region.nodes}
-    ratio = ratio_of(timings["pruned"], timings["whole"])
-    floor = ratio_of(timings["again"], timings["whole"])
+    ratio, floor = latencies.ratio("pruned"), latencies.ratio(TWIN)
     return {
         "model": subject.name,
         "budget": options.budget,
-        "ms": timings["whole"].median_ms,
+        "ms": latencies.timings[UNPRUNED].median_ms,
         "timed_images": options.timed_images,
         "dense_conv": shares["dense convolution"],
         "depthwise_conv": shares["depthwise convolution"],
@@ -94,11 +87,9 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def captured(model: nn.Module, batch: Any) -> tuple[nn.Module, list[Island]]:
-    """A copy of a detector with its graphs in place, as they are called at inference."""
-    adapter = detector_adapter(model)
-    twin = private_copy(model).eval()
-    return capture(twin, lambda network: network.eval()(batch), adapter.root_is_function)
+def captured(model: nn.Module, batch: Any, root_is_function: bool) -> tuple[nn.Module, list[Island]]:
+    """A copy of a model with its graphs in place, as they are called at inference."""
+    return capture(private_copy(model).eval(), lambda network: network.eval()(batch), root_is_function)
 
 
 def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int) -> tuple[Times, float]:

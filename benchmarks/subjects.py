@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,34 @@ import fxprune
 from benchmarks.detectors import DETECTORS
 from benchmarks.train import digits_folder, load_trained
 from fxprune import CocoDataset
+from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
 BATCH_SIZE = 8
 OFFICIAL = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "yolov8n.pt")
 """Detectors with released COCO weights that ``--coco`` runs if none is named."""
+
+
+UNPRUNED, TWIN = "unpruned", "unpruned again"
+
+
+@dataclass(frozen=True, eq=False)
+class Latencies:
+    """Timings by name; the unpruned detector stands among them twice, to show how far chance goes."""
+
+    timings: Mapping[str, Timing]
+
+    def ratio(self, name: str) -> Ratio:
+        """A version's latency over the unpruned detector's, round by round."""
+        return ratio_of(self.timings[name], self.timings[UNPRUNED])
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Keys of a row: ratios and the A/A floor as median and quartiles, and the median in milliseconds."""
+        ratio, floor = self.ratio(name), self.ratio(TWIN)
+        return {
+            "latency_ratio": ratio.median, "latency_ratio_low": ratio.low, "latency_ratio_high": ratio.high,
+            "latency_ms": self.timings[name].median_ms,
+            "floor": floor.median, "floor_low": floor.low, "floor_high": floor.high,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +87,17 @@ class Subject:
         some = Items(self.val.rows[:images], self.val.categories)
         (batch,) = fxprune.batches(self.model, some, batch_size=images, image_size=self.image_size, targets=False)
         return batch["img"] if isinstance(batch, dict) else batch
+
+    def time_beside(self, models: Mapping[str, nn.Module], rounds: int, images: int) -> Latencies:
+        """Time pruned versions and the unpruned detector in turn on one batch."""
+        batch = self.timed_batch(images)
+        everything = {UNPRUNED: self.model, TWIN: self.model, **models}
+        with torch.inference_mode():
+            return Latencies(
+                interleave(
+                    {name: partial(model.eval(), batch) for name, model in everything.items()}, rounds=rounds, warmup=2
+                )
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import stochastic_depth
 
 from benchmarks.data import DigitsConfig, load_sources, write_split
-from benchmarks.train_torchvision import BATCH_SIZE, Sample, draw_batches
+from benchmarks.train_torchvision import BATCH_SIZE, Sample, draw_batches, train_epoch
 from fxprune.bundled import WEIGHTS_FILE, build_detector, load_dataset, load_detector
 from fxprune.datasets import CocoDataset
 from fxprune.evaluation import evaluate
@@ -81,20 +81,12 @@ def train(samples: list[Sample], epochs: int, seed: int, device: torch.device) -
     generator = torch.Generator().manual_seed(seed)
     val = load_dataset("val")
     for epoch in range(1, epochs + 1):
-        started, total = time.perf_counter(), 0.0
-        detector.train()
-        for images, targets in draw_batches(samples, generator, device):
-            loss = sum(detector(images, targets).values(), torch.zeros((), device=device))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach())
+        started = time.perf_counter()
+        loss = train_epoch(detector, draw_batches(samples, generator, device), optimizer, schedule)
         seconds = time.perf_counter() - started
         scores = evaluate(detector, val)
         print(
-            f"epoch {epoch}: loss {total / steps:.3f}  val mAP {scores['mAP']:.3f}  mAP50 {scores['mAP50']:.3f}"
+            f"epoch {epoch}: loss {loss:.3f}  val mAP {scores['mAP']:.3f}  mAP50 {scores['mAP50']:.3f}"
             f"  {seconds:.0f} s",
             flush=True,
         )

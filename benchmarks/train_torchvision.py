@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -105,23 +106,36 @@ def fit(
     for epoch in range(done + 1, options.epochs + 1):
         torch.manual_seed(options.seed * 1000 + epoch)
         generator = torch.Generator().manual_seed(options.seed * 1000 + epoch)
-        started, total = time.perf_counter(), 0.0
-        model.train()
-        for images, targets in draw_batches(samples, generator, device):
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = sum(model(images, targets).values(), torch.zeros((), device=device))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach())
-        report(epoch, total / steps, time.perf_counter() - started)
+        started = time.perf_counter()
+        loss = train_epoch(model, draw_batches(samples, generator, device), optimizer, schedule, bfloat16=True)
+        report(epoch, loss, time.perf_counter() - started)
         if checkpoint is not None:
             state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state | {"epoch": epoch}, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     model.eval()
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    bfloat16: bool = False,
+) -> float:
+    """Take one optimizer step a batch, gradients clipped to a norm of 10; returns the mean of the loss."""
+    losses = []
+    model.train()
+    for images, targets in batches:
+        with torch.autocast(images[0].device.type, torch.bfloat16, enabled=bfloat16):
+            loss = torch.stack([part.sum() for part in model(images, targets).values()]).sum()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return fmean(losses)
 
 
 def restore(parts: dict[str, Any], checkpoint: Path | None, device: torch.device) -> int:

@@ -232,13 +232,13 @@ def _before_next_call(compiled: nn.Module, check: Callable[[], None]) -> None:
 
 
 def _guarded(compiled: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    """Refuse to run code that was compiled for a plan file that has changed since."""
+    """Refuse to run code that was compiled for a plan file that has changed since; one that is gone changes nothing."""
     if session.stamp is None:
         return compiled
     stamp = session.stamp
 
     def run(*args: Any) -> Any:
-        if _stamp(stamp[0]) != stamp:
+        if os.path.exists(stamp[0]) and _stamp(stamp[0]) != stamp:
             raise PlanError(f"the plan file {stamp[0]!r} changed after it was compiled; call torch._dynamo.reset()")
         return compiled(*args)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Calibration:
         if first is _END:
             raise BatchError("calib_loader yielded no batch; give at least one")
         self.first_raw: Any = first
+        self._first: Batch | None = None
         self._with_labels: list[bool] = []
 
     @property
@@ -47,10 +48,20 @@ class Calibration:
 
     def batches(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
         """Yield every batch once; batches without labels get the model's own confident outputs."""
-        for index, raw in enumerate(chain([self.first_raw], self._rest)):
-            batch, labelled = read_batch(model, adapter, raw, index)
-            self._with_labels.append(labelled)
-            yield batch
+        yield self.first(model, adapter)
+        for index, raw in enumerate(self._rest, 1):
+            yield self._read(model, adapter, raw, index)
+
+    def first(self, model: nn.Module, adapter: Adapter) -> Batch:
+        """Return the first batch, which `batches` gives again; read, and labelled if need be, when first asked for."""
+        if self._first is None:
+            self._first = self._read(model, adapter, self.first_raw, 0)
+        return self._first
+
+    def _read(self, model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
+        batch, labelled = read_batch(model, adapter, raw, index)
+        self._with_labels.append(labelled)
+        return batch
 
 
 _END = object()
@@ -85,12 +96,12 @@ def take_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed
     Returns
     -------
     Tensor
-        A finite scalar.
+        Its parts, finite, of shape (P,): they sum to the loss.
 
     Raises
     ------
     LossError
-        If it is no finite scalar; names the batch.
+        If it is not finite; names the batch.
     BatchError
         If the model refuses the batch; names it, the reason, and the forms that are known.
     """
@@ -106,11 +117,10 @@ def take_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed
             f"batch {index}: the {adapter.family} could not take its loss: {type(error).__name__}: {text.rstrip('.')}."
             f" {_label_range(batch)}Known forms: {adapter.forms}"
         ) from error
-    if value.numel() != 1:
-        raise LossError(f"batch {index}: the loss has shape {tuple(value.shape)}; return a scalar, e.g. loss.mean()")
-    if not bool(torch.isfinite(value)):
-        raise LossError(f"batch {index}: the loss is {float(value.detach())}; leave that batch out or mend its labels")
-    return value.reshape(())
+    total = float(value.detach().sum())
+    if not math.isfinite(total):
+        raise LossError(f"batch {index}: the loss is {total}; leave that batch out or mend its labels")
+    return value.reshape(-1)
 
 
 def _label_range(batch: Batch) -> str:

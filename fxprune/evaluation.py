@@ -61,7 +61,7 @@ def evaluate(
     ----------
     model : Module
         A detector of torchvision's convention (a list of image Tensors in; in eval mode a list of dicts of ``boxes``,
-        ``labels``, ``scores`` out), an ultralytics model, or a `YOLO` object. Its modes are restored.
+        ``labels``, ``scores`` out), an ultralytics model, or a `YOLO` object. Modes are restored.
     dataset : map-style dataset
         Items are ``(image, target)``, as `fxprune.CocoDataset` gives them: a Tensor of shape (3, H, W) in [0, 1], and a
         dict of ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels and ``labels`` (n,); n may be 0. If there are ``area`` (n,)
@@ -109,17 +109,32 @@ def evaluate(
         raise BatchError(f"batch_size is {batch_size}; give 1 or more.")
     network = network_of(model)
     adapter, classes = detector_adapter(network), match_labels(network, dataset, labels)
+
+    def detect(images: list[Tensor]) -> list[Boxes]:
+        outputs = adapter.detect(network, images, image_size)
+        return [_make_boxes(**relabel(output, classes)) for output in outputs]
+
+    with _eval_mode(network), torch.inference_mode(False), torch.no_grad():
+        truth, found = _run(detect, dataset, batch_size, progress)
+    return average_precision(truth, found)
+
+
+def _run(
+    detect: Callable[[list[Tensor]], list[Boxes]],
+    dataset: Any,
+    batch_size: int,
+    progress: Callable[[int], object] | None,
+) -> tuple[list[Boxes], list[Boxes]]:
+    """True and detected boxes of every image."""
     truth: list[Boxes] = []
     found: list[Boxes] = []
-    with _eval_mode(network), torch.inference_mode(False), torch.no_grad():
-        for start in range(0, len(dataset), batch_size):
-            items = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
-            truth += [_read_target(item, start + offset) for offset, item in enumerate(items)]
-            outputs = adapter.detect(network, [image for image, _ in items], image_size)
-            found += [_make_boxes(**relabel(output, classes)) for output in outputs]
-            if progress is not None:
-                progress(len(found))
-    return average_precision(truth, found)
+    for start in range(0, len(dataset), batch_size):
+        items = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+        truth += [_read_target(item, start + offset) for offset, item in enumerate(items)]
+        found += detect([image for image, _ in items])
+        if progress is not None:
+            progress(len(found))
+    return truth, found
 
 
 def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes]) -> dict[str, float]:

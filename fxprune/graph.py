@@ -116,7 +116,7 @@ def _spell(value: Any, index: dict[fx.Node, str]) -> str:
 
 
 def fingerprint(gm: fx.GraphModule) -> str:
-    """Digest of what a graph does and of the shapes of its weights, not of their values.
+    """Digest of what a graph does: its nodes, the classes of the layers they call, the shapes of their weights.
 
     Two graphs with one fingerprint have the same nodes under the same names, so a plan made for one fits the other.
 
@@ -127,8 +127,10 @@ def fingerprint(gm: fx.GraphModule) -> str:
     """
     digest = hashlib.sha256()
     for node, row in zip(gm.graph.nodes, structure_of(gm.graph), strict=True):
+        called = gm.get_submodule(str(node.target)).modules() if node.op == "call_module" else ()
+        classes = [type(module).__name__ for module in called]
         shapes = [f"{name}{tuple(parameter.shape)}" for name, parameter in parameters_read(gm, node)]
-        digest.update("|".join((node.name, *row, *shapes)).encode() + b"\n")
+        digest.update("|".join((node.name, *row, *classes, *shapes)).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 

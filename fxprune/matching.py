@@ -154,7 +154,8 @@ class DynamoGraph:
         pairs = []
         for run in range(int(max(runs))):
             members = [calls[run * place.total + place.index] for place, calls in found.items() if calls]
-            inside = [node for node in self.values if any(node in nodes for nodes in members)]
+            within = {node for nodes in members for node in nodes}
+            inside = [node for node in self.values if node in within]
             pairs.append(self._way_around(region, inside))
         return pairs
 

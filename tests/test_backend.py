@@ -19,7 +19,7 @@ from torch.nn import functional
 import fxprune
 from fxprune.backend import fxprune_backend
 from fxprune.plan import Plan
-from tests.hostile import labelled, pixels, tiny
+from tests.models import labelled, pixels, tiny
 from tests.test_rewrite import plan_for
 from tests.zoo import ZOO, image_batch, mean_loss
 
@@ -254,6 +254,15 @@ def test_code_of_an_old_plan_is_not_served(tmp_path: Path) -> None:
         compiled(x)
     torch._dynamo.reset()
     torch.testing.assert_close(compiled_by(model, file)(x), fxprune.apply(model, plans[1])(x), rtol=0, atol=0)
+
+
+def test_a_plan_file_that_is_gone_later_is_not_missed(tmp_path: Path) -> None:
+    model, x, file = tiny(), pixels(2, 3, 16, 16), tmp_path / "plan.json"
+    tiny_plan(model).save(file)
+    compiled = compiled_by(model, file)
+    expected = compiled(x)
+    file.unlink()
+    torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
 
 
 def test_the_inductor_cache_tells_plans_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

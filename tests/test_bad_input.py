@@ -13,15 +13,8 @@ import torch
 
 import fxprune
 from fxprune import BatchError, BudgetError, SettingError
-from tests.hostile import (
-    Unread,
-    labelled,
-    pixels,
-    refused,
-    removed,
-    tiny,
-    unchanged,
-)
+from tests.hostile import Unread, assert_refused, assert_unchanged, removed
+from tests.models import labelled, pixels, tiny
 
 # The helper itself ---------------------------------------------------------------------------------------------------
 
@@ -44,7 +37,7 @@ from tests.hostile import (
 )
 def test_the_snapshot_sees_every_change(harm: Callable[[Any], Any]) -> None:
     model = tiny()
-    with torch.random.fork_rng(), pytest.raises(AssertionError), unchanged(model):
+    with torch.random.fork_rng(), pytest.raises(AssertionError), assert_unchanged(model):
         harm(model)
 
 
@@ -56,7 +49,7 @@ def test_the_snapshot_sees_every_change(harm: Callable[[Any], Any]) -> None:
 )
 def test_a_budget_that_is_no_fraction(budget: Any) -> None:
     model = tiny()
-    with refused(model, BudgetError, rf"fraction between 0 and 1 .* got {re.escape(repr(budget))}"):
+    with assert_refused(model, BudgetError, rf"fraction between 0 and 1 .* got {re.escape(repr(budget))}"):
         fxprune.compile(model, Unread(), budget)
 
 
@@ -67,7 +60,7 @@ def test_a_numpy_budget_is_a_number(budget: Any) -> None:
 
 def test_an_infeasible_budget_says_how_much_could_go() -> None:
     model = tiny()
-    with unchanged(model), pytest.raises(BudgetError, match="at most") as caught:
+    with assert_unchanged(model), pytest.raises(BudgetError, match="at most") as caught:
         fxprune.compile(model, labelled(), 0.999)
     share = re.search(r"give ([\d.]+)% at most; ask for less than (0\.\d+)", str(caught.value))
     assert share is not None
@@ -78,21 +71,23 @@ def test_an_infeasible_budget_says_how_much_could_go() -> None:
 @pytest.mark.parametrize("criterion", ["gradient", "", None, 3, ["l1"]])
 def test_an_unknown_criterion(criterion: Any) -> None:
     model = tiny()
-    with refused(model, SettingError, "criterion .* is not known; known: .*grad_delta.*l1.*ablation.*random.*callable"):
+    with assert_refused(
+        model, SettingError, "criterion .* is not known; known: .*grad_delta.*l1.*ablation.*random.*callable"
+    ):
         fxprune.compile(model, Unread(), 0.1, criterion=criterion)
 
 
 @pytest.mark.parametrize("shapes", ["guessed", None, True, ["proved"]])
 def test_unknown_shapes(shapes: Any) -> None:
     model = tiny()
-    with refused(model, SettingError, "shapes .* is not known; known: 'proved', 'sampled'"):
+    with assert_refused(model, SettingError, "shapes .* is not known; known: 'proved', 'sampled'"):
         fxprune.compile(model, Unread(), 0.1, shapes=shapes)
 
 
 @pytest.mark.parametrize("cost", ["watts", None, ["flops"]])
 def test_an_unknown_cost(cost: Any) -> None:
     model = tiny()
-    with refused(model, SettingError, "cost .* is not known; known: .*flops.*params.*blocks"):
+    with assert_refused(model, SettingError, "cost .* is not known; known: .*flops.*params.*blocks"):
         fxprune.compile(model, labelled(), 0.1, cost=cost)
 
 
@@ -104,7 +99,7 @@ def test_an_unknown_cost_is_refused_before_any_work() -> None:
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf"), None, "low"])
 def test_a_criterion_that_gives_no_finite_number(score: Any) -> None:
     model = tiny()
-    with refused(model, SettingError, r"gave .* for region '?blocks\.0'?.* finite"):
+    with assert_refused(model, SettingError, r"gave .* for region '?blocks\.0'?.* finite"):
         fxprune.compile(model, labelled(), 0.1, criterion=lambda region, modules: score)
 
 
@@ -114,7 +109,7 @@ def test_an_error_inside_the_callers_criterion_is_the_callers() -> None:
     def criterion(region: Any, modules: Any) -> float:
         raise ZeroDivisionError(region.name)
 
-    with unchanged(model), pytest.raises(ZeroDivisionError, match=r"blocks\.0"):
+    with assert_unchanged(model), pytest.raises(ZeroDivisionError, match=r"blocks\.0"):
         fxprune.compile(model, labelled(), 0.1, criterion=criterion)
 
 
@@ -124,14 +119,14 @@ def test_an_error_inside_the_callers_criterion_is_the_callers() -> None:
 @pytest.mark.parametrize("empty", [[], (), iter(()), (batch for batch in list[Any]())])
 def test_a_loader_without_batches(empty: Any) -> None:
     model = tiny()
-    with refused(model, BatchError, "calib_loader yielded no batch; give at least one"):
+    with assert_refused(model, BatchError, "calib_loader yielded no batch; give at least one"):
         fxprune.compile(model, empty, 0.1)
 
 
 @pytest.mark.parametrize("loader", [pixels(2, 3, 16, 16), {"img": pixels(2, 3, 16, 16)}, "coco.yaml", b"", None, 3])
 def test_a_loader_that_is_none(loader: Any) -> None:
     model = tiny()
-    with refused(model, BatchError, f"calib_loader must be an iterable of batches, got {type(loader).__name__}"):
+    with assert_refused(model, BatchError, f"calib_loader must be an iterable of batches, got {type(loader).__name__}"):
         fxprune.compile(model, loader, 0.1)
 
 
@@ -145,7 +140,7 @@ def test_a_generator_is_read_once(criterion: str) -> None:
             yield batch
 
     generator = batches()
-    with unchanged(model):
+    with assert_unchanged(model):
         pruned = fxprune.compile(model, generator, 0.1, criterion=criterion)
     assert yields == [3]
     assert next(generator, None) is None
@@ -170,7 +165,7 @@ def test_a_loader_that_can_be_read_again_is_read_once() -> None:
 def test_none_among_the_batches(where: int) -> None:
     model, batches = tiny(), list[Any](labelled())
     batches.insert(where, None)
-    with refused(model, BatchError, rf"^batch {where}: .*None"):
+    with assert_refused(model, BatchError, rf"^batch {where}: .*None"):
         fxprune.compile(model, batches, 0.1)
 
 
@@ -181,5 +176,5 @@ def test_an_error_inside_the_loader_is_the_loaders() -> None:
         yield labelled()[0]
         raise OSError("image 17 is truncated")
 
-    with unchanged(model), pytest.raises(OSError, match="image 17 is truncated"):
+    with assert_unchanged(model), pytest.raises(OSError, match="image 17 is truncated"):
         fxprune.compile(model, batches(), 0.1)

@@ -11,16 +11,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import BatchError, LossError, SettingError
-from tests.hostile import (
-    Tiny,
-    labelled,
-    pixels,
-    refused,
-    removed,
-    squared,
-    tiny,
-    unchanged,
-)
+from tests.hostile import assert_refused, assert_unchanged, removed
+from tests.models import Tiny, labelled, pixels, squared, tiny
 
 # Losses --------------------------------------------------------------------------------------------------------------
 
@@ -30,7 +22,7 @@ from tests.hostile import (
 def test_a_loss_that_is_not_finite(value: float, shown: str, where: int) -> None:
     model, batches = tiny(), [(*batch, 0.0) for batch in labelled()]
     batches[where] = (*batches[where][:2], value)
-    with refused(model, LossError, f"^batch {where}: the loss is {shown};"):
+    with assert_refused(model, LossError, f"^batch {where}: the loss is {shown};"):
         fxprune.compile(model, batches, 0.1, loss=lambda model, batch: squared(model, batch) + batch[2])
 
 
@@ -42,7 +34,7 @@ def test_a_gradient_that_is_not_finite(where: int) -> None:
         value = squared(model, batch)
         return value + (value * 0).sqrt() if batch[2] else value  # finite, but its slope at 0 is not
 
-    with refused(model, LossError, f"^batch {where}: the gradient at '.+' is NaN or infinite"):
+    with assert_refused(model, LossError, f"^batch {where}: the gradient at '.+' is NaN or infinite"):
         fxprune.compile(model, batches, 0.1, loss=loss)
 
 
@@ -64,7 +56,7 @@ def _slope(model: nn.Module, batch: Any) -> Tensor:
 )
 def test_a_loss_that_does_not_depend_on_the_model(loss: Any) -> None:
     model = tiny()
-    with refused(model, LossError, "the loss does not depend on"):
+    with assert_refused(model, LossError, "the loss does not depend on"):
         fxprune.compile(model, labelled(), 0.1, loss=loss)
 
 
@@ -81,7 +73,7 @@ def test_a_region_whose_gradient_is_zero_throughout_is_not_taken_for_unimportant
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Masked().eval()
-    with unchanged(model):
+    with assert_unchanged(model):
         analysis = fxprune.analyze(
             model,
             labelled(),
@@ -105,7 +97,7 @@ def test_a_region_whose_gradient_is_zero_throughout_is_not_taken_for_unimportant
 )
 def test_a_loss_that_is_no_scalar(loss: Any, message: str) -> None:
     model = tiny()
-    with refused(model, LossError, message):
+    with assert_refused(model, LossError, message):
         fxprune.compile(model, labelled(), 0.1, loss=loss)
 
 
@@ -118,13 +110,13 @@ def test_a_loss_of_one_element_is_a_scalar() -> None:
 @pytest.mark.parametrize("loss", ["cross_entropy", 3, pixels(1)])
 def test_a_loss_that_is_not_callable(loss: Any) -> None:
     model = tiny()
-    with refused(model, SettingError, rf"loss must be callable\(model, batch\) .* got {type(loss).__name__}"):
+    with assert_refused(model, SettingError, rf"loss must be callable\(model, batch\) .* got {type(loss).__name__}"):
         fxprune.compile(model, labelled(), 0.1, loss=loss)
 
 
 def test_a_loss_that_fails_names_its_batch_and_its_error() -> None:
     model = tiny()
-    with refused(model, BatchError, "^batch 0: .*KeyError: 'img'"):
+    with assert_refused(model, BatchError, "^batch 0: .*KeyError: 'img'"):
         fxprune.compile(model, labelled(), 0.1, loss=lambda model, batch: dict[str, Tensor]()["img"])
 
 
@@ -136,7 +128,7 @@ def test_an_exception_of_the_callers_own_comes_through_the_loss() -> None:
         raise Stop
 
     model = tiny()
-    with unchanged(model), pytest.raises(Stop):
+    with assert_unchanged(model), pytest.raises(Stop):
         fxprune.compile(model, labelled(), 0.1, loss=loss)
 
 
@@ -160,7 +152,7 @@ def test_an_interrupt_in_the_loader() -> None:
         torch.rand(1)
         raise KeyboardInterrupt
 
-    with unchanged(model), pytest.raises(KeyboardInterrupt):
+    with assert_unchanged(model), pytest.raises(KeyboardInterrupt):
         fxprune.compile(model, batches(), 0.1)
 
 
@@ -176,10 +168,10 @@ def test_an_interrupt_in_the_loss(call: int) -> None:
             raise KeyboardInterrupt
         return squared(model, batch)
 
-    with unchanged(model), pytest.raises(KeyboardInterrupt):
+    with assert_unchanged(model), pytest.raises(KeyboardInterrupt):
         fxprune.compile(model, labelled(), 0.1, loss=loss, criterion="ablation")
     assert calls == [call]
-    with unchanged(model):
+    with assert_unchanged(model):
         assert len(fxprune.analyze(model, labelled(), loss=squared).regions) >= 4
 
 
@@ -189,5 +181,5 @@ def test_a_run_that_succeeds_leaves_randomness_alone() -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return squared(model, batch) + 0 * torch.rand(())
 
-    with unchanged(model):
+    with assert_unchanged(model):
         fxprune.compile(model, labelled(), 0.1, loss=loss, criterion="random")

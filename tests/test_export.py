@@ -14,7 +14,7 @@ from torchvision import models
 from torchvision.models.detection import retinanet_resnet50_fpn, ssdlite320_mobilenet_v3_large
 
 import fxprune
-from tests.hostile import labelled, pixels, tiny
+from tests.models import labelled, pixels, tiny
 
 onnx = pytest.importorskip("onnx", reason="pip install onnx onnxscript onnxruntime")
 pytest.importorskip("onnxscript", reason="pip install onnxscript")
@@ -92,9 +92,9 @@ def test_torch_export_is_smaller_and_gives_the_same(name: str, tmp_path: Path) -
 @pytest.mark.slow
 def test_the_backbone_of_a_detector(tmp_path: Path) -> None:
     model = seeded(lambda: retinanet_resnet50_fpn(weights=None, weights_backbone=None, min_size=96, max_size=96))
-    plan = fxprune.analyze(model, [list(pixels(2, 3, 96, 96))], criterion="l1").plan(0.4)
+    plan = fxprune.analyze(model, [list(pixels(2, 3, 96, 96))], criterion=backbone_first).plan(0.1)
     pruned = fxprune.apply(model, plan)
-    assert any(region.island == "backbone" for region in plan.removed)
+    assert {region.island for region in plan.removed} == {"backbone"}
     x = pixels(1, 3, 96, 96)
     before = to_onnx_list(model.get_submodule("backbone"), x, tmp_path / "whole.onnx")
     after = to_onnx_list(pruned.get_submodule("backbone"), x, tmp_path / "pruned.onnx")
@@ -103,6 +103,10 @@ def test_the_backbone_of_a_detector(tmp_path: Path) -> None:
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     for value, expected in zip(found, pruned.get_submodule("backbone")(x).values(), strict=True):
         np.testing.assert_allclose(value, expected.detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def backbone_first(region: Any, modules: Any) -> float:
+    return float(region.island != "backbone")
 
 
 def to_onnx_list(model: nn.Module, x: Tensor, file: Path) -> Any:
@@ -117,14 +121,11 @@ def test_a_whole_detector_exports_if_it_did_unpruned() -> None:
     model = seeded(lambda: ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None))
     images = [pixels(3, 320, 320)]
     pruned = fxprune.compile(model, [images], 0.05, criterion="l1")
-    outcomes: list[Any] = []
-    for net in (model, pruned):
-        try:
-            outcomes.append(len(torch.export.export(net, (images,), strict=False).graph.nodes))
-        except Exception as error:  # the exporter fails on detectors in ways of its own
-            outcomes.append(type(error))
-    if isinstance(outcomes[0], int):
-        assert outcomes[1] < outcomes[0]
+    try:
+        whole = torch.export.export(model, (images,), strict=False)
+    except Exception as error:  # the exporter fails on detectors in ways of its own
+        pytest.skip(f"torch.export does not take the unpruned detector: {type(error).__name__}")
+    assert len(torch.export.export(pruned, (images,), strict=False).graph.nodes) < len(whole.graph.nodes)
 
 
 @pytest.mark.slow

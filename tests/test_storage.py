@@ -22,7 +22,8 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn, 
 import fxprune
 from fxprune.bundled import build_detector, load_dataset, load_detector
 from fxprune.detectors.choice import network_of
-from tests.hostile import Tiny, labelled, pixels, tiny, unchanged
+from tests.hostile import assert_unchanged
+from tests.models import Tiny, labelled, pixels, tiny
 from tests.test_systems import batched, boxed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,9 +47,9 @@ def modes(model: nn.Module) -> dict[str, bool]:
 
 def round_trip(pruned: nn.Module, fresh: nn.Module, folder: Path) -> nn.Module:
     """Save, load into a model of other weights, and hold the result to the saved one's state, modes and report."""
-    with unchanged(pruned):
+    with assert_unchanged(pruned):
         fxprune.save(pruned, folder)
-    with unchanged(fresh):
+    with assert_unchanged(fresh):
         again = fxprune.load(fresh, folder)
     kept, found, given = (network_of(model).state_dict() for model in (pruned, again, fresh))
     assert list(found) == list(kept)
@@ -137,7 +138,7 @@ def test_a_fresh_process_gives_the_same_bits(pruned: nn.Module, tmp_path: Path) 
     fxprune.save(pruned, tmp_path / "saved")
     save_file({"x": X}, tmp_path / "x")
     code = (
-        "import sys, torch, fxprune; from pathlib import Path; from tests.hostile import tiny;"
+        "import sys, torch, fxprune; from pathlib import Path; from tests.models import tiny;"
         "from safetensors.torch import load_file, save_file; folder = Path(sys.argv[1]);"
         "model = fxprune.load(tiny(7), folder / 'saved');"
         "save_file({'y': model(load_file(folder / 'x')['x']).detach()}, folder / 'y')"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -11,44 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fxprune
 from fxprune import ModelError, PlanError, SettingError, StorageError, manifest
-from tests.hostile import Block, labelled, pixels, refused, squared, tiny
+from tests.hostile import assert_refused, changed
+from tests.models import Eager, labelled, pixels, tiny
 
 X = pixels(2, 3, 16, 16, seed=9)
 
 
-class Eager(nn.Module):
-    """A graph with a last layer that is in none: its classes can change and the plan still fits."""
-
-    def __init__(self, classes: int = 5, shift: bool = True) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *(Block(8) for _ in range(4)))
-        self.weight = nn.Parameter(torch.rand(classes, 8))
-        if shift:
-            self.shift = nn.Parameter(torch.rand(classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError("the image is not finite")
-        return self.body(x).mean((2, 3)) @ self.weight.T + getattr(self, "shift", 0)
-
-
-@pytest.fixture(scope="module")
-def original() -> Any:
-    return fxprune.compile(Eager().eval(), labelled(), loss=squared, criterion="l1")
-
-
 @pytest.fixture
-def pruned(original: Any) -> Any:
-    return copy.deepcopy(original)
-
-
-@pytest.fixture
-def folder(original: Any, tmp_path: Path) -> Path:
-    fxprune.save(original, tmp_path / "saved")
+def folder(pruned_eager: Any, tmp_path: Path) -> Path:
+    fxprune.save(pruned_eager, tmp_path / "saved")
     return tmp_path / "saved"
 
 
@@ -65,9 +39,9 @@ def seal(folder: Path, data: Any, measure: bool = True) -> None:
     (folder / manifest.NAME).write_text(json.dumps({**data, "sha256": manifest._digest(data)}))
 
 
-def assert_refused(folder: Any, error: type[Exception], match: str, model: nn.Module | None = None) -> None:
+def assert_load_refused(folder: Any, error: type[Exception], match: str, model: nn.Module | None = None) -> None:
     model = model or Eager()
-    with refused(model, error, match):
+    with assert_refused(model, error, match):
         fxprune.load(model, folder)
 
 
@@ -80,7 +54,7 @@ FILES = ("manifest.json", "plan.json", "weights.safetensors")
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    assert_refused(folder, StorageError, rf"holds no {name}|{name} is missing; manifest.json lists it")
+    assert_load_refused(folder, StorageError, rf"holds no {name}|{name} is missing; manifest.json lists it")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -88,7 +62,7 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 def test_a_truncated_file(folder: Path, name: str, share: float) -> None:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: min(int(share * len(content)), len(content) - 2)])
-    assert_refused(folder, StorageError, rf"{name}.*(not a JSON file|bytes, manifest.json says).*(copy|save)")
+    assert_load_refused(folder, StorageError, rf"{name}.*(not a JSON file|bytes, manifest.json says).*(copy|save)")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -107,49 +81,47 @@ def test_any_flipped_bit(folder: Path, name: str) -> None:
 
 def test_bytes_that_are_no_safetensors(folder: Path) -> None:
     (folder / "weights.safetensors").write_bytes(b"\x80\x04" + b"x" * 100)
-    assert_refused(folder, StorageError, r"weights.safetensors has 102 bytes, manifest.json says \d+")
+    assert_load_refused(folder, StorageError, r"weights.safetensors has 102 bytes, manifest.json says \d+")
     seal(folder, read(folder))
-    assert_refused(folder, StorageError, r"weights.safetensors: not a safetensors file")
+    assert_load_refused(folder, StorageError, r"weights.safetensors: not a safetensors file")
 
 
 def test_weights_of_another_model(folder: Path, tmp_path: Path) -> None:
     fxprune.save(fxprune.compile(tiny(), labelled(), criterion="l1"), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "weights.safetensors", folder)
-    assert_refused(folder, StorageError, r"weights.safetensors has \d+ bytes|does not have the SHA-256")
+    assert_load_refused(folder, StorageError, r"weights.safetensors has \d+ bytes|does not have the SHA-256")
     seal(folder, read(folder))
-    assert_refused(
+    assert_load_refused(
         folder, StorageError, r"'weight' is missing in the file, 'shift' is missing .* more.*saved from a Eager"
     )
-
-
-def change_plan(path: str, value: Any) -> Callable[[Any], None]:
-    def change(plan: Any) -> None:
-        *steps, last = path.split(".")
-        for step in steps:
-            plan = plan[int(step) if step.isdigit() else step]
-        plan[last] = value
-
-    return change
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (change_plan("islands.0.fingerprint", "0" * 16), r"fingerprint .*structure differs.*as it was built before"),
-        (change_plan("islands.0.name", "head"), r"removes regions of \['body'\] but does not list these"),
-        (change_plan("extra", 1), r"unknown \['extra'\]"),
-        (change_plan("fxprune_plan", 99), r"schema version 99"),
-        (lambda plan: plan.pop("regions"), r"'regions' should be a list"),
-        (lambda plan: [row.update(exit="nowhere") for row in plan["regions"]], r"'nowhere', which is no node"),
+        (
+            lambda plan: changed(plan, "islands[0].fingerprint", "0" * 16),
+            r"fingerprint .*structure differs.*as it was built before",
+        ),
+        (
+            lambda plan: changed(plan, "islands[0].name", "head"),
+            r"removes regions of \['body'\] but does not list these",
+        ),
+        (lambda plan: changed(plan, "extra", 1), r"unknown \['extra'\]"),
+        (lambda plan: changed(plan, "fxprune_plan", 99), r"schema version 99"),
+        (lambda plan: changed(plan, "regions", ...), r"'regions' should be a list"),
+        (
+            lambda plan: {**plan, "regions": [row | {"exit": "nowhere"} for row in plan["regions"]]},
+            r"'nowhere', which is no node",
+        ),
     ],
 )
-def test_an_edited_plan(folder: Path, change: Callable[[Any], None], match: str) -> None:
+def test_an_edited_plan(folder: Path, change: Callable[[Any], Any], match: str) -> None:
     plan = json.loads((folder / "plan.json").read_text())
-    change(plan)
-    (folder / "plan.json").write_text(json.dumps(plan))
-    assert_refused(folder, StorageError, r"plan.json has \d+ bytes, manifest.json says|SHA-256")
+    (folder / "plan.json").write_text(json.dumps(change(plan)))
+    assert_load_refused(folder, StorageError, r"plan.json has \d+ bytes, manifest.json says|SHA-256")
     seal(folder, read(folder))
-    assert_refused(folder, PlanError, rf"plan\.json: .*{match}")
+    assert_load_refused(folder, PlanError, rf"plan\.json: .*{match}")
 
 
 def test_a_plan_that_removes_less_than_the_weights_lack(folder: Path) -> None:
@@ -158,7 +130,7 @@ def test_a_plan_that_removes_less_than_the_weights_lack(folder: Path) -> None:
         row["removed"] = False
     (folder / "plan.json").write_text(json.dumps(plan))
     seal(folder, read(folder))
-    assert_refused(folder, StorageError, r"'body\..*' is missing in the file")
+    assert_load_refused(folder, StorageError, r"'body\..*' is missing in the file")
 
 
 @pytest.mark.parametrize(
@@ -176,24 +148,24 @@ def test_a_plan_that_removes_less_than_the_weights_lack(folder: Path) -> None:
 )
 def test_another_manifest(folder: Path, content: bytes, match: str) -> None:
     (folder / manifest.NAME).write_bytes(content)
-    assert_refused(folder, StorageError, rf"manifest\.json: .*{match}")
+    assert_load_refused(folder, StorageError, rf"manifest\.json: .*{match}")
 
 
 @pytest.mark.parametrize("field", sorted(manifest._KINDS))
 @pytest.mark.parametrize("value", [None, 1, [1], {"a": 1}])
 def test_a_field_of_another_kind(folder: Path, field: str, value: Any) -> None:
     seal(folder, {**read(folder), field: value}, measure=False)
-    assert_refused(folder, StorageError, rf"manifest\.json: field '{field}' should be")
+    assert_load_refused(folder, StorageError, rf"manifest\.json: field '{field}' should be")
 
 
 def test_an_unknown_field_and_an_edited_one(folder: Path) -> None:
     data = read(folder)
     seal(folder, {**data, "pickle": "x"})
-    assert_refused(folder, StorageError, r"manifest\.json: has unknown fields \['pickle'\]")
+    assert_load_refused(folder, StorageError, r"manifest\.json: has unknown fields \['pickle'\]")
     (folder / manifest.NAME).write_text(json.dumps({**data, "training": True}))
-    assert_refused(folder, StorageError, r"manifest\.json: does not have the digest it names")
+    assert_load_refused(folder, StorageError, r"manifest\.json: does not have the digest it names")
     seal(folder, {**data, "tied": {"shift": "nothing"}})
-    assert_refused(folder, StorageError, r"weights\.safetensors: lacks nothing, which manifest\.json names")
+    assert_load_refused(folder, StorageError, r"weights\.safetensors: lacks nothing, which manifest\.json names")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +176,7 @@ def test_a_path_out_of_the_folder(folder: Path, name: str) -> None:
     data = read(folder)
     data["files"][name] = data["files"].pop("plan.json")
     seal(folder, data, measure=False)
-    assert_refused(folder, StorageError, r"manifest\.json: the file name .* leads out of the folder")
+    assert_load_refused(folder, StorageError, r"manifest\.json: the file name .* leads out of the folder")
 
 
 @pytest.mark.parametrize("names", [["plan-2.json"], [], ["plan.json", "notes.txt"], ["plan.json", "plan-1.json"], [""]])
@@ -212,7 +184,7 @@ def test_a_list_of_other_files(folder: Path, names: list[str]) -> None:
     data = read(folder)
     entry = data["files"].pop("plan.json")
     seal(folder, {**data, "files": data["files"] | dict.fromkeys(names, entry)}, measure=False)
-    assert_refused(folder, StorageError, r"manifest\.json: lists the files .* expected")
+    assert_load_refused(folder, StorageError, r"manifest\.json: lists the files .* expected")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -220,20 +192,20 @@ def test_links(folder: Path, name: str) -> None:
     outside = folder.parent / "outside"
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
-    assert_refused(folder, StorageError, rf"{name} is a link out of the folder")
+    assert_load_refused(folder, StorageError, rf"{name} is a link out of the folder")
     (folder / name).unlink()
     (folder / name).symlink_to(name)
-    assert_refused(folder, StorageError, rf"holds no {name}|{name} is missing")
+    assert_load_refused(folder, StorageError, rf"holds no {name}|{name} is missing")
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert_refused(folder, StorageError, rf"holds no {name}|{name} is missing")
+    assert_load_refused(folder, StorageError, rf"holds no {name}|{name} is missing")
 
 
-def test_a_link_to_the_folder_is_no_link_out_of_it(folder: Path, original: Any) -> None:
+def test_a_link_to_the_folder_is_no_link_out_of_it(folder: Path, pruned_eager: Any) -> None:
     link = folder.parent / "link"
     link.symlink_to(folder)
-    assert torch.equal(fxprune.load(Eager(), link)(X), original(X))
-    fxprune.save(original, link, overwrite=True)
+    assert torch.equal(fxprune.load(Eager(), link)(X), pruned_eager(X))
+    fxprune.save(pruned_eager, link, overwrite=True)
     assert link.is_symlink()
 
 
@@ -246,30 +218,34 @@ def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatc
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    assert_refused(folder, StorageError, r"plan\.json cannot be read .*permissions")
+    assert_load_refused(folder, StorageError, r"plan\.json cannot be read .*permissions")
 
 
 def test_no_folder(folder: Path) -> None:
-    assert_refused(folder / "plan.json", StorageError, r"plan\.json is a file, not a folder")
-    assert_refused(
+    assert_load_refused(folder / "plan.json", StorageError, r"plan\.json is a file, not a folder")
+    assert_load_refused(
         folder / "nowhere", StorageError, r"nowhere does not exist; give the folder that fxprune\.save wrote"
     )
-    assert_refused(folder.parent, StorageError, r"holds no manifest\.json")
+    assert_load_refused(folder.parent, StorageError, r"holds no manifest\.json")
     for thing in (3, None, b"saved", "a\0b"):
-        assert_refused(thing, SettingError, r"folder is .*; give a path")
+        assert_load_refused(thing, SettingError, r"folder is .*; give a path")
 
 
 # Models that are not what was saved ----------------------------------------------------------------------------------
 
 
-def test_models_that_do_not_fit(folder: Path, original: Any) -> None:
-    assert_refused(folder, StorageError, r"'weight' is \(5, 8\) .*in the file and \(7, 8\).*as many classes", Eager(7))
-    assert_refused(folder, StorageError, r"'shift' is not in the model", Eager(shift=False))
-    assert_refused(folder, PlanError, r"plan\.json: the plan needs island 'body'.*saved from a Eager", tiny())
-    assert_refused(folder, ModelError, r"was pruned already; load takes the model as it was built", original)
-    assert_refused(folder, ModelError, r"wrapped in DataParallel", nn.DataParallel(Eager()))
+def test_models_that_do_not_fit(folder: Path, pruned_eager: Any) -> None:
+    assert_load_refused(
+        folder, StorageError, r"'weight' is \(5, 8\) .*in the file and \(7, 8\).*as many classes", Eager(7)
+    )
+    assert_load_refused(folder, StorageError, r"'shift' is not in the model", Eager(shift=False))
+    assert_load_refused(folder, PlanError, r"plan\.json: the plan needs island 'body'.*saved from a Eager", tiny())
+    assert_load_refused(folder, ModelError, r"was pruned already; load takes the model as it was built", pruned_eager)
+    assert_load_refused(folder, ModelError, r"wrapped in DataParallel", nn.DataParallel(Eager()))
     with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module"):
         fxprune.load("yolov8n.pt", folder)  # type: ignore[arg-type]
     wrong: Any = Eager()
     wrong.weight = nn.Parameter(torch.ones(5, 8, dtype=torch.int64), requires_grad=False)
-    assert_refused(folder, StorageError, r"'weight' is \(5, 8\) floating in the file and \(5, 8\) torch\.int64", wrong)
+    assert_load_refused(
+        folder, StorageError, r"'weight' is \(5, 8\) floating in the file and \(5, 8\) torch\.int64", wrong
+    )

@@ -18,20 +18,15 @@ from torch import nn
 import fxprune
 from fxprune import ModelError, SettingError, StorageError, weights
 from fxprune.verification import differences, inventory
-from tests.hostile import labelled, pixels, refused, squared, tiny, unchanged
-from tests.test_storage_refusals import Eager
+from tests.hostile import assert_refused, assert_unchanged
+from tests.models import Eager, labelled, pixels, squared, tiny
 
 X = pixels(2, 3, 16, 16, seed=9)
 
 
-@pytest.fixture(scope="module")
-def original() -> Any:
-    return fxprune.compile(Eager().eval(), labelled(), loss=squared, criterion="l1")
-
-
 @pytest.fixture
-def pruned(original: Any) -> Any:
-    return copy.deepcopy(original)
+def pruned(pruned_eager: Any) -> Any:
+    return copy.deepcopy(pruned_eager)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -52,7 +47,7 @@ def untouched(folder: Path) -> Iterator[None]:
 @pytest.mark.parametrize("build", [tiny, Eager])
 def test_a_model_no_plan_was_applied_to(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = build()
-    with refused(model, ModelError, r"no plan was applied .*fxprune\.compile.*torch\.save or safetensors"):
+    with assert_refused(model, ModelError, r"no plan was applied .*fxprune\.compile.*torch\.save or safetensors"):
         fxprune.save(model, tmp_path / "saved")
     assert not any(tmp_path.iterdir())
 
@@ -106,7 +101,9 @@ def test_a_structure_changed_since(pruned: Any, name: str, tmp_path: Path) -> No
     change, match = CHANGES[name]
     change(pruned)
     for twin in (pruned, copy.deepcopy(pruned)):
-        with refused(twin, StorageError, rf"changed after pruning.*{match}.*Save before .* or make it before pruning"):
+        with assert_refused(
+            twin, StorageError, rf"changed after pruning.*{match}.*Save before .* or make it before pruning"
+        ):
             fxprune.save(twin, tmp_path / "saved")
     assert not any(tmp_path.iterdir())
 
@@ -148,13 +145,13 @@ def test_state_that_is_no_tensor(tmp_path: Path) -> None:
     model = Eager().eval()
     model.memory = Remembering()
     pruned = fxprune.compile(model, labelled(), loss=squared, criterion="l1")
-    with refused(pruned, StorageError, r"'memory\._extra_state' of the state_dict is no plain parameter"):
+    with assert_refused(pruned, StorageError, r"'memory\._extra_state' of the state_dict is no plain parameter"):
         fxprune.save(pruned, tmp_path / "saved")
 
 
 def test_a_dtype_that_safetensors_lacks(pruned: Any, tmp_path: Path) -> None:
     pruned.shift = nn.Parameter(pruned.shift.to(torch.complex128))
-    with refused(pruned, StorageError, r"safetensors cannot hold the weights"):
+    with assert_refused(pruned, StorageError, r"safetensors cannot hold the weights"):
         fxprune.save(pruned, tmp_path / "saved")
     assert not any(tmp_path.iterdir())
 
@@ -172,8 +169,8 @@ def test_weights_in_one_memory_are_told_apart() -> None:
 # Places --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_earlier_save_goes_only_if_told(original: Any, pruned: Any, tmp_path: Path) -> None:
-    fxprune.save(original, tmp_path / "saved")
+def test_an_earlier_save_goes_only_if_told(pruned_eager: Any, pruned: Any, tmp_path: Path) -> None:
+    fxprune.save(pruned_eager, tmp_path / "saved")
     with torch.no_grad():
         pruned.shift.add_(1)
     with untouched(tmp_path), pytest.raises(StorageError, match=r"saved is not empty; .* overwrite=True to replace"):
@@ -186,45 +183,45 @@ def test_an_earlier_save_goes_only_if_told(original: Any, pruned: Any, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_an_empty_folder_is_free(original: Any, tmp_path: Path) -> None:
+def test_an_empty_folder_is_free(pruned_eager: Any, tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
-    fxprune.save(original, str(tmp_path / "saved"))
-    assert torch.equal(fxprune.load(Eager(), tmp_path / "saved")(X), original(X))
+    fxprune.save(pruned_eager, str(tmp_path / "saved"))
+    assert torch.equal(fxprune.load(Eager(), tmp_path / "saved")(X), pruned_eager(X))
 
 
 @pytest.mark.parametrize("content", [b"not JSON", b"[]", b'{"name": "another tool"}'])
-def test_folders_of_others_stay(original: Any, content: bytes, tmp_path: Path) -> None:
+def test_folders_of_others_stay(pruned_eager: Any, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "manifest.json").write_bytes(content)
     with untouched(tmp_path), pytest.raises(StorageError, match=r"photos holds manifest\.json, which is no save"):
-        fxprune.save(original, tmp_path / "photos", overwrite=True)
+        fxprune.save(pruned_eager, tmp_path / "photos", overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "plan-0.json", "old/notes.txt", "plan-7.json/notes.txt"])
-def test_a_save_that_holds_something_else_stays(original: Any, name: str, tmp_path: Path) -> None:
-    fxprune.save(original, tmp_path / "saved")
+def test_a_save_that_holds_something_else_stays(pruned_eager: Any, name: str, tmp_path: Path) -> None:
+    fxprune.save(pruned_eager, tmp_path / "saved")
     (tmp_path / "saved" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "saved" / name).write_text("mine")
     with untouched(tmp_path), pytest.raises(StorageError, match=rf"saved holds {name.split('/')[0]}, which is no save"):
-        fxprune.save(original, tmp_path / "saved", overwrite=True)
+        fxprune.save(pruned_eager, tmp_path / "saved", overwrite=True)
 
 
-def test_places_that_are_no_folder(original: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_are_no_folder(pruned_eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with untouched(tmp_path):
         for place in (".", "", tmp_path / "here"):
             with pytest.raises(StorageError, match=r"here is the current directory"):
-                fxprune.save(original, place)
+                fxprune.save(pruned_eager, place)
         for overwrite in (False, True):
             with pytest.raises(StorageError, match=r"file is a file; give another place"):
-                fxprune.save(original, tmp_path / "file", overwrite=overwrite)
+                fxprune.save(pruned_eager, tmp_path / "file", overwrite=overwrite)
         with pytest.raises(StorageError, match=r"file/below.* cannot be"):
-            fxprune.save(original, tmp_path / "file" / "below")
+            fxprune.save(pruned_eager, tmp_path / "file" / "below")
         for thing in (3, None, b"saved", "a\0b"):
             with pytest.raises(SettingError, match=r"folder is .*; give a path"):
-                fxprune.save(original, thing)  # type: ignore[arg-type]
+                fxprune.save(pruned_eager, thing)  # type: ignore[arg-type]
 
 
 # Interruptions -------------------------------------------------------------------------------------------------------
@@ -257,11 +254,11 @@ STEPS = [
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_an_interrupted_save_leaves_what_was_there(
-    original: Any, pruned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int,
+    pruned_eager: Any, pruned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int,
     error: BaseException, earlier: bool,
 ) -> None:  # fmt: skip
     if earlier:
-        fxprune.save(original, tmp_path / "saved")
+        fxprune.save(pruned_eager, tmp_path / "saved")
     elif (name, at) == ("rename", 2):
         pytest.skip("without an earlier save there is one move only")
     with torch.no_grad():
@@ -270,7 +267,7 @@ def test_an_interrupted_save_leaves_what_was_there(
         (StorageError, "cannot be written .*No space") if isinstance(error, OSError) else (type(error), None)
     )
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), at, error))
-    with untouched(tmp_path), unchanged(pruned), pytest.raises(expected, match=match):
+    with untouched(tmp_path), assert_unchanged(pruned), pytest.raises(expected, match=match):
         fxprune.save(pruned, tmp_path / "saved", overwrite=True)
     monkeypatch.undo()
     fxprune.save(pruned, tmp_path / "saved", overwrite=True)
@@ -278,8 +275,8 @@ def test_an_interrupted_save_leaves_what_was_there(
     assert torch.equal(fxprune.load(Eager(), tmp_path / "saved")(X), pruned(X))
 
 
-def test_a_read_only_parent(original: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_parent(pruned_eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     denied = PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(Path, "mkdir", failing(Path.mkdir, 2, denied))
     with untouched(tmp_path), pytest.raises(StorageError, match=r"saved cannot be written .*Permission.*check its"):
-        fxprune.save(original, tmp_path / "saved")
+        fxprune.save(pruned_eager, tmp_path / "saved")
