@@ -2,11 +2,12 @@
 
     python -m benchmarks.bench_criteria [MODEL ...] [--budgets 0.1 0.2 0.3]
 
-``grad_delta`` sums ``|g_i (y_i - s_i)|`` over all elements i of a region's exit value. Tried beside it, all from the
-same forward and backward pass: sums over a channel or over a whole image before the absolute value, the squares of the
-elements (the diagonal of the empirical Fisher information), the root mean square over images, the squared score, and
-the score times how far the region moves its input. Rows go to ``results/bench_criteria.jsonl``; plans that
-`benchmarks.bench_paper` has evaluated already are not evaluated again.
+``grad_delta`` sums ``|g_i (y_i - s_i)|`` over all elements i of a region's exit value y, s being what would stand in
+for it and g the gradient of the loss. Tried beside it, all from one forward and backward pass: sums over a channel or
+over a whole image before the absolute value, squares in its place, a loss whose parts are weighed by their own size
+(`fxprune.criteria.relative_loss`), and regions that are only partly open while the gradient is taken
+(``s + gate (y - s)``). ``fisher`` is the squares of whole images with relative parts and gates of .8. Rows go to
+``results/bench_criteria.jsonl``; plans that `benchmarks.bench_paper` has evaluated already are not evaluated again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -26,7 +27,8 @@ import fxprune
 from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import Subject, add_options, subjects
 from fxprune.analysis import Analysis
-from fxprune.calibration import Calibration, read_batch, take_loss
+from fxprune.calibration import Calibration, take_loss
+from fxprune.criteria import GATE, relative_loss
 from fxprune.detectors.choice import choose_adapter
 from fxprune.graph import is_weighted, map_tensors
 from fxprune.interpreting import interpreted
@@ -42,30 +44,54 @@ console = Console(stderr=True)
 
 def reduce_terms(gradient: Tensor, activation: Tensor, stand_in: Tensor) -> Sums:
     """Per-image sums of the terms ``g (y - s)`` that the variants are made of; all three of shape (N, C, ...)."""
-    difference = activation - stand_in
-    terms = (gradient * difference).double()
+    terms = (gradient * (activation - stand_in)).double()
     flat = terms.flatten(1)
     channels = terms.flatten(2).sum(2) if terms.ndim > 2 else flat
     return {
         "elements": flat.abs().sum(1),
         "squares": flat.square().sum(1),
         "channels": channels.abs().sum(1),
+        "channel squares": channels.square().sum(1),
         "image": flat.sum(1),
-        "moved": difference.double().flatten(1).square().sum(1),
-        "input": stand_in.double().flatten(1).square().sum(1),
     }
 
 
-VARIANTS: dict[str, Callable[[Sums], float]] = {
-    "grad_delta": lambda sums: float(sums["elements"].mean()),
-    "grad_delta squared": lambda sums: float(sums["elements"].mean()) ** 2,
-    "per channel": lambda sums: float(sums["channels"].mean()),
-    "per image": lambda sums: float(sums["image"].abs().mean()),
-    "per image, rms": lambda sums: float(sums["image"].square().mean().sqrt()),
-    "fisher": lambda sums: float(sums["squares"].mean()),
-    "grad_delta x novelty": lambda sums: float(
-        sums["elements"].mean() * (sums["moved"].mean() / sums["input"].mean().clamp_min(1e-12)).sqrt()
-    ),
+@dataclass(frozen=True)
+class Pass:
+    """How gradients are taken: of which loss, and how far open the regions are."""
+
+    loss: Callable[[Tensor], Tensor]
+    gate: float = 1.0
+
+
+PLAIN, RELATIVE = Pass(torch.sum), Pass(relative_loss)
+
+
+def mean_of(key: str) -> Callable[[Sums], float]:
+    """Mean over the images of what `reduce_terms` calls `key`."""
+    return lambda sums: float(sums[key].abs().mean())
+
+
+def mean_square(sums: Sums) -> float:
+    """Mean over the images of the squared sum over all elements: the Fisher information of a gate."""
+    return float(sums["image"].square().mean())
+
+
+VARIANTS: dict[str, tuple[Pass, Callable[[Sums], float]]] = {
+    "grad_delta": (PLAIN, mean_of("elements")),
+    "grad_delta squared": (PLAIN, lambda sums: float(sums["elements"].mean()) ** 2),
+    "per channel": (PLAIN, mean_of("channels")),
+    "per image": (PLAIN, mean_of("image")),
+    "squares of elements": (PLAIN, mean_of("squares")),
+    "squares of images": (PLAIN, mean_square),
+    "grad_delta, relative": (RELATIVE, mean_of("elements")),
+    "per image, relative": (RELATIVE, mean_of("image")),
+    "squares of elements, relative": (RELATIVE, mean_of("squares")),
+    "squares of channels, relative": (RELATIVE, mean_of("channel squares")),
+    "squares of images, relative": (RELATIVE, mean_square),
+    "fisher with gates of .9": (Pass(relative_loss, 0.9), mean_square),
+    "fisher": (Pass(relative_loss, GATE), mean_square),
+    "fisher with gates of .6": (Pass(relative_loss, 0.6), mean_square),
 }
 
 
@@ -87,10 +113,11 @@ def measure(subject: Subject, budgets: Iterable[float]) -> list[dict[str, Any]]:
     known = {frozenset(row["regions"]): row["mAP"] for row in read_rows("bench_paper") if row["model"] == subject.name}
     whole = known.get(frozenset()) or subject.evaluate(subject.model)["mAP"]
     analysis = fxprune.analyze(subject.model, subject.batches(), criterion="l1")
-    sums = collect(subject)
+    captured = Captive(subject)
+    sums = {taken: captured.collect(taken) for taken in {taken for taken, _ in VARIANTS.values()}}
     rows = []
-    for variant, make in VARIANTS.items():
-        scored = rescored(analysis, {name: make(found) for name, found in sums.items()})
+    for variant, (taken, make) in VARIANTS.items():
+        scored = rescored(analysis, {name: make(found) for name, found in sums[taken].items()})
         for budget in budgets:
             plan = scored.plan(budget)
             names = frozenset(region.name for region in plan.removed)
@@ -110,41 +137,53 @@ def rescored(analysis: Analysis, scores: Mapping[str, float]) -> Analysis:
     return replace(analysis, regions=regions)
 
 
-def collect(subject: Subject) -> dict[str, Sums]:
-    """Sums of every region over the calibration images, from one forward and backward pass a batch."""
-    calibration = Calibration(subject.batches())
-    model = private_copy(subject.model)
-    adapter = choose_adapter(model, calibration.first_raw, None)
-    adapter.prepare(model)
-    first, _ = read_batch(model, adapter, calibration.first_raw, 0)
-    captured = Study("grad_delta", None, "proved", 0).capture(model, adapter, first)
-    everything: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    batch_sums: dict[str, list[Sums]] = defaultdict(list)
+class Captive:
+    """A detector's graphs with its calibration batches, for as many passes as there are to try."""
 
-    def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
-        return TermInterpreter(gm, [region for region in captured.regions if region.island == island], batch_sums)
+    def __init__(self, subject: Subject) -> None:
+        calibration = Calibration(subject.batches())
+        model = private_copy(subject.model)
+        self.adapter = choose_adapter(model, calibration.first_raw, None)
+        self.adapter.prepare(model)
+        first = calibration.first(model, self.adapter)
+        self.captured = Study("grad_delta", None, "proved", 0).capture(model, self.adapter, first)
+        self.batches = list(calibration.batches(self.captured.model, self.adapter))
 
-    with interpreted(captured.graphs, make):
-        for index, batch in enumerate(calibration.batches(captured.model, adapter)):
-            batch_sums.clear()
-            take_loss(captured.model, adapter, batch, index, 0).backward()  # type: ignore[no-untyped-call]
-            for name, calls in batch_sums.items():
-                for key in calls[0]:
-                    everything[name][key].append(over_calls([call[key] for call in calls], batch.count) * batch.count)
-    return {name: {key: torch.cat(parts) for key, parts in found.items()} for name, found in everything.items()}
+    def collect(self, taken: Pass) -> dict[str, Sums]:
+        """Sums of every region over the calibration images, from one forward and backward pass a batch."""
+        everything: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        batch_sums: dict[str, list[Sums]] = defaultdict(list)
+
+        def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
+            regions = [region for region in self.captured.regions if region.island == island]
+            return TermInterpreter(gm, regions, batch_sums, taken.gate)
+
+        with interpreted(self.captured.graphs, make):
+            for index, batch in enumerate(self.batches):
+                batch_sums.clear()
+                parts = take_loss(self.captured.model, self.adapter, batch, index, 0)
+                taken.loss(parts).backward()  # type: ignore[no-untyped-call]
+                for name, calls in batch_sums.items():
+                    for key in calls[0]:
+                        sums = over_calls([call[key] for call in calls], batch.count)
+                        everything[name][key].append(sums * batch.count)
+        return {name: {key: torch.cat(parts) for key, parts in found.items()} for name, found in everything.items()}
 
 
 def over_calls(parts: list[Tensor], images: int) -> Tensor:
-    """Sum over the calls of an island; where a call is not per image (proposals), its sum is spread evenly."""
-    return sum((p if len(p) == images else (p.sum() / images).expand(images) for p in parts), torch.zeros(images))
+    """Sum over the calls of an island: rows of each image, or, where they cannot be told apart, all spread evenly."""
+    total = torch.zeros(images, dtype=torch.float64)
+    for part in parts:
+        total = total + (part.reshape(images, -1).sum(1) if len(part) % images == 0 else part.sum() / images)
+    return total
 
 
 class TermInterpreter(fx.Interpreter):
-    """Runs a graph and reduces ``g (y - s)`` at every region's exit as its gradient comes."""
+    """Runs a graph with its regions gated and reduces ``g (y - s)`` at every exit as its gradient comes."""
 
-    def __init__(self, gm: fx.GraphModule, regions: Iterable[Region], sums: dict[str, list[Sums]]) -> None:
+    def __init__(self, gm: fx.GraphModule, regions: Iterable[Region], sums: dict[str, list[Sums]], gate: float) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.sums = sums
+        self.sums, self.gate = sums, gate
         self.exits: dict[str, list[Region]] = defaultdict(list)
         for region in regions:
             self.exits[region.exit].append(region)
@@ -156,14 +195,18 @@ class TermInterpreter(fx.Interpreter):
         value = super().run_node(n)
         if n.name in self.weighted and torch.is_grad_enabled():
             value = map_tensors(value, lambda t: t if t.requires_grad else t.detach().requires_grad_())
-        if isinstance(value, Tensor) and value.requires_grad:
-            for region in self.exits.get(n.name, ()):
-                self._hook(region.name, value, self.env[self.values[region.stand_in]].detach())
+        regions = self.exits.get(n.name, ())
+        if not regions or not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        stand_ins = {region: self.env[self.values[region.stand_in]] for region in regions}
+        activation = value.detach()
+        if self.gate != 1.0:
+            value = torch.lerp(stand_ins[max(regions, key=lambda region: len(region.nodes))], value, self.gate)
+        for region, stand_in in stand_ins.items():
+            self._hook(region.name, value, activation, stand_in.detach())
         return value
 
-    def _hook(self, name: str, value: Tensor, stand_in: Tensor) -> None:
-        activation = value.detach()
-
+    def _hook(self, name: str, value: Tensor, activation: Tensor, stand_in: Tensor) -> None:
         def hook(gradient: Tensor) -> None:
             self.sums[name].append(reduce_terms(gradient, activation, stand_in))
 

@@ -89,7 +89,7 @@ def bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
         torch.manual_seed(0)
         for tensor in inputs:
             tensor.grad = None
-        ready.adapter.loss(ready.model, ready.batch).backward()  # type: ignore[no-untyped-call]
+        ready.adapter.loss(ready.model, ready.batch).sum().backward()  # type: ignore[no-untyped-call]
 
     return run
 

@@ -3,6 +3,7 @@
     python -m benchmarks.bench_paper [MODEL ...]                    # composed digits; train with benchmarks.train first
     python -m benchmarks.bench_paper --coco DIR [MODEL ...]         # COCO 2017 and released weights, where at hand
 
+    python -m benchmarks.bench_paper --reuse [MODEL ...]            # evaluate only what the results do not have yet
     python -m benchmarks.bench_paper --retime [MODEL ...]           # latency alone, of the cuts in the results
 
 No training after pruning. Criteria see the calibration images only; mAP is of the val images. Rows go to
@@ -16,7 +17,6 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +26,12 @@ from torch import nn
 import fxprune
 from benchmarks import render_paper
 from benchmarks.results import machine, read_rows, replace_rows
-from benchmarks.subjects import Subject, add_options, subjects
+from benchmarks.subjects import UNPRUNED, Subject, add_options, subjects
 from fxprune.analysis import Analysis
-from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
-CRITERIA = ("random", "l1", "grad_act", "grad_delta", "ablation")
+CRITERIA = ("random", "l1", "grad_act", "grad_delta", "fisher", "ablation")
+BLIND = ("random", "l1")
+"""Criteria that do not look at the images; one batch serves to find the regions."""
 BUDGETS = (0.1, 0.2, 0.3)
 NO_HEALING = {"strategy": "one_shot", "heal": "none", "cost": "flops"}
 
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
     parser.add_argument("--agreement", type=int, default=100, metavar="N",
                         help="val images for the removal of each region alone; 0: leave that out")  # fmt: skip
+    parser.add_argument("--reuse", action="store_true", help="take the mAP of cuts in the results from there: for new"
+                        " criteria, with the weights and the images as they were")  # fmt: skip
     parser.add_argument("--retime", action="store_true", help="time the cuts in the results again, and nothing else")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -75,10 +78,12 @@ def main(argv: list[str] | None = None) -> None:
             continue
         analyses, cuts = prune(subject, options)
         models = {cut.regions: fxprune.apply(subject.model, cut.plan) for cut in cuts}
-        rows = list(judge(subject, cuts, models))
+        known = known_scores(subject) if options.reuse else {}
+        rows = list(judge(subject, cuts, models, known))
         replace_rows("bench_paper", subject.name, with_latency(subject, rows, models, options))
         if options.agreement:
-            replace_rows("bench_paper_regions", subject.name, remove_each(subject, analyses, options.agreement))
+            drops = known_drops(subject, options.agreement) if options.reuse else {}
+            replace_rows("bench_paper_regions", subject.name, remove_each(subject, analyses, options.agreement, drops))
         console.print(f"{subject.name}: {time.perf_counter() - started:.0f} s")
     render_paper.main([])
 
@@ -86,11 +91,12 @@ def main(argv: list[str] | None = None) -> None:
 def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Analysis], list[Cut]]:
     """Analyze once per criterion (and seed), and plan for every budget; budgets out of reach are left out, aloud."""
     analyses: dict[str, Analysis] = {}
-    cuts = []
+    cuts, batches = [], subject.batches()
     for criterion in options.criteria:
+        seen = batches[:1] if criterion in BLIND else batches
         for seed in range(options.random_seeds if criterion == "random" else 1):
             started = time.perf_counter()
-            analysis = fxprune.analyze(subject.model, subject.batches(), criterion=criterion, seed=seed)
+            analysis = fxprune.analyze(subject.model, seen, criterion=criterion, seed=seed)
             seconds = time.perf_counter() - started
             analyses.setdefault(criterion, analysis)
             for budget in options.budgets:
@@ -102,12 +108,30 @@ def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Anal
     return analyses, cuts
 
 
-def judge(subject: Subject, cuts: Sequence[Cut], models: Mapping[frozenset[str], nn.Module]) -> Iterator[Row]:
+def known_scores(subject: Subject) -> dict[frozenset[str], Mapping[str, float]]:
+    """Figures in the results by what was removed, of the same images."""
+    rows = [row for row in read_rows("bench_paper") if row["model"] == subject.name]
+    return {frozenset(row["regions"]): row for row in rows if row["val_images"] == len(subject.val)}
+
+
+def known_drops(subject: Subject, images: int) -> dict[str, float]:
+    """What the removal of each region alone costs, as far as the results have it of as many images."""
+    rows = [row for row in read_rows("bench_paper_regions") if row["model"] == subject.name]
+    return {row["region"]: row["mAP_drop"] for row in rows if row["val_images"] == images}
+
+
+def judge(
+    subject: Subject,
+    cuts: Sequence[Cut],
+    models: Mapping[frozenset[str], nn.Module],
+    known: Mapping[frozenset[str], Mapping[str, float]],
+) -> Iterator[Row]:
     """Evaluate every distinct cut once; one row for the unpruned model and one for each cut, latency left out."""
-    scores: dict[frozenset[str], Mapping[str, float]] = {frozenset(): subject.evaluate(subject.model)}
-    for regions, model in models.items():
-        scores[regions] = subject.evaluate(model)
-        console.print(f"{subject.name}: {len(scores) - 1} of {len(models)}, mAP {scores[regions]['mAP']:.3f}")
+    everything = {frozenset[str](): subject.model, **models}
+    scores: dict[frozenset[str], Mapping[str, float]] = {}
+    for regions, model in everything.items():
+        scores[regions] = known[regions] if regions in known else subject.evaluate(model)
+        console.print(f"{subject.name}: {len(scores)} of {len(everything)}, mAP {scores[regions]['mAP']:.3f}")
     unpruned = Cut("none", 0, 0.0, replace(cuts[0].plan, regions=()), 0.0)
     for cut in (unpruned, *cuts):
         total = cut.plan.before if cut is unpruned else cut.plan.after
@@ -132,17 +156,11 @@ def with_latency(
     subject: Subject, rows: Sequence[Row], models: Mapping[frozenset[str], nn.Module], options: argparse.Namespace
 ) -> Iterator[Row]:
     """Time all models and add what came out to their rows."""
-    timings = time_all(subject, models, options)
-    base = timings[key_of(())]
+    named = {key_of(regions): model for regions, model in models.items()}
+    latencies = subject.time_beside(named, options.rounds, options.timed_images)
     for row in rows:
-        timing = timings[key_of(row["regions"])]
-        yield row | {
-            **named("latency_ratio", ratio_of(timing, base)),
-            "latency_ms": timing.median_ms,
-            **named("floor", ratio_of(timings["again"], base)),
-            "timed_images": options.timed_images,
-            "machine": machine(),
-        }
+        columns = latencies.columns(key_of(row["regions"]))
+        yield row | columns | {"timed_images": options.timed_images, "machine": machine()}
 
 
 def retime(subject: Subject, options: argparse.Namespace) -> None:
@@ -156,44 +174,32 @@ def retime(subject: Subject, options: argparse.Namespace) -> None:
     replace_rows("bench_paper", subject.name, with_latency(subject, rows, models, options))
 
 
-def named(name: str, ratio: Ratio) -> dict[str, float]:
-    """A ratio as keys of a row: the median under `name`, the quartiles beside it."""
-    return {name: ratio.median, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
-
-
-def time_all(
-    subject: Subject, models: Mapping[frozenset[str], nn.Module], options: argparse.Namespace
-) -> dict[str, Timing]:
-    """Time all models in turn on one batch; the unpruned one stands there twice, to show how far chance goes."""
-    batch = subject.timed_batch(options.timed_images)
-    everything = {"again": subject.model, key_of(()): subject.model}
-    everything |= {key_of(regions): model for regions, model in models.items()}
-    functions = {name: partial(model.eval(), batch) for name, model in everything.items()}
-    with torch.inference_mode():
-        return interleave(functions, rounds=options.rounds, warmup=2)
-
-
 def key_of(regions: Iterable[str]) -> str:
     """One name for a set of regions."""
-    return " + ".join(sorted(regions)) or "unpruned"
+    return " + ".join(sorted(regions)) or UNPRUNED
 
 
-def remove_each(subject: Subject, analyses: Mapping[str, Analysis], images: int) -> list[Row]:
+def remove_each(
+    subject: Subject, analyses: Mapping[str, Analysis], images: int, known: Mapping[str, float]
+) -> list[Row]:
     """The truth that criteria are held to: for every region its scores, and the mAP without it alone."""
     first = next(iter(analyses.values()))
-    whole = subject.evaluate(subject.model, images)["mAP"]
+    complete = known.keys() >= {region.name for region in first.regions}
+    whole = 0.0 if complete else subject.evaluate(subject.model, images)["mAP"]
     scores = {name: {region.name: region.score for region in a.regions} for name, a in analyses.items()}
     rows = []
     for index, region in enumerate(first.regions, 1):
         scored = {name: found[region.name] for name, found in scores.items() if region.name in found}
-        pruned = fxprune.apply(subject.model, removing(first, {region.name}))
-        mAP = subject.evaluate(pruned, images)["mAP"]
+        drop = known.get(region.name)
+        if drop is None:
+            pruned = fxprune.apply(subject.model, removing(first, {region.name}))
+            drop = whole - subject.evaluate(pruned, images)["mAP"]
         rows.append({
             "model": subject.name, "region": region.name, "kind": region.kind, "block": region.block,
             "flops_share": region.flops / first.before.flops, "params": region.params,
-            "mAP_drop": whole - mAP, "scores": scored, "val_images": images,
+            "mAP_drop": drop, "scores": scored, "val_images": images,
         })  # fmt: skip
-        console.print(f"{subject.name}: {index} of {len(first.regions)}, {region.name} {whole - mAP:+.3f}")
+        console.print(f"{subject.name}: {index} of {len(first.regions)}, {region.name} {drop:+.3f}")
     return rows
 
 

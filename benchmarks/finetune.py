@@ -32,7 +32,7 @@ def finetune(model: nn.Module, batches: Sequence[Any], learning_rate: float, see
     started = time.perf_counter()
     for index in range(len(batches)):
         batch, _ = read_batch(twin, adapter, batches[index], index)
-        loss = take_loss(twin, adapter, batch, index, seed=seed + index)
+        loss = take_loss(twin, adapter, batch, index, seed=seed + index).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, 10.0)

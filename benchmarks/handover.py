@@ -207,7 +207,7 @@ def sum_gradients(model: nn.Module, adapter: Adapter, batches: Sequence[Any]) ->
     """Gradients of the adapter's loss by parameter name, summed over batches; the model keeps none."""
     for index, raw in enumerate(batches):
         batch, _ = read_batch(model, adapter, raw, index)
-        take_loss(model, adapter, batch, index, seed=0).backward()  # type: ignore[no-untyped-call]
+        take_loss(model, adapter, batch, index, seed=0).sum().backward()  # type: ignore[no-untyped-call]
     model.eval()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     model.zero_grad(set_to_none=True)

@@ -1,16 +1,16 @@
-"""Importance of regions: the criteria, and the interpreter that records what they need."""
+"""What importance is computed from: gradients and activations, recorded by an interpreter that runs the graph."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from fxprune.errors import LossError, SettingError
+from fxprune.errors import LossError
 from fxprune.graph import is_weighted, map_tensors
 from fxprune.interpreting import NodeName
 from fxprune.regions import Region
@@ -26,19 +26,28 @@ class Record:
         Per node ``E_x [sum_i |dL/dA_i * A_i|]``: the score of arXiv 2602.14040, expectation over the images seen.
     deltas : dict
         Per region ``E_x [sum_i |dL/dy_i * (y_i - s_i)|]``, y its exit value and s the value that would stand in.
+    fishers : dict
+        Per region ``E_x [(sum_i dL/dy_i * (y_i - s_i))^2]``: the Fisher information of a gate a on it that lets
+        ``s + a (y - s)`` through.
     images : int
         Images seen.
     """
 
     nodes: dict[NodeName, float] = field(default_factory=dict)
     deltas: dict[str, float] = field(default_factory=dict)
+    fishers: dict[str, float] = field(default_factory=dict)
     images: int = 0
     _pending: dict[NodeName | str, list[Tensor]] = field(default_factory=dict)
+    _gates: dict[str, list[Tensor]] = field(default_factory=dict)
     _room: Tensor | None = None
 
     def add(self, key: NodeName | str, value: Tensor) -> None:
         """Note one term of the batch under way, of a node or of a region; nothing is read from the device yet."""
         self._pending.setdefault(key, []).append(value)
+
+    def add_gate(self, region: str, product: Tensor) -> None:
+        """Note ``dL/dy * (y - s)`` of one call of a region, of any shape; images lie along its first dimension."""
+        self._gates.setdefault(region, []).append(product.flatten(1).sum(1) if product.ndim > 1 else product.clone())
 
     def scratch(self, like: Tensor) -> Tensor:
         """Return room for a product, reused from one value to the next: large new tensors cost more than the sum."""
@@ -58,22 +67,44 @@ class Record:
             If a gradient held NaN or infinity; names the batch and the node, and takes nothing of it.
         """
         pending, self._pending = self._pending, {}
-        sums = [torch.stack(terms).double().sum() for terms in pending.values()]
-        means = dict(zip(pending, torch.stack(sums).tolist() if sums else [], strict=True))
-        for key, value in means.items():
+        gates, self._gates = self._gates, {}
+        means = _read({key: torch.stack(terms).double().sum() for key, terms in pending.items()})
+        squares = _read({region: _mean_square(terms, images) for region, terms in gates.items()})
+        for key, value in (*means.items(), *squares.items()):
             if not math.isfinite(value):
                 where = key if isinstance(key, str) else ".".join(filter(None, key))
                 raise LossError(f"batch {index}: the gradient at {where!r} is NaN or infinite; leave that batch out")
         weight = images / (self.images + images)
-        for known in (self.nodes, self.deltas):
-            for key in known:
-                known[key] *= 1 - weight  # type: ignore[index]
-        for key, value in means.items():
-            if isinstance(key, str):
-                self.deltas[key] = self.deltas.get(key, 0.0) + weight * value
-            else:
-                self.nodes[key] = self.nodes.get(key, 0.0) + weight * value
+        _mix(self.nodes, {key: value for key, value in means.items() if not isinstance(key, str)}, weight)
+        _mix(self.deltas, {key: value for key, value in means.items() if isinstance(key, str)}, weight)
+        _mix(self.fishers, squares, weight)
         self.images += images
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def _read(values: Mapping[_Key, Tensor]) -> dict[_Key, float]:
+    """Scalars as numbers, fetched from the device at once."""
+    return dict(zip(values, torch.stack(list(values.values())).tolist() if values else [], strict=True))
+
+
+def _mean_square(terms: Sequence[Tensor], images: int) -> Tensor:
+    """Mean over the images of the squared derivative of each one's own loss by a gate.
+
+    A call whose rows are no multiple of the images (proposals of all images together) counts evenly for each.
+    """
+    rows = torch.zeros(images, dtype=torch.float64, device=terms[0].device)
+    for term in terms:
+        term = term.double()
+        rows = rows + (term.reshape(images, -1).sum(1) if len(term) % images == 0 else term.sum() / images)
+    return (images * rows).square().mean()
+
+
+def _mix(known: dict[_Key, float], new: Mapping[_Key, float], weight: float) -> None:
+    """Take new means into a running one, at a weight; what is not among them counts as 0."""
+    for key in {**known, **new}:
+        known[key] = (1 - weight) * known.get(key, 0.0) + weight * new.get(key, 0.0)
 
 
 class RecordingInterpreter(fx.Interpreter):
@@ -89,11 +120,16 @@ class RecordingInterpreter(fx.Interpreter):
         Where the numbers go.
     regions : sequence of Region
         The island's regions.
+    gate : float
+        How far every region is open while the gradients are taken: its exit is ``s + gate (y - s)``, s what would
+        stand in for it. With 1 the graph runs as it is.
     """
 
-    def __init__(self, gm: fx.GraphModule, island: str, record: Record, regions: Iterable[Region]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, island: str, record: Record, regions: Iterable[Region], gate: float = 1.0
+    ) -> None:
         super().__init__(gm)
-        self.island, self.record = island, record
+        self.island, self.record, self.gate = island, record, gate
         self.exits: dict[str, list[Region]] = {}
         for region in regions:
             self.exits.setdefault(region.exit, []).append(region)
@@ -108,24 +144,30 @@ class RecordingInterpreter(fx.Interpreter):
             value = map_tensors(value, _tracked)
         if not isinstance(value, Tensor) or n.op in ("output", "get_attr"):
             return value
-        if n.name in self.kept:
-            self.stand_ins[n.name] = value.detach()
         if value.requires_grad:
-            self._hook(n.name, value)
+            value = self._hooked(n.name, value)
+        if n.name in self.kept:
+            self.stand_ins[n.name] = value
         return value
 
-    def _hook(self, name: str, value: Tensor) -> None:
-        activation = value.detach()
-        differences = [(region.name, self.stand_ins[region.stand_in]) for region in self.exits.get(name, ())]
+    def _hooked(self, name: str, value: Tensor) -> Tensor:
+        """Return the value, gated if regions end in it, with a hook on it."""
+        regions, activation = self.exits.get(name, ()), value.detach()
+        differences = [(region.name, self.stand_ins[region.stand_in].detach()) for region in regions]
+        if regions and self.gate != 1.0:
+            largest = max(regions, key=lambda region: len(region.nodes))
+            value = torch.lerp(self.stand_ins[largest.stand_in], value, self.gate)
 
         def hook(gradient: Tensor) -> None:
             scratch = self.record.scratch(gradient)
             self.record.add((self.island, name), torch.mul(gradient, activation, out=scratch).abs_().sum())
             for region, stand_in in differences:
-                difference = torch.sub(activation, stand_in, out=scratch)
-                self.record.add(region, difference.mul_(gradient).abs_().sum())
+                product = torch.sub(activation, stand_in, out=scratch).mul_(gradient)
+                self.record.add_gate(region, product)
+                self.record.add(region, product.abs_().sum())
 
         value.register_hook(hook)  # type: ignore[no-untyped-call]
+        return value
 
 
 def _tracked(value: Tensor) -> Tensor:
@@ -162,115 +204,3 @@ class AblationInterpreter(fx.Interpreter):
         if n.name in self.skipped:
             return None
         return super().run_node(n)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a criterion may look at.
-
-    Attributes
-    ----------
-    regions : sequence of Region
-        All regions.
-    record : Record
-        Of one forward and backward pass per batch.
-    modules : mapping of str to Module
-        The model's modules by dotted path; `Region.layers` are among them.
-    loss_increase : callable
-        ``(Region) -> float``: mean over all calibration images of the loss without the region minus the loss with it.
-    seed : int
-        For criteria that draw.
-    """
-
-    regions: Sequence[Region]
-    record: Record
-    modules: Mapping[str, nn.Module]
-    loss_increase: Callable[[Region], float]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A way to score regions: `score` gives one number a region; `keeps_batches` if it needs them all again."""
-
-    score: Callable[[Evidence], dict[str, float]]
-    keeps_batches: bool = False
-
-
-RegionScore = Callable[[Region, Mapping[str, nn.Module]], float]
-"""A caller's own criterion: the region, and its modules with weights by dotted path; larger is more important."""
-
-
-def _grad_act(evidence: Evidence) -> dict[str, float]:
-    nodes = evidence.record.nodes
-    found = {region.name: nodes.get((region.island, region.exit), 0.0) for region in evidence.regions}
-    return {name: score for name, score in found.items() if score}  # zero throughout: the loss does not see it
-
-
-def _grad_delta(evidence: Evidence) -> dict[str, float]:
-    return {name: evidence.record.deltas[name] for name in _grad_act(evidence)}
-
-
-def weight_norm(region: Region, modules: Mapping[str, nn.Module]) -> float:
-    """Sum of ``|W|`` over a region's weights of two dimensions or more (arXiv 2602.14040, its L1 baseline)."""
-    return absolute_weights(modules.values())
-
-
-def absolute_weights(modules: Iterable[nn.Module]) -> float:
-    """Sum of ``|W|`` over the weights of two dimensions or more of some modules, shared ones once."""
-    weights = {id(w): w for module in modules for w in module.parameters() if w.ndim >= 2}
-    return float(sum(weight.detach().abs().sum(dtype=torch.float64) for weight in weights.values()))
-
-
-def _ablation(evidence: Evidence) -> dict[str, float]:
-    return {region.name: evidence.loss_increase(region) for region in evidence.regions}
-
-
-def _random(evidence: Evidence) -> dict[str, float]:
-    generator = torch.Generator().manual_seed(evidence.seed)
-    draws = torch.rand(len(evidence.regions), generator=generator, dtype=torch.float64).tolist()
-    return dict(zip((region.name for region in evidence.regions), draws, strict=True))
-
-
-def each_region(criterion: RegionScore) -> Callable[[Evidence], dict[str, float]]:
-    """Make a criterion over all regions from one over a single region and its modules."""
-
-    def score(evidence: Evidence) -> dict[str, float]:
-        found = {}
-        for region in evidence.regions:
-            modules = {path: evidence.modules[path] for path in region.layers if path in evidence.modules}
-            value = criterion(region, modules)
-            try:
-                found[region.name] = float(value)
-            except (TypeError, ValueError):
-                raise SettingError(
-                    f"the criterion gave {value!r} for region {region.name!r}; scores must be finite numbers"
-                ) from None
-        return found
-
-    return score
-
-
-CRITERIA: dict[str, Criterion] = {
-    "grad_delta": Criterion(_grad_delta),
-    "grad_act": Criterion(_grad_act),
-    "l1": Criterion(each_region(weight_norm)),
-    "ablation": Criterion(_ablation, keeps_batches=True),
-    "random": Criterion(_random),
-}
-"""Criteria by name. A region that a criterion leaves out has no score and is not pruned."""
-
-
-def criterion_named(criterion: str | RegionScore) -> tuple[str, Criterion]:
-    """Look a criterion up by name, or wrap the caller's own.
-
-    Raises
-    ------
-    SettingError
-        If the name is not known.
-    """
-    if callable(criterion):
-        return getattr(criterion, "__name__", type(criterion).__name__), Criterion(each_region(criterion))
-    if not isinstance(criterion, str) or criterion not in CRITERIA:
-        raise SettingError(f"criterion {criterion!r} is not known; known: {', '.join(CRITERIA)}, or a callable")
-    return criterion, CRITERIA[criterion]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from fxprune.attribution import CRITERIA
+from fxprune.criteria import CRITERIA
 from fxprune.demo import DEMO_CRITERIA, run_demo
 from fxprune.errors import FxpruneError
 from fxprune.version import __version__

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.analysis import Analysis, check_cost
-from fxprune.attribution import RegionScore
 from fxprune.capture import install, trace_island
+from fxprune.criteria import RegionScore
 from fxprune.detectors.choice import like_the_model, network_of
 from fxprune.errors import FxpruneWarning, PlanError
 from fxprune.graph import fingerprint

@@ -12,18 +12,11 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from fxprune.analysis import Analysis, NodeRecord
-from fxprune.attribution import (
-    AblationInterpreter,
-    Evidence,
-    Record,
-    RecordingInterpreter,
-    RegionScore,
-    absolute_weights,
-    criterion_named,
-)
-from fxprune.calibration import Calibration, read_batch, take_loss
+from fxprune.attribution import AblationInterpreter, Record, RecordingInterpreter
+from fxprune.calibration import Calibration, take_loss
 from fxprune.capture import Island, capture
 from fxprune.costs import ParameterGroup, count_flops, count_params, group_parameters
+from fxprune.criteria import Evidence, RegionScore, absolute_weights, criterion_named, part_sizes
 from fxprune.detectors.batch import Adapter, Batch, narrower
 from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import LossError, ModelError, NoRegionError, SettingError
@@ -68,7 +61,7 @@ class Study:
     shapes: str
     seed: int
     progress: Progress | None = None
-    _kept: list[tuple[Batch, float]] = field(default_factory=list, repr=False)
+    _kept: list[tuple[Batch, Tensor]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         criterion_named(self.criterion)
@@ -80,7 +73,7 @@ class Study:
         calibration = Calibration(calib_loader)
         adapter = choose_adapter(model, calibration.first_raw, self.loss)
         adapter.prepare(model)
-        first, _ = read_batch(model, adapter, calibration.first_raw, 0)
+        first = calibration.first(model, adapter)
         self._say("capture", 0, 1)
         captured = self.capture(model, adapter, first)
         self._say("capture", 1, 1)
@@ -148,21 +141,21 @@ class Study:
     def _record(self, captured: Captured, adapter: Adapter, calibration: Calibration) -> tuple[Record, int]:
         """One forward and one backward pass per batch, every node recorded."""
         record, batches = Record(), 0
-        keep = criterion_named(self.criterion)[1].keeps_batches
+        criterion = criterion_named(self.criterion)[1]
 
         def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
             own = [region for region in captured.regions if region.island == island]
-            return RecordingInterpreter(gm, island, record, own)
+            return RecordingInterpreter(gm, island, record, own, criterion.gate)
 
         with interpreted(captured.graphs, make):
             for index, batch in enumerate(calibration.batches(captured.model, adapter)):
-                value = take_loss(captured.model, adapter, batch, index, self.seed)
-                if not value.requires_grad:
+                parts = take_loss(captured.model, adapter, batch, index, self.seed)
+                if not parts.requires_grad:
                     raise LossError(f"batch {index}: the loss does not depend on the model's captured layers")
-                value.backward()  # type: ignore[no-untyped-call]
+                criterion.loss(parts).backward()  # type: ignore[no-untyped-call]
                 record.close_batch(index, batch.count)
-                if keep:
-                    self._kept.append((batch, float(value.detach())))
+                if criterion.keeps_batches:
+                    self._kept.append((batch, parts.detach()))
                 batches += 1
                 self._say("attribution", batches, None)
         if not record.nodes:
@@ -170,15 +163,17 @@ class Study:
         return record, batches
 
     def _loss_increase(self, captured: Captured, adapter: Adapter, region: Region) -> float:
-        """Mean loss over the calibration images with a region bypassed, minus without."""
+        """How much the parts of the loss grow with a region bypassed, each relative to its own size."""
         graph = [(name, gm) for name, gm in captured.graphs if name == region.island]
-        increase, images = 0.0, 0
+        images = sum(batch.count for batch, _ in self._kept)
+        before, after = torch.zeros(()), torch.zeros(())
         with interpreted(graph, lambda _, gm: AblationInterpreter(gm, [region])), torch.no_grad():
-            for index, (batch, loss) in enumerate(self._kept):
-                value = float(take_loss(captured.model, adapter, batch, index, self.seed))
-                increase, images = increase + (value - loss) * batch.count, images + batch.count
+            for index, (batch, parts) in enumerate(self._kept):
+                share = batch.count / images
+                before = before + share * parts
+                after = after + share * take_loss(captured.model, adapter, batch, index, self.seed)
         self._say("ablation", list(captured.regions).index(region) + 1, len(captured.regions))
-        return increase / images
+        return float(((after - before) / part_sizes(before)).sum())
 
     def _say(self, stage: str, done: int, total: int | None) -> None:
         if self.progress is not None:

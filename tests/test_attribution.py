@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import Subset
 from torchvision.models import resnet18
 
 import fxprune
+from fxprune.attribution import Record
+from fxprune.bundled import load_dataset, load_detector
+from fxprune.criteria import GATE, part_sizes, relative_loss
+from fxprune.detectors.torchvision import ADAPTER
 from fxprune.errors import LossError
+from tests.models import tiny
 from tests.zoo import ZOO, image_batch, mean_loss
 
 
@@ -179,3 +185,56 @@ def test_calls_of_a_shared_layer_add_up() -> None:
 def test_no_gradient_raises_and_never_prunes() -> None:
     with pytest.raises(LossError, match="does not depend"):
         fxprune.analyze(small_resnet(), [labelled()], loss=lambda model, batch: torch.zeros((), requires_grad=True))
+
+
+def test_fisher_is_the_mean_square_of_each_images_derivative_by_a_gate() -> None:
+    model, (images, labels) = tiny(), labelled(5, 16)
+    analysis = fxprune.analyze(model, [(images[:2], labels[:2] % 5), (images[2:], labels[2:] % 5)], criterion="fisher")
+    gates = torch.full((4, 5, 1, 1, 1), GATE, requires_grad=True)
+    x = model.get_submodule("stem")(images)
+    for block, gate in zip(model.get_submodule("blocks").children(), gates, strict=True):
+        x = x + gate * (block(x) - x)
+    logits = model.get_submodule("fc")(x.mean((2, 3)))
+    functional.cross_entropy(logits, labels % 5, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    assert gates.grad is not None
+    expected = {f"blocks.{index}": float(row.square().mean()) for index, row in enumerate(gates.grad)}
+    assert {region.name: region.score for region in analysis.regions} == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_that_are_no_multiple_of_the_images_count_for_all_of_them() -> None:
+    record = Record()
+    record.add_gate("head", torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    record.add_gate("body", torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    record.close_batch(0, 2)
+    assert record.fishers == {"head": 21.0**2, "body": pytest.approx(((2 * 3) ** 2 + (2 * 7) ** 2) / 2)}
+
+
+def test_every_part_of_a_loss_weighs_as_much_as_the_others() -> None:
+    parts = torch.tensor([200.0, 0.5], requires_grad=True)
+    relative_loss(parts).backward()  # type: ignore[no-untyped-call]
+    assert parts.grad is not None
+    assert parts.grad.tolist() == pytest.approx([1 / 200, 1 / 0.5])
+    alone = torch.tensor([3.0], requires_grad=True)
+    assert relative_loss(alone).item() == 3.0
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [([9.0, 0.0], [9.0, 0.009]), ([-9.0, 1.0], [9.0, 1.0])])
+def test_a_part_of_nothing_counts_as_a_thousandth(parts: list[float], sizes: list[float]) -> None:
+    assert part_sizes(torch.tensor(parts)).tolist() == pytest.approx(sizes, rel=2e-3)
+    assert bool(torch.isfinite(relative_loss(torch.zeros(2))))
+
+
+def test_ablation_of_a_detector_weighs_the_parts_of_its_loss() -> None:
+    detector = load_detector()
+    (batch,) = fxprune.batches(detector, Subset(load_dataset("calibration"), range(4)), batch_size=4)
+    analysis = fxprune.analyze(detector, [batch], criterion="ablation")
+    plan = analysis.plan(1e-6)
+    (region,) = plan.removed
+
+    def losses(model: nn.Module) -> Tensor:
+        network = copy.deepcopy(model)
+        return ADAPTER.loss(network, ADAPTER.normalize(network, batch)).detach()
+
+    before, after = losses(detector), losses(fxprune.apply(detector, plan))
+    assert len(before) == 2
+    assert region.score == pytest.approx(float(((after - before) / before).sum()), abs=1e-4)

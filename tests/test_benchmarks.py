@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import models
 
-from benchmarks import bench_paper, render_paper, results, subjects
+import fxprune
+from benchmarks import bench_criteria, bench_paper, render_paper, results, subjects
 from benchmarks.data import SPLITS, DigitsConfig, digit_pool, load_sources, photo_region, write_split
 from benchmarks.train_torchvision import copy_matching, fit
 from benchmarks.train_ultralytics import write_data
+from fxprune.bundled import load_dataset, load_detector
 
 Target = dict[str, Tensor]
 
@@ -229,3 +231,13 @@ def test_the_table_averages_seeds_and_ranks_regions(results_folder: Path) -> Non
     assert "| random | 10% | 0.400 ± 0.200 | 0.400 |" in text
     assert "| m | 4 | -0.40 / -1.00 |" in text
     assert (results_folder / "paper_m.svg").stat().st_size > 5000
+
+
+def test_the_benchmarks_fisher_is_the_librarys() -> None:
+    calibration = load_dataset("calibration")
+    some = subjects.Items([calibration[index] for index in range(4)], dict(calibration.categories))
+    subject = subjects.Subject("bundled", load_detector(), some, some, None)
+    taken, make = bench_criteria.VARIANTS["fisher"]
+    found = {name: make(sums) for name, sums in bench_criteria.Captive(subject).collect(taken).items()}
+    known = {r.name: r.score for r in fxprune.analyze(subject.model, subject.batches(), criterion="fisher").regions}
+    assert {name: found[name] for name in known} == pytest.approx(known, rel=1e-3)

@@ -190,7 +190,7 @@ def check_training(network: nn.Module, raw: Any) -> None:
     adapter = choose_adapter(trained, raw, None)
     adapter.prepare(trained)
     optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4)
-    loss = adapter.loss(trained, adapter.normalize(trained, raw))
+    loss = adapter.loss(trained, adapter.normalize(trained, raw)).sum()
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
     assert sum(float(gradient.abs().sum()) > 0 for gradient in gradients) > 5

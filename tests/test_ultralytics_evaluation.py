@@ -200,7 +200,7 @@ def test_a_network_can_be_trained_after_evaluation(data: CocoDataset) -> None:
     fxprune.evaluate(network, data, image_size=SIDE, batch_size=COUNT)
     (batch,) = fxprune.batches(network, data, batch_size=COUNT, image_size=SIDE)
     ADAPTER.prepare(network)
-    loss = ADAPTER.loss(network, ADAPTER.normalize(network, batch))  # its anchors were kept from the evaluation
+    loss = ADAPTER.loss(network, ADAPTER.normalize(network, batch)).sum()  # its anchors were kept from the evaluation
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(network.model[0].conv.weight.grad.abs().sum()) > 0
 

@@ -49,7 +49,8 @@ class Adapter:
     normalize : callable
         ``(model, raw batch) -> Batch`` on the model's device; raises `BatchError`.
     loss : callable
-        ``(model, Batch) -> scalar Tensor``, the mean over the images of the batch; sets the modes it needs.
+        ``(model, Batch) -> Tensor (P,)``: the parts that the loss is the sum of, each the mean over the images of the
+        batch; sets the modes it needs.
     predict : callable
         ``(model, Batch) -> outputs`` as at inference; sets eval mode.
     label : callable

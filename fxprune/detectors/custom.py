@@ -27,7 +27,9 @@ def adapter_of(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
         value = loss(model.eval(), batch.images)
         if not isinstance(value, Tensor):
             raise LossError(f"loss(model, batch) returned {type(value).__name__}, not a scalar tensor")
-        return value
+        if value.numel() != 1:
+            raise LossError(f"the loss has shape {tuple(value.shape)}; return a scalar, e.g. loss.mean()")
+        return value.reshape(1)
 
     def refuse(model: nn.Module, batch: Batch) -> Batch:
         raise BatchError("batches without labels need a known kind of model; let the loss make its own targets")

@@ -86,7 +86,7 @@ def _read_target(target: Mapping[str, Any], device: torch.device) -> dict[str, A
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Sum of the detector's losses; torchvision takes their mean over the images.
+    """The detector's losses (P,), in the order it gives them; torchvision takes their mean over the images.
 
     Torchvision gives losses only in train mode. Containers go there, layers stay in eval mode: norms keep their
     statistics and dropout is off, as at inference.
@@ -94,7 +94,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     losses = _trainable_mode(model)(batch.images, [dict(target) for target in batch.targets])
     if not isinstance(losses, Mapping) or not losses:
         raise LossError(f"{type(model).__name__} gave {type(losses).__name__} in train mode, not a dict of losses")
-    return torch.stack([value.sum() for value in losses.values()]).sum()
+    return torch.stack([value.sum() for value in losses.values()])
 
 
 def _trainable_mode(model: nn.Module) -> nn.Module:

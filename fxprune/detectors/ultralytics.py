@@ -114,9 +114,9 @@ def _check_targets(model: nn.Module, targets: Mapping[str, Any], count: int) -> 
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss in eval mode, its parts summed; ultralytics sums over the images, this is the mean."""
-    parts = cast(Any, model.eval()).loss(batch.targets)[0]
-    return cast(Tensor, parts.sum()) / batch.count
+    """The parts (P,) of the model's own loss in eval mode; ultralytics sums over the images, this is the mean."""
+    parts = cast(Tensor, cast(Any, model.eval()).loss(batch.targets)[0])
+    return parts.reshape(-1) / batch.count
 
 
 def predict(model: nn.Module, batch: Batch) -> Any:
