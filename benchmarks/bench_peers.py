@@ -4,7 +4,7 @@
     python -m benchmarks.bench_peers --coco DIR [MODEL ...]   # COCO 2017 and released weights, where at hand
 
 Both see the same calibration images and, where they need gradients, take them of the same loss. The peer's ratio is
-searched until it saves the FLOPs that our own `grad_delta` saves at that budget, and swept, so that the two can be
+searched until it saves the FLOPs that our own `fisher` saves at that budget, and swept, so that the two can be
 compared at one latency too. All models of a detector are timed in turn, as pruned. Fine-tuning is the same
 short one for all, the unpruned model included. Rows go to ``results/bench_peers.jsonl``, failures too;
 `benchmarks.render_peers` makes ``results/peers.md`` of them.
@@ -38,7 +38,7 @@ from fxprune.calibration import read_batch
 from fxprune.costs import count_params
 from fxprune.detectors.choice import choose_adapter
 
-OURS = ("grad_delta", "ablation", "grad_act", "l1")
+OURS = ("fisher", "ablation", "grad_act", "l1")
 PEERS = {
     "taylor": Settings("taylor"),
     "taylor, round_to=8": Settings("taylor", round_to=8),
@@ -141,7 +141,7 @@ def compare(subject: Subject, options: argparse.Namespace, training: Sequence[An
     variants, failures = cut_blocks(subject, options)
     base = flops(subject.model)
     targets = {budget: budget for budget in options.budgets}
-    targets |= {v.budget: 1 - flops(v.model) / base for v in variants if v.method == "fxprune grad_delta" and v.budget}
+    targets |= {v.budget: 1 - flops(v.model) / base for v in variants if v.method == "fxprune fisher" and v.budget}
     for peer in options.peers:
         found, failed = cut_channels(subject.model, batches, peer, targets, options.sweep)
         variants += found

@@ -3,7 +3,7 @@
     python -m benchmarks.bench_time [MODEL ...] [--budget 0.1] [--rounds 15]
 
 For each trained detector: the share of one inference call that convolutions, other layers inside the captured graphs,
-and everything around them (resizing, anchors, box decoding, suppression) take; then, for the cut that ``grad_delta``
+and everything around them (resizing, anchors, box decoding, suppression) take; then, for the cut that ``fisher``
 makes, its share of the FLOPs, the time its nodes take by themselves, and the latency cut that is measured. Nodes are
 timed one by one by an interpreter, which costs some time of its own; that is put down to what is outside.
 Rows go to ``results/bench_time.jsonl``, the table to ``results/time.md``.

@@ -14,10 +14,10 @@ from scipy.stats import spearmanr
 
 from benchmarks.results import RESULTS, Row, read_rows
 
-OURS = "grad_delta"
+OURS = "fisher"
 STYLES = {
     "random": ("#999999", ":", "x"), "l1": ("#d55e00", "--", "v"), "grad_act": ("#e69f00", "-.", "s"),
-    "grad_delta": ("#0072b2", "-", "o"), "ablation": ("#000000", "-", "^"),
+    "grad_delta": ("#56b4e9", "-.", "D"), "fisher": ("#0072b2", "-", "o"), "ablation": ("#000000", "-", "^"),
 }  # fmt: skip
 """Colour (Okabe and Ito's, safe for the colour-blind), dash and marker of each criterion's line."""
 
@@ -157,7 +157,7 @@ def draw(rows: Sequence[Row], model: str) -> None:
     axes.axvspan(unpruned["floor_low"], unpruned["floor_high"], color="0.9", label="unpruned against itself")
     for name in dict.fromkeys(row["criterion"] for row in averaged if row["criterion"] != "none"):
         points: list[Any] = [unpruned, *(row for row in averaged if row["criterion"] == name)]
-        colour, dash, marker = STYLES.get(name, ("#009e73", "-", "D"))
+        colour, dash, marker = STYLES.get(name, ("#009e73", "-", "*"))
         axes.plot([p["latency_ratio"] for p in points], [p["mAP"] for p in points], dash, color=colour, marker=marker,
                   markersize=5, label=name)  # fmt: skip
     axes.set(

@@ -16,7 +16,7 @@ NOISY = 0.1
 """Width of the unpruned model's quartiles against itself from which no latency is compared."""
 HEALS = {"none": "as pruned", "finetune": "fine-tuned"}
 TOOLS = ("fxprune", "torch-pruning")
-OWN_CRITERIA = ("grad_delta", "ablation")
+OWN_CRITERIA = ("fisher", "ablation")
 """Ours and not the paper's: what the summary is about."""
 
 Point = tuple[float, float]

@@ -34,7 +34,8 @@ class NodeRecord:
     island, node : str
         Where it stands.
     grad_act : float or None
-        ``E_x [sum |dL/dA * A|]``; None if no gradient reached it.
+        ``E_x [sum |dL/dA * A|]`` in the pass of the criterion, so of its loss and with its gates (`Criterion`); the
+        paper's own with ``"grad_act"``, ``"grad_delta"``, ``"l1"``. None if no gradient reached it.
     l1 : float or None
         Sum of its weights' absolute values; None if it has none.
     flops : float

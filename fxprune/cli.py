@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Examples
     --------
-    >>> main(["demo", "--budget", "0.2", "--criterion", "grad_delta"])   # doctest: +SKIP
+    >>> main(["demo", "--budget", "0.2", "--criterion", "fisher"])   # doctest: +SKIP
     0
     """
     options = build_parser().parse_args(argv)

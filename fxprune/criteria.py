@@ -66,16 +66,24 @@ RegionScore = Callable[[Region, Mapping[str, nn.Module]], float]
 
 
 def _grad_act(evidence: Evidence) -> dict[str, float]:
+    """``E_x [sum_i |dL/dy_i y_i|]`` at the exit value y: the score of a layer in arXiv 2602.14040."""
     nodes = evidence.record.nodes
     found = {region.name: nodes.get((region.island, region.exit), 0.0) for region in evidence.regions}
     return {name: score for name, score in found.items() if score}  # zero throughout: the loss does not see it
 
 
 def _grad_delta(evidence: Evidence) -> dict[str, float]:
+    """``E_x [sum_i |dL/dy_i (y_i - s_i)|]``: the same, measured against what will stand in for the region, s."""
     return {name: evidence.record.deltas[name] for name in _grad_act(evidence)}
 
 
 def _fisher(evidence: Evidence) -> dict[str, float]:
+    """``E_x [(dL/da)^2]``, a the gate of a region that lets ``s + a (y - s)`` through, all gates at `GATE`.
+
+    It is the Fisher information of the gate, which gives the second-order estimate of what closing it costs (Theis et
+    al., arXiv 1801.05787, for channels; Molchanov et al., arXiv 1906.10771, square the sum over a filter). Here the
+    gate is a region's, closed means `s`, and the parts of the loss are relative.
+    """
     return {name: evidence.record.fishers[name] for name in _grad_act(evidence)}
 
 
@@ -115,10 +123,12 @@ def absolute_weights(modules: Iterable[nn.Module]) -> float:
 
 
 def _ablation(evidence: Evidence) -> dict[str, float]:
+    """How much the parts of the loss really grow, each relative to its size: a forward pass per region and batch."""
     return {region.name: evidence.loss_increase(region) for region in evidence.regions}
 
 
 def _random(evidence: Evidence) -> dict[str, float]:
+    """Uniform draws."""
     generator = torch.Generator().manual_seed(evidence.seed)
     draws = torch.rand(len(evidence.regions), generator=generator, dtype=torch.float64).tolist()
     return dict(zip((region.name for region in evidence.regions), draws, strict=True))

@@ -23,7 +23,7 @@ from fxprune.report import quantity
 from fxprune.selection import check_budget
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
-DEMO_CRITERIA = ("grad_delta", "grad_act", "l1", "random")
+DEMO_CRITERIA = ("fisher", "grad_act", "l1", "random")
 ROUNDS = 15
 TIMED_IMAGES = 8
 

@@ -33,7 +33,7 @@ def analyze(
     model: nn.Module,
     calib_loader: Iterable[Any],
     *,
-    criterion: str | RegionScore = "grad_delta",
+    criterion: str | RegionScore = "fisher",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     shapes: str = "proved",
     seed: int = 0,
@@ -50,8 +50,9 @@ def analyze(
         Batches in the form the kind of model takes (an unknown form raises with the known ones), with labels or
         images alone; then the model's own confident outputs are the targets. Read once.
     criterion : str or callable
-        ``"grad_delta"`` (default), ``"grad_act"`` (arXiv 2602.14040), ``"l1"`` (its baseline), ``"ablation"``,
-        ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by dotted path.
+        ``"fisher"`` (default), ``"grad_delta"``, ``"grad_act"`` (arXiv 2602.14040), ``"l1"`` (its baseline),
+        ``"ablation"``, ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by dotted
+        path; see `fxprune.criteria`.
     loss : callable, optional
         ``loss(model, batch) -> scalar Tensor``, the mean over the images; for models of no known kind.
     shapes : str
@@ -138,7 +139,7 @@ def compile(
     calib_loader: Iterable[Any],
     budget: float = 0.1,
     *,
-    criterion: str | RegionScore = "grad_delta",
+    criterion: str | RegionScore = "fisher",
     cost: str = "flops",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     shapes: str = "proved",

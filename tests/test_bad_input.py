@@ -72,7 +72,7 @@ def test_an_infeasible_budget_says_how_much_could_go() -> None:
 def test_an_unknown_criterion(criterion: Any) -> None:
     model = tiny()
     with assert_refused(
-        model, SettingError, "criterion .* is not known; known: .*grad_delta.*l1.*ablation.*random.*callable"
+        model, SettingError, "criterion .* is not known; known: .*fisher.*grad_delta.*l1.*ablation.*random.*callable"
     ):
         fxprune.compile(model, Unread(), 0.1, criterion=criterion)
 
@@ -130,7 +130,7 @@ def test_a_loader_that_is_none(loader: Any) -> None:
         fxprune.compile(model, loader, 0.1)
 
 
-@pytest.mark.parametrize("criterion", ["grad_delta", "ablation"])
+@pytest.mark.parametrize("criterion", ["fisher", "grad_delta", "ablation"])
 def test_a_generator_is_read_once(criterion: str) -> None:
     model, yields = tiny(), [0]
 

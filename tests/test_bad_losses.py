@@ -60,7 +60,7 @@ def test_a_loss_that_does_not_depend_on_the_model(loss: Any) -> None:
         fxprune.compile(model, labelled(), 0.1, loss=loss)
 
 
-@pytest.mark.parametrize("criterion", ["grad_delta", "grad_act"])
+@pytest.mark.parametrize("criterion", ["fisher", "grad_delta", "grad_act"])
 def test_a_region_whose_gradient_is_zero_throughout_is_not_taken_for_unimportant(criterion: str) -> None:
     """A loss may mask a part of the model on every batch, as detectors do with a level that no box falls on."""
 

@@ -144,7 +144,7 @@ def test_a_model_with_other_outputs_is_refused() -> None:
 
 
 def few(*more: str) -> Any:
-    given = ["--criteria", "grad_delta", "--peers", "taylor", "--budgets", "0.2", "--sweep", "0.4", "--rounds", "1",
+    given = ["--criteria", "fisher", "--peers", "taylor", "--budgets", "0.2", "--sweep", "0.4", "--rounds", "1",
              "--timed-images", "2", *more]  # fmt: skip
     return bench_peers.make_parser().parse_args(given)
 
@@ -155,7 +155,7 @@ def test_all_rows_of_a_model_and_its_tables(results_folder: Path) -> None:
     training = fxprune.batches(subject.model, make_items(4), batch_size=2)
     rows = bench_peers.compare(subject, few("--finetune-images", "4"), training)
     found = [(row["method"], row["kind"], row["heal"]) for row in rows]
-    ours, peer = "fxprune grad_delta", "torch-pruning taylor"
+    ours, peer = "fxprune fisher", "torch-pruning taylor"
     assert sorted(found) == sorted(
         (method, kind, heal)
         for heal in ("none", "finetune")
@@ -184,7 +184,7 @@ def test_a_peer_that_fails_is_a_row_with_its_words(results_folder: Path, monkeyp
     failed = [row for row in rows if row["kind"] == "failed"]
     assert {row["error"] for row in failed} == {"ZeroDivisionError: modulo by zero"}
     assert [row["way"] for row in failed] == [way.name for way in WAYS if not way.unsplit]
-    assert {row["method"] for row in rows if row["kind"] == "cut"} == {"fxprune grad_delta"}
+    assert {row["method"] for row in rows if row["kind"] == "cut"} == {"fxprune fisher"}
     results.replace_rows("bench_peers", "tiny", rows)
     render_peers.main([])
     text = (results_folder / "peers.md").read_text()
@@ -244,7 +244,7 @@ def test_nobody_wins_on_latency_where_the_unpruned_model_differs_from_itself(
     shared = {"heal": "none", "floor_low": low, "floor_high": high}
     rows = [
         {"method": "unpruned", "kind": "unpruned", "budget": 0.0, "mAP": 0.8, "latency_ratio": 1.0, "flops": 100},
-        {"method": "fxprune grad_delta", "kind": "cut", "budget": 0.1, "mAP": 0.7, "latency_ratio": 0.8, "flops": 90},
+        {"method": "fxprune fisher", "kind": "cut", "budget": 0.1, "mAP": 0.7, "latency_ratio": 0.8, "flops": 90},
         {"method": "torch-pruning taylor", "kind": "cut", "budget": 0.1, "mAP": 0.7, "latency_ratio": 0.9, "flops": 90},
     ]
     full = [row | shared for row in rows]

@@ -18,7 +18,7 @@ from fxprune.errors import BudgetError, FxpruneError
 
 def test_demo_prints_one_table_that_says_what_was_kept() -> None:
     out = Console(file=io.StringIO(), width=80)
-    rows = run_demo(out, Console(file=io.StringIO()), 0.1, ("grad_delta",))
+    rows = run_demo(out, Console(file=io.StringIO()), 0.1, ("fisher",))
     text = out.file.getvalue()  # type: ignore[attr-defined]
     unpruned, pruned = rows
     assert unpruned.plan is None

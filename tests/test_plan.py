@@ -48,7 +48,7 @@ def test_to_dict_gives_plain_data_of_its_own(plan: Plan) -> None:
     data["regions"][0]["nodes"].append("harm")
     data["settings"]["criterion"] = "harm"
     assert data != plan.to_dict()
-    assert plan.settings["criterion"] == "grad_delta"
+    assert plan.settings["criterion"] == "fisher"
 
 
 def test_a_plan_cannot_be_changed(plan: Plan) -> None:

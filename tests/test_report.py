@@ -51,7 +51,7 @@ def test_rejections_have_reasons(report: Report) -> None:
 
 def test_settings_say_how_it_was_made(report: Report) -> None:
     expected = {
-        "criterion": "grad_delta",
+        "criterion": "fisher",
         "budget": 0.3,
         "cost": "flops",
         "shapes": "proved",
@@ -134,7 +134,7 @@ def test_pruning_twice_names_the_last_settings(pruned_twice: nn.Module, report: 
     settings = fxprune.report(pruned_twice).settings
     assert (settings["prunings"], settings["criterion"], settings["cost"]) == (2, "l1", "params")
     assert settings["budget"] == 0.2
-    assert (report.settings["prunings"], report.settings["criterion"]) == (1, "grad_delta")
+    assert (report.settings["prunings"], report.settings["criterion"]) == (1, "fisher")
     json.dumps(fxprune.report(pruned_twice).to_dict(), allow_nan=False)
 
 

@@ -52,7 +52,7 @@ def test_the_table_opens_with_before_and_after(report: Report) -> None:
 @pytest.mark.usefixtures("wide")
 def test_the_table_closes_with_the_settings(report: Report) -> None:
     last = " ".join(str(report).split())[-400:]
-    assert "removed 2 of 4 candidates for a budget of 0.3 of flops, by grad_delta on 5 images" in last
+    assert "removed 2 of 4 candidates for a budget of 0.3 of flops, by fisher on 5 images" in last
     assert "seed 0" in last
 
 
