@@ -145,7 +145,7 @@ def _session_of(compiled: nn.Module, options: Mapping[str, Any]) -> Session:
     if key not in sessions:
         plan = given if isinstance(given, Plan) else Plan.load(given)
         network = network_of(compiled._orig_mod if isinstance(compiled, OptimizedModule) else compiled)
-        gms = {island.name: traced_island(network, island) for island in plan.islands}
+        gms = {island.name: traced_island(network, island, plan) for island in plan.islands}
         places = {name: places_of(name, gm) for name, gm in gms.items()}
         paths = {id(module): name for name, module in network.named_modules()}
         search = Search(plan.removed, places)

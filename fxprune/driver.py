@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 
 from fxprune.analysis import Analysis, check_cost
@@ -195,7 +196,7 @@ def remember(network: nn.Module, plans: list[dict[str, Any]], altered: list[str]
         network.meta["_user_preserved_attributes"] = {**network.meta.get("_user_preserved_attributes", {}), **notes}
 
 
-def traced_island(model: nn.Module, record: IslandRecord) -> fx.GraphModule:
+def traced_island(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.GraphModule:
     """Trace one island of a plan in a model and hold it to its fingerprint.
 
     Raises
@@ -213,15 +214,25 @@ def traced_island(model: nn.Module, record: IslandRecord) -> fx.GraphModule:
     if traced is None or found != record.fingerprint:
         raise PlanError(
             f"{where} of this model has fingerprint {found}, the plan was made for {record.fingerprint}:"
-            " the structure differs; analyze this model and make a new plan"
+            f" the structure differs{_other_versions(plan)}; analyze this model and make a new plan"
         )
     return traced[0]
+
+
+def _other_versions(plan: Plan) -> str:
+    """Say which libraries have another version than when the plan was made, for their models may be others too."""
+    made = plan.settings.get("versions")
+    known = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    known = {name: version.partition("+")[0] for name, version in known.items()}
+    then = {name: str(made[name]).partition("+")[0] for name in known if isinstance(made, Mapping) and name in made}
+    others = [f"{name} {then[name]}, here is {known[name]}" for name in then if then[name] != known[name]]
+    return f" (it was made with {' and '.join(others)})" if others else ""
 
 
 def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
     """Take the plan's regions out of one island of a model."""
     path = ".".join(filter(None, ("root", record.name)))
-    gm = traced_island(shell.get_submodule("root"), record)
+    gm = traced_island(shell.get_submodule("root"), record, plan)
     _warn_of_hooks(record.name, shell.get_submodule(path), gm)
     removed = [region for region in plan.removed if region.island == record.name]
     _check_nodes(removed, gm)

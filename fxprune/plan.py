@@ -99,6 +99,15 @@ class Plan:
     rejections : tuple of Rejection
         What cannot go, and why.
 
+    Notes
+    -----
+    The file is strict JSON (UTF-8): one object with ``fxprune_plan``, the schema's version (1), and the attributes
+    above under their names. ``before`` and ``after`` are objects with the fields of `Totals`, ``islands``, ``regions``
+    and ``rejections`` are lists of objects with those of `IslandRecord`, `Candidate` and `Rejection`
+    (``{"name": str, "reason": str}``). Every field is there and no other; names are of modules and graph nodes, never
+    of objects, so a plan holds on another machine. Whether it fits a model is decided by the fingerprints of its
+    islands when it is applied, whatever version of torch made it.
+
     Examples
     --------
     >>> plan = analysis.plan(0.1)                        # doctest: +SKIP

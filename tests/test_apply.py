@@ -152,6 +152,16 @@ def test_a_layer_of_another_class_is_another_structure(tiny_model: nn.Module, pl
         fxprune.apply(other, plan)
 
 
+def test_a_plan_of_other_versions_that_does_not_fit_says_so(tiny_model: nn.Module, plan: Plan) -> None:
+    other = copy.deepcopy(tiny_model)
+    other.set_submodule("blocks.2.act", nn.Sigmoid())
+    old = replace(plan, settings={**plan.settings, "versions": {"torch": "2.11.0+cpu", "torchvision": "0.26.0"}})
+    with pytest.raises(
+        PlanError, match=r"differs \(it was made with torch 2\.11\.0, here is .* and torchvision 0\.26\.0"
+    ):
+        fxprune.apply(other, old)
+
+
 def test_a_plan_is_carried_out_once(tiny_model: nn.Module, plan: Plan) -> None:
     pruned = fxprune.apply(tiny_model, plan)
     with pytest.raises(PlanError, match="the structure differs; analyze this model and make a new plan"):
