@@ -6,8 +6,8 @@
 for it and g the gradient of the loss. Tried beside it, all from one forward and backward pass: sums over a channel or
 over a whole image before the absolute value, squares in its place, a loss whose parts are weighed by their own size
 (`fxprune.criteria.relative_loss`), and regions that are only partly open while the gradient is taken
-(``s + gate (y - s)``). ``fisher`` is the squares of whole images with relative parts and gates of .8. Rows go to
-``results/bench_criteria.jsonl``; plans that `benchmarks.bench_paper` has evaluated already are not evaluated again.
+(``s + gate (y - s)``). ``fisher`` is the squares of channels, squared again, with relative parts and gates of .9. Rows
+go to ``results/bench_criteria.jsonl``; plans that `benchmarks.bench_paper` has evaluated are not evaluated again.
 """
 
 from __future__ import annotations
@@ -72,9 +72,14 @@ def mean_of(key: str) -> Callable[[Sums], float]:
     return lambda sums: float(sums[key].abs().mean())
 
 
-def mean_square(sums: Sums) -> float:
-    """Mean over the images of the squared sum over all elements: the Fisher information of a gate."""
+def image_squares(sums: Sums) -> float:
+    """Mean over the images of the squared sum over all elements: the Fisher information of one gate."""
     return float(sums["image"].square().mean())
+
+
+def fisher(sums: Sums) -> float:
+    """The square of the Fisher information of gates on channels, as `fxprune.criteria` has it."""
+    return float(sums["channel squares"].mean()) ** 2
 
 
 VARIANTS: dict[str, tuple[Pass, Callable[[Sums], float]]] = {
@@ -83,15 +88,17 @@ VARIANTS: dict[str, tuple[Pass, Callable[[Sums], float]]] = {
     "per channel": (PLAIN, mean_of("channels")),
     "per image": (PLAIN, mean_of("image")),
     "squares of elements": (PLAIN, mean_of("squares")),
-    "squares of images": (PLAIN, mean_square),
+    "squares of images": (PLAIN, image_squares),
     "grad_delta, relative": (RELATIVE, mean_of("elements")),
     "per image, relative": (RELATIVE, mean_of("image")),
     "squares of elements, relative": (RELATIVE, mean_of("squares")),
     "squares of channels, relative": (RELATIVE, mean_of("channel squares")),
-    "squares of images, relative": (RELATIVE, mean_square),
-    "fisher with gates of .9": (Pass(relative_loss, 0.9), mean_square),
-    "fisher": (Pass(relative_loss, GATE), mean_square),
-    "fisher with gates of .6": (Pass(relative_loss, 0.6), mean_square),
+    "squares of images, relative": (RELATIVE, image_squares),
+    "squares of images, gates of .8": (Pass(relative_loss, 0.8), image_squares),
+    "squares of channels, gates of .9": (Pass(relative_loss, GATE), mean_of("channel squares")),
+    "fisher without gates": (RELATIVE, fisher),
+    "fisher": (Pass(relative_loss, GATE), fisher),
+    "fisher, gates of .8": (Pass(relative_loss, 0.8), fisher),
 }
 
 
@@ -166,7 +173,8 @@ class Captive:
                 for name, calls in batch_sums.items():
                     for key in calls[0]:
                         sums = over_calls([call[key] for call in calls], batch.count)
-                        everything[name][key].append(sums * batch.count)
+                        power = 2 if "squares" in key else 1  # the loss is a mean over the images
+                        everything[name][key].append(sums * batch.count**power)
         return {name: {key: torch.cat(parts) for key, parts in found.items()} for name, found in everything.items()}
 
 

@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
     parser.add_argument("--agreement", type=int, default=100, metavar="N",
                         help="val images for the removal of each region alone; 0: leave that out")  # fmt: skip
-    parser.add_argument("--reuse", action="store_true", help="take the mAP of cuts in the results from there: for new"
-                        " criteria, with the weights and the images as they were")  # fmt: skip
+    parser.add_argument("--reuse", action="store_true", help="keep the rows of other criteria, and take the mAP of cuts"
+                        " in the results from there: with the weights and the images as they were")  # fmt: skip
     parser.add_argument("--retime", action="store_true", help="time the cuts in the results again, and nothing else")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -78,12 +78,13 @@ def main(argv: list[str] | None = None) -> None:
             continue
         analyses, cuts = prune(subject, options)
         models = {cut.regions: fxprune.apply(subject.model, cut.plan) for cut in cuts}
-        known = known_scores(subject) if options.reuse else {}
-        rows = list(judge(subject, cuts, models, known))
-        replace_rows("bench_paper", subject.name, with_latency(subject, rows, models, options))
+        rows = list(judge(subject, cuts, models, known_scores(subject) if options.reuse else {}))
+        timed = list(with_latency(subject, rows, models, options))
+        others = [row for row in rows_of("bench_paper", subject) if row["criterion"] not in (*options.criteria, "none")]
+        replace_rows("bench_paper", subject.name, [*timed, *(others if options.reuse else ())])
         if options.agreement:
-            drops = known_drops(subject, options.agreement) if options.reuse else {}
-            replace_rows("bench_paper_regions", subject.name, remove_each(subject, analyses, options.agreement, drops))
+            known = {row["region"]: row for row in rows_of("bench_paper_regions", subject)} if options.reuse else {}
+            replace_rows("bench_paper_regions", subject.name, remove_each(subject, analyses, options.agreement, known))
         console.print(f"{subject.name}: {time.perf_counter() - started:.0f} s")
     render_paper.main([])
 
@@ -110,14 +111,13 @@ def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Anal
 
 def known_scores(subject: Subject) -> dict[frozenset[str], Mapping[str, float]]:
     """Figures in the results by what was removed, of the same images."""
-    rows = [row for row in read_rows("bench_paper") if row["model"] == subject.name]
+    rows = rows_of("bench_paper", subject)
     return {frozenset(row["regions"]): row for row in rows if row["val_images"] == len(subject.val)}
 
 
-def known_drops(subject: Subject, images: int) -> dict[str, float]:
-    """What the removal of each region alone costs, as far as the results have it of as many images."""
-    rows = [row for row in read_rows("bench_paper_regions") if row["model"] == subject.name]
-    return {row["region"]: row["mAP_drop"] for row in rows if row["val_images"] == images}
+def rows_of(name: str, subject: Subject) -> list[Row]:
+    """What the results have of one detector."""
+    return [row for row in read_rows(name) if row["model"] == subject.name]
 
 
 def judge(
@@ -165,7 +165,7 @@ def with_latency(
 
 def retime(subject: Subject, options: argparse.Namespace) -> None:
     """Make the cuts of the results again and time them: accuracy may be measured on a busy machine, latency not."""
-    rows = [row for row in read_rows("bench_paper") if row["model"] == subject.name]
+    rows = rows_of("bench_paper", subject)
     analysis = fxprune.analyze(subject.model, subject.batches()[:1], criterion="random")
     models = {
         regions: fxprune.apply(subject.model, removing(analysis, set(regions)))
@@ -179,19 +179,19 @@ def key_of(regions: Iterable[str]) -> str:
     return " + ".join(sorted(regions)) or UNPRUNED
 
 
-def remove_each(
-    subject: Subject, analyses: Mapping[str, Analysis], images: int, known: Mapping[str, float]
-) -> list[Row]:
+def remove_each(subject: Subject, analyses: Mapping[str, Analysis], images: int, known: Mapping[str, Row]) -> list[Row]:
     """The truth that criteria are held to: for every region its scores, and the mAP without it alone."""
     first = next(iter(analyses.values()))
+    known = {name: row for name, row in known.items() if row["val_images"] == images}
     complete = known.keys() >= {region.name for region in first.regions}
     whole = 0.0 if complete else subject.evaluate(subject.model, images)["mAP"]
     scores = {name: {region.name: region.score for region in a.regions} for name, a in analyses.items()}
     rows = []
     for index, region in enumerate(first.regions, 1):
         scored = {name: found[region.name] for name, found in scores.items() if region.name in found}
-        drop = known.get(region.name)
-        if drop is None:
+        if region.name in known:
+            drop, scored = known[region.name]["mAP_drop"], known[region.name]["scores"] | scored
+        else:
             pruned = fxprune.apply(subject.model, removing(first, {region.name}))
             drop = whole - subject.evaluate(pruned, images)["mAP"]
         rows.append({

@@ -24,7 +24,7 @@ STYLES = {
 
 def main(argv: list[str] | None = None) -> None:
     """Write the table and one figure per model."""
-    rows, regions = read_rows("bench_paper"), read_rows("bench_paper_regions")
+    rows, regions = sorted(read_rows("bench_paper"), key=place_of), read_rows("bench_paper_regions")
     models = list(dict.fromkeys(row["model"] for row in rows))
     parts = [
         "# What each criterion keeps\n",
@@ -36,6 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     (RESULTS / "paper.md").write_text("\n".join(parts), encoding="utf-8")
     for model in models:
         draw([row for row in rows if row["model"] == model], model)
+
+
+def place_of(row: Row) -> tuple[int, float]:
+    """Where a row stands among those of its model: by criterion, then by budget."""
+    names = ["none", *STYLES]
+    return names.index(row["criterion"]) if row["criterion"] in names else len(names), row["budget"]
 
 
 def glance_table(rows: Sequence[Row], models: Sequence[str]) -> str:
@@ -122,7 +128,7 @@ def summary_table(rows: Sequence[Row], models: Sequence[str]) -> str:
 def agreement_table(regions: Sequence[Row]) -> str:
     """Spearman's rank correlation of each criterion with the mAP drop of removing each region alone."""
     models = list(dict.fromkeys(row["model"] for row in regions))
-    criteria = list(dict.fromkeys(name for row in regions for name in row["scores"]))
+    criteria = [name for name in STYLES if any(name in row["scores"] for row in regions)]
     lines = ["\n## Rank agreement with the mAP drop of each region alone (all regions / blocks)\n",
              "| model | regions | " + " | ".join(criteria) + " |", "|---|--:|" + "--:|" * len(criteria)]  # fmt: skip
     for model in models:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -27,8 +27,8 @@ class Record:
     deltas : dict
         Per region ``E_x [sum_i |dL/dy_i * (y_i - s_i)|]``, y its exit value and s the value that would stand in.
     fishers : dict
-        Per region ``E_x [(sum_i dL/dy_i * (y_i - s_i))^2]``: the Fisher information of a gate a on it that lets
-        ``s + a (y - s)`` through.
+        Per region ``E_x [sum_c (sum_{i in c} dL/dy_i * (y_i - s_i))^2]``, c the channels (second dimension) of every
+        row of every call: the Fisher information of gates ``a_c`` on them that let ``s_c + a_c (y_c - s_c)`` through.
     images : int
         Images seen.
     """
@@ -37,17 +37,15 @@ class Record:
     deltas: dict[str, float] = field(default_factory=dict)
     fishers: dict[str, float] = field(default_factory=dict)
     images: int = 0
-    _pending: dict[NodeName | str, list[Tensor]] = field(default_factory=dict)
-    _gates: dict[str, list[Tensor]] = field(default_factory=dict)
+    _pending: dict[tuple[str, Any], list[Tensor]] = field(default_factory=dict)
     _room: Tensor | None = None
 
-    def add(self, key: NodeName | str, value: Tensor) -> None:
-        """Note one term of the batch under way, of a node or of a region; nothing is read from the device yet."""
-        self._pending.setdefault(key, []).append(value)
+    def add(self, kind: str, key: NodeName | str, value: Tensor) -> None:
+        """Note one term of the batch under way: ``nodes`` of a node, ``deltas`` or ``fishers`` of a region.
 
-    def add_gate(self, region: str, product: Tensor) -> None:
-        """Note ``dL/dy * (y - s)`` of one call of a region, of any shape; images lie along its first dimension."""
-        self._gates.setdefault(region, []).append(product.flatten(1).sum(1) if product.ndim > 1 else product.clone())
+        Nothing is read from the device yet.
+        """
+        self._pending.setdefault((kind, key), []).append(value)
 
     def scratch(self, like: Tensor) -> Tensor:
         """Return room for a product, reused from one value to the next: large new tensors cost more than the sum."""
@@ -58,8 +56,8 @@ class Record:
     def close_batch(self, index: int, images: int) -> None:
         """Take the batch under way into the expectation.
 
-        The loss is the mean over `images` of each image's own loss, so the terms already sum to a mean over them;
-        batches count by their number of images.
+        The loss is the mean over `images` of each image's own loss, so the terms already sum to a mean over them, and
+        squared ones to a mean divided by their number; batches count by their number of images.
 
         Raises
         ------
@@ -67,44 +65,21 @@ class Record:
             If a gradient held NaN or infinity; names the batch and the node, and takes nothing of it.
         """
         pending, self._pending = self._pending, {}
-        gates, self._gates = self._gates, {}
-        means = _read({key: torch.stack(terms).double().sum() for key, terms in pending.items()})
-        squares = _read({region: _mean_square(terms, images) for region, terms in gates.items()})
-        for key, value in (*means.items(), *squares.items()):
+        sums = [torch.stack(terms).double().sum() for terms in pending.values()]
+        means = dict(zip(pending, torch.stack(sums).tolist() if sums else [], strict=True))
+        for (_, key), value in means.items():
             if not math.isfinite(value):
                 where = key if isinstance(key, str) else ".".join(filter(None, key))
                 raise LossError(f"batch {index}: the gradient at {where!r} is NaN or infinite; leave that batch out")
         weight = images / (self.images + images)
-        _mix(self.nodes, {key: value for key, value in means.items() if not isinstance(key, str)}, weight)
-        _mix(self.deltas, {key: value for key, value in means.items() if isinstance(key, str)}, weight)
-        _mix(self.fishers, squares, weight)
+        known: dict[str, dict[Any, float]] = {"nodes": self.nodes, "deltas": self.deltas, "fishers": self.fishers}
+        for running in known.values():
+            for key in running:
+                running[key] *= 1 - weight
+        for (kind, key), value in means.items():
+            factor = weight * images if kind == "fishers" else weight
+            known[kind][key] = known[kind].get(key, 0.0) + factor * value
         self.images += images
-
-
-_Key = TypeVar("_Key", bound=Hashable)
-
-
-def _read(values: Mapping[_Key, Tensor]) -> dict[_Key, float]:
-    """Scalars as numbers, fetched from the device at once."""
-    return dict(zip(values, torch.stack(list(values.values())).tolist() if values else [], strict=True))
-
-
-def _mean_square(terms: Sequence[Tensor], images: int) -> Tensor:
-    """Mean over the images of the squared derivative of each one's own loss by a gate.
-
-    A call whose rows are no multiple of the images (proposals of all images together) counts evenly for each.
-    """
-    rows = torch.zeros(images, dtype=torch.float64, device=terms[0].device)
-    for term in terms:
-        term = term.double()
-        rows = rows + (term.reshape(images, -1).sum(1) if len(term) % images == 0 else term.sum() / images)
-    return (images * rows).square().mean()
-
-
-def _mix(known: dict[_Key, float], new: Mapping[_Key, float], weight: float) -> None:
-    """Take new means into a running one, at a weight; what is not among them counts as 0."""
-    for key in {**known, **new}:
-        known[key] = (1 - weight) * known.get(key, 0.0) + weight * new.get(key, 0.0)
 
 
 class RecordingInterpreter(fx.Interpreter):
@@ -160,11 +135,12 @@ class RecordingInterpreter(fx.Interpreter):
 
         def hook(gradient: Tensor) -> None:
             scratch = self.record.scratch(gradient)
-            self.record.add((self.island, name), torch.mul(gradient, activation, out=scratch).abs_().sum())
+            self.record.add("nodes", (self.island, name), torch.mul(gradient, activation, out=scratch).abs_().sum())
             for region, stand_in in differences:
                 product = torch.sub(activation, stand_in, out=scratch).mul_(gradient)
-                self.record.add_gate(region, product)
-                self.record.add(region, product.abs_().sum())
+                channels = product.flatten(2).sum(2) if product.ndim > 2 else product
+                self.record.add("fishers", region, channels.square().sum())
+                self.record.add("deltas", region, product.abs_().sum())
 
         value.register_hook(hook)  # type: ignore[no-untyped-call]
         return value

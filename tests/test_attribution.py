@@ -12,7 +12,6 @@ from torch.utils.data import Subset
 from torchvision.models import resnet18
 
 import fxprune
-from fxprune.attribution import Record
 from fxprune.bundled import load_dataset, load_detector
 from fxprune.criteria import GATE, part_sizes, relative_loss
 from fxprune.detectors.torchvision import ADAPTER
@@ -187,26 +186,19 @@ def test_no_gradient_raises_and_never_prunes() -> None:
         fxprune.analyze(small_resnet(), [labelled()], loss=lambda model, batch: torch.zeros((), requires_grad=True))
 
 
-def test_fisher_is_the_mean_square_of_each_images_derivative_by_a_gate() -> None:
+def test_fisher_is_the_mean_square_of_each_images_derivatives_by_gates_on_channels() -> None:
     model, (images, labels) = tiny(), labelled(5, 16)
     analysis = fxprune.analyze(model, [(images[:2], labels[:2] % 5), (images[2:], labels[2:] % 5)], criterion="fisher")
-    gates = torch.full((4, 5, 1, 1, 1), GATE, requires_grad=True)
+    gates = torch.full((4, 5, 8, 1, 1), GATE, requires_grad=True)
     x = model.get_submodule("stem")(images)
     for block, gate in zip(model.get_submodule("blocks").children(), gates, strict=True):
         x = x + gate * (block(x) - x)
     logits = model.get_submodule("fc")(x.mean((2, 3)))
     functional.cross_entropy(logits, labels % 5, reduction="sum").backward()  # type: ignore[no-untyped-call]
     assert gates.grad is not None
-    expected = {f"blocks.{index}": float(row.square().mean()) for index, row in enumerate(gates.grad)}
+    squares = gates.grad.square().sum((2, 3, 4)).mean(1)
+    expected = {f"blocks.{index}": float(square) ** 2 for index, square in enumerate(squares)}
     assert {region.name: region.score for region in analysis.regions} == pytest.approx(expected, rel=1e-4)
-
-
-def test_rows_that_are_no_multiple_of_the_images_count_for_all_of_them() -> None:
-    record = Record()
-    record.add_gate("head", torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
-    record.add_gate("body", torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
-    record.close_batch(0, 2)
-    assert record.fishers == {"head": 21.0**2, "body": pytest.approx(((2 * 3) ** 2 + (2 * 7) ** 2) / 2)}
 
 
 def test_every_part_of_a_loss_weighs_as_much_as_the_others() -> None:
