@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import shufflenet_v2_x0_5
 
 import fxprune
 from fxprune import Plan, PlanError
 from tests.hostile import changed
-from tests.models import Block, Detector, Tiny, build, labelled, pixels
+from tests.models import Block, Detector, Tiny, build, labelled, params_of, pixels
+
+DATA = Path(__file__).parent / "data"
 
 # Carried out ---------------------------------------------------------------------------------------------------------
 
@@ -150,6 +153,17 @@ def test_a_layer_of_another_class_is_another_structure(tiny_model: nn.Module, pl
     other.set_submodule("blocks.2.act", nn.Sigmoid())
     with pytest.raises(PlanError, match="the structure differs"):
         fxprune.apply(other, plan)
+
+
+@pytest.mark.parametrize(
+    ("file", "make"),
+    [("detector", lambda: build(Detector)), ("shufflenet", lambda: shufflenet_v2_x0_5(weights=None))],
+)
+def test_a_plan_made_with_torch_2_11_is_carried_out(file: str, make: Callable[[], nn.Module]) -> None:
+    plan = Plan.load(DATA / f"{file}_torch_2.11.json")
+    assert plan.settings["versions"]["torch"].startswith("2.11.")
+    pruned = fxprune.apply(make().eval(), plan)
+    assert params_of(pruned) == plan.after.params < plan.before.params
 
 
 def test_a_plan_of_other_versions_that_does_not_fit_says_so(tiny_model: nn.Module, plan: Plan) -> None:
