@@ -7,7 +7,8 @@
     python -m benchmarks.bench_paper --retime [MODEL ...]           # latency alone, of the cuts in the results
 
 No training after pruning. Criteria see the calibration images only; mAP is of the val images. Rows go to
-``results/bench_paper.jsonl``; what the removal of each region alone does goes to ``results/bench_paper_regions.jsonl``;
+``results/bench_paper.jsonl``; what the removal of each region alone does goes to ``results/bench_paper_regions.jsonl``,
+and is what the rows of the criterion ``oracle`` are chosen by: no score that is added up can do much better.
 `benchmarks.render_paper` makes the table and the figures of them.
 """
 
@@ -77,22 +78,26 @@ def main(argv: list[str] | None = None) -> None:
             retime(subject, options)
             continue
         analyses, cuts = prune(subject, options)
+        if options.agreement:
+            known = {row["region"]: row for row in rows_of("bench_paper_regions", subject)} if options.reuse else {}
+            drops = remove_each(subject, analyses, options.agreement, known)
+            replace_rows("bench_paper_regions", subject.name, drops)
+            cuts += cut_at(options.budgets, informed(next(iter(analyses.values())), drops), "oracle")
         models = {cut.regions: fxprune.apply(subject.model, cut.plan) for cut in cuts}
         rows = list(judge(subject, cuts, models, known_scores(subject) if options.reuse else {}))
         timed = list(with_latency(subject, rows, models, options))
-        others = [row for row in rows_of("bench_paper", subject) if row["criterion"] not in (*options.criteria, "none")]
+        made = {row["criterion"] for row in timed}
+        others = [row for row in rows_of("bench_paper", subject) if row["criterion"] not in made]
         replace_rows("bench_paper", subject.name, [*timed, *(others if options.reuse else ())])
-        if options.agreement:
-            known = {row["region"]: row for row in rows_of("bench_paper_regions", subject)} if options.reuse else {}
-            replace_rows("bench_paper_regions", subject.name, remove_each(subject, analyses, options.agreement, known))
         console.print(f"{subject.name}: {time.perf_counter() - started:.0f} s")
     render_paper.main([])
 
 
 def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Analysis], list[Cut]]:
-    """Analyze once per criterion (and seed), and plan for every budget; budgets out of reach are left out, aloud."""
+    """Analyze once per criterion (and seed), and plan for every budget."""
     analyses: dict[str, Analysis] = {}
-    cuts, batches = [], subject.batches()
+    cuts: list[Cut] = []
+    batches = subject.batches()
     for criterion in options.criteria:
         seen = batches[:1] if criterion in BLIND else batches
         for seed in range(options.random_seeds if criterion == "random" else 1):
@@ -100,11 +105,7 @@ def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Anal
             analysis = fxprune.analyze(subject.model, seen, criterion=criterion, seed=seed)
             seconds = time.perf_counter() - started
             analyses.setdefault(criterion, analysis)
-            for budget in options.budgets:
-                try:
-                    cuts.append(Cut(criterion, seed, budget, analysis.plan(budget), seconds))
-                except fxprune.BudgetError as error:
-                    console.print(f"{subject.name}, {criterion}: {error}")
+            cuts += cut_at(options.budgets, analysis, criterion, seed, seconds)
             console.print(f"{subject.name}: {criterion} {seed}, {seconds:.1f} s")
     return analyses, cuts
 
@@ -118,6 +119,17 @@ def known_scores(subject: Subject) -> dict[frozenset[str], Mapping[str, float]]:
 def rows_of(name: str, subject: Subject) -> list[Row]:
     """What the results have of one detector."""
     return [row for row in read_rows(name) if row["model"] == subject.name]
+
+
+def cut_at(
+    budgets: Iterable[float], analysis: Analysis, criterion: str, seed: int = 0, seconds: float = 0.0
+) -> Iterator[Cut]:
+    """Plan for every budget; those out of reach are left out, aloud."""
+    for budget in budgets:
+        try:
+            yield Cut(criterion, seed, budget, analysis.plan(budget), seconds)
+        except fxprune.BudgetError as error:
+            console.print(f"{criterion}: {error}")
 
 
 def judge(
@@ -201,6 +213,12 @@ def remove_each(subject: Subject, analyses: Mapping[str, Analysis], images: int,
         })  # fmt: skip
         console.print(f"{subject.name}: {index} of {len(first.regions)}, {region.name} {drop:+.3f}")
     return rows
+
+
+def informed(analysis: Analysis, drops: Iterable[Row]) -> Analysis:
+    """The analysis of who knows the mAP drop of each region alone: a bound on scores that are added up."""
+    truth = {row["region"]: row["mAP_drop"] for row in drops}
+    return replace(analysis, regions=tuple(replace(each, score=truth[each.name]) for each in analysis.regions))
 
 
 def removing(analysis: Analysis, names: set[str]) -> fxprune.Plan:
