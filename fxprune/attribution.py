@@ -112,6 +112,13 @@ class RecordingInterpreter(fx.Interpreter):
         self.stand_ins: dict[str, Tensor] = {}
         self.weighted = {node.name for node in gm.graph.nodes if is_weighted(gm, node)}
 
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; what it computed is let go of, for hooks on it would keep it alive for good."""
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self.stand_ins.clear()
+
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and hook its value."""
         value = super().run_node(n)
@@ -127,6 +134,7 @@ class RecordingInterpreter(fx.Interpreter):
 
     def _hooked(self, name: str, value: Tensor) -> Tensor:
         """Return the value, gated if regions end in it, with a hook on it."""
+        record, key = self.record, (self.island, name)
         regions, activation = self.exits.get(name, ()), value.detach()
         differences = [(region.name, self.stand_ins[region.stand_in].detach()) for region in regions]
         if regions and self.gate != 1.0:
@@ -134,13 +142,13 @@ class RecordingInterpreter(fx.Interpreter):
             value = torch.lerp(self.stand_ins[largest.stand_in], value, self.gate)
 
         def hook(gradient: Tensor) -> None:
-            scratch = self.record.scratch(gradient)
-            self.record.add("nodes", (self.island, name), torch.mul(gradient, activation, out=scratch).abs_().sum())
+            scratch = record.scratch(gradient)
+            record.add("nodes", key, torch.mul(gradient, activation, out=scratch).abs_().sum())
             for region, stand_in in differences:
                 product = torch.sub(activation, stand_in, out=scratch).mul_(gradient)
                 channels = product.flatten(2).sum(2) if product.ndim > 2 else product
-                self.record.add("fishers", region, channels.square().sum())
-                self.record.add("deltas", region, product.abs_().sum())
+                record.add("fishers", region, channels.square().sum())
+                record.add("deltas", region, product.abs_().sum())
 
         value.register_hook(hook)  # type: ignore[no-untyped-call]
         return value

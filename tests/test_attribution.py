@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -230,3 +231,15 @@ def test_ablation_of_a_detector_weighs_the_parts_of_its_loss() -> None:
     before, after = losses(detector), losses(fxprune.apply(detector, plan))
     assert len(before) == 2
     assert region.score == pytest.approx(float(((after - before) / before).sum()), abs=1e-4)
+
+
+def test_nothing_of_a_batch_stays_in_memory() -> None:
+    def tensors_alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    model = small_resnet()
+    fxprune.analyze(model, [labelled()])
+    before = tensors_alive()
+    fxprune.analyze(model, [labelled()])
+    assert tensors_alive() == before
