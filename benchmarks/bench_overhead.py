@@ -68,9 +68,9 @@ def capture_of(study: Study, ready: Prepared) -> Captured:
     return study.capture(ready.model, ready.adapter, ready.batch)
 
 
-def recording_pass(model: nn.Module, raw: Any) -> Callable[[], Record]:
+def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Callable[[], Record]:
     """Make the attribution pass of `fxprune.analyze` over one batch; every node and region is recorded."""
-    study, ready = Study("fisher", None, "proved", 0), prepare(model, raw)
+    study, ready = Study(criterion, None, "proved", 0), prepare(model, raw)
     captured = capture_of(study, ready)
     return lambda: study._record(captured, ready.adapter, Calibration([ready.raw]))[0]
 
@@ -164,7 +164,7 @@ def measure_captum(options: argparse.Namespace) -> dict[str, Any]:
     names = captum_layers(model)
     spread = torch.linspace(0, len(names) - 1, min(sample or len(names), len(names))).round().long().tolist()
     some = [names[index] for index in spread]
-    recording = recording_pass(model, raw)
+    recording = recording_pass(model, raw, "grad_act")  # the same gradients as Captum's: no gates
     together = captum_pass(model, raw, names, at_once=True)
     ours, theirs = recording().nodes, together()
     apart = [abs(ours["", name.replace(".", "_")] / theirs[name] - 1) for name in names]
