@@ -132,5 +132,5 @@ def give_values(model: nn.Module, x: Any) -> None:
     for module in twin.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train().momentum = 1.0
-    twin(x)
+    twin([*x, *(image.flip(-1) for image in x)] if isinstance(x, list) else x)  # a norm needs two values to vary
     model.load_state_dict(twin.state_dict())

@@ -161,7 +161,9 @@ def test_whole_models_take_two_image_sizes_where_they_did(case: Case) -> None:
 
 @torch.no_grad()
 def test_inductor_gives_what_eager_gives(case: Case) -> None:
-    assert_alike(torch.compile(copy.deepcopy(case.pruned))(case.x), case.pruned(case.x))
+    twin = copy.deepcopy(case.pruned)
+    expected = twin(case.x)  # after this first call YOLOv8 is one graph
+    assert_alike(torch.compile(twin)(case.x), expected)
 
 
 def trained(case: Case, model: nn.Module, run: Any = None) -> nn.Module:
