@@ -9,7 +9,7 @@ from typing import Any
 
 from fxprune.costs import ParameterGroup
 from fxprune.errors import SettingError
-from fxprune.plan import Candidate, IslandRecord, Plan, Totals
+from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.selection import Item, check_budget, select
 
@@ -24,33 +24,6 @@ def check_cost(cost: object) -> None:
 
 
 @dataclass(frozen=True)
-class NodeRecord:
-    """What the instrumented interpreter saw at one node.
-
-    Attributes
-    ----------
-    name : str
-        Dotted path in the model of the module it calls, or of its island and the node's own name.
-    island, node : str
-        Where it stands.
-    grad_act : float or None
-        ``E_x [sum |dL/dA * A|]`` in the pass of the criterion, so of its loss and with its gates (`Criterion`); the
-        paper's own with ``"grad_act"``, ``"grad_delta"``, ``"l1"``. None if no gradient reached it.
-    l1 : float or None
-        Sum of its weights' absolute values; None if it has none.
-    flops : float
-        Operations per image, all its calls together.
-    """
-
-    name: str
-    island: str
-    node: str
-    grad_act: float | None
-    l1: float | None
-    flops: float
-
-
-@dataclass(frozen=True)
 class Analysis:
     """Regions of a model with scores and costs; makes plans for any budget.
 
@@ -62,6 +35,8 @@ class Analysis:
         What cannot go, and why.
     nodes : tuple of NodeRecord
         Every node of every island.
+    links : tuple of Link
+        What flows from island to island.
     islands : tuple of IslandRecord
         Every captured graph.
     before : Totals
@@ -78,6 +53,7 @@ class Analysis:
     regions: tuple[Candidate, ...]
     rejections: tuple[Rejection, ...]
     nodes: tuple[NodeRecord, ...]
+    links: tuple[Link, ...]
     islands: tuple[IslandRecord, ...]
     before: Totals
     settings: Mapping[str, Any]
@@ -121,6 +97,8 @@ class Analysis:
             islands=tuple(island for island in self.islands if island.name in touched),
             regions=regions,
             rejections=self.rejections,
+            nodes=self.nodes,
+            links=self.links,
         )
 
     def _items(self, cost: str) -> list[Item]:

@@ -29,6 +29,8 @@ class Record:
     fishers : dict
         Per region ``E_x [sum_c (sum_{i in c} dL/dy_i * (y_i - s_i))^2]``, c the channels (second dimension) of every
         row of every call: the Fisher information of gates ``a_c`` on them that let ``s_c + a_c (y_c - s_c)`` through.
+    shapes : dict
+        Per node the shape of its value at the first call; only single tensors.
     images : int
         Images seen.
     """
@@ -36,6 +38,7 @@ class Record:
     nodes: dict[NodeName, float] = field(default_factory=dict)
     deltas: dict[str, float] = field(default_factory=dict)
     fishers: dict[str, float] = field(default_factory=dict)
+    shapes: dict[NodeName, tuple[int, ...]] = field(default_factory=dict)
     images: int = 0
     _pending: dict[tuple[str, Any], list[Tensor]] = field(default_factory=dict)
     _room: Tensor | None = None
@@ -126,6 +129,7 @@ class RecordingInterpreter(fx.Interpreter):
             value = map_tensors(value, _tracked)
         if not isinstance(value, Tensor) or n.op in ("output", "get_attr"):
             return value
+        self.record.shapes.setdefault((self.island, n.name), tuple(value.shape))
         if value.requires_grad:
             value = self._hooked(n.name, value)
         if n.name in self.kept:

@@ -23,6 +23,15 @@ def qualified_name(target: Any) -> str:
     return f"{getattr(target, '__module__', None) or 'torch'}.{name}"
 
 
+def operation_name(gm: fx.GraphModule, node: fx.Node) -> str:
+    """Name what a node does as a reader would: ``Conv2d``, ``relu``, ``add``, ``input``."""
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))).__name__
+    if node.op in ("placeholder", "output"):
+        return {"placeholder": "input"}.get(node.op, node.op)
+    return qualified_name(node.target).rpartition(".")[2]
+
+
 def class_names(module: nn.Module) -> list[str]:
     """Qualified names of a module's class and of all it derives from, nearest first."""
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -14,6 +14,8 @@ from fxprune.regions import Rejection
 
 VERSION = 1
 """Version of the plan file's schema; a file of another version is refused."""
+IMAGES, RESULTS = "<images>", "<results>"
+"""Ends of links: what the model is given, and what it gives."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,58 @@ class IslandRecord:
     name: str
     fingerprint: str
     opaque: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """One node of a captured graph, and what the instrumented interpreter saw at it.
+
+    Attributes
+    ----------
+    name : str
+        Dotted path in the model of the module it calls, or of its island and the node's own name.
+    island, node : str
+        Where it stands.
+    op : str
+        What it does: the class of the layer, the name of the function or method, ``input`` or ``output``.
+    reads : tuple of str
+        Nodes of its island whose values it takes.
+    shape : tuple of int or None
+        Of its value on the first calibration batch, at its first call; None if that is no single tensor.
+    grad_act : float or None
+        ``E_x [sum |dL/dA * A|]`` in the pass of the criterion, so of its loss and with its gates (`Criterion`); the
+        paper's own with ``"grad_act"``, ``"grad_delta"``, ``"l1"``. None if no gradient reached it.
+    l1 : float or None
+        Sum of its weights' absolute values; None if it has none.
+    flops : float
+        Operations per image, all its calls together.
+    """
+
+    name: str
+    island: str
+    node: str
+    op: str
+    reads: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    grad_act: float | None
+    l1: float | None
+    flops: float
+
+
+@dataclass(frozen=True)
+class Link:
+    """Data that goes from one island to another through the Python between them.
+
+    Attributes
+    ----------
+    source : str
+        Island that gives it, or `IMAGES`.
+    target : str
+        Island that takes it, or `RESULTS`.
+    """
+
+    source: str
+    target: str
 
 
 @dataclass(frozen=True)
@@ -98,15 +152,19 @@ class Plan:
         Every region, removed or not.
     rejections : tuple of Rejection
         What cannot go, and why.
+    nodes : tuple of NodeRecord
+        Every node of every island, removed or not.
+    links : tuple of Link
+        What flows from island to island.
 
     Notes
     -----
     The file is strict JSON (UTF-8): one object with ``fxprune_plan``, the schema's version (1), and the attributes
-    above under their names. ``before`` and ``after`` are objects with the fields of `Totals`, ``islands``, ``regions``
-    and ``rejections`` are lists of objects with those of `IslandRecord`, `Candidate` and `Rejection`
-    (``{"name": str, "reason": str}``). Every field is there and no other; names are of modules and graph nodes, never
-    of objects, so a plan holds on another machine. Whether it fits a model is decided by the fingerprints of its
-    islands when it is applied, whatever version of torch made it.
+    above under their names. ``before`` and ``after`` are objects with the fields of `Totals`; ``islands``, ``regions``,
+    ``rejections``, ``nodes`` and ``links`` are lists of objects with the fields of `IslandRecord`, `Candidate`,
+    `Rejection` (``{"name": str, "reason": str}``), `NodeRecord` and `Link`. Every field is there and no other; names
+    are of modules and graph nodes, never of objects, so a plan holds on another machine. Whether it fits a model is
+    decided by the fingerprints of its islands when it is applied, whatever version of torch made it.
 
     Examples
     --------
@@ -123,6 +181,8 @@ class Plan:
     islands: tuple[IslandRecord, ...]
     regions: tuple[Candidate, ...]
     rejections: tuple[Rejection, ...]
+    nodes: tuple[NodeRecord, ...]
+    links: tuple[Link, ...]
 
     @property
     def removed(self) -> tuple[Candidate, ...]:
@@ -149,6 +209,7 @@ class Plan:
         rest = {key: value for key, value in data.items() if key != "fxprune_plan"}
         parts: dict[str, Any] = {"before": Totals, "after": Totals}
         lists: dict[str, Any] = {"islands": IslandRecord, "regions": Candidate, "rejections": Rejection}
+        lists |= {"nodes": NodeRecord, "links": Link}
         for key, kind in parts.items():
             rest[key] = _read(kind, rest.get(key), key)
         for key, kind in lists.items():
@@ -160,8 +221,8 @@ class Plan:
         return plan
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        """Write the plan as JSON, one line a region and a node."""
+        Path(path).write_text(encode(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -180,6 +241,16 @@ class Plan:
             raise PlanError(f"{path}: {error}") from None
 
 
+def encode(data: Mapping[str, Any]) -> str:
+    """Write an object as JSON, one line a field and a row of each list."""
+
+    def spell(value: Any) -> str:
+        rows = isinstance(value, list) and value
+        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if rows else json.dumps(value)
+
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {spell(value)}" for name, value in data.items()) + "\n}\n"
+
+
 def _read(kind: Any, row: Any, where: str) -> Any:
     """Make a dataclass from a mapping, lists as tuples; refuse missing and unknown fields and wrong kinds."""
     if not isinstance(row, Mapping):
@@ -189,15 +260,30 @@ def _read(kind: Any, row: Any, where: str) -> Any:
         raise PlanError(f"plan field {where!r} lacks {missing}")
     if unknown := sorted(set(row) - set(expected)):
         raise PlanError(f"plan field {where!r} has unknown {unknown}")
-    scalars: dict[str, Any] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
     for name, annotation in expected.items():
-        value = row[name]
-        flag = isinstance(value, bool) and annotation != "bool"
-        if annotation in scalars and (flag or not isinstance(value, scalars[annotation])):
-            raise PlanError(f"plan field '{where}.{name}' should be {annotation}, is {value!r}")
-        if annotation.startswith("Mapping") and not isinstance(value, Mapping):
-            raise PlanError(f"plan field '{where}.{name}' should be an object, is {value!r}")
-        names = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-        if annotation.startswith("tuple[str") and not names:
-            raise PlanError(f"plan field '{where}.{name}' should be a list of strings, is {value!r}")
+        bare = annotation.removesuffix(" | None")
+        if bare in _FORMS and not (row[name] is None and bare != annotation):
+            words, fits = _FORMS[bare]
+            if not fits(row[name]):
+                raise PlanError(f"plan field '{where}.{name}' should be {words}, is {row[name]!r}")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(isinstance(item, kind) for item in value)
+
+
+def _is_number(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("str", lambda value: isinstance(value, str)),
+    "bool": ("bool", lambda value: isinstance(value, bool)),
+    "int": ("int", lambda value: _is_number(value, int)),
+    "float": ("float", lambda value: _is_number(value, int, float)),
+    "Mapping[str, Any]": ("an object", lambda value: isinstance(value, Mapping)),
+    "tuple[str, ...]": ("a list of strings", _list_of(str)),
+    "tuple[int, ...]": ("a list of integers", _list_of(int)),
+}
+"""By a field's annotation: what it should be in words, and whether a value is that."""

@@ -53,8 +53,8 @@ def select(
 ) -> list[int]:
     """Choose candidates of least summed importance whose removal saves at least a fraction of the total.
 
-    Among choices of equal importance the one that saves least is taken. Importances below 0 count as 0: that a
-    removal lowers the loss of the calibration images is no reason to remove more than was asked for.
+    Among choices of equal importance the one that saves least is taken, to .001 of the total. Importances below 0
+    count as 0: that a removal lowers the loss of the calibration images is no reason to remove more than was asked for.
 
     Parameters
     ----------
@@ -98,8 +98,9 @@ def select(
 
 _SCALE = 1e4
 """The largest importance in the solver's objective, whose absolute tolerance is 1e-6."""
-_TIE_BREAK = 1e-2
-"""What the whole model's cost weighs beside it: too little to outweigh a difference that means anything."""
+_TIE_BREAK = 1e-3
+"""What the whole model's cost weighs beside it: too little to outweigh a difference that means anything. Among ties the
+solver overshoots by up to its tolerance over this, .001 of the cost; ten times finer takes it fifty times as long."""
 
 
 def _merged(items: Sequence[Item]) -> list[Item]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from fxprune.detectors.choice import network_of
 from fxprune.driver import alterations, apply, plans_of
 from fxprune.errors import ModelError, PlanError, SettingError, StorageError
 from fxprune.manifest import NAME, WEIGHTS, Entry, Manifest, foreign, parse_json, plan_names, read_files, read_manifest
-from fxprune.plan import Plan
+from fxprune.plan import Plan, encode
 from fxprune.version import __version__
 from fxprune.weights import FRESH, State, collect, few, fill, read_weights
 
@@ -139,10 +138,7 @@ def _plan_files(network: nn.Module) -> dict[str, bytes]:
             f"no plan was applied to this {type(network).__name__}: prune it with fxprune.compile or fxprune.apply"
             " first. A model that was not pruned goes to torch.save or safetensors.torch.save_model"
         )
-    return {
-        name: (json.dumps(plan, indent=1) + "\n").encode()
-        for name, plan in zip(plan_names(len(plans)), plans, strict=True)
-    }
+    return {name: encode(plan).encode() for name, plan in zip(plan_names(len(plans)), plans, strict=True)}
 
 
 def _refuse_altered(network: nn.Module) -> None:

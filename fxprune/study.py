@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, fx, nn
 
-from fxprune.analysis import Analysis, NodeRecord
+from fxprune.analysis import Analysis
 from fxprune.attribution import AblationInterpreter, Record, RecordingInterpreter
 from fxprune.calibration import Calibration, take_loss
 from fxprune.capture import Island, capture
@@ -20,9 +21,10 @@ from fxprune.criteria import Evidence, RegionScore, absolute_weights, criterion_
 from fxprune.detectors.batch import Adapter, Batch, narrower
 from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import LossError, ModelError, NoRegionError, SettingError
-from fxprune.graph import dotted, fingerprint
+from fxprune.graph import dotted, fingerprint, operation_name
 from fxprune.interpreting import interpreted, record_sizes
-from fxprune.plan import Candidate, IslandRecord, Totals
+from fxprune.links import follow
+from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Totals
 from fxprune.regions import Region, Rejection, find_regions
 from fxprune.shapes import propagate
 from fxprune.version import __version__
@@ -80,7 +82,7 @@ class Study:
         total, nodes = count_flops(lambda: adapter.predict(captured.model, first), captured.graphs)
         flops = {key: value / first.count for key, value in nodes.items()}
         captured = _without_cost(captured, flops)
-        record, batches = self._record(captured, adapter, calibration)
+        record, batches, links = self._record(captured, adapter, calibration)
         name, criterion = criterion_named(self.criterion)
         evidence = Evidence(
             regions=captured.regions,
@@ -93,6 +95,7 @@ class Study:
         groups = group_parameters(captured.model, captured.graphs)
         regions, unscored = _candidates(captured.regions, scores, flops, groups)
         settings = {
+            "model": type(model).__name__,
             "criterion": name,
             "shapes": self.shapes,
             "seed": self.seed,
@@ -106,6 +109,7 @@ class Study:
             regions=regions,
             rejections=(*captured.rejections, *unscored),
             nodes=tuple(_node_records(captured, record, flops)),
+            links=links,
             islands=tuple(IslandRecord(i.name, fingerprint(i.gm), i.opaque) for i in captured.islands),
             before=Totals(total / first.count, count_params(captured.model), sum(region.block for region in regions)),
             settings=settings,
@@ -138,9 +142,12 @@ class Study:
             rejections += refused
         return Captured(model, islands, regions, rejections)
 
-    def _record(self, captured: Captured, adapter: Adapter, calibration: Calibration) -> tuple[Record, int]:
-        """One forward and one backward pass per batch, every node recorded."""
+    def _record(
+        self, captured: Captured, adapter: Adapter, calibration: Calibration
+    ) -> tuple[Record, int, tuple[Link, ...]]:
+        """One forward and one backward pass per batch, every node recorded; and what the first one links."""
         record, batches = Record(), 0
+        links: tuple[Link, ...] = ()
         criterion = criterion_named(self.criterion)[1]
 
         def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
@@ -149,7 +156,8 @@ class Study:
 
         with interpreted(captured.graphs, make):
             for index, batch in enumerate(calibration.batches(captured.model, adapter)):
-                parts = take_loss(captured.model, adapter, batch, index, self.seed)
+                run = partial(take_loss, captured.model, adapter, batch, index, self.seed)
+                parts, links = (run(), links) if batches else follow(run, captured.graphs)
                 if not parts.requires_grad:
                     raise LossError(f"batch {index}: the loss does not depend on the model's captured layers")
                 criterion.loss(parts).backward()  # type: ignore[no-untyped-call]
@@ -160,7 +168,7 @@ class Study:
                 self._say("attribution", batches, None)
         if not record.nodes:
             raise LossError("no gradient reached any captured layer: the loss does not depend on the model")
-        return record, batches
+        return record, batches, links
 
     def _loss_increase(self, captured: Captured, adapter: Adapter, region: Region) -> float:
         """How much the parts of the loss grow with a region bypassed, each relative to its own size."""
@@ -244,17 +252,23 @@ def _candidates(
     return tuple(rows), refused
 
 
-def _node_records(captured: Captured, record: Record, flops: dict[tuple[str, str], float]) -> list[NodeRecord]:
-    rows = []
+def _node_records(captured: Captured, record: Record, flops: dict[tuple[str, str], float]) -> Iterator[NodeRecord]:
     for island, gm in captured.graphs:
         for node in gm.graph.nodes:
-            if node.op in ("output", "get_attr"):
+            if node.op == "get_attr":
                 continue
             key, called = (island, node.name), node.op == "call_module"
-            l1 = absolute_weights([gm.get_submodule(str(node.target))]) if called else 0.0
-            name = dotted(island, str(node.target) if called else node.name)
-            rows.append(NodeRecord(name, *key, record.nodes.get(key), l1 or None, flops.get(key, 0.0)))
-    return rows
+            yield NodeRecord(
+                name=dotted(island, str(node.target) if called else node.name),
+                island=island,
+                node=node.name,
+                op=operation_name(gm, node),
+                reads=tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
+                shape=record.shapes.get(key),
+                grad_act=record.nodes.get(key),
+                l1=(absolute_weights([gm.get_submodule(str(node.target))]) or None) if called else None,
+                flops=flops.get(key, 0.0),
+            )
 
 
 def _versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import nn
 import fxprune
 from fxprune import Plan
 from fxprune.analysis import Analysis
-from fxprune.plan import Candidate, IslandRecord, Totals
+from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Totals
 from fxprune.regions import Rejection
 from tests.models import flops_of, labelled, params_of
 
@@ -75,6 +75,18 @@ _candidates = st.builds(
     params=_counts,
     block=st.booleans(),
 )
+_node_records = st.builds(
+    NodeRecord,
+    name=_words,
+    island=_words,
+    node=_words,
+    op=_words,
+    reads=_names,
+    shape=st.none() | st.lists(st.integers(0, 2000), max_size=4).map(tuple),
+    grad_act=st.none() | _numbers,
+    l1=st.none() | _numbers,
+    flops=_numbers,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,6 +103,8 @@ _candidates = st.builds(
         ),
         regions=st.lists(_candidates, max_size=3).map(tuple),
         rejections=st.lists(st.builds(Rejection, name=_words, reason=_words), max_size=3).map(tuple),
+        nodes=st.lists(_node_records, max_size=3).map(tuple),
+        links=st.lists(st.builds(Link, source=_words, target=_words), max_size=3).map(tuple),
     )
 )
 def test_any_plan_survives_json(plan: Plan) -> None:

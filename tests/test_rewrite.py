@@ -34,6 +34,8 @@ def plan_for(analysis: Analysis, names: set[str]) -> Plan:
         islands=analysis.islands,
         regions=regions,
         rejections=analysis.rejections,
+        nodes=(),
+        links=(),
     )
 
 

@@ -1,0 +1,198 @@
+"""What a picture shows: what flows where, which blocks there are, what goes at each budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from benchmarks.systems import SIX, Sizes, System
+from fxprune import ModelError, Plan
+from fxprune.analysis import Analysis
+from fxprune.picture import FIRST, LAST, make_picture
+from fxprune.plan import IMAGES, RESULTS, Link
+from tests.models import Block, Detector, build, finite, labelled
+
+
+def labels(picture: dict[str, Any]) -> list[str]:
+    return [block["label"] for block in picture["blocks"]]
+
+
+def arrows(picture: dict[str, Any]) -> set[tuple[str, str]]:
+    names = {FIRST: "images", LAST: "results"} | dict(enumerate(labels(picture)))
+    return {(names[source], names[target]) for source, target in picture["block_edges"]}
+
+
+# Links ----------------------------------------------------------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """Two levels, a head that both share, and Python in between; `head` stands before `body`, which runs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(Block(8), nn.Conv2d(8, 5, 1))
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(8))
+        self.down = nn.Sequential(nn.Conv2d(8, 8, 3, stride=2, padding=1), Block(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.body(finite(x))
+        coarse = self.down(finite(fine * 2))
+        scores = [self.head(level).mean((2, 3)) for level in (fine, coarse)]
+        return torch.stack(scores).sum(0)
+
+
+def test_links_are_seen_through_the_python_between_islands() -> None:
+    analysis = fxprune.analyze(build(Pyramid), labelled())
+    assert set(analysis.links) == {
+        Link(IMAGES, "body"),
+        Link("body", "down"),
+        Link("body", "head"),
+        Link("down", "head"),
+        Link("head", RESULTS),
+    }
+
+
+def test_links_are_the_same_with_frozen_weights() -> None:
+    model = build(Pyramid)
+    links = fxprune.analyze(model, labelled()).links
+    assert fxprune.analyze(model.requires_grad_(False), labelled()).links == links
+
+
+def test_a_network_that_is_one_graph_is_linked_to_its_ends(analysis: Analysis) -> None:
+    assert analysis.links == (Link(IMAGES, ""), Link("", RESULTS))
+
+
+class Again(nn.Module):
+    """Runs one captured part on what it gave before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(Block(8), Block(8))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(finite(self.body(finite(self.stem(x))))).mean((2, 3)))
+
+
+def test_what_reads_its_own_results_is_drawn_once_through() -> None:
+    analysis = fxprune.analyze(build(Again), labelled())
+    assert Link("body", "body") in analysis.links
+    picture = make_picture(analysis)
+    assert arrows(picture) == {
+        ("images", "stem"), ("stem", "body.0"), ("body.0", "body.1"), ("body.1", "fc"), ("fc", "results"),
+    }  # fmt: skip
+
+
+# Blocks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_and_arrows_of_a_chain(analysis: Analysis) -> None:
+    picture = make_picture(analysis)
+    names = ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "mean", "fc"]
+    assert arrows(picture) == set(zip(["images", *names], [*names, "results"], strict=True))
+    stem, first, *_, mean, fc = picture["blocks"]
+    assert picture["regions"][first["region"]]["name"] == "blocks.0"
+    assert first["summary"] == "Conv2d · BatchNorm2d · ReLU · add"
+    assert first["params"] == 8 * 8 * 9 + 16
+    assert mean["glue"]
+    assert stem["region"] is None
+    reasons = {rejection["name"]: rejection["reason"] for rejection in picture["rejections"]}
+    assert (stem["reason"], fc["reason"]) == (reasons["stem"], reasons["fc"])
+
+
+def test_arrows_go_from_island_to_island() -> None:
+    picture = make_picture(fxprune.analyze(build(Pyramid), labelled()))
+    assert {("body.1", "down.0"), ("body.1", "head.0"), ("down.1", "head.0"), ("head.1", "results")} <= arrows(picture)
+    assert ("images", "body.0") in arrows(picture)
+
+
+class Shuffled(nn.Module):
+    """Mixes its channels by numbers that it computes from sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = Block(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(self.stem(x))
+        n, c, h, w = x.size()
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_arithmetic_on_sizes_is_left_out() -> None:
+    picture = make_picture(fxprune.analyze(build(Shuffled), labelled()))
+    assert labels(picture) == ["stem", "block", "view · transpose · reshape · mean", "fc"]
+    assert not {"size", "floordiv", "getitem"} & {node["op"] for node in picture["nodes"]}
+
+
+def of_six(system: System) -> tuple[nn.Module, Any]:
+    sizes = Sizes(classifier_px=64, classifier_images=2, detector_px=128, detector_images=1)
+    return system.build(sizes, 2 if system.family == "ultralytics" else None)
+
+
+@pytest.mark.parametrize(
+    "system", [pytest.param(s, marks=[] if s.family == "classifier" else pytest.mark.slow, id=s.name) for s in SIX]
+)
+def test_pictures_of_the_six_hold_together(system: System) -> None:
+    model, batch = of_six(system)
+    analysis = fxprune.analyze(model, [batch], criterion="l1")
+    picture = make_picture(analysis)
+    graph = nx.DiGraph([tuple(edge) for edge in picture["block_edges"]])
+    assert nx.is_directed_acyclic_graph(graph)
+    assert set(graph) == {FIRST, LAST, *range(len(picture["blocks"]))}
+    assert nx.ancestors(graph, LAST) == set(graph) - {LAST}
+    assert nx.descendants(graph, FIRST) == set(graph) - {FIRST}
+    members = [node for block in picture["blocks"] for node in block["nodes"]]
+    assert sorted(members) == list(range(len(picture["nodes"])))
+    for index, region in enumerate(picture["regions"]):
+        assert [picture["nodes"][node]["name"] for node in region["nodes"]]
+        assert picture["blocks"][picture["nodes"][region["exit"]]["block"]]["region"] is not None or not (
+            analysis.regions[index].block
+        )
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_percent_has_the_plan_that_the_analysis_makes(analysis: Analysis) -> None:
+    picture = make_picture(analysis)
+    assert picture["initial"] is None
+    assert [row["budget"] for row in picture["plans"][:3]] == [0.01, 0.02, 0.03]
+    for row in picture["plans"]:
+        plan = analysis.plan(row["budget"])
+        assert [picture["regions"][index]["name"] for index in row["removed"]] == [r.name for r in plan.removed]
+        assert row["after"] == vars(plan.after)
+
+
+@pytest.mark.parametrize("of", [lambda plan, pruned: plan, lambda plan, pruned: pruned], ids=["plan", "pruned"])
+def test_a_plan_and_a_pruned_model_show_what_went(
+    tiny_model: nn.Module, plan: Plan, analysis: Analysis, of: Callable[..., Any]
+) -> None:
+    picture = make_picture(of(plan, fxprune.apply(tiny_model, plan)))
+    assert picture["initial"] == 0
+    assert labels(picture) == labels(make_picture(analysis))
+    (row,) = picture["plans"]
+    assert [picture["regions"][index]["name"] for index in row["removed"]] == [r.name for r in plan.removed]
+    assert picture["title"] == "Tiny"
+    assert sorted(region["rank"] for region in picture["regions"]) == [1, 2, 3, 4]
+
+
+def test_it_is_json(analysis: Analysis) -> None:
+    picture = make_picture(analysis)
+    assert json.loads(json.dumps(picture)) == json.loads(json.dumps(picture, default=list))
+
+
+def test_a_model_that_was_not_pruned_is_refused() -> None:
+    with pytest.raises(ModelError, match="Detector carries no fxprune plan; draw what fxprune"):
+        make_picture(build(Detector))
