@@ -14,7 +14,8 @@ PAGE = "max-width:72em;font-family:system-ui,sans-serif;font-size:13px;line-heig
 TABLE = "border-collapse:collapse;width:100%;margin:.2em 0 .4em;font-size:inherit;table-layout:auto"
 TITLE = "font-weight:600;font-size:1.1em;margin:1em 0 .2em"
 NOTE = "opacity:.75;margin:.15em 0"
-CELL = f"padding:.12em .6em;border:0;border-bottom:1px solid {LINE};background:transparent;vertical-align:top"
+LINED = f"background:transparent;border:0;border-bottom:1px solid {LINE}"
+CELL = "padding:.12em .6em;border:0;vertical-align:top;font-family:inherit"
 MONO = "font-family:ui-monospace,monospace;font-size:.95em"
 KINDS = {
     "mark": "text-align:left;white-space:nowrap;width:1.5em",
@@ -57,7 +58,7 @@ def _section(section: Section) -> str:
 
 def _table(section: Section) -> str:
     heads = "".join(map(_head, section.columns)) if any(column.title for column in section.columns) else ""
-    head = f'<thead><tr style="background:transparent">{heads}</tr></thead>' if heads else ""
+    head = f'<thead><tr style="{LINED}">{heads}</tr></thead>' if heads else ""
     rows = "".join(_row(section.columns, row) for row in section.rows)
     return f'<table style="{TABLE}">{head}<tbody>{rows}</tbody></table>'
 
@@ -73,7 +74,7 @@ def _head(column: Column) -> str:
 
 def _row(columns: tuple[Column, ...], row: Row) -> str:
     cells = "".join(_cell(column, cell, row.removed) for column, cell in zip(columns, row.cells, strict=True))
-    return f'<tr style="background:transparent">{cells}</tr>'
+    return f'<tr style="{LINED}">{cells}</tr>'
 
 
 def _cell(column: Column, cell: str | Bar, removed: bool) -> str:

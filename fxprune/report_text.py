@@ -16,7 +16,7 @@ from rich.text import Text
 from fxprune.report_sections import Column, Row, Section
 
 WIDEST, NARROW = 120, 90
-NUMBERS = 28
+NUMBERS = 23
 """Columns that the mark, the score and the costs of a block take."""
 MARKDOWN_BAR = 24
 
