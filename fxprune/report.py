@@ -1,17 +1,15 @@
-"""What was removed, what stayed and why, before and after: as a value, and as a table."""
+"""What was removed, what stayed and why, before and after: as a value that prints."""
 
 from __future__ import annotations
 
 import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from fxprune.detectors.choice import network_of
@@ -19,111 +17,121 @@ from fxprune.driver import plans_of
 from fxprune.errors import ModelError
 from fxprune.plan import Candidate, Plan, Totals
 from fxprune.regions import Rejection
+from fxprune.report_html import html
+from fxprune.report_sections import Section, change, describe
+from fxprune.report_text import markdown, terminal
 
 
 @dataclass(frozen=True)
 class Report:
-    """What fxprune did to a model.
+    """What fxprune did to a model, or would do.
+
+    It prints as tables in the terminal's width, and shows itself in a notebook.
 
     Attributes
     ----------
-    before, after : Totals
-        FLOPs per calibration image, parameters and blocks of the model as first given and as it is now.
-    regions : tuple of Candidate
-        Every candidate by ascending score, with `removed`.
-    rejections : tuple of Rejection
-        What could not go, and why.
-    settings : mapping
-        Criterion, images, targets, seed, versions; `budget` and `cost`; `prunings`, how many plans were applied.
+    plans : tuple of Plan
+        What was carried out, oldest first.
+    applied : bool
+        Whether it was; False for the report of a plan.
 
     Examples
     --------
     >>> report = fxprune.report(pruned)                            # doctest: +SKIP
     >>> print(report)                                              # doctest: +SKIP
+    >>> Path("report.md").write_text(report.to_markdown())         # doctest: +SKIP
     >>> [region.name for region in report.regions if region.removed]  # doctest: +SKIP
     ['backbone.body.layer3.4']
     """
 
-    before: Totals
-    after: Totals
-    regions: tuple[Candidate, ...]
-    rejections: tuple[Rejection, ...]
-    settings: Mapping[str, Any]
+    plans: tuple[Plan, ...]
+    applied: bool = True
+
+    @property
+    def before(self) -> Totals:
+        """FLOPs per calibration image, parameters and blocks of the model as first given."""
+        return self.plans[0].before
+
+    @property
+    def after(self) -> Totals:
+        """The same of the model as it is now."""
+        gone = sum(plan.before.blocks - plan.after.blocks for plan in self.plans)
+        return replace(self.plans[-1].after, blocks=self.before.blocks - gone)
+
+    @property
+    def regions(self) -> tuple[Candidate, ...]:
+        """Every candidate by ascending score, with `removed`; scores of several prunings do not compare."""
+        *earlier, last = self.plans
+        regions = [*last.regions, *(region for plan in earlier for region in plan.removed)]
+        return tuple(sorted(regions, key=lambda region: region.score))
 
     @property
     def removed(self) -> tuple[Candidate, ...]:
         """The regions that went."""
         return tuple(region for region in self.regions if region.removed)
 
+    @property
+    def rejections(self) -> tuple[Rejection, ...]:
+        """What could not go, and why."""
+        return self.plans[-1].rejections
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Criterion, images, targets, seed, versions, `budget` and `cost` of the last pruning.
+
+        Also `prunings`, how many there were, and, if there was more than one, `earlier`: the settings of the others,
+        each with the names of what it `removed`.
+        """
+        *others, last = self.plans
+        earlier = [{**_settings(plan), "removed": [region.name for region in plan.removed]} for plan in others]
+        return {**_settings(last), "prunings": len(self.plans), **({"earlier": earlier} if earlier else {})}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, ready for JSON."""
-        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return data
+        data = {
+            "applied": self.applied,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "regions": [asdict(region) for region in self.regions],
+            "rejections": [asdict(rejection) for rejection in self.rejections],
+            "settings": self.settings,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(data))
+        return plain
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown, for a model card or a pull request."""
+        return markdown(self._sections())
+
+    def __repr__(self) -> str:
+        flops = change(self.before.flops, self.after.flops)
+        return f"<Report: {len(self.removed)} of {len(self.regions)} candidates, {flops} FLOPs; print it to see more>"
 
     def __str__(self) -> str:
-        width = min(shutil.get_terminal_size((100, 24)).columns, 140)
+        width = shutil.get_terminal_size((100, 24)).columns
         console = Console(file=io.StringIO(), width=width, color_system=None)
         console.print(self)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text.rstrip("\n")
+        return "\n".join(line.rstrip() for line in text.splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._summary()
-        yield from self._tables(options.max_width)
-        yield Text(self._sentence(), style="dim")
+        yield from terminal(self._sections(), options.max_width)
 
-    def _summary(self) -> Table:
-        table = Table(box=None, pad_edge=False)
-        for column in ("", "before", "after", "removed"):
-            table.add_column(column, justify="left" if not column else "right")
-        table.add_row("FLOPs per image", *_change(self.before.flops, self.after.flops))
-        table.add_row("parameters", *_change(self.before.params, self.after.params))
-        blocks = (self.before.blocks, self.after.blocks)
-        table.add_row("blocks", f"{blocks[0]}", f"{blocks[1]}", f"{blocks[0] - blocks[1]}")
-        return table
+    def _repr_html_(self) -> str:
+        return html(self._sections())
 
-    def _tables(self, width: int) -> Iterator[Table]:
-        table = Table(title="Regions, least important first", title_justify="left", expand=False)
-        table.add_column("", width=1)
-        table.add_column("region", overflow="fold")
-        table.add_column("kind")
-        table.add_column("score", justify="right", no_wrap=True)
-        table.add_column("FLOPs", justify="right", no_wrap=True)
-        table.add_column("params", justify="right", no_wrap=True)
-        for region in self.regions:
-            mark, style = ("✂", "bold red") if region.removed else ("", "")
-            share = f"{region.flops / self.before.flops:.1%}"
-            table.add_row(
-                mark, region.name, region.kind, f"{region.score:.3g}", share, quantity(region.params), style=style
-            )
-        yield table
-        if self.rejections and width >= 60:
-            reasons: dict[str, list[str]] = {}
-            for rejection in self.rejections:
-                reasons.setdefault(_kind_of(rejection.reason), []).append(rejection.name)
-            refused = Table(title="Not removable", title_justify="left")
-            refused.add_column("layers", overflow="fold", ratio=1)
-            refused.add_column("why", overflow="fold", ratio=1)
-            for reason, names in reasons.items():
-                refused.add_row(_listed(names), reason)
-            yield refused
-
-    def _sentence(self) -> str:
-        settings = self.settings
-        return (
-            f"✂ removed {len(self.removed)} of {len(self.regions)} candidates for a budget of {settings['budget']:.3g}"
-            f" of {settings['cost']}, by {settings['criterion']} on {settings['images']} images"
-            f" (targets: {settings['targets']}; seed {settings['seed']})"
-        )
+    def _sections(self) -> tuple[Section, ...]:
+        return describe(self.plans, self.applied, self.before, self.after)
 
 
-def report(pruned: nn.Module) -> Report:
-    """Say what was removed from a model.
+def report(pruned: nn.Module | Plan) -> Report:
+    """Say what was removed from a model, or what a plan would remove.
 
     Parameters
     ----------
-    pruned : Module
-        What `fxprune.compile` or `fxprune.apply` returned. If it was pruned more than once, the report adds up.
+    pruned : Module or Plan
+        What `fxprune.compile` or `fxprune.apply` returned; if it was pruned more than once, the report adds up. Or a
+        plan that was not carried out.
 
     Returns
     -------
@@ -137,40 +145,15 @@ def report(pruned: nn.Module) -> Report:
     Examples
     --------
     >>> print(fxprune.report(pruned))                              # doctest: +SKIP
+    >>> print(fxprune.report(analysis.plan(budget=0.2)))           # doctest: +SKIP
     """
-    plans = [Plan.from_dict(data) for data in plans_of(network_of(pruned))]
+    if isinstance(pruned, Plan):
+        return Report((pruned,), applied=False)
+    plans = tuple(Plan.from_dict(data) for data in plans_of(network_of(pruned)))
     if not plans:
         raise ModelError(f"{type(pruned).__name__} carries no fxprune plan: it was not pruned, or rebuilt since")
-    last = plans[-1]
-    regions = [*last.regions, *(region for plan in plans[:-1] for region in plan.removed)]
-    settings = {**last.settings, "budget": last.budget, "cost": last.cost, "prunings": len(plans)}
-    first = plans[0].before
-    gone = sum(plan.before.blocks - plan.after.blocks for plan in plans)
-    return Report(
-        before=first,
-        after=replace(last.after, blocks=first.blocks - gone),
-        regions=tuple(sorted(regions, key=lambda region: region.score)),
-        rejections=last.rejections,
-        settings=settings,
-    )
+    return Report(plans)
 
 
-def quantity(value: float) -> str:
-    """Write a count with an SI prefix: ``quantity(12_300_000) == "12.3M"``."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor * 0.9995:  # what rounds to 1000 of the smaller unit is 1 of this one
-            return f"{value / factor:.3g}{prefix}"
-    return f"{value:.0f}"
-
-
-def _change(before: float, after: float) -> tuple[str, str, str]:
-    return quantity(before), quantity(after), f"{1 - after / before:.1%}"
-
-
-def _kind_of(reason: str) -> str:
-    return "it changes the shape" if reason.startswith("it turns") else reason
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _settings(plan: Plan) -> dict[str, Any]:
+    return {**plan.settings, "budget": plan.budget, "cost": plan.cost}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune import ModelError
+from fxprune import ModelError, Plan
 from fxprune.report import Report
 from tests.hostile import removed
 from tests.models import Detector, Tiny, build, flops_of, labelled, params_of, partly_labelled
@@ -91,7 +91,7 @@ def test_reports_of_one_model_are_equal(pruned_tiny: nn.Module, report: Report) 
 def test_to_dict_is_plain_data(report: Report) -> None:
     data = report.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
-    assert set(data) == {"before", "after", "regions", "rejections", "settings"}
+    assert set(data) == {"applied", "before", "after", "regions", "rejections", "settings"}
     assert data["before"] == {"flops": report.before.flops, "params": report.before.params, "blocks": 4}
     assert [row["name"] for row in data["regions"] if row["removed"]] == [r.name for r in report.removed]
     data["regions"][0]["layers"].append("harm")
@@ -112,6 +112,23 @@ def test_a_report_survives_copies(kind: type[nn.Module], times: int) -> None:
 
 def test_a_report_survives_precision_and_mode(pruned_tiny: nn.Module, report: Report) -> None:
     assert fxprune.report(copy.deepcopy(pruned_tiny).half().train()) == report
+
+
+# Of a plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_reports_what_it_will_do(tiny_model: nn.Module, plan: Plan) -> None:
+    before, after = fxprune.report(plan), fxprune.report(fxprune.apply(tiny_model, plan))
+    assert (before.applied, after.applied) == (False, True)
+    assert before != after
+    assert before.to_dict() == {**after.to_dict(), "applied": False}
+    assert str(before).startswith("This plan removes 2 of 4 candidates\n")
+    assert str(after).startswith("fxprune removed 2 of 4 candidates\n")
+    assert str(before).splitlines()[1:] == str(after).splitlines()[1:]
+
+
+def test_the_repr_is_one_line(report: Report) -> None:
+    assert repr(report) == "<Report: 2 of 4 candidates, −45.7% FLOPs; print it to see more>"
 
 
 # Pruned more than once -----------------------------------------------------------------------------------------------
@@ -135,6 +152,9 @@ def test_pruning_twice_names_the_last_settings(pruned_twice: nn.Module, report: 
     assert (settings["prunings"], settings["criterion"], settings["cost"]) == (2, "l1", "params")
     assert settings["budget"] == 0.2
     assert (report.settings["prunings"], report.settings["criterion"]) == (1, "fisher")
+    (earlier,) = settings["earlier"]
+    assert earlier["removed"] == [region.name for region in report.removed]
+    assert {**earlier, "prunings": 1} == {**report.settings, "removed": earlier["removed"]}
     json.dumps(fxprune.report(pruned_twice).to_dict(), allow_nan=False)
 
 

@@ -1,0 +1,57 @@
+"""Plans made by hand: scores, names and reasons that no model of the tests would give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fxprune.plan import Candidate, Plan, Totals
+from fxprune.regions import Rejection
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "a|b",
+    "`c`",
+    "*d*",
+    "[red]e[/red]",
+    "f\ng",
+    "__h__",
+    "&amp;",
+    '"><img src=x>',
+    "backbone." * 20 + "end",
+)
+
+
+def block(name: str, score: float, removed: bool = False, **others: Any) -> Candidate:
+    """A block that is one node of its own."""
+    values = {
+        "name": name,
+        "kind": "bypass",
+        "island": "",
+        "exit": name,
+        "stand_in": "x",
+        "nodes": (name,),
+        "layers": (name,),
+        "score": score,
+        "flops": 1e6,
+        "params": 1000,
+        "block": True,
+        "removed": removed,
+    }
+    return Candidate(**{**values, **others})
+
+
+def plan_of(
+    regions: Sequence[Candidate], reasons: Mapping[str, str] | None = None, settings: Mapping[str, Any] | None = None
+) -> Plan:
+    """A plan for a model of which these regions are all."""
+    blocks, gone = [region for region in regions if region.block], [region for region in regions if region.removed]
+    before = Totals(sum(one.flops for one in blocks), sum(one.params for one in blocks), len(blocks))
+    after = Totals(
+        before.flops - sum(one.flops for one in gone),
+        before.params - sum(one.params for one in gone),
+        before.blocks - sum(one.block for one in gone),
+    )
+    rejections = tuple(Rejection(name, reason) for name, reason in (reasons or {}).items())
+    settings = {"criterion": "fisher", **(settings or {})}
+    return Plan(0.1, "flops", settings, before, after, (), tuple(regions), rejections, nodes=(), links=())
