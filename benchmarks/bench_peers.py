@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_peers [MODEL ...]              # composed digits; train with benchmarks.train first
     python -m benchmarks.bench_peers --coco DIR [MODEL ...]   # COCO 2017 and released weights, where at hand
+    python -m benchmarks.retime_peers [MODEL ...]             # time what is in the results again, on a quiet machine
 
 Both see the same calibration images and, where they need gradients, take them of the same loss. The peer's ratio is
 searched until it saves the FLOPs that our own `fisher` saves at that budget, and swept, so that the two can be
@@ -111,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--sweep", nargs="+", type=float, default=list(SWEEP), help="pruning ratios of Torch-Pruning")
     parser.add_argument("--no-sweep", dest="sweep", action="store_const", const=[])
-    parser.add_argument("--rounds", type=int, default=15, help="of timing")
+    parser.add_argument("--rounds", type=int, default=31, help="of timing")
     parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
     parser.add_argument("--finetune-images", type=int, default=512, help="training images, seen once; 0: none")
     parser.add_argument("--no-finetune-sweep", dest="finetune_sweep", action="store_false", help="tune cuts only")

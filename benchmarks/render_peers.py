@@ -12,8 +12,8 @@ from benchmarks.results import RESULTS, Row, read_rows
 
 LEVEL = 0.005
 """Differences in mAP up to this count as level."""
-NOISY = 0.1
-"""Width of the unpruned model's quartiles against itself from which no latency is compared."""
+NOISY = 0.05
+"""Uncertainty of the unpruned model's latency against itself from which no latency is compared."""
 HEALS = {"none": "as pruned", "finetune": "fine-tuned"}
 TOOLS = ("fxprune", "torch-pruning")
 OWN_CRITERIA = ("fisher", "ablation")
@@ -38,7 +38,7 @@ def heading(rows: Sequence[Row]) -> str:
     """One model: what it is without pruning, and after fine-tuning alone."""
     first = unpruned(rows, "none")
     warning = "" if measurable(first) else " **Too noisy to compare latencies.**"
-    noise = f"{first['floor']:.3f} [{first['floor_low']:.3f}, {first['floor_high']:.3f}]"
+    noise = f"{first['floor']:.3f} ± {uncertainty(first):.3f} (median of {first['rounds']} rounds, 95 %)"
     tuned = [row for row in rows if row["kind"] == "unpruned" and row["heal"] == "finetune"]
     also = f" (fine-tuned on {tuned[0]['finetune_images']} images: {show(tuned[0]['mAP'])})" if tuned else ""
     return (
@@ -81,9 +81,17 @@ def cut_table(rows: Sequence[Row]) -> str:
 
 
 def measurable(row: Row) -> bool:
-    """Whether the unpruned model took as long as itself: its quartiles hold 1 and are narrow."""
-    low, high = float(row["floor_low"]), float(row["floor_high"])
-    return low <= 1 <= high and high - low <= NOISY
+    """Whether the unpruned model took as long as itself, to within a small uncertainty."""
+    return bool(abs(row["floor"] - 1) <= uncertainty(row) <= NOISY)
+
+
+def uncertainty(row: Row) -> float:
+    """Half the 95 % interval of the median of the unpruned model's latency against itself.
+
+    1.96 standard errors of a median, 1.2533 sigma / sqrt(rounds); sigma from the quartiles as of normal values.
+    """
+    sigma = (row["floor_high"] - row["floor_low"]) / 1.349
+    return float(1.96 * 1.2533 * sigma / row["rounds"] ** 0.5)
 
 
 def find(rows: Iterable[Row], method: str, budget: float, heal: str) -> Row | None:
@@ -140,7 +148,7 @@ def latency_table(rows: Sequence[Row]) -> str:
         for peer in peers:
             heals = ["none", *(["finetune"] if tuned else [])]
             cells.append(" / ".join(kept(curve(rows, peer, heal), row["latency_ratio"]) for heal in heals))
-        star = "*" if row["latency_ratio"] >= row["floor_low"] else ""
+        star = "*" if row["latency_ratio"] >= 1 - uncertainty(row) else ""
         lines.append(
             f"| {row['budget']:.0%} | {row['method']} | {row['latency_ratio']:.2f}{star} | {' | '.join(cells)} |"
         )

@@ -1,0 +1,75 @@
+"""Time what `benchmarks.bench_peers` has measured again: accuracy may be taken on a busy machine, latency not.
+
+    python -m benchmarks.retime_peers [MODEL ...] [--rounds 31]
+
+Every version in ``results/bench_peers.jsonl`` is made anew from its row, its regions or its pruning ratio, and all
+versions of a detector are timed in turn. The rows keep their accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import nn
+
+import fxprune
+from benchmarks import render_peers
+from benchmarks.bench_paper import removing
+from benchmarks.bench_peers import PEERS
+from benchmarks.channels import first_working_way, prune_channels
+from benchmarks.results import Row, machine, read_rows, replace_rows
+from benchmarks.subjects import UNPRUNED, Subject, add_options, subjects
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Time the detectors asked for, write rows model by model, render."""
+    parser = argparse.ArgumentParser(description="Latency of the versions that bench_peers has measured.")
+    add_options(parser)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--timed-images", type=int, default=8, help="images a batch")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in subjects(options):
+        rows = [row for row in read_rows("bench_peers") if row["model"] == subject.name]
+        replace_rows("bench_peers", subject.name, retime(subject, rows, options.rounds, options.timed_images))
+    render_peers.main([])
+
+
+def retime(subject: Subject, rows: list[Row], rounds: int, images: int) -> list[Row]:
+    """The rows of one detector with new latencies."""
+    latencies = subject.time_beside(versions(subject, rows), rounds, images)
+    new = {"rounds": rounds, "timed_images": images, "machine": machine()}
+    return [row if row["kind"] == "failed" else {**row, **latencies.columns(key_of(row)), **new} for row in rows]
+
+
+def versions(subject: Subject, rows: list[Row]) -> dict[str, nn.Module]:
+    """Every pruned version that rows are of."""
+    batches = subject.batches()
+    analysis = fxprune.analyze(subject.model, batches[:1], criterion="random")
+    prepared = {peer: first_working_way(subject.model, batches, settings)[0] for peer, settings in PEERS.items()
+                if any(row["method"] == f"torch-pruning {peer}" for row in rows)}  # fmt: skip
+    models: dict[str, nn.Module] = {}
+    for row in rows:
+        if row["kind"] not in ("cut", "sweep") or key_of(row) in models:
+            continue
+        if row["regions"] is not None:
+            models[key_of(row)] = fxprune.apply(subject.model, removing(analysis, set(row["regions"]))).eval()
+            continue
+        peer = row["method"].removeprefix("torch-pruning ")
+        ready = prepared[peer]
+        if ready is None:
+            raise ValueError(f"{row['method']} does not take {subject.name} any more, but the results have it")
+        models[key_of(row)] = prune_channels(ready, PEERS[peer], row["ratio"])[0]
+    return models
+
+
+def key_of(row: Row) -> str:
+    """The same for rows of one version."""
+    if row["kind"] == "unpruned":
+        return UNPRUNED
+    return f"{row['method']} {row['ratio']}" if row["regions"] is None else " + ".join(row["regions"])
+
+
+if __name__ == "__main__":
+    main()
