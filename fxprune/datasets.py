@@ -125,7 +125,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             "iscrowd": torch.tensor([box.crowd for box in found], dtype=torch.int64),
             "image_id": record["id"],
         }
-        return _read_image(self.images / record["file_name"], record), target
+        return read_image(self.images / record["file_name"], record), target
 
 
 def _path(place: str | Traversable) -> Traversable:
@@ -217,7 +217,7 @@ def _read_box(entry: Any, name: str) -> Box:
     return box
 
 
-def _read_image(file: Traversable, record: Mapping[str, Any]) -> Tensor:
+def read_image(file: Traversable, record: Mapping[str, Any]) -> Tensor:
     """Pixels as float32 of shape (3, H, W) in [0, 1]."""
     try:
         with Image.open(io.BytesIO(file.read_bytes())) as image:
