@@ -12,8 +12,8 @@ from fxprune.commands import options as o
 from fxprune.commands import output, tables, work
 from fxprune.commands.data import check_data, open_pictures
 from fxprune.commands.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions
-from fxprune.commands.running import EXIT_STATUS, Command, runnable, version_line
-from fxprune.commands.terminal import Result, Terminal
+from fxprune.commands.running import EXIT_STATUS, Command, runnable, told, version_line
+from fxprune.commands.terminal import Result, Terminal, open_terminal
 from fxprune.criteria import CRITERIA
 from fxprune.demo import DEMO_CRITERIA, run_demo
 from fxprune.plan import Plan
@@ -47,9 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     try:
-        typer.main.get_command(app)(args=None if argv is None else list(argv), prog_name="fxprune")
+        with told(open_terminal(), debug=False):
+            typer.main.get_command(app)(args=None if argv is None else list(argv), prog_name="fxprune")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
+    except typer.Exit as end:
+        return end.exit_code
     return 0
 
 
@@ -173,6 +176,7 @@ def draw(
     scores: ScoreOptions,
     plan: Annotated[Path | None, o.option(o.SCORES, "Draw this plan; nothing is analyzed.", metavar="FILE")] = None,
     force: o.ForceFlag = False,
+    json: o.JsonFlag = False,
 ) -> Result:
     """Draw what could go, or what went."""
     if plan is None and model.pruned is None:
@@ -188,7 +192,7 @@ def draw(
             what = work.analyzed(work.opened(model, data.device, tell), data, scores, tell)
         tell("draw", 0, 1)
         output.write_file(picture, force, lambda draft: output.draw(what, draft))
-    return Result({"picture": str(picture)}, "", f"wrote {picture}")
+    return Result({"picture": str(picture)}, None, f"wrote {picture}")
 
 
 @command("Cut")

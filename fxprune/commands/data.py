@@ -100,7 +100,7 @@ def open_pictures(model: nn.Module, options: DataOptions, split: Split) -> Pictu
     else:
         dataset = load_dataset(split)
     most = options.limit or (CALIBRATION_IMAGES if split == "calibration" else len(dataset))
-    labels = _shifted(network, dataset) if options.data is not None else None
+    labels = _numbered(network, dataset) if isinstance(dataset, YoloDataset) else None
     _check_classes(network, dataset, 0 if labels is None else 1)
     return Pictures(_spread(dataset, most), not isinstance(dataset, ImageFolder), labels)
 
@@ -111,11 +111,13 @@ def _spread(dataset: Any, most: int) -> Any:
     return dataset if count <= most else Subset(dataset, [index * count // most for index in range(most)])
 
 
-def _shifted(network: nn.Module, dataset: Any) -> dict[int, int] | None:
-    """Torchvision's detectors count classes from 1, ultralytics' data sets from 0."""
-    if ultralytics.ADAPTER.fits(network, None) or names_of(network) is not None:
+def _numbered(network: nn.Module, dataset: YoloDataset) -> dict[int, int] | None:
+    """Match classes by number where the model has no names for them: ultralytics counts from 0, torchvision from 1."""
+    names = names_of(network)
+    if names is not None and any(name != str(number) for number, name in names.items()):
         return None
-    return {label + 1: label for label in dataset.categories}
+    first = 0 if ultralytics.ADAPTER.fits(network, None) else 1
+    return {label + first: label for label in dataset.categories}
 
 
 def _check_classes(network: nn.Module, dataset: Any, shift: int) -> None:

@@ -224,9 +224,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load(path.read_bytes())
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        said = str(error).split("\n")[0][:200]
         raise StorageError(
-            f"{path} holds no plain weights ({said}); give .safetensors, or what torch.save(model.state_dict()) wrote"
+            f"{path} holds no plain weights ({type(error).__name__}); give .safetensors, or what"
+            " torch.save(model.state_dict(), file) wrote: pickled models are not opened"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import torchvision
 import typer
 
 from fxprune.analysis import COSTS
@@ -35,6 +36,11 @@ def choice(panel: str, text: str, known: Iterable[str], **more: Any) -> Any:
     return option(panel, text, callback=check, autocompletion=lambda: allowed, metavar="NAME", **more)
 
 
+def _known_models() -> list[str]:
+    detectors = torchvision.models.list_models(module=torchvision.models.detection)
+    return ["bundled", *(f"torchvision:{name}" for name in detectors)]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, with which weights."""
@@ -46,6 +52,7 @@ class ModelOptions:
             help="bundled, torchvision:NAME, ultralytics:FILE (.yaml, or .pt: a pickle, so trust its source), or"
             " module:function of your own.",
             show_default=False,
+            autocompletion=_known_models,
         ),
     ]
     classes: Annotated[

@@ -61,7 +61,7 @@ def plan_view(plan: Plan) -> RenderableType:
         f" ({saved} params), by {settings['criterion']} on {settings['images']} images (targets:"
         f" {settings['targets']}; seed {settings['seed']}). {len(plan.rejections)} layers cannot go; --json says why."
     )
-    return Group(table, Text(sentence, style="dim"))
+    return Group(table, "", Text(sentence, style="dim"))
 
 
 def scores_view(scores: Mapping[str, float], images: int) -> RenderableType:
@@ -123,7 +123,7 @@ def curve(spots: Sequence[tuple[float, float]], width: int) -> Text:
 
 
 def _table(*columns: str, left: int = 1) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for position, column in enumerate(columns):
         name = column == "region"
         table.add_column(column, justify="left" if position < left else "right", overflow="fold", no_wrap=not name)

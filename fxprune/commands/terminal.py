@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 Tell = Callable[[str, int, int | None], None]
 """``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
-UNITS = {"attribution": "img/s", "evaluate": "img/s", "ablation": "regions/s"}
+UNITS = {"ablation": "regions"}
+"""What a stage counts, if not images."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Result:
     """What a command found: as plain data, as something to look at, and a remark that is no part of either."""
 
     data: Any
-    view: RenderableType
+    view: RenderableType | None
     remark: str = ""
 
 
@@ -43,10 +43,9 @@ class Terminal:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description:<12}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            _Rate(),
-            Elapsed(),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            _Pace(),
         )
         with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as bars:
             tasks: dict[str, Any] = {}
@@ -62,7 +61,7 @@ class Terminal:
         """Print a result, and its remark."""
         if as_json:
             self.out.file.write(to_json(result.data))
-        else:
+        elif result.view is not None:
             self.out.print(result.view)
         self.out.file.flush()
         if result.remark:
@@ -99,7 +98,11 @@ class _Out(Console):
         raise
 
 
-class _Rate(ProgressColumn):
+class _Pace(ProgressColumn):
     def render(self, task: Task) -> Text:
-        speed, unit = task.finished_speed or task.speed, UNITS.get(task.description)
-        return Text(f"{speed:.3g} {unit}" if speed and unit else "", style="progress.data.speed")
+        """How much of how much, and how fast on the whole; nothing for a stage of one step."""
+        if task.total is None or task.total <= 1:
+            return Text("")
+        seconds, unit = task.finished_time or task.elapsed, UNITS.get(task.description, "img")
+        rate = f", {task.completed / seconds:.3g} {unit}/s" if seconds and task.completed else ""
+        return Text(f"{task.completed:g}/{task.total:g} {unit}{rate}", style="progress.data.speed")

@@ -41,8 +41,9 @@ def analyzed(model: nn.Module, data: DataOptions, scores: ScoreOptions, tell: Te
         if stage == "attribution":
             done, total = min(done * data.batch, images), images
         tell(stage, done, total)
+        if (stage, done) == ("capture", 1):
+            tell("attribution", 0, images)
 
-    counted("attribution", 0, None)
     return analyze(model, loader, criterion=scores.criterion, shapes=scores.shapes, seed=scores.seed, progress=counted)
 
 
