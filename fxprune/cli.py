@@ -28,6 +28,8 @@ EPILOG = f"""\
 
 Exit status: {", ".join(f"{status} {meaning}" for status, meaning in EXIT_STATUS.items())}."""
 
+_DEMO = list(DEMO_CRITERIA)
+
 app = typer.Typer(
     name="fxprune",
     no_args_is_help=True,
@@ -88,13 +90,10 @@ def root(
 def demo(
     terminal: Terminal,
     budget: Annotated[float, typer.Option(help="Fraction of the FLOPs to remove.")] = 0.1,
-    criterion: Annotated[
-        list[str] | None,
-        o.choice("Options", "May be given more than once", CRITERIA, show_default=", ".join(DEMO_CRITERIA)),
-    ] = None,
+    criterion: Annotated[list[str], o.choice("Options", "May be given more than once", CRITERIA)] = _DEMO,
 ) -> None:
     """Prune the bundled detector by several criteria, and compare."""
-    run_demo(terminal.out, terminal.err, budget, tuple(criterion or DEMO_CRITERIA))
+    run_demo(terminal.out, terminal.err, budget, tuple(criterion))
 
 
 @command("Look")

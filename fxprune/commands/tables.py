@@ -97,7 +97,7 @@ def curve(spots: Sequence[tuple[float, float]], width: int) -> Text:
     Examples
     --------
     >>> print(curve([(1.0, 0.6), (0.8, 0.3)], 40).plain.splitlines()[0].rstrip())
-     0.60 ┤                                ●
+     0.60 ┤                           ··●
     """
     across, top = max(width - 9, 20), max(max(value for _, value in spots), 1e-9)
     least = min(share for share, _ in spots)
@@ -117,7 +117,7 @@ def curve(spots: Sequence[tuple[float, float]], width: int) -> Text:
         else f"      │{''.join(grid[row])}"
         for row in reversed(range(HEIGHT))
     ]
-    left, right = f"{least:.0%} of the FLOPs", "100 %"
+    left, right = f"{least:.0%} of the FLOPs", "100%"
     lines += [f"      └{'─' * (across - 1)}", f"  mAP  {left}{right:>{across - 1 - len(left)}}"]
     return Text("\n".join(lines), no_wrap=True)
 
