@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -313,6 +314,17 @@ def test_plans_that_are_none_or_of_another_model(folder: Path, tmp_path: Path, c
     assert "not a JSON file" in refusal(capsys, "apply", "bundled", tmp_path / "plan.json")
     other = "torchvision:ssdlite320_mobilenet_v3_large"
     assert "the structure differs" in refusal(capsys, "apply", other, folder / "plan.json")
+
+
+def test_warnings_of_others_are_shown_on_demand(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def warned(*_: Any) -> Any:
+        warnings.warn("old and rusty", UserWarning, stacklevel=1)
+        raise fxprune.ModelError("gone")
+
+    monkeypatch.setattr(work, "open_model", warned)
+    assert refusal(capsys, "eval", "bundled") == "fxprune: ModelError: gone"
+    assert main(["eval", "bundled", "--debug"]) == 1
+    assert "old and rusty" in capsys.readouterr().err
 
 
 def test_a_surprise_is_one_paragraph_and_a_traceback_on_demand(

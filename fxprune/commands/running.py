@@ -61,15 +61,15 @@ def told(terminal: Terminal, debug: bool) -> Iterator[None]:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("default" if debug else "ignore")
             if not debug:
-                warnings.simplefilter("ignore")
                 warnings.simplefilter("always", FxpruneWarning)
                 warnings.showwarning = _remark(terminal)
             yield
     except (typer.Exit, typer.BadParameter):
         raise
     except KeyboardInterrupt:
-        terminal.say("interrupted; nothing was written")
+        terminal.say("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.out.file.fileno())
