@@ -1,34 +1,43 @@
-"""The command line. ``fxprune demo`` does the whole job on the bundled detector."""
+"""The command line: ``fxprune COMMAND MODEL``. A command takes groups of options and returns a `Result`."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
+from fxprune.commands import options as o
+from fxprune.commands import output, tables, work
+from fxprune.commands.data import check_data, open_pictures
+from fxprune.commands.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions
+from fxprune.commands.running import EXIT_STATUS, Command, runnable, told, version_line
+from fxprune.commands.terminal import Result, Terminal, open_terminal
 from fxprune.criteria import CRITERIA
 from fxprune.demo import DEMO_CRITERIA, run_demo
-from fxprune.errors import FxpruneError
-from fxprune.version import __version__
+from fxprune.plan import Plan
+from fxprune.report import report
+from fxprune.selection import check_budget
 
+EPILOG = f"""\
+[bold]Examples[/]
 
-def build_parser() -> argparse.ArgumentParser:
-    """Describe the commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="fxprune", description="Find the blocks a detector does not need, and remove them."
-    )
-    parser.add_argument("--version", action="version", version=f"fxprune {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="prune the bundled trained detector and show what it keeps")
-    demo.add_argument("--budget", type=float, default=0.1, help="fraction of FLOPs to remove (default: %(default)s)")
-    demo.add_argument(
-        "--criterion",
-        action="append",
-        choices=sorted(CRITERIA),
-        help=f"may be given more than once (default: {', '.join(DEMO_CRITERIA)})",
-    )
-    return parser
+  fxprune sweep bundled --budgets 0.1,0.2,0.3\n
+  fxprune prune ultralytics:best.pt --data data.yaml --out pruned
+
+Exit status: {", ".join(f"{status} {meaning}" for status, meaning in EXIT_STATUS.items())}."""
+
+_DEMO = list(DEMO_CRITERIA)
+
+app = typer.Typer(
+    name="fxprune",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,15 +48,180 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["demo", "--budget", "0.2", "--criterion", "fisher"])   # doctest: +SKIP
     0
     """
-    options = build_parser().parse_args(argv)
-    errors = Console(stderr=True)
     try:
-        run_demo(Console(), errors, options.budget, tuple(options.criterion or DEMO_CRITERIA))
-    except FxpruneError as error:
-        errors.print(f"[bold red]fxprune:[/] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False, highlight=False)
-        return 1
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        return 130
+        with told(open_terminal(), debug=False):
+            typer.main.get_command(app)(args=None if argv is None else list(argv), prog_name="fxprune")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except typer.Exit as end:
+        return end.exit_code
     return 0
+
+
+def command(panel: str) -> Callable[[Command], Command]:
+    """Register a command under a heading of the help."""
+
+    def register(function: Command) -> Command:
+        app.command(name=function.__name__.rstrip("_"), rich_help_panel=panel)(runnable(function))
+        return function
+
+    return register
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the versions and the device.", metavar="", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Find the blocks a detector does not need, and remove them."""
+
+
+@command("Try it")
+def demo(
+    terminal: Terminal,
+    budget: Annotated[float, typer.Option(help="Fraction of the FLOPs to remove.")] = 0.1,
+    criterion: Annotated[list[str], o.choice("Options", "May be given more than once", CRITERIA)] = _DEMO,
+) -> None:
+    """Prune the bundled detector by several criteria, and compare."""
+    run_demo(terminal.out, terminal.err, budget, tuple(criterion))
+
+
+@command("Look")
+def analyze(
+    terminal: Terminal,
+    model: ModelOptions,
+    data: DataOptions,
+    scores: ScoreOptions,
+    budget: BudgetOptions,
+    out: OutputOptions,
+) -> Result:
+    """Score every block that could go; mark those a budget takes."""
+    check_data(model, data)
+    check_budget(budget.budget)
+    output.check_folder(out.out, out.force)
+    with terminal.progress() as tell:
+        network = work.opened(model, data.device, tell)
+        analysis = work.analyzed(network, data, scores, tell)
+        plan = analysis.plan(budget.budget, budget.cost)
+
+        def fill(draft: Path) -> None:
+            plan.save(draft / "plan.json")
+            output.write_report(report(work.rewritten(network, plan, tell)), draft / output.REPORT)
+
+        remark = work.written(out, fill, analysis, tell)
+    return Result(plan.to_dict(), tables.plan_view(plan), remark)
+
+
+@command("Look")
+def eval_(terminal: Terminal, model: ModelOptions, data: DataOptions, json: o.JsonFlag = False) -> Result:
+    """Measure average precision, as COCO does."""
+    check_data(model, data, boxes=True)
+    with terminal.progress() as tell:
+        network = work.opened(model, data.device, tell)
+        pictures = open_pictures(network, data, "val")
+        scores = work.evaluated(network, pictures, data, "evaluate", tell)
+    images = len(pictures.dataset)
+    return Result({"model": model.model, "images": images, **scores}, tables.scores_view(scores, images))
+
+
+@command("Look")
+def sweep(
+    terminal: Terminal,
+    model: ModelOptions,
+    data: DataOptions,
+    scores: ScoreOptions,
+    out: OutputOptions,
+    budgets: Annotated[str, o.option(o.SCORES, "Fractions of the cost, with commas between.")] = "0.1,0.2,0.3",
+    cost: o.CostName = "flops",
+) -> Result:
+    """Prune by several budgets; show mAP and cost of each."""
+    check_data(model, data, boxes=True)
+    fractions = [check_budget(fraction) for fraction in o.read_numbers(budgets)]
+    output.check_folder(out.out, out.force)
+    with terminal.progress() as tell:
+        network = work.opened(model, data.device, tell)
+        analysis = work.analyzed(network, data, scores, tell)
+        points, plans = work.swept(network, analysis, fractions, cost, data, tell)
+        document = {
+            "model": model.model,
+            "cost": cost,
+            "settings": dict(analysis.settings),
+            "points": [point.to_dict() for point in points],
+        }
+
+        def fill(draft: Path) -> None:
+            work.save_sweep(document, plans, draft)
+
+        remark = work.written(out, fill, analysis, tell)
+    return Result(document, tables.sweep_view(points, terminal.out.width), remark)
+
+
+@command("Look")
+def draw(
+    terminal: Terminal,
+    model: ModelOptions,
+    picture: Annotated[Path, typer.Argument(help="File to write: .html .svg .png .dot .mmd", show_default=False)],
+    data: DataOptions,
+    scores: ScoreOptions,
+    plan: Annotated[Path | None, o.option(o.SCORES, "Draw this plan; nothing is analyzed.", metavar="FILE")] = None,
+    force: o.ForceFlag = False,
+    json: o.JsonFlag = False,
+) -> Result:
+    """Draw what could go, or what went."""
+    if plan is None and model.pruned is None:
+        check_data(model, data)
+    output.check_file(picture, force)
+    with terminal.progress() as tell:
+        what: object
+        if plan is not None:
+            what = Plan.load(plan)
+        elif model.pruned is not None:
+            what = work.opened(model, data.device, tell)
+        else:
+            what = work.analyzed(work.opened(model, data.device, tell), data, scores, tell)
+        tell("draw", 0, 1)
+        output.write_file(picture, force, lambda draft: output.draw(what, draft))
+    return Result({"picture": str(picture)}, None, f"wrote {picture}")
+
+
+@command("Cut")
+def prune(
+    terminal: Terminal,
+    model: ModelOptions,
+    data: DataOptions,
+    scores: ScoreOptions,
+    budget: BudgetOptions,
+    out: OutputOptions,
+) -> Result:
+    """Analyze, remove, and save the smaller model."""
+    check_data(model, data)
+    check_budget(budget.budget)
+    output.check_folder(out.out, out.force)
+    with terminal.progress() as tell:
+        network = work.opened(model, data.device, tell)
+        plan = work.analyzed(network, data, scores, tell).plan(budget.budget, budget.cost)
+        return work.finished(network, plan, out, tell)
+
+
+@command("Cut")
+def apply(
+    terminal: Terminal,
+    model: ModelOptions,
+    plan: Annotated[Path, typer.Argument(help="What analyze --json or --out wrote.", show_default=False)],
+    out: OutputOptions,
+) -> Result:
+    """Carry out a plan that analyze made."""
+    output.check_folder(out.out, out.force)
+    made = Plan.load(plan)
+    with terminal.progress() as tell:
+        return work.finished(work.opened(model, "cpu", tell), made, out, tell)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
@@ -125,7 +125,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             "iscrowd": torch.tensor([box.crowd for box in found], dtype=torch.int64),
             "image_id": record["id"],
         }
-        return _read_image(self.images / record["file_name"], record), target
+        return read_image(self.images / record["file_name"], record), target
 
 
 def _path(place: str | Traversable) -> Traversable:
@@ -217,7 +217,7 @@ def _read_box(entry: Any, name: str) -> Box:
     return box
 
 
-def _read_image(file: Traversable, record: Mapping[str, Any]) -> Tensor:
+def read_image(file: Traversable, record: Mapping[str, Any]) -> Tensor:
     """Pixels as float32 of shape (3, H, W) in [0, 1]."""
     try:
         with Image.open(io.BytesIO(file.read_bytes())) as image:
@@ -227,7 +227,8 @@ def _read_image(file: Traversable, record: Mapping[str, Any]) -> Tensor:
             f"{file} is missing: image {record['id']} of the annotations; give the folder that holds it"
         ) from error
     except (OSError, ValueError, SyntaxError, ImportError) as error:  # ultralytics' Image.open asks for a plugin
-        raise DatasetError(f"{file}, image {record['id']}, cannot be read as an image: {error}; replace it") from error
+        said = "its format is not known" if isinstance(error, (UnidentifiedImageError, ImportError)) else error
+        raise DatasetError(f"{file}, image {record['id']}, cannot be read as an image: {said}; replace it") from error
     height, width = pixels.shape[-2:]
     if record["width"] not in (None, width) or record["height"] not in (None, height):
         raise DatasetError(

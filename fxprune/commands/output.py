@@ -1,0 +1,122 @@
+"""Files and folders that appear whole or not at all, and replace nothing unasked."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from fxprune.errors import FxpruneError, StorageError
+from fxprune.report import Report
+from fxprune.weights import few
+
+REPORT, PICTURE = "report.md", "picture.html"
+_OURS = re.compile(r"(plan(-[0-9.]+)?|manifest|sweep)\.json|weights\.safetensors|report\.md|picture\.html")
+
+
+def check_folder(folder: Path | None, force: bool) -> None:
+    """Refuse a folder that cannot be written, before the work.
+
+    Raises
+    ------
+    StorageError
+        If it is there and `force` is not given, or it is a file, or holds anything that fxprune did not write.
+    """
+    if folder is None or not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.resolve() == Path.cwd():
+        raise StorageError(f"{folder} is {'the current folder' if folder.is_dir() else 'a file'}; name another folder")
+    names = sorted(path.name for path in folder.iterdir())
+    if strangers := [name for name in names if not _OURS.fullmatch(name)]:
+        raise StorageError(f"{folder} holds {few(strangers)}, which fxprune did not write; name another folder")
+    if names and not force:
+        raise StorageError(f"{folder} is there already; --force replaces it")
+
+
+def check_file(path: Path, force: bool) -> None:
+    """Refuse a file that is there, unless `force` is given, and a folder in its place."""
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; name a file")
+    if os.path.lexists(path) and not force:
+        raise StorageError(f"{path} is there already; --force replaces it")
+
+
+def write_folder(folder: Path, force: bool, fill: Callable[[Path], None]) -> None:
+    """Have a folder filled beside its place, and move it there.
+
+    Parameters
+    ----------
+    folder : Path
+        Its place; folders above it are made.
+    force : bool
+        Whether to replace what an earlier run wrote there.
+    fill : callable
+        ``fill(draft)`` writes the files into an empty folder.
+
+    Raises
+    ------
+    StorageError
+        As `check_folder`; or if it cannot be written. Whatever goes wrong, its place is as it was.
+    """
+    check_folder(folder, force)
+
+    def fill_folder(draft: Path) -> None:
+        draft.mkdir()
+        fill(draft)
+
+    with_draft(Path(os.path.realpath(folder)), fill_folder)
+
+
+def write_file(path: Path, force: bool, fill: Callable[[Path], None]) -> None:
+    """Have a file written beside its place, by ``fill(draft)``, and move it there; as `write_folder`."""
+    check_file(path, force)
+    with_draft(Path(os.path.realpath(path)), fill)
+
+
+def with_draft(place: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write beside a place, then move what it wrote there; a draft or an old folder is never left behind."""
+    draft = place.with_name(f".fxprune-{uuid4().hex[:12]}{place.suffix}")
+    old = draft.with_name(f"{draft.name}-old")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fill(draft)
+        if place.is_dir():
+            place.rename(old)
+        draft.replace(place)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"{place} cannot be written ({reason}); check its permissions and the disk") from error
+    finally:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        for left in (draft, old):
+            shutil.rmtree(left, ignore_errors=True)
+            if left.is_file():
+                left.unlink()
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write a report as Markdown."""
+    to_markdown = getattr(report, "to_markdown", None)
+    text = to_markdown() if to_markdown is not None else f"```\n{report}\n```"
+    path.write_text(f"{text.rstrip()}\n", encoding="utf-8")
+
+
+def draw(what: Any, path: Path) -> None:
+    """Draw an analysis, a plan or a pruned model; the suffix says in which format.
+
+    Raises
+    ------
+    FxpruneError
+        If this installation cannot draw.
+    """
+    try:
+        drawing = import_module("fxprune.drawing")
+    except ModuleNotFoundError as error:
+        raise FxpruneError(f"nothing can be drawn: {error.name} is not installed") from error
+    drawing.draw(what, path)

@@ -1,0 +1,138 @@
+"""What the commands print: tables, and a curve of characters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fxprune.plan import Plan, Totals
+from fxprune.report import quantity
+
+HEIGHT = 12
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget of a sweep.
+
+    Attributes
+    ----------
+    budget : float
+        What was asked for; 0 is the unpruned model.
+    cost : Totals or None
+        What the model costs then; None if the budget cannot be met.
+    removed : tuple of str
+        Names of the regions that went.
+    scores : mapping
+        As `fxprune.evaluate` gives them.
+    refusal : str
+        Why the budget cannot be met; empty if it can.
+    """
+
+    budget: float
+    cost: Totals | None
+    removed: tuple[str, ...] = ()
+    scores: Mapping[str, float] | None = None
+    refusal: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the point as plain data."""
+        return asdict(self) | {"removed": list(self.removed)}
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """Every region by ascending score, what a plan takes marked; and how many layers cannot go."""
+    table = _table("", "region", "kind", "score", "FLOPs", "params", left=3)
+    for region in sorted(plan.regions, key=lambda region: region.score):
+        share = f"{region.flops / plan.before.flops:.1%}"
+        cells = (region.kind, f"{region.score:.3g}", share, quantity(region.params))
+        table.add_row("✂" if region.removed else "", region.name, *cells, style="bold red" if region.removed else "")
+    settings = plan.settings
+    saved = f"−{1 - plan.after.flops / plan.before.flops:.1%} FLOPs, −{1 - plan.after.params / plan.before.params:.1%}"
+    sentence = (
+        f"✂ {len(plan.removed)} of {len(plan.regions)} regions go for a budget of {plan.budget:.3g} of {plan.cost}"
+        f" ({saved} params), by {settings['criterion']} on {settings['images']} images (targets:"
+        f" {settings['targets']}; seed {settings['seed']}). {len(plan.rejections)} layers cannot go; --json says why."
+    )
+    return Group(table, "", Text(sentence, style="dim"))
+
+
+def scores_view(scores: Mapping[str, float], images: int) -> RenderableType:
+    """Average precision, a figure a line."""
+    table = _table("", f"on {images} images")
+    for name, value in scores.items():
+        table.add_row(name, _score(value))
+    return table
+
+
+def sweep_view(points: Sequence[Point], width: int) -> RenderableType:
+    """A line a budget, and the curve of mAP over the FLOPs that are left."""
+    table = _table("budget", "mAP", "mAP50", "FLOPs", "params", "removed", left=1)
+    table.columns[-1].justify, table.columns[-1].overflow, table.columns[-1].no_wrap = "left", "fold", False
+    before = points[0].cost
+    assert before is not None
+    for point in points:
+        budget = f"{point.budget:.0%}" if point.budget else "unpruned"
+        if point.cost is None or point.scores is None:
+            table.add_row(budget, "", "", "", "", Text(point.refusal, style="yellow"))
+            continue
+        change = [_change(point.cost.flops, before.flops), _change(point.cost.params, before.params)]
+        table.add_row(
+            budget, *(_score(point.scores[key]) for key in ("mAP", "mAP50")), *change, ", ".join(point.removed)
+        )
+    spots = [(p.cost.flops / before.flops, p.scores["mAP"]) for p in points if p.cost and p.scores]
+    return Group(table, "", curve(spots, min(width, 100))) if len(spots) > 1 else table
+
+
+def curve(spots: Sequence[tuple[float, float]], width: int) -> Text:
+    """Draw (FLOPs left as a share, mAP) as dots joined by lines, mAP upwards from 0.
+
+    Examples
+    --------
+    >>> print(curve([(1.0, 0.6), (0.8, 0.3)], 40).plain.splitlines()[0].rstrip())
+     0.60 ┤                           ··●
+    """
+    across, top = max(width - 9, 20), max(max(value for _, value in spots), 1e-9)
+    least = min(share for share, _ in spots)
+    grid = [[" "] * across for _ in range(HEIGHT)]
+    places = [
+        (round((share - least) / max(1 - least, 1e-9) * (across - 2)), round(value / top * (HEIGHT - 1)))
+        for share, value in sorted(spots)
+    ]
+    for (x0, y0), (x1, y1) in pairwise(places):
+        for x in range(x0, x1 + 1):
+            grid[round(y0 + (y1 - y0) * (x - x0) / max(x1 - x0, 1))][x] = "·"
+    for x, y in places:
+        grid[y][x] = "●"
+    lines = [
+        f"{top * row / (HEIGHT - 1):5.2f} ┤{''.join(grid[row])}"
+        if row % (HEIGHT - 1) == 0
+        else f"      │{''.join(grid[row])}"
+        for row in reversed(range(HEIGHT))
+    ]
+    left, right = f"{least:.0%} of the FLOPs", "100%"
+    lines += [f"      └{'─' * (across - 1)}", f"  mAP  {left}{right:>{across - 1 - len(left)}}"]
+    return Text("\n".join(lines), no_wrap=True)
+
+
+def _table(*columns: str, left: int = 1) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for position, column in enumerate(columns):
+        name = column == "region"
+        table.add_column(column, justify="left" if position < left else "right", overflow="fold", no_wrap=not name)
+    return table
+
+
+def _score(value: float) -> str:
+    return f"{value:.3f}" if value == value else "no such box"
+
+
+def _change(after: float, before: float) -> str:
+    return quantity(after) + (f" −{1 - after / before:.1%}" if after < before else "")

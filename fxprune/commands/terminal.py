@@ -1,0 +1,108 @@
+"""Results on stdout, everything else on stderr; progress bars with rates."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+Tell = Callable[[str, int, int | None], None]
+"""``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
+UNITS = {"ablation": "regions"}
+"""What a stage counts, if not images."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found: as plain data, as something to look at, and a remark that is no part of either."""
+
+    data: Any
+    view: RenderableType | None
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """The console of the results, and the one of everything else."""
+
+    out: Console
+    err: Console
+
+    @contextmanager
+    def progress(self) -> Iterator[Tell]:
+        """Show a bar for every stage that is told of; nothing where stderr is no terminal."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            _Pace(),
+        )
+        with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as bars:
+            tasks: dict[str, Any] = {}
+
+            def tell(stage: str, done: int, total: int | None) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=None)
+                bars.update(tasks[stage], completed=done, total=None if total == 1 and not done else total)
+
+            yield tell
+
+    def show(self, result: Result, as_json: bool) -> None:
+        """Print a result, and its remark."""
+        if as_json:
+            self.out.file.write(to_json(result.data))
+        elif result.view is not None:
+            self.out.print(result.view)
+        self.out.file.flush()
+        if result.remark:
+            self.say(result.remark)
+
+    def say(self, text: str, style: str = "", head: str = "fxprune:") -> None:
+        """Print a remark or an error as one paragraph on stderr."""
+        self.err.print(Text.assemble((head, style), " ", text), soft_wrap=not self.err.is_terminal)
+
+
+def open_terminal() -> Terminal:
+    """Look at stdout and stderr as they are now; what stdout cannot spell becomes a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Terminal(_Out(file=sys.stdout), Console(stderr=True, file=sys.stderr))
+
+
+def to_json(data: Any) -> str:
+    """Write plain data as strict JSON, numbers that are none as null."""
+    return json.dumps(_finite(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+class _Out(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a closed pipe to `fxprune.commands.running`, where rich would end the process with status 1."""
+        raise
+
+
+class _Pace(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """How much of how much, and how fast on the whole; nothing for a stage of one step."""
+        if task.total is None or task.total <= 1:
+            return Text("")
+        seconds, unit = task.finished_time or task.elapsed, UNITS.get(task.description, "img")
+        rate = f", {task.completed / seconds:.3g} {unit}/s" if seconds and task.completed else ""
+        return Text(f"{task.completed:g}/{task.total:g} {unit}{rate}", style="progress.data.speed")
