@@ -12,7 +12,7 @@ from fxprune.commands import options as o
 from fxprune.commands import output, tables, work
 from fxprune.commands.data import check_data, open_pictures
 from fxprune.commands.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions
-from fxprune.commands.running import EXIT_STATUS, Command, runnable, told, version_line
+from fxprune.commands.running import EXIT_STATUS, Command, keep_stdout, runnable, told, version_line
 from fxprune.commands.terminal import Result, Terminal, open_terminal
 from fxprune.criteria import CRITERIA
 from fxprune.demo import DEMO_CRITERIA, run_demo
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["demo", "--budget", "0.2", "--criterion", "fisher"])   # doctest: +SKIP
     0
     """
+    if argv is None:
+        keep_stdout()
     try:
         with told(open_terminal(), debug=False):
             typer.main.get_command(app)(args=None if argv is None else list(argv), prog_name="fxprune")
@@ -116,10 +118,10 @@ def analyze(
 
         def fill(draft: Path) -> None:
             plan.save(draft / "plan.json")
-            output.write_report(report(work.rewritten(network, plan, tell)), draft / output.REPORT)
+            output.write_report(report(plan), draft / output.REPORT)
 
         remark = work.written(out, fill, analysis, tell)
-    return Result(plan.to_dict(), tables.plan_view(plan), remark)
+    return Result(plan.to_dict(), report(plan), remark)
 
 
 @command("Look")

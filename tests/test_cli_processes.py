@@ -14,10 +14,13 @@ import pytest
 
 COMMAND = [str(Path(sys.executable).parent / "fxprune")]
 OWN = """\
+import ctypes
 import fxprune.bundled
 
 def build():
+    ctypes.CDLL(None).puts(b"said in C")
     print("built", flush=True)
+    ctypes.CDLL(None).fflush(None)
     return fxprune.bundled.load_detector()
 """
 
@@ -58,13 +61,33 @@ def test_ctrl_c_while_it_analyzes_leaves_nothing(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert process.stderr is not None
-    assert process.stderr.readline() == "built\n"
+    assert sorted([process.stderr.readline(), process.stderr.readline()]) == ["built\n", "said in C\n"]
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 130
     assert (out, err) == ("", "fxprune: interrupted\n")
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
+
+
+def test_what_is_printed_in_c_is_no_result(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    images = Path(__file__).parent.parent / "fxprune" / "data" / "calibration" / "images"
+    command = [
+        *COMMAND,
+        "analyze",
+        "mine:build",
+        "--images",
+        str(images),
+        "--limit",
+        "2",
+        "--criterion",
+        "l1",
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert json.loads(done.stdout)["settings"]["images"] == 2
+    assert {"built", "said in C"} <= set(done.stderr.splitlines())
 
 
 def test_stdout_is_one_document_whatever_ultralytics_says(tmp_path: Path) -> None:

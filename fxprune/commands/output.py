@@ -102,9 +102,7 @@ def with_draft(place: Path, fill: Callable[[Path], None]) -> None:
 
 def write_report(report: Report, path: Path) -> None:
     """Write a report as Markdown."""
-    to_markdown = getattr(report, "to_markdown", None)
-    text = to_markdown() if to_markdown is not None else f"```\n{report}\n```"
-    path.write_text(f"{text.rstrip()}\n", encoding="utf-8")
+    path.write_text(report.to_markdown(), encoding="utf-8")
 
 
 def draw(what: Any, path: Path) -> None:

@@ -48,6 +48,16 @@ def runnable(command: Command) -> Callable[..., None]:
     return run
 
 
+def keep_stdout() -> None:
+    """Keep this process's stdout for Python: what libraries in C print there (HiGHS does) now goes to stderr."""
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        return
+    sys.stdout = open(kept, "w", encoding=sys.stdout.encoding)  # noqa: SIM115
+
+
 @contextlib.contextmanager
 def told(terminal: Terminal, debug: bool) -> Iterator[None]:
     """Turn errors into a paragraph on stderr and `typer.Exit`; warnings of fxprune into remarks, others into nothing.
@@ -72,13 +82,21 @@ def told(terminal: Terminal, debug: bool) -> Iterator[None]:
         terminal.say("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.out.file.fileno())
+        _drop_output(terminal)
         raise typer.Exit(0) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output(terminal)
         if debug:
             terminal.err.print_exception()
         terminal.say(describe(error), "bold red")
         raise typer.Exit(FAILED) from error
+
+
+def _drop_output(terminal: Terminal) -> None:
+    """Let go of what stdout did not take, or Python would try again at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.out.file.fileno())
 
 
 def describe(error: Exception) -> str:

@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fxprune.plan import Plan, Totals
-from fxprune.report import quantity
+from fxprune.plan import Totals
+from fxprune.report_sections import quantity
 
 HEIGHT = 12
 
@@ -45,23 +45,6 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         """Return the point as plain data."""
         return asdict(self) | {"removed": list(self.removed)}
-
-
-def plan_view(plan: Plan) -> RenderableType:
-    """Every region by ascending score, what a plan takes marked; and how many layers cannot go."""
-    table = _table("", "region", "kind", "score", "FLOPs", "params", left=3)
-    for region in sorted(plan.regions, key=lambda region: region.score):
-        share = f"{region.flops / plan.before.flops:.1%}"
-        cells = (region.kind, f"{region.score:.3g}", share, quantity(region.params))
-        table.add_row("✂" if region.removed else "", region.name, *cells, style="bold red" if region.removed else "")
-    settings = plan.settings
-    saved = f"−{1 - plan.after.flops / plan.before.flops:.1%} FLOPs, −{1 - plan.after.params / plan.before.params:.1%}"
-    sentence = (
-        f"✂ {len(plan.removed)} of {len(plan.regions)} regions go for a budget of {plan.budget:.3g} of {plan.cost}"
-        f" ({saved} params), by {settings['criterion']} on {settings['images']} images (targets:"
-        f" {settings['targets']}; seed {settings['seed']}). {len(plan.rejections)} layers cannot go; --json says why."
-    )
-    return Group(table, "", Text(sentence, style="dim"))
 
 
 def scores_view(scores: Mapping[str, float], images: int) -> RenderableType:
