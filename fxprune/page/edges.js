@@ -35,18 +35,27 @@
       if (!found[key] || RANKS[found[key].style] < RANKS[style]) found[key] = { from: from, to: to, style: style };
     }
 
+    /** Nodes that stand in for a region; without one of its own these are what its island is fed with. */
+    function standIns(index) {
+      const { nodes, stand_in: one } = regions[index];
+      if (one !== null && one !== undefined) return [one];
+      const home = picture.nodes[nodes[0]].island;
+      const foreign = (node) => node < 0 || picture.nodes[node].island !== home;
+      return picture.edges.filter(([from, to]) => nodes.indexOf(to) >= 0 && foreign(from)).map((edge) => edge[0]);
+    }
+
+    /** Whether the signal runs through the one box that a removed region shows as: what stands in for it feeds it. */
+    function isThrough(index) {
+      if (look(index) !== "removed") return false;
+      const own = standIns(index);
+      return !own.length || picture.edges.some(([from, to]) => own.indexOf(from) >= 0 && regions[index].nodes.indexOf(to) >= 0);
+    }
+
     /** The boxes from which a reader of `node` gets its value now. */
     function sources(node) {
       const index = removal.taker[node];
-      if (index === undefined || look(index) !== "open" || regions[index].kind !== "bypass") return [shown(node)];
-      const standIn = regions[index].stand_in;
-      return standIn === null || standIn === undefined ? inputs(blockOf(node)) : sources(standIn);
-    }
-
-    /** What eager code feeds a block with. */
-    function inputs(block) {
-      const feeding = eager.filter((edge) => edge[1] === block).map((edge) => edge[0]);
-      return [].concat(...feeding.map((from) => ends(from, read).map((end) => end.key)));
+      if (index === undefined || look(index) === "partly" || isThrough(index)) return [shown(node)];
+      return [].concat(...standIns(index).map(sources));
     }
 
     /** Where eager code takes hold of a block: the block itself, or those of its nodes that are not in `used`. */
@@ -56,11 +65,10 @@
       return picture.blocks[block].nodes.filter((node) => !used.has(node)).map((node) => ({ key: "n" + node, node: node }));
     }
 
-    /** The style of an edge out of a removed region (`standIn` absent), or from a node into one. */
-    function styleAt(index, standIn) {
+    /** The style of an edge out of a removed region (`from` absent), or from a node into one. */
+    function styleAt(index, from) {
       if (look(index) === "partly") return "plain";
-      const through = regions[index].kind === "bypass" && look(index) === "removed";
-      return through && (standIn === undefined || regions[index].stand_in === standIn) ? "wire" : "ghost";
+      return isThrough(index) && (from === undefined || standIns(index).indexOf(from) >= 0) ? "wire" : "ghost";
     }
 
     function trace(edge) {
@@ -77,16 +85,13 @@
 
     /** The wire to a reader of what was removed, where it does not run through a folded block. */
     function detour(index, to) {
-      const region = regions[index];
-      if (region.kind === "bypass" && look(index) === "open") sources(region.exit).forEach((from) => add(from, to, "wire"));
-      if (region.kind === "drop" && look(index) !== "partly" && region.stand_in !== null) {
-        sources(region.stand_in).forEach((from) => add(from, to, "wire"));
-      }
+      if (look(index) === "partly" || isThrough(index)) return;
+      for (const node of standIns(index)) sources(node).forEach((from) => add(from, to, "wire"));
     }
 
     function isWire(block) {
-      const region = block < 0 || state.open[block] ? undefined : regions[picture.blocks[block].region];
-      return Boolean(region) && region.kind === "bypass" && removal.status[block] === "removed";
+      const index = block < 0 || state.open[block] ? null : picture.blocks[block].region;
+      return index !== null && removal.status[block] === "removed" && isThrough(index);
     }
 
     function connect(edge) {

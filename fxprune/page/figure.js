@@ -37,7 +37,7 @@
   api.score = function (value) {
     if (value === 0) return "0";
     const exponent = Math.floor(Math.log10(Math.abs(value)));
-    return exponent < -3 || exponent > 4 ? value.toExponential(1).replace("e+", "e") : String(Number(value.toPrecision(2)));
+    return exponent < -3 || exponent > 4 ? value.toExponential(1).replace("e+", "e").replace("-", "\u2212") : String(Number(value.toPrecision(2)));
   };
 
   /** The colour scale with its scores. */
@@ -74,11 +74,11 @@
   const SIGNS = [["removed", "removed"], ["partly", "removed in part"], ["wire", "where the signal goes now"],
     ["ghost", "no longer connected"], ["still", "cannot be removed as a whole"]];
 
-  /** The signs the picture uses, in columns of two. */
-  api.signs = function (themeName, x, y, signs) {
+  /** The signs the picture uses, in columns of so many rows. */
+  api.signs = function (themeName, x, y, signs, rows) {
     const theme = api.theme(themeName);
     return (signs || SIGNS).map(function ([style, words], i) {
-      const [left, top] = [x + Math.floor(i / 2) * 190, y + (i % 2) * 22];
+      const [left, top] = [x + Math.floor(i / rows) * 190, y + (i % rows) * 22];
       return sample(theme, left, top, style) + text(left + 32, top + 11.5, words, 10.5, theme.ink);
     }).join("");
   };
@@ -104,7 +104,7 @@
     const plan = api.layout(picture, state, fit);
     const theme = api.theme(state.theme);
     const signs = usedSigns(plan);
-    const legend = 240 + Math.ceil(signs.length / 2) * 190;
+    const legend = 290 + Math.ceil(signs.length / 2) * 190;
     const narrow = plan.width < legend;
     const width = Math.max(plan.width, narrow ? 440 : legend + 36);
     const lines = wrapWords(api.caption(picture, state.plan), width - 40, 12);
@@ -116,8 +116,8 @@
       style ? tag("style", {}, style) : "",
       tag("rect", { width: width, height: height, fill: theme.paper }),
       tag("g", { transform: `translate(${Math.round((width - plan.width) / 2)} 0)` }, api.drawing(picture, plan, state)),
-      picture.regions.length ? api.scale(picture, state.theme, 20, foot, 210) : "",
-      narrow ? api.signs(state.theme, 20, foot + 62, signs) : api.signs(state.theme, 260, foot + 8, signs),
+      picture.regions.length ? api.scale(picture, state.theme, 20, foot, 260) : "",
+      narrow ? api.signs(state.theme, 20, foot + 62, signs, 2) : api.signs(state.theme, 310, foot + 8, signs, 2),
       text(20, below + 18, picture.title, 13, theme.ink, { "font-weight": 600 }),
       lines.map((line, i) => text(20, below + 36 + 17 * i, line, 12, theme.ink)).join(""),
     ];

@@ -44,6 +44,29 @@
     return stops;
   }
 
+  /** Draws frames in to what they hold: boxes, inner frames, and edges that begin and end inside. */
+  function tighten(frames, boxes, edges, graph) {
+    const parents = {};
+    for (const item of frames.concat(boxes)) parents[item.key] = item.parent;
+    const holds = (frame, key) => key !== null && key !== undefined && (key === frame || holds(frame, parents[key]));
+    for (const frame of frames) {
+      const inner = boxes.filter((box) => holds(frame.key, box.key));
+      const depth = Math.max(...inner.map((box) => depthOf(frame.key, box.key, parents)));
+      const sides = inner.map((box) => [box.x - box.w / 2, box.x + box.w / 2]);
+      for (const edge of edges) {
+        if (!holds(frame.key, edge.from) || !holds(frame.key, edge.to)) continue;
+        for (const point of graph.edge(edge.from, edge.to).points) sides.push([point.x, point.x]);
+      }
+      const pad = 10 + 6 * depth;
+      frame.left = Math.max(frame.left, Math.min(...sides.map((side) => side[0])) - pad);
+      frame.right = Math.min(frame.right, Math.max(...sides.map((side) => side[1])) + pad);
+    }
+  }
+
+  function depthOf(frame, key, parents) {
+    return parents[key] === frame ? 1 : 1 + depthOf(frame, parents[key], parents);
+  }
+
   /** Moves the frames' contents down by the height of their names; returns what moves everything else along. */
   function roomForNames(frames) {
     const tops = Array.from(new Set(frames.map((frame) => frame.top)));
@@ -66,6 +89,7 @@
       return Object.assign({}, frame, { left: at.x - at.width / 2, right: at.x + at.width / 2,
         top: at.y - at.height / 2, bottom: at.y + at.height / 2 });
     });
+    tighten(frames, boxes, scene.edges, graph);
     const lower = roomForNames(frames);
     for (const box of boxes) box.y = lower(box.y);
     const rows = rowsOf(boxes);
@@ -108,6 +132,20 @@
       const usable = gaps.filter((gap) => gap.y > after + part / 3 && Math.abs(gap.y - ideal) < part / 2);
       if (!usable.length) return null;
       cuts.push(usable.reduce((best, gap) => (price(gap) < price(best) ? gap : best)).y);
+    }
+    return cuts;
+  }
+
+  /** Cuts that leave every block in the column where it was, as far as that goes. */
+  function cutsKept(gaps, boxes, kept) {
+    const cuts = [];
+    const known = boxes.filter((box) => kept[box.block] !== undefined);
+    const last = Math.max(0, ...Object.values(kept));
+    for (let column = 1; column <= last; column += 1) {
+      const strays = (gap) => known.filter((box) => (kept[box.block] < column) === (box.y > gap.y)).length;
+      const price = (gap) => 1000 * strays(gap) + gap.cost;
+      const usable = gaps.filter((gap) => gap.y > (cuts.length ? cuts[cuts.length - 1] : -Infinity));
+      if (usable.length) cuts.push(usable.reduce((best, gap) => (price(gap) < price(best) ? gap : best)).y);
     }
     return cuts;
   }
@@ -221,11 +259,12 @@
 
   /**
    * Lay a picture out. `fit` {width, height} is the window to be filled by columns; null: a single column.
+   * `kept` says of blocks in which column they are to stay.
    * Boxes have their centre in x, y; frames left, right, top, bottom; edges the verticals they run along.
    */
-  api.layout = function (picture, state, fit) {
+  api.layout = function (picture, state, fit, kept) {
     const plan = place(globalThis.dagre || dagre, api.scene(picture, state));
-    const columns = bestColumns(plan, fit);
+    const columns = kept ? columnsOf(plan, cutsKept(gapsOf(plan), plan.boxes, kept)) : bestColumns(plan, fit);
     wrapEdges(plan, columns);
     move(plan, columns);
     shiftAll(plan, MARGIN, MARGIN);

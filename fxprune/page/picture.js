@@ -132,7 +132,7 @@
   }
 
   function plate(box, y, width, height, theme) {
-    return tag("rect", { x: box.x - width / 2, y: y, width: width, height: height, rx: 4, fill: theme.paper, "fill-opacity": 0.82 });
+    return tag("rect", { x: box.x - width / 2, y: y, width: width, height: height, rx: 4, fill: theme.paper, "fill-opacity": 0.88 });
   }
 
   function words(box, ink, soft, theme) {

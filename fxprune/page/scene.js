@@ -88,8 +88,9 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
   }
 
   function signOf(block) {
-    const words = block.summary.split(" \u00b7 ").map((word) => SIGNS[word] || word);
-    return api.shorten(Array.from(new Set(words)).join(" "), 110, 12, 400);
+    const words = Array.from(new Set(block.summary.split(" \u00b7 ").map((word) => SIGNS[word] || word)));
+    const few = words.length > 2 ? [words[0], "\u2026", words[words.length - 1]] : words;
+    return api.shorten(few.join(" "), 130, 12, 400);
   }
 
   function framed(picture) {
@@ -121,10 +122,19 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     return Object.assign(common, { kind: "block", label: label, note: note, w: w, h: 44 });
   }
 
+  /** The dotted path that the layers of a block share. */
+  function sharedPath(picture, block) {
+    const paths = block.nodes.map((id) => picture.nodes[id].name.split(".").slice(0, -1)).filter((path) => path.length);
+    if (!paths.length) return "";
+    const differs = (part, i) => paths.some((path) => path[i] !== part);
+    const at = paths[0].findIndex(differs);
+    return paths[0].slice(0, at < 0 ? paths[0].length : at).join(".");
+  }
+
   function nodeBox(picture, node, gone) {
     const block = picture.blocks[node.block];
-    const short = relative(node.name, block.label);
-    const same = short.replace(/_\d+$/, "").toLowerCase() === node.op.toLowerCase() || node.name === block.label;
+    const short = relative(node.name, sharedPath(picture, block));
+    const same = short.replace(/_\d+$/, "").toLowerCase() === node.op.toLowerCase();
     const label = api.shorten(same ? node.op : short, 120, 11.5, 600);
     const note = same ? "" : api.shorten(node.op, 130, 11, 400);
     const w = api.textWidth(label, 11.5, 600) + (note ? api.textWidth(note, 11, 400) + 7 : 0) + 20;

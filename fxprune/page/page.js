@@ -1,0 +1,350 @@
+// The page: unfolding, keys, search, budgets, themes.
+(function (api) {
+  "use strict";
+
+  const picture = JSON.parse(document.getElementById("data").textContent);
+  const at = (id) => document.getElementById(id);
+  const [svg, drawing, canvas] = [at("picture"), at("drawing"), at("canvas")];
+  const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
+  const state = { open: {}, plan: picture.initial, theme: prefersDark.matches ? "dark" : "light", live: true };
+  const view = api.makeView(svg, drawing, canvas);
+  let plan = null;
+  let columns = {}; // in which every block is, folded; it stays there while blocks unfold
+  let chosen = null;
+  let hits = [];
+
+  // The drawing ------------------------------------------------------------------------------------------------------
+
+  function window_() {
+    const narrow = canvas.clientWidth < 600;
+    return narrow ? null : { width: canvas.clientWidth, height: canvas.clientHeight, most: 1 };
+  }
+
+  function groupOf(key) {
+    return Array.from(drawing.children).find((child) => child.dataset.key === key) || null;
+  }
+
+  function boxOf(key) {
+    return plan.boxes.find((box) => box.key === key);
+  }
+
+  function draw() {
+    const focused = drawing.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+    const folded = !Object.keys(state.open).length;
+    plan = api.layout(picture, state, window_(), folded ? null : columns);
+    if (folded) columns = Object.fromEntries(plan.boxes.filter((box) => box.block !== undefined).map((box) => [box.block, box.column]));
+    view.plan = plan;
+    drawing.innerHTML = api.drawing(picture, plan, state);
+    mark();
+    if (focused) focusOn(focused);
+  }
+
+  /** The focus stays on a block when it turns into a frame, and back. */
+  function focusOn(key) {
+    const other = key.charAt(0) === "b" ? "g:" + key.slice(1) : "b" + key.slice(2);
+    const group = groupOf(key) || groupOf(other);
+    if (group) group.focus({ preventScroll: true });
+  }
+
+  function mark() {
+    const found = new Set(hits.map((box) => box.key));
+    for (const child of drawing.children) {
+      child.classList.toggle("hit", found.has(child.dataset.key));
+      child.classList.toggle("chosen", child.dataset.key === chosen);
+    }
+  }
+
+  /** Where a block is shown now, folded or not: the middle of its upper edge. */
+  function anchor(block) {
+    const box = boxOf("b" + block);
+    if (box) return { x: box.x, y: box.y - box.h / 2 };
+    const frame = plan.frames.find((one) => one.key === "g:" + block);
+    return { x: (frame.left + frame.right) / 2, y: frame.top };
+  }
+
+  function toggle(block) {
+    const before = anchor(block);
+    if (state.open[block]) delete state.open[block];
+    else state.open[block] = true;
+    draw();
+    const after = anchor(block);
+    view.pan((before.x - after.x) * view.scale, (before.y - after.y) * view.scale);
+    at("fold").disabled = Object.keys(state.open).length === 0;
+  }
+
+  // Details ----------------------------------------------------------------------------------------------------------
+
+  function show(key, spoken) {
+    const box = boxOf(key);
+    if (!box) return;
+    at("details").setAttribute("aria-live", spoken ? "polite" : "off");
+    at("details").replaceChildren(...api.details(picture, state, box));
+  }
+
+  function choose(key) {
+    chosen = key;
+    mark();
+    show(key, true);
+  }
+
+  function press(group) {
+    const key = group.dataset.key;
+    if (key.charAt(0) === "g") return toggle(Number(key.slice(2)));
+    choose(key);
+    if (key.charAt(0) === "b") toggle(Number(key.slice(1)));
+    return undefined;
+  }
+
+  function target(event) {
+    const group = event.target.closest ? event.target.closest("[data-key]") : null;
+    return group && (group.classList.contains("box") || group.classList.contains("open")) ? group : null;
+  }
+
+  // Keys -------------------------------------------------------------------------------------------------------------
+
+  function along(key, side) {
+    const [mine, other] = side === "out" ? ["from", "to"] : ["to", "from"];
+    const inside = key.charAt(0) === "g" ? new Set(picture.blocks[key.slice(2)].nodes.map((node) => "n" + node)) : new Set([key]);
+    const edges = plan.edges.filter((edge) => inside.has(edge[mine]) && !inside.has(edge[other]));
+    const order = { wire: 0, plain: 1, ghost: 2 };
+    edges.sort((a, b) => order[a.style] - order[b.style]);
+    return edges.length ? edges[0][other] : null;
+  }
+
+  function beside(key, step) {
+    const box = boxOf(key);
+    if (!box) return null;
+    const ahead = (other) => (other.x - box.x) * step;
+    const near = plan.boxes.filter((other) => other.column === box.column && ahead(other) > 1 && Math.abs(other.row - box.row) < 120);
+    const far = (other) => ahead(other) + 3 * Math.abs(other.row - box.row);
+    return near.length ? near.reduce((best, other) => (far(other) < far(best) ? other : best)).key : null;
+  }
+
+  function walk(key, arrow) {
+    const next = { ArrowDown: () => along(key, "out"), ArrowUp: () => along(key, "in"),
+      ArrowLeft: () => beside(key, -1), ArrowRight: () => beside(key, 1) }[arrow]();
+    if (next) groupOf(next).focus({ preventScroll: true });
+  }
+
+  function onKey(event) {
+    const group = target(event);
+    if (!group) return;
+    if (event.key.startsWith("Arrow")) walk(group.dataset.key, event.key);
+    else if (event.key === "Enter" || event.key === " ") press(group);
+    else return;
+    event.preventDefault();
+  }
+
+  function onShortcut(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA)$/.test(event.target.tagName)) return;
+    const actions = { "+": () => view.zoomMiddle(1.25), "=": () => view.zoomMiddle(1.25), "-": () => view.zoomMiddle(0.8), 0: () => view.fit(),
+      "/": () => at("query").focus() };
+    if (!actions[event.key]) return;
+    actions[event.key]();
+    event.preventDefault();
+  }
+
+  // Budget -----------------------------------------------------------------------------------------------------------
+
+  function budget() {
+    const { plans } = picture;
+    if (!plans.length) return at("choice").append(api.make("p", { class: "soft" }, ["No budget was planned for."]));
+    const input = plans.length === 1 ? budgetSwitch() : budgetSlider();
+    input.addEventListener("input", function () {
+      const position = plans.length === 1 ? Number(input.checked) : Number(input.value);
+      state.plan = position ? position - 1 : null;
+      replan();
+    });
+    return undefined;
+  }
+
+  function budgetSwitch() {
+    const input = api.make("input", { type: "checkbox", role: "switch", id: "plan" });
+    input.checked = state.plan !== null;
+    at("choice").append(api.make("label", {}, [input, ` after removing ${api.percent(picture.plans[0].budget)} of ${api.costName(picture)}`]));
+    return input;
+  }
+
+  function budgetSlider() {
+    const input = api.make("input", { type: "range", id: "plan", min: 0, max: picture.plans.length, step: 1,
+      "aria-labelledby": "budget-name" });
+    input.value = state.plan === null ? 0 : state.plan + 1;
+    at("choice").append(input);
+    return input;
+  }
+
+  function replan() {
+    draw();
+    view.move();
+    words();
+    if (chosen) show(chosen, false);
+  }
+
+  function words() {
+    const text = api.budgetText(picture, state.plan);
+    at("chosen").textContent = text;
+    if (at("plan")) at("plan").setAttribute("aria-valuetext", text);
+    at("change").replaceChildren(at("change").caption, ...api.changeRows(picture, state.plan));
+    const gone = state.plan === null ? [] : picture.plans[state.plan].removed.map((index) => picture.regions[index]);
+    at("gone").hidden = !gone.length;
+    at("gone").firstElementChild.textContent = "What goes, least important first";
+    const sorted = gone.slice().sort((a, b) => a.rank - b.rank);
+    at("gone").lastElementChild.replaceChildren(...sorted.map(removedItem));
+    at("caption").textContent = api.caption(picture, state.plan);
+    at("table").replaceChildren(api.table(picture, state));
+  }
+
+  function removedItem(region) {
+    const block = picture.nodes[region.nodes[0]].block;
+    return api.make("li", {}, [api.make("button", { type: "button", class: "link", "data-block": block }, [region.name])]);
+  }
+
+  function goTo(event) {
+    const button = event.target.closest("[data-block]");
+    if (!button) return;
+    const block = Number(button.dataset.block);
+    showTable(false);
+    const key = state.open[block] ? "n" + picture.blocks[block].nodes[0] : "b" + block;
+    view.centre(boxOf(key));
+    choose(key);
+    groupOf(key).focus({ preventScroll: true });
+  }
+
+  // Search -----------------------------------------------------------------------------------------------------------
+
+  function matches(box, query) {
+    if (box.kind === "port") return false;
+    if (box.name.toLowerCase().includes(query)) return true;
+    if (box.kind === "node") return false;
+    return picture.blocks[box.block].nodes.some((id) => picture.nodes[id].name.toLowerCase().includes(query));
+  }
+
+  function search() {
+    const query = at("query").value.trim().toLowerCase();
+    hits = query ? plan.boxes.filter((box) => matches(box, query)) : [];
+    at("hits").textContent = query ? `${hits.length} found` : "";
+    mark();
+  }
+
+  let hit = -1;
+
+  function nextHit(step) {
+    search();
+    if (!hits.length) return;
+    hit = (hit + step + hits.length) % hits.length;
+    at("hits").textContent = `${hit + 1} of ${hits.length}`;
+    showTable(false);
+    view.centre(hits[hit]);
+    choose(hits[hit].key);
+  }
+
+  function watchSearch() {
+    at("query").addEventListener("input", function () {
+      hit = -1;
+      search();
+    });
+    at("query").addEventListener("keydown", function (event) {
+      if (event.key !== "Enter") return;
+      event.preventDefault();
+      nextHit(event.shiftKey ? -1 : 1);
+    });
+    at("search").addEventListener("submit", (event) => event.preventDefault());
+  }
+
+  // Theme, table, print ----------------------------------------------------------------------------------------------
+
+  function legend() {
+    const markup = (picture.regions.length ? api.scale(picture, state.theme, 4, 0, 280) : "") + api.signs(state.theme, 4, 66, undefined, 5);
+    const svg_ = at("legend").querySelector("svg");
+    svg_.setAttribute("viewBox", "0 0 296 176");
+    svg_.innerHTML = markup;
+  }
+
+  function theme(name) {
+    state.theme = name;
+    document.documentElement.dataset.theme = name;
+    at("theme").setAttribute("aria-pressed", String(name === "dark"));
+    legend();
+    draw();
+    view.move();
+  }
+
+  function showTable(shown) {
+    at("table").hidden = !shown;
+    canvas.hidden = shown;
+    at("view").setAttribute("aria-pressed", String(shown));
+  }
+
+  function print(before) {
+    const last = print.theme || state.theme;
+    if (before) {
+      print.theme = state.theme;
+      showTable(false);
+    }
+    theme(before ? "light" : last);
+    if (before) {
+      svg.setAttribute("viewBox", `0 0 ${plan.width} ${plan.height}`);
+      drawing.removeAttribute("transform");
+    } else {
+      svg.removeAttribute("viewBox");
+    }
+  }
+
+  function watchRest() {
+    at("theme").addEventListener("click", () => theme(state.theme === "dark" ? "light" : "dark"));
+    prefersDark.addEventListener("change", (event) => theme(event.matches ? "dark" : "light"));
+    at("view").addEventListener("click", () => showTable(at("table").hidden));
+    document.querySelector(".skip").addEventListener("click", function () {
+      showTable(true);
+      at("table").focus();
+    });
+    at("fold").addEventListener("click", function () {
+      state.open = {};
+      at("fold").disabled = true;
+      draw();
+      view.fit(true);
+    });
+    at("zoom").addEventListener("click", function (event) {
+      const action = event.target.dataset.zoom;
+      if (action === "fit") view.fit();
+      else if (action) view.zoomMiddle(action === "in" ? 1.25 : 0.8);
+    });
+    for (const id of ["gone", "table"]) at(id).addEventListener("click", goTo);
+    window.addEventListener("beforeprint", () => print(true));
+    window.addEventListener("afterprint", () => print(false));
+    let width = window.innerWidth;
+    window.addEventListener("resize", function () {
+      if (window.innerWidth === width || canvas.hidden) return; // a phone's bars come and go
+      width = window.innerWidth;
+      draw();
+      view.fit(true);
+    });
+  }
+
+  function start() {
+    theme(state.theme);
+    view.fit(true);
+    budget();
+    words();
+    at("fold").disabled = true;
+    at("settings").textContent = api.settingsText(picture);
+    svg.addEventListener("keydown", onKey);
+    svg.addEventListener("click", function (event) {
+      const group = target(event);
+      if (group && view.dragged < api.CLICK) press(group);
+    });
+    svg.addEventListener("pointerover", (event) => target(event) && show(target(event).dataset.key, false));
+    svg.addEventListener("focusin", function (event) {
+      canvas.scrollTo(0, 0);
+      const group = target(event);
+      if (!group || !boxOf(group.dataset.key)) return;
+      if (group.matches(":focus-visible")) view.reveal(boxOf(group.dataset.key));
+      show(group.dataset.key, true);
+    });
+    document.addEventListener("keydown", onShortcut);
+    watchSearch();
+    watchRest();
+  }
+
+  start();
+})(fxprune);
