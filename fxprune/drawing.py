@@ -68,7 +68,9 @@ def draw_picture(picture: Picture, path: str | PathLike[str]) -> None:
     try:
         _write(target, content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
     except OSError as error:
-        raise StorageError(f"{target} cannot be written ({error}); check its folder, its permissions and the disk") from error
+        raise StorageError(
+            f"{target} cannot be written ({error}); check its folder, its permissions and the disk"
+        ) from error
 
 
 def _target(path: Any) -> Path:
@@ -77,7 +79,9 @@ def _target(path: Any) -> Path:
         raise SettingError(f"path is {path!r}; give the path of a file")
     target = Path(os.path.realpath(text))
     if target.suffix.lower() not in FORMATS:
-        raise SettingError(f"{path} ends in no format that can be drawn; the known ones are {', '.join(sorted(FORMATS))}")
+        raise SettingError(
+            f"{path} ends in no format that can be drawn; the known ones are {', '.join(sorted(FORMATS))}"
+        )
     return target
 
 

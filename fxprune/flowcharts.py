@@ -9,12 +9,13 @@ from typing import Any
 
 Picture = Mapping[str, Any]
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 PORTS = {-1: "images", -2: "outputs"}
 
 
 @dataclass(frozen=True)
 class Box:
-    """One block: its identifier, the lines of its label, its island, and whether it is `kept`, `partly` or `removed`."""
+    """One block: identifier, lines of its label, island, and whether it is `kept`, `partly` or `removed`."""
 
     name: str
     lines: tuple[str, ...]
@@ -33,7 +34,12 @@ def dot_text(picture: Picture) -> str:
     for number, (island, boxes) in enumerate(by_island(picture)):
         inside = [f"  {box.name} [{_dot_look(box)}];" for box in boxes]
         if island:
-            inside = [f"  subgraph cluster_{number} {{", f"    label={quoted(island)};", *("  " + x for x in inside), "  }"]
+            inside = [
+                f"  subgraph cluster_{number} {{",
+                f"    label={quoted(island)};",
+                *("  " + x for x in inside),
+                "  }",
+            ]
         lines += inside
     looks = {"plain": "", "ghost": " [style=dashed, color=gray60]", "wire": ' [color="#d6246e", penwidth=2.5]'}
     lines += [f"  {source} -> {target}{looks[look]};" for source, target, look in edges(picture)]
@@ -44,7 +50,9 @@ def mermaid_text(picture: Picture) -> str:
     """Write the blocks as a Mermaid flowchart."""
     lines = ["---", f"title: {quoted(caption(picture))}", "---", "flowchart TB"]
     for number, (island, boxes) in enumerate(by_island(picture)):
-        inside = [f'  {box.name}{"([" if box.glue else "["}"{_entities(box)}"{"])" if box.glue else "]"}' for box in boxes]
+        inside = [
+            f'  {box.name}{"([" if box.glue else "["}"{_entities(box)}"{"])" if box.glue else "]"}' for box in boxes
+        ]
         if island:
             inside = [f'  subgraph i{number}["{entities(island)}"]', *("  " + line for line in inside), "  end"]
         lines += inside
@@ -157,7 +165,7 @@ def _dot_look(box: Box) -> str:
 
 def quoted(*lines: str) -> str:
     """A Graphviz string of some lines."""
-    escaped = [re.sub(r"[\r\n\0]", " ", line.replace("\\", "\\\\").replace('"', '\\"')) for line in lines]
+    escaped = [CONTROL.sub(" ", line).replace("\\", "\\\\").replace('"', '\\"') for line in lines]
     return '"' + "\\n".join(escaped) + '"'
 
 
@@ -167,4 +175,4 @@ def _entities(box: Box) -> str:
 
 def entities(text: str) -> str:
     """A text with every sign that could mean something to Mermaid written as a number."""
-    return re.sub(r"[^\w .,:()+·…-]", lambda found: f"#{ord(found[0])};", text, flags=re.UNICODE)
+    return re.sub(r"[^\w .,:()+·…-]", lambda found: f"#{ord(found[0])};", CONTROL.sub(" ", text))

@@ -55,7 +55,13 @@ class Sketch:
         flops = sum(row["flops"] for row in self.blocks)
         before = {"flops": flops, "params": 100 * len(self.blocks), "blocks": len(self.regions)}
         plans = [self._plan(before, index, indices) for index, indices in enumerate(removed)]
-        settings = {"criterion": "fisher", "images": 64, "targets": "labels", "seed": 0, "versions": {"torch": "2.15.0"}}
+        settings = {
+            "criterion": "fisher",
+            "images": 64,
+            "targets": "labels",
+            "seed": 0,
+            "versions": {"torch": "2.15.0"},
+        }
         refused = [{"name": row["label"], "reason": row["reason"]} for row in self.blocks if row["reason"]]
         return {
             "title": self.title,
@@ -76,7 +82,11 @@ class Sketch:
     def _plan(self, before: Row, index: int, indices: list[int]) -> Row:
         gone = sum(self.regions[i]["flops"] for i in indices)
         after = {"flops": before["flops"] - gone, "params": before["params"] - 100 * len(indices)}
-        return {"budget": (index + 1) / 10, "removed": indices, "after": {**after, "blocks": before["blocks"] - len(indices)}}
+        return {
+            "budget": (index + 1) / 10,
+            "removed": indices,
+            "after": {**after, "blocks": before["blocks"] - len(indices)},
+        }
 
 
 def residual(stages: int = 2, depth: int = 3, *, title: str = "ResNet") -> Row:
@@ -93,7 +103,9 @@ def residual(stages: int = 2, depth: int = 3, *, title: str = "ResNet") -> Row:
             entered = sketch.blocks[last]["nodes"][-1]
             last = sketch.block(f"{name}.{index}", ["Conv2d", "BatchNorm2d", "relu"], [last])
             sketch.region(f"{name}.{index}", "bypass", last, 0.01 * index + 0.1 * stage, entered)
-            sketch.region(f"{name}.{index}.bn", "bypass", last, 0.2 * index, sketch.blocks[last]["nodes"][0], slice(1, 2))
+            sketch.region(
+                f"{name}.{index}.bn", "bypass", last, 0.2 * index, sketch.blocks[last]["nodes"][0], slice(1, 2)
+            )
     last = sketch.block("fc", ["flatten", "Linear"], [last], reason="it turns a map into a vector")
     sketch.block_edges.append([last, -2])
     return sketch.picture([[1], [1, 3], [0, 1, 3], [0, 1, 4]], 1)
@@ -126,3 +138,12 @@ def detector(*, title: str = "Detector", harm: str = "") -> Row:
         last = sketch.block(f"head.{head}.1", ["Conv2d"], [last], island=f"head.{head}", reason="it has the classes")
         sketch.block_edges.append([last, -2])
     return sketch.picture([[6], [0, 6]], None)
+
+
+HARM = "</script><img src=x onerror=alert(1)>\"\\'#;[]{}|<b>&\n`-->日本\x01"
+PICTURES = {
+    "residual": residual(),
+    "deep": residual(4, 5),
+    "detector": detector(),
+    "harm": detector(title=HARM, harm=HARM),
+}
