@@ -194,7 +194,7 @@
     const sentence = api.sentence(picture, box);
     if (!live) return { attributes: {}, title: tag("title", {}, api.escape(sentence)) };
     const folds = box.kind === "block" || box.kind === "glue";
-    return { title: "", attributes: { tabindex: 0, role: "button", "aria-label": sentence,
+    return { title: "", attributes: { tabindex: 0, role: box.kind === "port" ? "img" : "button", "aria-label": sentence,
       "aria-expanded": folds ? "false" : undefined } };
   }
 
