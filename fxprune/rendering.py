@@ -15,8 +15,18 @@ from fxprune.errors import SettingError
 
 Picture = Mapping[str, Any]
 
-RENDERER = ("shims.js", "dagre.min.js", "scene.js", "edges.js", "layout.js", "picture.js", "figure.js")
-PAGE = (*RENDERER, "panel.js", "view.js", "page.js")
+RENDERER = (
+    "shims.js",
+    "dagre.min.js",
+    "scene.js",
+    "edges.js",
+    "columns.js",
+    "layout.js",
+    "markup.js",
+    "picture.js",
+    "figure.js",
+)
+PAGE = (*RENDERER, "panel.js", "walk.js", "view.js", "page.js")
 FONTS = {400: "Inter-Regular.ttf", 600: "Inter-SemiBold.ttf"}
 """By weight; the renderer sizes boxes by their advance widths."""
 

@@ -27,11 +27,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.parametrize("suffix", sorted(FORMATS))
-def test_what_analysis_plan_and_pruned_model_are_drawn_in_every_format(
-    suffix: str, pruned_tiny: nn.Module, tmp_path: Path
+@pytest.mark.parametrize("what", ["analysis", "plan", "pruned_tiny"])
+def test_all_that_can_be_drawn_is_drawn_in_every_format(
+    what: str, suffix: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     path = tmp_path / "new folder" / f"tiny{suffix.upper()}"
-    fxprune.draw(pruned_tiny, str(path))
+    fxprune.draw(request.getfixturevalue(what), str(path))
     assert path.stat().st_size > 200
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

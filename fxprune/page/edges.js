@@ -48,7 +48,10 @@
     function isThrough(index) {
       if (look(index) !== "removed") return false;
       const own = standIns(index);
-      return !own.length || picture.edges.some(([from, to]) => own.indexOf(from) >= 0 && regions[index].nodes.indexOf(to) >= 0);
+      return (
+        !own.length ||
+        picture.edges.some(([from, to]) => own.indexOf(from) >= 0 && regions[index].nodes.indexOf(to) >= 0)
+      );
     }
 
     /** The boxes from which a reader of `node` gets its value now. */
@@ -62,7 +65,9 @@
     function ends(block, used) {
       if (block < 0) return [{ key: block === -1 ? "in" : "out" }];
       if (!state.open[block]) return [{ key: "b" + block }];
-      return picture.blocks[block].nodes.filter((node) => !used.has(node)).map((node) => ({ key: "n" + node, node: node }));
+      return picture.blocks[block].nodes
+        .filter((node) => !used.has(node))
+        .map((node) => ({ key: "n" + node, node: node }));
     }
 
     /** The style of an edge out of a removed region (`from` absent), or from a node into one. */
@@ -100,7 +105,8 @@
         for (const b of ends(edge[1], fed)) {
           const gone = [a.node, b.node].some((node) => removal.taker[node] !== undefined);
           add(a.key, b.key, gone ? "ghost" : style);
-          if (removal.taker[a.node] !== undefined && removal.taker[b.node] === undefined) detour(removal.taker[a.node], b.key);
+          if (removal.taker[a.node] !== undefined && removal.taker[b.node] === undefined)
+            detour(removal.taker[a.node], b.key);
         }
       }
     }

@@ -15,9 +15,10 @@
 
   // The drawing ------------------------------------------------------------------------------------------------------
 
-  function window_() {
-    const narrow = canvas.clientWidth < 600;
-    return narrow ? null : { width: canvas.clientWidth, height: canvas.clientHeight, most: 1 };
+  /** The window that columns are to fill; none on a narrow screen. */
+  function room() {
+    const { clientWidth: width, clientHeight: height } = canvas;
+    return width < 600 ? null : { width: width, height: height, most: 1 };
   }
 
   function groupOf(key) {
@@ -31,8 +32,11 @@
   function draw() {
     const focused = drawing.contains(document.activeElement) ? document.activeElement.dataset.key : null;
     const folded = !Object.keys(state.open).length;
-    plan = api.layout(picture, state, window_(), folded ? null : columns);
-    if (folded) columns = Object.fromEntries(plan.boxes.filter((box) => box.block !== undefined).map((box) => [box.block, box.column]));
+    plan = api.layout(picture, state, room(), folded ? null : columns);
+    if (folded)
+      columns = Object.fromEntries(
+        plan.boxes.filter((box) => box.block !== undefined).map((box) => [box.block, box.column]),
+      );
     view.plan = plan;
     drawing.innerHTML = api.drawing(picture, plan, state);
     mark();
@@ -102,27 +106,8 @@
 
   // Keys -------------------------------------------------------------------------------------------------------------
 
-  function along(key, side) {
-    const [mine, other] = side === "out" ? ["from", "to"] : ["to", "from"];
-    const inside = key.charAt(0) === "g" ? new Set(picture.blocks[key.slice(2)].nodes.map((node) => "n" + node)) : new Set([key]);
-    const edges = plan.edges.filter((edge) => inside.has(edge[mine]) && !inside.has(edge[other]));
-    const order = { wire: 0, plain: 1, ghost: 2 };
-    edges.sort((a, b) => order[a.style] - order[b.style]);
-    return edges.length ? edges[0][other] : null;
-  }
-
-  function beside(key, step) {
-    const box = boxOf(key);
-    if (!box) return null;
-    const ahead = (other) => (other.x - box.x) * step;
-    const near = plan.boxes.filter((other) => other.column === box.column && ahead(other) > 1 && Math.abs(other.row - box.row) < 120);
-    const far = (other) => ahead(other) + 3 * Math.abs(other.row - box.row);
-    return near.length ? near.reduce((best, other) => (far(other) < far(best) ? other : best)).key : null;
-  }
-
   function walk(key, arrow) {
-    const next = { ArrowDown: () => along(key, "out"), ArrowUp: () => along(key, "in"),
-      ArrowLeft: () => beside(key, -1), ArrowRight: () => beside(key, 1) }[arrow]();
+    const next = api.neighbour(picture, plan, key, arrow);
     if (next) groupOf(next).focus({ preventScroll: true });
   }
 
@@ -137,8 +122,13 @@
 
   function onShortcut(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|TEXTAREA)$/.test(event.target.tagName)) return;
-    const actions = { "+": () => view.zoomMiddle(1.25), "=": () => view.zoomMiddle(1.25), "-": () => view.zoomMiddle(0.8), 0: () => view.fit(),
-      "/": () => at("query").focus() };
+    const actions = {
+      "+": () => view.zoomMiddle(1.25),
+      "=": () => view.zoomMiddle(1.25),
+      "-": () => view.zoomMiddle(0.8),
+      0: () => view.fit(),
+      "/": () => at("query").focus(),
+    };
     if (!actions[event.key]) return;
     actions[event.key]();
     event.preventDefault();
@@ -149,28 +139,14 @@
   function budget() {
     const { plans } = picture;
     if (!plans.length) return at("choice").append(api.make("p", { class: "soft" }, ["No budget was planned for."]));
-    const input = plans.length === 1 ? budgetSwitch() : budgetSlider();
+    const { input, shown } = api.budgetInput(picture, state.plan);
+    at("choice").append(shown);
     input.addEventListener("input", function () {
       const position = plans.length === 1 ? Number(input.checked) : Number(input.value);
       state.plan = position ? position - 1 : null;
       replan();
     });
     return undefined;
-  }
-
-  function budgetSwitch() {
-    const input = api.make("input", { type: "checkbox", role: "switch", id: "plan" });
-    input.checked = state.plan !== null;
-    at("choice").append(api.make("label", {}, [input, ` after removing ${api.percent(picture.plans[0].budget)} of ${api.costName(picture)}`]));
-    return input;
-  }
-
-  function budgetSlider() {
-    const input = api.make("input", { type: "range", id: "plan", min: 0, max: picture.plans.length, step: 1,
-      "aria-labelledby": "budget-name" });
-    input.value = state.plan === null ? 0 : state.plan + 1;
-    at("choice").append(input);
-    return input;
   }
 
   function replan() {
@@ -185,18 +161,10 @@
     at("chosen").textContent = text;
     if (at("plan")) at("plan").setAttribute("aria-valuetext", text);
     at("change").replaceChildren(at("change").caption, ...api.changeRows(picture, state.plan));
-    const gone = state.plan === null ? [] : picture.plans[state.plan].removed.map((index) => picture.regions[index]);
-    at("gone").hidden = !gone.length;
-    at("gone").firstElementChild.textContent = "What goes, least important first";
-    const sorted = gone.slice().sort((a, b) => a.rank - b.rank);
-    at("gone").lastElementChild.replaceChildren(...sorted.map(removedItem));
+    at("gone").hidden = state.plan === null;
+    at("gone").lastElementChild.replaceChildren(...api.removedItems(picture, state.plan));
     at("caption").textContent = api.caption(picture, state.plan);
     at("table").replaceChildren(api.table(picture, state));
-  }
-
-  function removedItem(region) {
-    const block = picture.nodes[region.nodes[0]].block;
-    return api.make("li", {}, [api.make("button", { type: "button", class: "link", "data-block": block }, [region.name])]);
   }
 
   function goTo(event) {
@@ -212,16 +180,9 @@
 
   // Search -----------------------------------------------------------------------------------------------------------
 
-  function matches(box, query) {
-    if (box.kind === "port") return false;
-    if (box.name.toLowerCase().includes(query)) return true;
-    if (box.kind === "node") return false;
-    return picture.blocks[box.block].nodes.some((id) => picture.nodes[id].name.toLowerCase().includes(query));
-  }
-
   function search() {
     const query = at("query").value.trim().toLowerCase();
-    hits = query ? plan.boxes.filter((box) => matches(box, query)) : [];
+    hits = query ? plan.boxes.filter((box) => api.matches(picture, box, query)) : [];
     at("hits").textContent = query ? `${hits.length} found` : "";
     mark();
   }
@@ -253,18 +214,11 @@
 
   // Theme, table, print ----------------------------------------------------------------------------------------------
 
-  function legend() {
-    const markup = (picture.regions.length ? api.scale(picture, state.theme, 4, 0, 280) : "") + api.signs(state.theme, 4, 66, undefined, 5);
-    const svg_ = at("legend").querySelector("svg");
-    svg_.setAttribute("viewBox", "0 0 296 176");
-    svg_.innerHTML = markup;
-  }
-
   function theme(name) {
     state.theme = name;
     document.documentElement.dataset.theme = name;
     at("theme").setAttribute("aria-pressed", String(name === "dark"));
-    legend();
+    at("legend").querySelector("svg").innerHTML = api.legend(picture, name);
     draw();
     view.move();
   }

@@ -32,12 +32,16 @@
   function listOf(rows) {
     const list = make("dl");
     for (const [name, value] of rows) {
-      if (value !== null && value !== undefined && value !== "") list.append(make("dt", {}, [name]), make("dd", {}, [String(value)]));
+      if (value !== null && value !== undefined && value !== "")
+        list.append(make("dt", {}, [name]), make("dd", {}, [String(value)]));
     }
     return list;
   }
 
-  const KINDS = { bypass: "bypass: its readers take what stands in for it", drop: "drop: this branch of an addition is left out" };
+  const KINDS = {
+    bypass: "bypass: its readers take what stands in for it",
+    drop: "drop: this branch of an addition is left out",
+  };
 
   function regionRows(picture, region) {
     if (!region) return [];
@@ -62,7 +66,12 @@
     const block = picture.blocks[box.block];
     const region = picture.regions[block.region];
     const [first, last] = [block.nodes[0], block.nodes[block.nodes.length - 1]].map((id) => picture.nodes[id]);
-    const own = region ? regionRows(picture, region) : [["FLOPs", flopsText(picture, block.flops)], ["parameters", number(block.params)]];
+    const own = region
+      ? regionRows(picture, region)
+      : [
+          ["FLOPs", flopsText(picture, block.flops)],
+          ["parameters", number(block.params)],
+        ];
     const rows = own.concat([
       ["output", shapeText(last && last.shape)],
       ["made of", block.summary],
@@ -71,18 +80,29 @@
       ["part of", block.island],
     ]);
     const why = !region && block.reason ? [make("p", { class: "soft" }, [`Cannot be removed: ${block.reason}.`])] : [];
-    return [make("h3", {}, [block.label]), ...stateLine(picture, state, block, box.status), ...why, listOf(rows), ...innerRegions(picture, state, block)];
+    return [
+      make("h3", {}, [block.label]),
+      ...stateLine(picture, state, block, box.status),
+      ...why,
+      listOf(rows),
+      ...innerRegions(picture, state, block),
+    ];
   }
 
   /** Candidates inside of a block. */
   function innerRegions(picture, state, block) {
     const nodes = new Set(block.nodes);
     const gone = new Set(state.plan === null ? [] : picture.plans[state.plan].removed);
-    const inner = picture.regions.map((region, index) => [region, index])
-      .filter(([region, index]) => index !== block.region && region.nodes.length && region.nodes.every((node) => nodes.has(node)));
+    const inner = picture.regions
+      .map((region, index) => [region, index])
+      .filter(
+        ([region, index]) =>
+          index !== block.region && region.nodes.length && region.nodes.every((node) => nodes.has(node)),
+      );
     if (!inner.length) return [];
     const items = inner.map(([region, index]) =>
-      make("li", {}, [`${region.name}, rank ${region.rank}${gone.has(index) ? ", removed" : ""}`]));
+      make("li", {}, [`${region.name}, rank ${region.rank}${gone.has(index) ? ", removed" : ""}`]),
+    );
     return [make("p", { class: "soft" }, ["Candidates inside:"]), make("ul", {}, items)];
   }
 
@@ -109,12 +129,22 @@
   /** Before and after, row by row. */
   api.changeRows = function (picture, index) {
     const after = index === null ? picture.before : picture.plans[index].after;
-    const head = make("tr", {}, ["", "before", "after", ""].map((word) => make("th", { scope: "col", class: "number" }, [word])));
-    const rows = [["flops", "FLOPs"], ["params", "parameters"], ["blocks", "blocks"]].map(function ([key, name]) {
+    const head = make(
+      "tr",
+      {},
+      ["", "before", "after", ""].map((word) => make("th", { scope: "col", class: "number" }, [word])),
+    );
+    const rows = [
+      ["flops", "FLOPs"],
+      ["params", "parameters"],
+      ["blocks", "blocks"],
+    ].map(function ([key, name]) {
       const [from, to] = [picture.before[key], after[key]];
       const saved = from && to !== from ? (to > from ? "+" : "\u2212") + api.percent(Math.abs(1 - to / from)) : "";
-      return make("tr", {}, [make("th", { scope: "row" }, [name]),
-        ...[api.quantity(from), api.quantity(to), saved].map((word) => make("td", { class: "number" }, [word]))]);
+      return make("tr", {}, [
+        make("th", { scope: "row" }, [name]),
+        ...[api.quantity(from), api.quantity(to), saved].map((word) => make("td", { class: "number" }, [word])),
+      ]);
     });
     return [head, ...rows];
   };
@@ -126,24 +156,66 @@
     return `${api.percent(plan.budget)} of ${api.costName(picture)}: ${count} removed`;
   };
 
+  /** What chooses among the plans: a slider, or a switch where there is but one. */
+  api.budgetInput = function (picture, index) {
+    const one = picture.plans.length === 1;
+    const kind = one
+      ? { type: "checkbox", role: "switch" }
+      : { type: "range", min: 0, max: picture.plans.length, step: 1 };
+    const input = make("input", Object.assign({ id: "plan" }, kind, one ? {} : { "aria-labelledby": "budget-name" }));
+    if (one) input.checked = index !== null;
+    else input.value = index === null ? 0 : index + 1;
+    const words = ` after removing ${one ? api.percent(picture.plans[0].budget) : ""} of ${api.costName(picture)}`;
+    return { input: input, shown: one ? make("label", {}, [input, words]) : input };
+  };
+
+  /** The regions that a plan takes, each leading to its block. */
+  api.removedItems = function (picture, index) {
+    const gone = index === null ? [] : picture.plans[index].removed.map((one) => picture.regions[one]);
+    return gone
+      .sort((a, b) => a.rank - b.rank)
+      .map(function (region) {
+        const block = picture.nodes[region.nodes[0]].block;
+        return make("li", {}, [make("button", { type: "button", class: "link", "data-block": block }, [region.name])]);
+      });
+  };
+
   function tableRow(picture, state, block, status) {
     const region = picture.regions[block.region];
     const name = make("button", { type: "button", class: "link", "data-block": block.id }, [block.label]);
     const word = { kept: "kept", removed: "removed", partly: "removed in part" }[status];
-    const cells = [block.summary, region ? String(region.rank) : "", region ? api.score(region.score) : "",
-      number(block.flops) || "", number(region ? region.params : block.params) || "", word, region ? "" : block.reason || ""];
-    return make("tr", { class: status }, [make("td", {}, [name]),
-      ...cells.map((cell, i) => make("td", i > 0 && i < 5 ? { class: "number" } : {}, [cell]))]);
+    const cells = [
+      block.summary,
+      region ? String(region.rank) : "",
+      region ? api.score(region.score) : "",
+      number(block.flops) || "",
+      number(region ? region.params : block.params) || "",
+      word,
+      region ? "" : block.reason || "",
+    ];
+    return make("tr", { class: status }, [
+      make("td", {}, [name]),
+      ...cells.map((cell, i) => make("td", i > 0 && i < 5 ? { class: "number" } : {}, [cell])),
+    ]);
   }
 
   /** All blocks that hold layers, as a table. */
   api.table = function (picture, state) {
     const { status } = api.removal(picture, state.plan);
     const heads = ["block", "made of", "rank", "score", "FLOPs", "parameters", "now", "why it cannot go"];
-    const head = make("tr", {}, heads.map((word, i) => make("th", { scope: "col", class: i > 1 && i < 6 ? "number" : "" }, [word])));
-    const rows = picture.blocks.filter((block) => !block.glue).map((block) => tableRow(picture, state, block, status[block.id]));
-    return make("table", {}, [make("caption", { class: "unseen" }, ["Blocks from input to output"]),
-      make("thead", {}, [head]), make("tbody", {}, rows)]);
+    const head = make(
+      "tr",
+      {},
+      heads.map((word, i) => make("th", { scope: "col", class: i > 1 && i < 6 ? "number" : "" }, [word])),
+    );
+    const rows = picture.blocks
+      .filter((block) => !block.glue)
+      .map((block) => tableRow(picture, state, block, status[block.id]));
+    return make("table", {}, [
+      make("caption", { class: "unseen" }, ["Blocks from input to output"]),
+      make("thead", {}, [head]),
+      make("tbody", {}, rows),
+    ]);
   };
 
   api.settingsText = function (picture) {
@@ -151,7 +223,13 @@
     for (const [name, value] of Object.entries(picture.settings)) {
       if (value === null || value === undefined) continue;
       const nested = typeof value === "object" && !Array.isArray(value);
-      words.push(nested ? Object.entries(value).map(([key, one]) => `${key} ${one}`).join(", ") : `${name} ${value}`);
+      words.push(
+        nested
+          ? Object.entries(value)
+              .map(([key, one]) => `${key} ${one}`)
+              .join(", ")
+          : `${name} ${value}`,
+      );
     }
     return words.join(" \u00b7 ");
   };

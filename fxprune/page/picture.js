@@ -2,64 +2,8 @@
 (function (api) {
   "use strict";
 
-  const CIVIDIS = ["00224e", "083370", "35456c", "4f576c", "666970", "7d7c78", "948e77", "aea371", "c8b866", "e5cf52",
-    "fee838"];
-  const THEMES = {
-    light: { paper: "#ffffff", ink: "#1b1f24", soft: "#57606a", line: "#6e7781", ghost: "#a8b0b9", frame: "#f4f6f8",
-      open: "#e9edf1", rim: "#d3d9df", still: "#ffffff", stillRim: "#8c959f", wire: "#d6246e", hit: "#0969da" },
-    dark: { paper: "#0f1318", ink: "#e8ecf1", soft: "#a3adb8", line: "#8b96a3", ghost: "#5a6571", frame: "#171c23",
-      open: "#202731", rim: "#343d48", still: "#1a2028", stillRim: "#5d6875", wire: "#ff6aa8", hit: "#6cb6ff" },
-  };
-  const FAMILY = "Inter, Helvetica, Arial, sans-serif";
-
+  const { svgTag: tag, svgText: text } = api;
   const round = (value) => Math.round(value * 10) / 10;
-
-  /** A text that is safe between tags and in attributes. */
-  api.escape = function (text) {
-    const known = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
-    // eslint-disable-next-line no-control-regex
-    return String(text).replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g, "\ufffd")
-      .replace(/[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, "\ufffd")
-      .replace(/[&<>"']/g, (sign) => known[sign]);
-  };
-
-  function tag(name, attributes, content) {
-    const written = Object.entries(attributes).filter(([, value]) => value !== undefined && value !== null)
-      .map(([key, value]) => ` ${key}="${api.escape(typeof value === "number" ? round(value) : value)}"`);
-    return `<${name}${written.join("")}${content === undefined ? "/>" : `>${content}</${name}>`}`;
-  }
-
-  function text(x, y, content, size, fill, more) {
-    const attributes = Object.assign({ x: x, y: y, "font-size": size, fill: fill }, more);
-    return tag("text", attributes, api.escape(content));
-  }
-
-  function hex(value) {
-    return Math.round(value).toString(16).padStart(2, "0");
-  }
-
-  /** The colour of an importance between 0 (least) and 1. */
-  api.cividis = function (share) {
-    const at = Math.min(Math.max(share, 0), 1) * (CIVIDIS.length - 1);
-    const low = Math.min(Math.floor(at), CIVIDIS.length - 2);
-    const parts = [0, 2, 4].map(function (i) {
-      const [a, b] = [CIVIDIS[low], CIVIDIS[low + 1]].map((colour) => parseInt(colour.slice(i, i + 2), 16));
-      return hex(a + (b - a) * (at - low));
-    });
-    return "#" + parts.join("");
-  };
-
-  function luminance(colour) {
-    const parts = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16) / 255)
-      .map((value) => (value <= 0.03928 ? value / 12.92 : Math.pow((value + 0.055) / 1.055, 2.4)));
-    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
-  }
-
-  api.readable = (colour) => (luminance(colour) > 0.179 ? "#000000" : "#ffffff");
-
-  api.shareOf = function (picture, region) {
-    return picture.regions.length > 1 ? (region.rank - 1) / (picture.regions.length - 1) : 0;
-  };
 
   // Edges ------------------------------------------------------------------------------------------------------------
 
@@ -100,11 +44,22 @@
     const colour = { plain: theme.line, ghost: theme.ghost, wire: theme.wire }[edge.style];
     const width = { plain: 1.4, ghost: 1.2, wire: 3 }[edge.style];
     const end = edge.stops[edge.stops.length - 1];
-    const line = tag("path", { d: pathOf(edge, arrow ? 4 : 0), fill: "none", stroke: colour, "stroke-width": width,
-      "stroke-dasharray": edge.style === "ghost" ? "3 4" : undefined });
+    const line = tag("path", {
+      d: pathOf(edge, arrow ? 4 : 0),
+      fill: "none",
+      stroke: colour,
+      "stroke-width": width,
+      "stroke-dasharray": edge.style === "ghost" ? "3 4" : undefined,
+    });
     const [x, y, size] = [end.x, end.bottom, edge.style === "wire" ? 5 : 3.6];
-    const head = arrow ? tag("path", { d: `M${round(x)} ${round(y)}l${-size} ${-size * 1.7}h${2 * size}z`, fill: colour }) : "";
-    return tag("g", { class: "edge", "data-from": edge.from, "data-to": edge.to, "data-style": edge.style }, line + head);
+    const head = arrow
+      ? tag("path", { d: `M${round(x)} ${round(y)}l${-size} ${-size * 1.7}h${2 * size}z`, fill: colour })
+      : "";
+    return tag(
+      "g",
+      { class: "edge", "data-from": edge.from, "data-to": edge.to, "data-style": edge.style },
+      line + head,
+    );
   }
 
   // Boxes ------------------------------------------------------------------------------------------------------------
@@ -124,15 +79,26 @@
   function ghost(picture, box, theme, wired) {
     const [left, right, top, bottom] = [box.x - box.w / 2, box.x + box.w / 2, box.y - box.h / 2, box.y + box.h / 2];
     const rim = { fill: theme.paper, stroke: theme.soft, "stroke-width": 1.3, "stroke-dasharray": "5 3" };
-    const cross = `M${round(left + 4)} ${round(top + 4)}L${round(right - 4)} ${round(bottom - 4)}` +
+    const cross =
+      `M${round(left + 4)} ${round(top + 4)}L${round(right - 4)} ${round(bottom - 4)}` +
       `M${round(right - 4)} ${round(top + 4)}L${round(left + 4)} ${round(bottom - 4)}`;
-    const wire = wired ? tag("path", { d: `M${round(box.x)} ${round(top)}V${round(bottom)}`, stroke: theme.wire, "stroke-width": 3 }) : "";
+    const wire = wired
+      ? tag("path", { d: `M${round(box.x)} ${round(top)}V${round(bottom)}`, stroke: theme.wire, "stroke-width": 3 })
+      : "";
     const crossed = tag("path", { d: cross, stroke: theme.ghost, "stroke-width": 1, fill: "none" });
     return outline(box, rim) + crossed + wire;
   }
 
   function plate(box, y, width, height, theme) {
-    return tag("rect", { x: box.x - width / 2, y: y, width: width, height: height, rx: 4, fill: theme.paper, "fill-opacity": 0.88 });
+    return tag("rect", {
+      x: box.x - width / 2,
+      y: y,
+      width: width,
+      height: height,
+      rx: 4,
+      fill: theme.paper,
+      "fill-opacity": 0.88,
+    });
   }
 
   function words(box, ink, soft, theme) {
@@ -142,7 +108,11 @@
     if (box.kind === "block") {
       const widest = Math.max(api.textWidth(box.label, 13, 600), api.textWidth(box.note, 10.5, 400));
       const plates = gone ? plate(box, box.y - 16, widest + 8, 33, theme) : "";
-      return plates + text(box.x, box.y - 4, box.label, 13, ink, bold) + text(box.x, box.y + 13, box.note, 10.5, soft, middle);
+      return (
+        plates +
+        text(box.x, box.y - 4, box.label, 13, ink, bold) +
+        text(box.x, box.y + 13, box.note, 10.5, soft, middle)
+      );
     }
     if (box.kind === "node") return nodeWords(box, ink, soft, gone, theme);
     const size = box.label.length === 1 ? 16 : 12;
@@ -155,15 +125,18 @@
     const all = width + (box.note ? 7 + api.textWidth(box.note, 11, 400) : 0);
     const left = box.x - all / 2;
     const line = gone ? "line-through" : undefined;
-    return (gone ? plate(box, box.y - 8, all + 6, 16, theme) : "") +
+    return (
+      (gone ? plate(box, box.y - 8, all + 6, 16, theme) : "") +
       text(left, box.y + 4, box.label, 11.5, ink, { "font-weight": 600, "text-decoration": line }) +
-      (box.note ? text(left + width + 7, box.y + 4, box.note, 11, soft) : "");
+      (box.note ? text(left + width + 7, box.y + 4, box.note, 11, soft) : "")
+    );
   }
 
   function hatch(box, ink) {
     let path = "";
     const [left, top] = [box.x + box.w / 2 - 26, box.y - box.h / 2];
-    for (let i = 0; i < 4; i += 1) path += `M${round(left + 4 + i * 6)} ${round(top + 1)}L${round(box.x + box.w / 2 - 1)} ${round(top + 22 - i * 6)}`;
+    for (let i = 0; i < 4; i += 1)
+      path += `M${round(left + 4 + i * 6)} ${round(top + 1)}L${round(box.x + box.w / 2 - 1)} ${round(top + 22 - i * 6)}`;
     return tag("path", { d: path, stroke: ink, "stroke-width": 1.3, fill: "none" });
   }
 
@@ -173,8 +146,12 @@
     const coloured = fill !== theme.still;
     const ink = coloured ? api.readable(fill) : theme.ink;
     const soft = coloured ? ink : theme.soft;
-    const rim = { fill: fill, stroke: coloured ? theme.rim : theme.stillRim, "stroke-width": 1,
-      "stroke-dasharray": box.status === "partly" ? "5 3" : undefined };
+    const rim = {
+      fill: fill,
+      stroke: coloured ? theme.rim : theme.stillRim,
+      "stroke-width": 1,
+      "stroke-dasharray": box.status === "partly" ? "5 3" : undefined,
+    };
     if (box.status === "partly") rim.stroke = theme.ink;
     return outline(box, rim) + (box.status === "partly" ? hatch(box, ink) : "") + words(box, ink, soft, theme);
   }
@@ -194,8 +171,15 @@
     const sentence = api.sentence(picture, box);
     if (!live) return { attributes: {}, title: tag("title", {}, api.escape(sentence)) };
     const folds = box.kind === "block" || box.kind === "glue";
-    return { title: "", attributes: { tabindex: 0, role: box.kind === "port" ? "img" : "button", "aria-label": sentence,
-      "aria-expanded": folds ? "false" : undefined } };
+    return {
+      title: "",
+      attributes: {
+        tabindex: 0,
+        role: box.kind === "port" ? "img" : "button",
+        "aria-label": sentence,
+        "aria-expanded": folds ? "false" : undefined,
+      },
+    };
   }
 
   function boxMarkup(picture, box, theme, live, wired) {
@@ -206,12 +190,27 @@
 
   function frameMarkup(frame, theme, live) {
     const open = frame.kind === "open";
-    const at = { x: frame.left, y: frame.top, width: frame.right - frame.left, height: frame.bottom - frame.top, rx: 10 };
+    const at = {
+      x: frame.left,
+      y: frame.top,
+      width: frame.right - frame.left,
+      height: frame.bottom - frame.top,
+      rx: 10,
+    };
     const gone = frame.status === "removed";
-    const body = tag("rect", Object.assign(at, { fill: open ? theme.open : theme.frame,
-      stroke: gone ? theme.soft : theme.rim, "stroke-width": 1, "stroke-dasharray": gone ? "5 3" : undefined }));
-    const handle = open && live && !frame.piece ?
-      { tabindex: 0, role: "button", "aria-expanded": "true", "aria-label": `fold ${frame.name}` } : {};
+    const body = tag(
+      "rect",
+      Object.assign(at, {
+        fill: open ? theme.open : theme.frame,
+        stroke: gone ? theme.soft : theme.rim,
+        "stroke-width": 1,
+        "stroke-dasharray": gone ? "5 3" : undefined,
+      }),
+    );
+    const handle =
+      open && live && !frame.piece
+        ? { tabindex: 0, role: "button", "aria-expanded": "true", "aria-label": `fold ${frame.name}` }
+        : {};
     return tag("g", Object.assign({ class: `frame ${frame.kind}`, "data-key": frame.key }, handle), body);
   }
 
@@ -219,8 +218,14 @@
     const gone = frame.status === "removed" ? " \u00b7 removed" : "";
     const label = (frame.kind === "open" ? "\u2212 " : "") + frame.label + (frame.piece ? " (continued)" : "") + gone;
     const halo = frame.kind === "open" ? theme.open : theme.frame;
-    return text(frame.left + 10, frame.top + 15, api.shorten(label, frame.right - frame.left - 16, 11.5, 600), 11.5, theme.soft,
-      { "font-weight": 600, stroke: halo, "stroke-width": 4, "paint-order": "stroke", "pointer-events": "none" });
+    return text(
+      frame.left + 10,
+      frame.top + 15,
+      api.shorten(label, frame.right - frame.left - 16, 11.5, 600),
+      11.5,
+      theme.soft,
+      { "font-weight": 600, stroke: halo, "stroke-width": 4, "paint-order": "stroke", "pointer-events": "none" },
+    );
   }
 
   /** Boxes through which the signal runs on a wire. */
@@ -232,19 +237,16 @@
 
   /** The drawing itself, without a canvas around it. */
   api.drawing = function (picture, plan, state) {
-    const theme = THEMES[state.theme];
+    const theme = api.theme(state.theme);
     const wired = wiredBoxes(plan);
     const through = new Set(plan.boxes.filter(wired).map((box) => box.key));
     const order = { ghost: 0, plain: 1, wire: 2 };
     const edges = plan.edges.slice().sort((a, b) => order[a.style] - order[b.style]);
-    return plan.frames.map((frame) => frameMarkup(frame, theme, state.live)).join("") +
+    return (
+      plan.frames.map((frame) => frameMarkup(frame, theme, state.live)).join("") +
       edges.map((edge) => edgeMarkup(edge, theme, !through.has(edge.to))).join("") +
       plan.frames.map((frame) => frameName(frame, theme)).join("") +
-      plan.boxes.map((box) => boxMarkup(picture, box, theme, state.live, through.has(box.key))).join("");
+      plan.boxes.map((box) => boxMarkup(picture, box, theme, state.live, through.has(box.key))).join("")
+    );
   };
-
-  api.theme = (name) => THEMES[name];
-  api.svgTag = tag;
-  api.svgText = text;
-  api.family = FAMILY;
 })(fxprune);

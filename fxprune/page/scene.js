@@ -8,17 +8,22 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
   const INPUT = -1;
   const OUTPUT = -2;
   const SIGNS = { add: "+", iadd: "+", sub: "\u2212", mul: "\u00d7", cat: "cat", concat: "cat" };
-  const ADVANCES = { // of Inter, in thousandths of the font size, from the space on
-    400: [281, 288, 466, 633, 642, 982, 644, 300, 365, 365, 501, 662, 288, 460, 288, 360, 631, 407, 610, 618, 646, 593,
-      620, 566, 619, 620, 288, 302, 662, 662, 662, 511, 966, 690, 654, 730, 722, 601, 590, 746, 743, 269, 571, 672, 565,
-      903, 753, 765, 639, 765, 644, 642, 646, 744, 690, 985, 682, 679, 629, 365, 360, 365, 471, 456, 323, 562, 612, 571,
-      612, 583, 370, 613, 591, 242, 242, 549, 242, 876, 591, 600, 612, 612, 376, 528, 327, 591, 562, 818, 546, 562, 552,
-      426, 333, 426, 662],
-    600: [252, 321, 523, 644, 650, 1004, 663, 326, 373, 373, 540, 673, 319, 465, 319, 379, 660, 423, 623, 636, 666, 612,
+  const ADVANCES = {
+    // of Inter, in thousandths of the font size, from the space on
+    400: [
+      281, 288, 466, 633, 642, 982, 644, 300, 365, 365, 501, 662, 288, 460, 288, 360, 631, 407, 610, 618, 646, 593, 620,
+      566, 619, 620, 288, 302, 662, 662, 662, 511, 966, 690, 654, 730, 722, 601, 590, 746, 743, 269, 571, 672, 565, 903,
+      753, 765, 639, 765, 644, 642, 646, 744, 690, 985, 682, 679, 629, 365, 360, 365, 471, 456, 323, 562, 612, 571, 612,
+      583, 370, 613, 591, 242, 242, 549, 242, 876, 591, 600, 612, 612, 376, 528, 327, 591, 562, 818, 546, 562, 552, 426,
+      333, 426, 662,
+    ],
+    600: [
+      252, 321, 523, 644, 650, 1004, 663, 326, 373, 373, 540, 673, 319, 465, 319, 379, 660, 423, 623, 636, 666, 612,
       640, 576, 640, 640, 319, 329, 673, 673, 673, 543, 999, 728, 659, 737, 722, 605, 588, 749, 746, 277, 580, 703, 565,
       922, 759, 769, 645, 773, 652, 650, 660, 736, 728, 1020, 720, 713, 652, 373, 379, 373, 481, 469, 351, 574, 624,
       583, 624, 591, 389, 625, 612, 262, 262, 569, 262, 900, 612, 609, 624, 624, 397, 549, 353, 612, 587, 839, 569, 588,
-      566, 455, 359, 455, 673],
+      566, 455, 359, 455, 673,
+    ],
   };
 
   /** The width of a text in Inter; a sign that is not ASCII counts as a wide one. */
@@ -50,7 +55,12 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
   };
 
   api.quantity = function (value) {
-    const steps = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+    const steps = [
+      [1e12, "T"],
+      [1e9, "G"],
+      [1e6, "M"],
+      [1e3, "k"],
+    ];
     for (const [factor, prefix] of steps) {
       if (value >= factor * 0.9995) return Number((value / factor).toPrecision(3)) + prefix;
     }
@@ -139,14 +149,31 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     const note = same ? "" : api.shorten(node.op, 130, 11, 400);
     const w = api.textWidth(label, 11.5, 600) + (note ? api.textWidth(note, 11, 400) + 7 : 0) + 20;
     return {
-      key: "n" + node.id, kind: "node", block: block.id, node: node.id, name: node.name, label: label, note: note,
-      status: gone ? "removed" : "kept", parent: "g:" + block.id, w: Math.max(48, w), h: 26,
+      key: "n" + node.id,
+      kind: "node",
+      block: block.id,
+      node: node.id,
+      name: node.name,
+      label: label,
+      note: note,
+      status: gone ? "removed" : "kept",
+      parent: "g:" + block.id,
+      w: Math.max(48, w),
+      h: 26,
     };
   }
 
   function port(key, label) {
-    return { key: key, kind: "port", name: label, label: label, status: "kept", parent: null,
-      w: api.textWidth(label, 12, 600) + 30, h: 28 };
+    return {
+      key: key,
+      kind: "port",
+      name: label,
+      label: label,
+      status: "kept",
+      parent: null,
+      w: api.textWidth(label, 12, 600) + 30,
+      h: 28,
+    };
   }
 
   function makeBoxes(picture, state, removal, frames) {
@@ -171,7 +198,11 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
       if (!state.open[block.id]) continue;
       const inIsland = frames.indexOf(block.island) >= 0;
       made.push({
-        key: "g:" + block.id, kind: "open", block: block.id, name: block.label, status: removal.status[block.id],
+        key: "g:" + block.id,
+        kind: "open",
+        block: block.id,
+        name: block.label,
+        status: removal.status[block.id],
         label: inIsland ? relative(block.label, block.island) : block.label,
         parent: inIsland ? "i:" + block.island : null,
       });

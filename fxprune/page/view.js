@@ -62,12 +62,16 @@
   };
 
   function watchWheel(view, svg, canvas) {
-    svg.addEventListener("wheel", function (event) {
-      event.preventDefault();
-      const at = canvas.getBoundingClientRect();
-      const unit = event.deltaMode === 1 ? 18 : 1;
-      view.zoom(Math.exp(-event.deltaY * unit * 0.0016), event.clientX - at.left, event.clientY - at.top);
-    }, { passive: false });
+    svg.addEventListener(
+      "wheel",
+      function (event) {
+        event.preventDefault();
+        const at = canvas.getBoundingClientRect();
+        const unit = event.deltaMode === 1 ? 18 : 1;
+        view.zoom(Math.exp(-event.deltaY * unit * 0.0016), event.clientX - at.left, event.clientY - at.top);
+      },
+      { passive: false },
+    );
   }
 
   function watchPointers(view, svg, canvas) {
