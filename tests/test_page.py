@@ -202,6 +202,26 @@ def test_the_table_holds_every_block_with_layers(page: Any) -> None:
     assert focused(page).startswith("b")
 
 
+def test_the_picture_is_the_same_after_the_table_was_shown(page: Any) -> None:
+    before = box(page, "out").rect
+    page.find_element(By.ID, "view").click()
+    page.find_element(By.ID, "plan").send_keys(Keys.ARROW_RIGHT)
+    page.find_element(By.ID, "theme").click()
+    page.find_element(By.ID, "view").click()
+    assert box(page, "out").rect == pytest.approx(before, abs=1)
+
+
+def test_a_narrow_screen_has_one_column_and_nothing_to_scroll_sideways(page: Any) -> None:
+    metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page.refresh()
+    wide, seen = page.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    lowest = max(element.rect["y"] for element in page.find_elements(By.CSS_SELECTOR, "#picture .box"))
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert (wide, seen) == (390, 390)
+    assert lowest > 800, "the last box of one column lies below the window"
+
+
 def test_dark_is_another_picture_and_neither_is_blank(page: Any) -> None:
     light = page.get_screenshot_as_png()
     page.find_element(By.ID, "theme").click()

@@ -10,15 +10,17 @@
   const view = api.makeView(svg, drawing, canvas);
   let plan = null;
   let columns = {}; // in which every block is, folded; it stays there while blocks unfold
+  let window_ = null;
   let chosen = null;
   let hits = [];
+  let hit = -1; // which of them was gone to
 
   // The drawing ------------------------------------------------------------------------------------------------------
 
-  /** The window that columns are to fill; none on a narrow screen. */
+  /** The window that columns are to fill, as it was when last seen; none on a narrow screen. */
   function room() {
-    const { clientWidth: width, clientHeight: height } = canvas;
-    return width < 600 ? null : { width: width, height: height, most: 1 };
+    if (!canvas.hidden) window_ = { width: canvas.clientWidth, height: canvas.clientHeight, most: 1 };
+    return window_.width < 600 ? null : window_;
   }
 
   function groupOf(key) {
@@ -51,6 +53,8 @@
   }
 
   function mark() {
+    const query = at("query").value.trim().toLowerCase();
+    hits = query ? plan.boxes.filter((box) => api.matches(picture, box, query)) : [];
     const found = new Set(hits.map((box) => box.key));
     for (const child of drawing.children) {
       child.classList.toggle("hit", found.has(child.dataset.key));
@@ -180,19 +184,9 @@
 
   // Search -----------------------------------------------------------------------------------------------------------
 
-  function search() {
-    const query = at("query").value.trim().toLowerCase();
-    hits = query ? plan.boxes.filter((box) => api.matches(picture, box, query)) : [];
-    at("hits").textContent = query ? `${hits.length} found` : "";
-    mark();
-  }
-
-  let hit = -1;
-
   function nextHit(step) {
-    search();
     if (!hits.length) return;
-    hit = (hit + step + hits.length) % hits.length;
+    hit = hit < 0 && step < 0 ? hits.length - 1 : (hit + step + hits.length) % hits.length;
     at("hits").textContent = `${hit + 1} of ${hits.length}`;
     showTable(false);
     view.centre(hits[hit]);
@@ -202,7 +196,8 @@
   function watchSearch() {
     at("query").addEventListener("input", function () {
       hit = -1;
-      search();
+      mark();
+      at("hits").textContent = at("query").value.trim() ? `${hits.length} found` : "";
     });
     at("query").addEventListener("keydown", function (event) {
       if (event.key !== "Enter") return;
