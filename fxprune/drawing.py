@@ -12,7 +12,7 @@ from uuid import uuid4
 from torch import nn
 
 from fxprune.analysis import Analysis
-from fxprune.errors import SettingError, StorageError
+from fxprune.errors import PlanError, SettingError, StorageError
 from fxprune.flowcharts import dot_text, mermaid_text
 from fxprune.picture import make_picture
 from fxprune.plan import Plan
@@ -51,6 +51,8 @@ def draw(what: Analysis | Plan | nn.Module, path: str | PathLike[str]) -> None:
         If the file cannot be written.
     ModelError
         If a model was not pruned by fxprune.
+    PlanError
+        If a plan holds no graph.
 
     Examples
     --------
@@ -64,6 +66,8 @@ def draw(what: Analysis | Plan | nn.Module, path: str | PathLike[str]) -> None:
 def draw_picture(picture: Picture, path: str | PathLike[str]) -> None:
     """Write what `fxprune.picture.make_picture` returned in the format that the path's suffix says."""
     target = _target(path)
+    if not picture["blocks"]:
+        raise PlanError("the plan holds no graph to draw; make it anew with fxprune.analyze and Analysis.plan")
     content = FORMATS[target.suffix.lower()](picture)
     try:
         _write(target, content if isinstance(content, bytes) else content.encode("utf-8", "replace"))

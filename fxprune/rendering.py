@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib.resources import as_file, files
@@ -84,7 +85,7 @@ def evaluate(expression: str, **values: Any) -> Any:
     engine.set_max_stack_size(STACK)
     for name in RENDERER:
         engine.eval(_read(name))
-    engine.set("text", json.dumps(values))
+    engine.set("text", plain_json(values))
     engine.eval("globalThis.input = JSON.parse(text)")
     return json.loads(engine.eval(f"JSON.stringify({expression})"))
 
@@ -94,10 +95,23 @@ ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", 
 
 def script_safe(value: Any) -> str:
     """JSON that may stand in a script element: no sign in it can end the element."""
-    text = json.dumps(value, separators=(",", ":"))
+    text = plain_json(value)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
+
+
+def plain_json(value: Any) -> str:
+    """JSON that every parser reads: what is no finite number is null."""
+    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _font_style() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from torch import nn
 
 import fxprune
-from fxprune import SettingError, StorageError
+from fxprune import PlanError, SettingError, StorageError
 from fxprune.drawing import FORMATS, draw_picture
 from fxprune.flowcharts import dot_text, mermaid_text
 from fxprune.rendering import evaluate, page_text, png_bytes, svg_text
@@ -76,6 +77,27 @@ def test_missing_extra_is_named_and_text_needs_none(
     monkeypatch.setitem(sys.modules, "quickjs", None)
     for other in (".html", ".dot", ".mmd"):
         draw_picture(residual(), tmp_path / f"a{other}")
+
+
+def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"fxprune\.analyze"):
+        draw_picture({**residual(), "blocks": [], "nodes": [], "edges": [], "block_edges": []}, tmp_path / "a.dot")
+
+
+@pytest.mark.parametrize("suffix", sorted(FORMATS))
+def test_what_is_not_known_is_left_out(suffix: str, tmp_path: Path) -> None:
+    picture = copy.deepcopy({**residual(), "initial": None, "plans": []})
+    for region in picture["regions"]:
+        region |= {"score": float("nan"), "flops": None, "params": None}
+    for block in picture["blocks"]:
+        block |= {"flops": None, "params": None, "summary": ""}
+    picture["before"] = {"flops": 0, "params": 0, "blocks": 0}
+    path = tmp_path / f"a{suffix}"
+    draw_picture(picture, path)
+    text = path.read_bytes().decode("latin-1")
+    shown = re.findall(r'id="data">(.*?)</script>|<text[^>]*>(.*?)</text>|label="(.*?)"|\["(.*?)"\]', text, re.DOTALL)
+    assert shown or suffix == ".png"
+    assert not re.search(r"NaN|Infinity|undefined|None|null%|null F", str(shown))
 
 
 # Names that mean harm ------------------------------------------------------------------------------------------------

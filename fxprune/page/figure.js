@@ -42,10 +42,11 @@
   };
 
   api.score = function (value) {
+    if (typeof value !== "number") return "none";
     if (value === 0) return "0";
     const exponent = Math.floor(Math.log10(Math.abs(value)));
     return exponent < -3 || exponent > 4
-      ? value.toExponential(1).replace("e+", "e").replace("-", "\u2212")
+      ? value.toExponential(1).replace("e+", "e").replace(/-/g, "\u2212")
       : String(Number(value.toPrecision(2)));
   };
 

@@ -22,7 +22,8 @@
 
   function flopsText(picture, flops) {
     if (typeof flops !== "number") return null;
-    return `${api.quantity(flops)} (${api.percent(flops / picture.before.flops)})`;
+    const share = picture.before.flops ? ` (${api.percent(flops / picture.before.flops)})` : "";
+    return api.quantity(flops) + share;
   }
 
   function latencyText(thing) {

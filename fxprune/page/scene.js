@@ -54,6 +54,12 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     return (100 * share).toFixed(1).replace(/\.0$/, "") + " %";
   };
 
+  /** Which part of the network's FLOPs these are; nothing where that is not known. */
+  api.shareText = function (picture, flops) {
+    const known = typeof flops === "number" && picture.before.flops;
+    return known ? api.percent(flops / picture.before.flops) + " FLOPs" : "";
+  };
+
   api.quantity = function (value) {
     const steps = [
       [1e12, "T"],
@@ -110,11 +116,9 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
   }
 
   function noteOf(picture, block, status) {
-    const share = api.percent(block.flops / picture.before.flops) + " FLOPs";
     const region = picture.regions[block.region];
-    if (status === "removed") return "removed \u00b7 " + share;
-    if (status === "partly") return "part removed \u00b7 " + share;
-    return region ? "rank " + region.rank + " \u00b7 " + share : share;
+    const state = { removed: "removed", partly: "part removed" }[status] || (region ? "rank " + region.rank : "");
+    return [state, api.shareText(picture, block.flops)].filter(Boolean).join(" \u00b7 ");
   }
 
   function blockBox(picture, block, status, frames) {
