@@ -1,6 +1,7 @@
 """fxprune: a compiler pass over torch.fx that finds the blocks a detector does not need and removes them."""
 
 from fxprune.datasets import CocoDataset
+from fxprune.drawing import draw
 from fxprune.driver import analyze, apply, compile  # noqa: A004
 from fxprune.errors import (
     BatchError,
@@ -41,6 +42,7 @@ __all__ = [
     "apply",
     "batches",
     "compile",
+    "draw",
     "evaluate",
     "load",
     "report",

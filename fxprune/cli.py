@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fxprune import drawing
 from fxprune.commands import options as o
 from fxprune.commands import output, tables, work
 from fxprune.commands.data import check_data, open_pictures
@@ -16,6 +17,7 @@ from fxprune.commands.running import EXIT_STATUS, Command, keep_stdout, runnable
 from fxprune.commands.terminal import Result, Terminal, open_terminal
 from fxprune.criteria import CRITERIA
 from fxprune.demo import DEMO_CRITERIA, run_demo
+from fxprune.picture import Drawable
 from fxprune.plan import Plan
 from fxprune.report import report
 from fxprune.selection import check_budget
@@ -120,7 +122,7 @@ def analyze(
             plan.save(draft / "plan.json")
             output.write_report(report(plan), draft / output.REPORT)
 
-        remark = work.written(out, fill, analysis, tell)
+        remark = work.written(out, fill, analysis, plan, tell)
     return Result(plan.to_dict(), report(plan), remark)
 
 
@@ -164,7 +166,7 @@ def sweep(
         def fill(draft: Path) -> None:
             work.save_sweep(document, plans, draft)
 
-        remark = work.written(out, fill, analysis, tell)
+        remark = work.written(out, fill, analysis, None, tell)
     return Result(document, tables.sweep_view(points, terminal.out.width), remark)
 
 
@@ -184,7 +186,7 @@ def draw(
         check_data(model, data)
     output.check_file(picture, force)
     with terminal.progress() as tell:
-        what: object
+        what: Drawable
         if plan is not None:
             what = Plan.load(plan)
         elif model.pruned is not None:
@@ -192,7 +194,7 @@ def draw(
         else:
             what = work.analyzed(work.opened(model, data.device, tell), data, scores, tell)
         tell("draw", 0, 1)
-        output.write_file(picture, force, lambda draft: output.draw(what, draft))
+        output.write_file(picture, force, lambda draft: drawing.draw(what, draft))
     return Result({"picture": str(picture)}, None, f"wrote {picture}")
 
 
@@ -211,8 +213,8 @@ def prune(
     output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
         network = work.opened(model, data.device, tell)
-        plan = work.analyzed(network, data, scores, tell).plan(budget.budget, budget.cost)
-        return work.finished(network, plan, out, tell)
+        analysis = work.analyzed(network, data, scores, tell)
+        return work.finished(network, analysis.plan(budget.budget, budget.cost), analysis, out, tell)
 
 
 @command("Cut")
@@ -226,4 +228,4 @@ def apply(
     output.check_folder(out.out, out.force)
     made = Plan.load(plan)
     with terminal.progress() as tell:
-        return work.finished(work.opened(model, "cpu", tell), made, out, tell)
+        return work.finished(work.opened(model, "cpu", tell), made, None, out, tell)

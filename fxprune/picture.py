@@ -24,13 +24,15 @@ SIZES = {"size", "getattr", "dim"}
 Drawable = Analysis | Plan | nn.Module
 
 
-def make_picture(what: Drawable) -> dict[str, Any]:
+def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
     """Gather what a picture of a network shows.
 
     Parameters
     ----------
     what : Analysis, Plan or Module
         An analysis has plans for every budget in whole percents; a plan, or the last one of a pruned model, is one.
+    shown : Plan, optional
+        A plan of the analysis to show first; the others are by its cost.
 
     Returns
     -------
@@ -48,7 +50,7 @@ def make_picture(what: Drawable) -> dict[str, Any]:
     >>> picture = make_picture(fxprune.analyze(model, loader))     # doctest: +SKIP
     >>> [block["label"] for block in picture["blocks"]]            # doctest: +SKIP
     """
-    plans = _plans(what)
+    plans = _plans(what, shown)
     network = what if isinstance(what, (Analysis, Plan)) else plans[0]
     flow = Flow(tuple(_shown(network.nodes)), network)
     names = flow.names
@@ -59,7 +61,7 @@ def make_picture(what: Drawable) -> dict[str, Any]:
         "before": vars(network.before),
         "cost": plans[0].cost if plans else "flops",
         "plans": [_plan_row(plan) for plan in plans],
-        "initial": 0 if network is not what or isinstance(what, Plan) else None,
+        "initial": _position(plans, shown) if isinstance(what, Analysis) else 0,
         "regions": [
             {**_region_row(region, names), "rank": ranks.index(index) + 1}
             for index, region in enumerate(network.regions)
@@ -77,11 +79,13 @@ def make_picture(what: Drawable) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plans(what: Drawable) -> list[Plan]:
+def _plans(what: Drawable, shown: Plan | None) -> list[Plan]:
     if isinstance(what, Plan):
         return [what]
     if isinstance(what, Analysis):
-        return list(_plans_by_percent(what))
+        cost, own = (shown.cost, [shown]) if shown else ("flops", [])
+        others = [plan for plan in _plans_by_percent(what, cost) if not shown or plan.budget != shown.budget]
+        return sorted([*own, *others], key=lambda plan: plan.budget)
     plans = plans_of(network_of(what))
     if not plans:
         raise ModelError(
@@ -91,10 +95,14 @@ def _plans(what: Drawable) -> list[Plan]:
     return [Plan.from_dict(plans[-1])]
 
 
-def _plans_by_percent(analysis: Analysis) -> Iterator[Plan]:
+def _position(plans: Sequence[Plan], shown: Plan | None) -> int | None:
+    return next((index for index, plan in enumerate(plans) if plan is shown), None)
+
+
+def _plans_by_percent(analysis: Analysis, cost: str) -> Iterator[Plan]:
     for percent in range(1, 100):
         try:
-            yield analysis.plan(percent / 100)
+            yield analysis.plan(percent / 100, cost)
         except BudgetError:
             return
 

@@ -21,7 +21,8 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
     packed = set(zipfile.ZipFile(wheel).namelist())
     tree = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxprune").rglob("*.py")}
     tree |= {f"fxprune/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "passes").rglob("*.py")}
-    tree |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxprune" / "data").rglob("*") if path.is_file()}
+    for folder in ("data", "page"):
+        tree |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxprune" / folder).rglob("*") if path.is_file()}
     tree.add("fxprune/py.typed")
     assert {name for name in tree if "__pycache__" not in name} <= packed
     assert not any(name.startswith(("passes/", "tests/", "benchmarks/")) for name in packed)
@@ -29,12 +30,13 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
 
 def test_surface() -> None:
     errors = {name for name, value in vars(fxprune.errors).items() if isinstance(value, type)}
-    data = {"CocoDataset", "batches", "evaluate", "load", "save"}
+    data = {"CocoDataset", "batches", "draw", "evaluate", "load", "save"}
     assert set(fxprune.__all__) == errors | data | {"analyze", "apply", "compile", "report", "Plan", "__version__"}
     for name in errors - {"FxpruneWarning"}:
         assert issubclass(getattr(fxprune, name), fxprune.FxpruneError)
 
 
-def test_import_reads_no_ultralytics_and_no_dataset() -> None:
-    code = "import fxprune, sys; assert 'ultralytics' not in sys.modules and 'pycocotools' not in sys.modules"
+def test_import_reads_no_ultralytics_no_dataset_and_no_renderer() -> None:
+    late = {"ultralytics", "pycocotools", "quickjs", "resvg_py"}
+    code = f"import fxprune, sys; assert not {late} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -175,6 +175,17 @@ def test_every_percent_has_the_plan_that_the_analysis_makes(analysis: Analysis) 
         assert row["after"] == vars(plan.after)
 
 
+@pytest.mark.parametrize(("budget", "cost"), [(0.2, "flops"), (0.255, "params")])
+def test_a_plan_of_the_analysis_can_be_shown_first(analysis: Analysis, budget: float, cost: str) -> None:
+    plan = analysis.plan(budget, cost)
+    picture = make_picture(analysis, plan)
+    budgets = [row["budget"] for row in picture["plans"]]
+    assert budgets == sorted(set(budgets))
+    assert picture["cost"] == cost
+    assert picture["plans"][picture["initial"]]["budget"] == budget
+    assert picture["plans"][picture["initial"]]["after"] == vars(plan.after)
+
+
 @pytest.mark.parametrize("of", [lambda plan, pruned: plan, lambda plan, pruned: pruned], ids=["plan", "pruned"])
 def test_a_plan_and_a_pruned_model_show_what_went(
     tiny_model: nn.Module, plan: Plan, analysis: Analysis, of: Callable[..., Any]

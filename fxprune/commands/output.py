@@ -6,12 +6,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-from fxprune.errors import FxpruneError, StorageError
+from fxprune.errors import StorageError
 from fxprune.report import Report
 from fxprune.weights import few
 
@@ -103,18 +101,3 @@ def with_draft(place: Path, fill: Callable[[Path], None]) -> None:
 def write_report(report: Report, path: Path) -> None:
     """Write a report as Markdown."""
     path.write_text(report.to_markdown(), encoding="utf-8")
-
-
-def draw(what: Any, path: Path) -> None:
-    """Draw an analysis, a plan or a pruned model; the suffix says in which format.
-
-    Raises
-    ------
-    FxpruneError
-        If this installation cannot draw.
-    """
-    try:
-        drawing = import_module("fxprune.drawing")
-    except ModuleNotFoundError as error:
-        raise FxpruneError(f"nothing can be drawn: {error.name} is not installed") from error
-    drawing.draw(what, path)

@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from fxprune import drawing
 from fxprune.analysis import Analysis
 from fxprune.commands.data import Pictures, calibration_batches, check_size, open_pictures
 from fxprune.commands.models import open_model
 from fxprune.commands.options import DataOptions, ModelOptions, OutputOptions, ScoreOptions
-from fxprune.commands.output import PICTURE, REPORT, draw, write_folder, write_report
+from fxprune.commands.output import PICTURE, REPORT, write_folder, write_report
 from fxprune.commands.tables import Point
 from fxprune.commands.terminal import Result, Tell, to_json
 from fxprune.detectors.choice import network_of
 from fxprune.driver import analyze, apply
-from fxprune.errors import BudgetError, FxpruneError
+from fxprune.errors import BudgetError
 from fxprune.evaluation import evaluate
 from fxprune.plan import Plan
 from fxprune.report import report
@@ -70,7 +71,7 @@ def rewritten(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
     return pruned
 
 
-def finished(model: nn.Module, plan: Plan, output: OutputOptions, tell: Tell) -> Result:
+def finished(model: nn.Module, plan: Plan, analysis: Analysis | None, output: OutputOptions, tell: Tell) -> Result:
     """Carry out a plan, write the pruned model with report and picture, and say what was done."""
     pruned = rewritten(model, plan, tell)
     found = report(pruned)
@@ -79,28 +80,25 @@ def finished(model: nn.Module, plan: Plan, output: OutputOptions, tell: Tell) ->
         save(pruned, draft)
         write_report(found, draft / REPORT)
 
-    remark = written(output, fill, pruned, tell)
+    remark = written(output, fill, analysis or plan, plan if analysis else None, tell)
     return Result(found.to_dict(), found, remark or "nothing was saved; --out FOLDER saves the pruned model")
 
 
-def written(output: OutputOptions, fill: Callable[[Path], None], what: Any, tell: Tell) -> str:
-    """Write the folder of results, if one is asked for, and return a remark on it; `what` goes into its picture."""
+def written(
+    output: OutputOptions, fill: Callable[[Path], None], what: Analysis | Plan, shown: Plan | None, tell: Tell
+) -> str:
+    """Write the folder of results with a picture, if one is asked for, and return a remark on it."""
     if output.out is None:
         return ""
-    missing = ""
 
     def fill_all(draft: Path) -> None:
-        nonlocal missing
         fill(draft)
-        try:
-            draw(what, draft / PICTURE)
-        except FxpruneError as error:
-            missing = f", without a picture: {error}"
+        drawing.draw(what, draft / PICTURE, plan=shown)
 
     tell("write", 0, 1)
     write_folder(output.out, output.force, fill_all)
     tell("write", 1, 1)
-    return f"wrote {output.out}{missing}"
+    return f"wrote {output.out}"
 
 
 def swept(

@@ -1,0 +1,102 @@
+"""Pictures of a network with its pruned blocks, written to files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from fxprune.errors import PlanError, SettingError, StorageError
+from fxprune.flowcharts import dot_text, mermaid_text
+from fxprune.picture import Drawable, make_picture
+from fxprune.plan import Plan
+from fxprune.rendering import page_text, png_bytes, svg_text
+
+Picture = dict[str, Any]
+
+FORMATS: dict[str, Callable[[Picture], str | bytes]] = {
+    ".html": page_text,
+    ".svg": svg_text,
+    ".png": png_bytes,
+    ".dot": dot_text,
+    ".mmd": mermaid_text,
+}
+"""What each suffix is written by."""
+
+
+def draw(what: Drawable, path: str | PathLike[str], *, plan: Plan | None = None) -> None:
+    """Draw a network with its blocks, their importance, and what was removed.
+
+    Parameters
+    ----------
+    what : Analysis, Plan or Module
+        An analysis shows what would go at every budget; a plan, or what `fxprune.compile` or `fxprune.apply`
+        returned, shows what goes or went.
+    path : path
+        Where to. Its suffix says what is written: ``.html`` is a page to explore, one file that asks nothing of any
+        network; ``.svg`` and ``.png`` are still pictures (``pip install "fxprune[draw]"``); ``.dot`` (Graphviz) and
+        ``.mmd`` (Mermaid) are texts. A file that is there is replaced.
+    plan : Plan, optional
+        Of an analysis: the plan to show first. Without it nothing is removed at first.
+
+    Raises
+    ------
+    SettingError
+        If `path` is no path or ends in no format that is known, or if a package that the format takes is missing.
+    StorageError
+        If the file cannot be written.
+    ModelError
+        If a model was not pruned by fxprune.
+    PlanError
+        If a plan holds no graph.
+
+    Examples
+    --------
+    >>> fxprune.draw(fxprune.analyze(model, calib_loader), "model.html")  # doctest: +SKIP
+    >>> fxprune.draw(pruned, "pruned.svg")                                # doctest: +SKIP
+    """
+    target = _target(path)
+    draw_picture(make_picture(what, plan), target)
+
+
+def draw_picture(picture: Picture, path: str | PathLike[str]) -> None:
+    """Write what `fxprune.picture.make_picture` returned in the format that the path's suffix says."""
+    target = _target(path)
+    if not picture["blocks"]:
+        raise PlanError("the plan holds no graph to draw; make it anew with fxprune.analyze and Analysis.plan")
+    content = FORMATS[target.suffix.lower()](picture)
+    try:
+        _write(target, content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+    except OSError as error:
+        raise StorageError(
+            f"{target} cannot be written ({error}); check its folder, its permissions and the disk"
+        ) from error
+
+
+def _target(path: Any) -> Path:
+    text = os.fspath(path) if isinstance(path, (str, PathLike)) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise SettingError(f"path is {path!r}; give the path of a file")
+    target = Path(os.path.realpath(text))
+    if target.suffix.lower() not in FORMATS:
+        raise SettingError(
+            f"{path} ends in no format that can be drawn; the known ones are {', '.join(sorted(FORMATS))}"
+        )
+    return target
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there; whatever stops this leaves the place as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".fxprune-{uuid4().hex[:12]}")
+    try:
+        with draft.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
