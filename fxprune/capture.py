@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from fxprune.errors import LossError
 from fxprune.graph import CALLED, dotted, is_weighted, structure_of
+from fxprune.operations import is_fresh
 from fxprune.shapes import specs_of
 from fxprune.tracer import StructureTracer
 
@@ -278,16 +279,19 @@ def _as_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return gm
 
 
-def install(model: nn.Module, name: str, new: nn.Module) -> None:
+def install(model: nn.Module, name: str, new: nn.Module, functional: bool = True) -> None:
     """Put a module where another one stands, under every path that leads there.
 
     Layers that a graph calls compute into new tensors from then on: a bypass makes values live longer than the
-    in-place flag assumed.
+    in-place flag assumed, and a recorded value must not be overwritten. If it need not be `functional`, those that
+    overwrite a fresh value which nothing else reads keep their flag.
     """
     if isinstance(new, fx.GraphModule):
         for node in new.graph.nodes:
             if node.op == "call_module" and hasattr(layer := new.get_submodule(str(node.target)), "inplace"):
-                layer.inplace = False  # type: ignore[assignment]
+                read = node.all_input_nodes
+                harmless = len(read) == 1 and len(read[0].users) == 1 and is_fresh(new, read[0])
+                layer.inplace = bool(layer.inplace) and harmless and not functional  # type: ignore[assignment]
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():

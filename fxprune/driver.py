@@ -240,7 +240,7 @@ def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
     bypass_regions(gm, {region.exit: region.stand_in for region in removed})
     remove_dead_code(gm)
     verify_graph(record.name, arguments, gm, {node for region in removed for node in region.nodes})
-    install(shell, path, gm)
+    install(shell, path, gm, functional=False)
 
 
 def _check_nodes(removed: list[Candidate], gm: fx.GraphModule) -> None:

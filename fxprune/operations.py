@@ -22,6 +22,9 @@ NORM_MODULES = (
 )
 """Prefixes of class names of modules that rescale each channel of what a layer gave."""
 
+FRESH_MODULES = ("torch.nn.modules.conv.", "torch.nn.modules.linear.Linear", *NORM_MODULES)
+"""Prefixes of class names of modules whose value is a tensor of its own, which their gradient does not need."""
+
 ACTIVATION_MODULES = ("torch.nn.modules.activation.", "torch.nn.modules.dropout.", "torch.nn.modules.linear.Identity")
 """Prefixes of class names of modules that act on each value alone."""
 
@@ -43,6 +46,14 @@ def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return class_names(gm.get_submodule(str(node.target)))[0].startswith(NORM_MODULES)
     return qualified_name(node.target) in NORM_FUNCTIONS
+
+
+def is_fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the one reader of a node's value may overwrite it: it is a tensor of its own, no gradient needs it."""
+    if node.op == "call_module":
+        return class_names(gm.get_submodule(str(node.target)))[0].startswith(FRESH_MODULES)
+    called = node.op in ("call_function", "call_method")
+    return called and (node.target in ADDITIONS or qualified_name(node.target) in NORM_FUNCTIONS)
 
 
 def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -1,0 +1,37 @@
+"""Pictures of the trained detectors, with what ``fisher`` would remove.
+
+    python -m benchmarks.draw_trained [MODEL ...] [--budget 0.1] [--out pictures]
+
+For each, a page of the analysis that shows the plan first, and a still picture of the plan. Those in ``docs/`` were
+made so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import fxprune
+from benchmarks.subjects import add_options, subjects
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the detectors asked for."""
+    parser = argparse.ArgumentParser(description="Pictures of the trained detectors.")
+    add_options(parser)
+    parser.add_argument("--budget", type=float, default=0.1)
+    parser.add_argument("--out", type=Path, default=Path("pictures"), help="folder to write to")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in subjects(options):
+        analysis = fxprune.analyze(subject.model, subject.batches())
+        plan = analysis.plan(options.budget)
+        fxprune.draw(analysis, options.out / f"{subject.name}.html", plan=plan)
+        fxprune.draw(plan, options.out / f"{subject.name}.svg")
+        print(f"{subject.name}: {', '.join(region.name for region in plan.removed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""In-place layers of a pruned model: they overwrite what nothing else reads, and nothing more."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+import fxprune
+from fxprune import Plan
+from tests.models import build, labelled, pixels
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: module.inplace for name, module in model.named_modules() if hasattr(module, "inplace")}
+
+
+def functional(model: nn.Module) -> nn.Module:
+    """A twin whose layers overwrite nothing."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]
+    return twin
+
+
+def conv(first: int = 8, second: int = 8) -> nn.Conv2d:
+    return nn.Conv2d(first, second, 3, padding=1)
+
+
+class Joined(nn.Module):
+    """With `branch` dropped, `act` reads what is read again after it; `late` reads its own norm whatever goes."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.stem, self.norm = conv(3), nn.BatchNorm2d(8)
+        self.branch = nn.Sequential(conv(3, 4), conv(4))
+        self.act = nn.ReLU(inplace=True)
+        self.last, self.last_norm = conv(), nn.BatchNorm2d(8)
+        self.late = self.act if shared else nn.ReLU(inplace=True)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(y := self.norm(self.stem(x)), y + self.branch(x))
+
+    def finish(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.fc(self.late(self.last_norm(self.last(self.act(z) - y))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_others_read_is_not_overwritten(shared: bool) -> None:
+    model = build(Joined, shared=shared)
+    analysis = fxprune.analyze(model, labelled(), criterion=lambda region, _: float(region.name != "branch"))
+    plan = analysis.plan(0.2)
+    assert [(region.name, region.kind) for region in plan.removed] == [("branch", "drop")]
+    pruned, expected = fxprune.apply(model, plan), functional(model)
+    assert isinstance(expected, Joined)
+    y = expected.norm(expected.stem(x := pixels(2, 3, 16, 16, seed=3)))
+    assert torch.equal(pruned(x), expected.finish(y, y))
+    assert flags(pruned) == ({"act": False} if shared else {"act": False, "late": True})
+    assert all(flags(model).values())
+
+
+def test_layers_that_overwrote_nothing_do_not_begin_to(tiny_model: nn.Module, plan: Plan) -> None:
+    assert all(flags(fxprune.apply(tiny_model, plan)).values())
+    assert not any(flags(fxprune.apply(functional(tiny_model), plan)).values())
+
+
+def test_training_gives_the_gradients_of_a_model_that_overwrites_nothing(tiny_model: nn.Module, plan: Plan) -> None:
+    pruned = fxprune.apply(tiny_model, plan).train()
+    assert any(flags(pruned).values())
+    twin = functional(pruned)
+    for model in (pruned, twin):
+        model(pixels(4, 3, 16, 16, seed=3)).square().sum().backward()
+    for (name, first), second in zip(pruned.named_parameters(), twin.parameters(), strict=True):
+        assert first.grad is not None, name
+        assert torch.equal(first.grad, second.grad), name  # type: ignore[arg-type]
+
+
+def test_an_image_is_not_overwritten() -> None:
+    model = build(lambda: nn.Sequential(nn.ReLU(inplace=True), conv(3), *(nn.Sequential(conv()) for _ in range(3))))
+    images = [pixels(2, 3, 16, 16) - 0.5]
+    pruned = fxprune.compile(model, images, 0.2, criterion="l1", loss=lambda net, x: net(x).square().mean())
+    image = images[0].clone()
+    pruned(image)
+    assert torch.equal(image, images[0])
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
+def test_most_activations_of_a_network_go_on_overwriting(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None).eval()
+    plan = fxprune.analyze(model, [pixels(2, 3, 64, 64)], criterion="l1").plan(0.2)
+    pruned = fxprune.apply(model, plan)
+    kept = list(flags(pruned).values())
+    assert sum(kept) > 0.7 * len(kept)
+    x = pixels(2, 3, 64, 64, seed=1)
+    assert torch.equal(pruned(x), functional(pruned)(x))
