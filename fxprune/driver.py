@@ -19,6 +19,7 @@ from fxprune.graph import fingerprint
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.cleanup import remove_dead_code
+from fxprune.passes.functional import overwrite_again
 from fxprune.plan import Candidate, IslandRecord, Plan
 from fxprune.selection import check_budget
 from fxprune.study import Progress, Study
@@ -239,6 +240,7 @@ def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
     arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     bypass_regions(gm, {region.exit: region.stand_in for region in removed})
     remove_dead_code(gm)
+    overwrite_again(gm)
     verify_graph(record.name, arguments, gm, {node for region in removed for node in region.nodes})
     install(shell, path, gm, functional=False)
 

@@ -53,7 +53,7 @@ def is_fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return class_names(gm.get_submodule(str(node.target)))[0].startswith(FRESH_MODULES)
     called = node.op in ("call_function", "call_method")
-    return called and (node.target in ADDITIONS or qualified_name(node.target) in NORM_FUNCTIONS)
+    return called and (node.target in {*ADDITIONS, operator.iadd} or qualified_name(node.target) in NORM_FUNCTIONS)
 
 
 def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:

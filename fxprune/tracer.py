@@ -26,6 +26,8 @@ IN_PLACE: dict[Any, Callable[..., Any]] = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
 } | {torch.relu_: torch.relu}
 """In-place functions and what computes the same into a new tensor."""
+WRITTEN = "fxprune_written"
+"""Key of a node's meta: the in-place function that the program calls there."""
 
 _STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
     "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,
@@ -51,6 +53,23 @@ def static_length(node: fx.Node) -> int | None:
     named = {"chunks": "chunks", "split_size": "sizes", "split_size_or_sections": "sizes"}
     options = {named[key]: value for key, value in node.kwargs.items() if key in named}
     return rule(*node.args[1:], **options)
+
+
+def _assigning(written: Callable[..., Any]) -> Callable[..., Any]:
+    """An augmented assignment: as `torch.fx` has it a new value, which remembers how it was written."""
+
+    def assign(self: StructuredProxy, other: Any) -> Any:
+        result = IN_PLACE[written](self, other)
+        if isinstance(result, fx.Proxy):
+            result.node.meta[WRITTEN] = written
+        return result
+
+    return assign
+
+
+for _written in IN_PLACE:
+    if _written is not torch.relu_:
+        setattr(StructuredProxy, f"__{_written.__name__}__", _assigning(_written))
 
 
 class StructureTracer(fx.Tracer):
@@ -134,9 +153,12 @@ class StructureTracer(fx.Tracer):
         args = fx.map_arg(args, lambda node: self._current(node))
         kwargs = fx.map_arg(kwargs, lambda node: self._current(node))
         overwrites = kind != "placeholder" and self._is_in_place(kind, target, args, kwargs)
+        written = target
         if overwrites:
             target, args, kwargs = functional_form(kind, target, args, kwargs)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind == "call_function" and written in IN_PLACE:
+            node.meta[WRITTEN] = written
         self.owners[node.name] = self._active[-1]
         if overwrites and args and isinstance(args[0], fx.Node):
             self._overwritten[args[0]] = node

@@ -1,4 +1,4 @@
-"""In-place operations out of a graph."""
+"""In-place operations out of a graph, and back where they do no harm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Collection
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.tracer import functional_form, is_in_place
+from fxprune.operations import is_fresh
+from fxprune.tracer import WRITTEN, functional_form, is_in_place
 
 VIEWS = frozenset(
     {"getitem", "chunk", "split", "view", "reshape", "transpose", "permute", "flatten", "unbind", "detach", "squeeze"}
@@ -47,6 +48,30 @@ def clear_in_place(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
         later = {user for user in target.users if user is not node and user > node}
         target.replace_all_uses_with(node, delete_user_cb=later.__contains__)
         modified = True
+    gm.recompile()
+    return PassResult(gm, modified)
+
+
+def overwrite_again(gm: fx.GraphModule) -> PassResult:
+    """Replaces functions by the in-place ones that the program calls, where nothing else reads what they overwrite.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        A captured graph, functional; rewritten in place.
+
+    Returns
+    -------
+    PassResult
+        `modified` says whether any function changed.
+    """
+    modified = False
+    for node in gm.graph.nodes:
+        written = node.meta.get(WRITTEN)
+        if written is None or not isinstance(overwritten := node.args[0], fx.Node):
+            continue
+        if len(overwritten.users) == 1 and is_fresh(gm, overwritten):
+            node.target, modified = written, True
     gm.recompile()
     return PassResult(gm, modified)
 

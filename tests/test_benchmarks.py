@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torchvision import models
 
 import fxprune
-from benchmarks import bench_criteria, bench_paper, render_paper, results, subjects
+from benchmarks import bench_criteria, bench_paper, draw_trained, render_paper, results, subjects
 from benchmarks.data import SPLITS, DigitsConfig, digit_pool, load_sources, photo_region, write_split
 from benchmarks.train_torchvision import copy_matching, fit
 from benchmarks.train_ultralytics import write_data
 from fxprune.bundled import load_dataset, load_detector
+from tests.test_bench_peers import make_subject
 
 Target = dict[str, Tensor]
 
@@ -241,3 +242,11 @@ def test_the_benchmarks_fisher_is_the_librarys() -> None:
     found = {name: make(sums) for name, sums in bench_criteria.Captive(subject).collect(taken).items()}
     known = {r.name: r.score for r in fxprune.analyze(subject.model, subject.batches(), criterion="fisher").regions}
     assert {name: found[name] for name in known} == pytest.approx(known, rel=1e-3)
+
+
+def test_detectors_are_drawn_with_what_would_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw_trained, "subjects", lambda options: [make_subject()])
+    draw_trained.main(["--budget", "0.2", "--out", str(tmp_path / "pictures")])
+    page, still = ((tmp_path / "pictures" / f"tiny.{suffix}").read_text() for suffix in ("html", "svg"))
+    assert '"initial":19' in page.replace(" ", "")
+    assert "removed" in still

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision import models
 
 import fxprune
@@ -87,6 +88,43 @@ def test_an_image_is_not_overwritten() -> None:
     image = images[0].clone()
     pruned(image)
     assert torch.equal(image, images[0])
+
+
+class Adding(nn.Module):
+    """Overwrites a norm's value by a sum, which the activation overwrites in turn; `kept` is read again later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.act = conv(3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.body, self.body_norm = conv(), nn.BatchNorm2d(8)
+        self.spare = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.norm(self.stem(x))
+        x = self.body_norm(self.body(kept))
+        x += kept
+        x = self.spare(self.act(x))
+        kept = kept * 2
+        kept += x
+        return self.fc(kept.mean((2, 3)))
+
+
+def test_sums_overwrite_again_what_nothing_else_reads() -> None:
+    model = build(Adding)
+    analysis = fxprune.analyze(model, labelled(), criterion=lambda region, _: float(region.name != "spare"))
+    plan = analysis.plan(0.2)
+    assert [region.name for region in plan.removed] == ["spare"]
+    pruned = fxprune.apply(model, plan)
+    expected = copy.deepcopy(model)
+    expected.set_submodule("spare", nn.Identity())
+    x = pixels(2, 3, 16, 16, seed=3)
+    assert torch.equal(pruned(x), expected(x))
+    assert isinstance(pruned, fx.GraphModule)
+    assert [node.target for node in pruned.graph.nodes if node.name.startswith("add")] == [operator.iadd, operator.add]
+    assert flags(pruned)["act"]
+    again = fxprune.compile(pruned, labelled(), 0.1, criterion="l1")
+    assert again(x).shape == (2, 5)
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])

@@ -115,7 +115,7 @@ def _ultralytics(options: ModelOptions) -> nn.Module:
 
     name = options.model.partition(":")[2]
     if not name.endswith((".pt", ".yaml", ".yml")):
-        raise ModelError(f"ultralytics:{name} is neither a .pt nor a .yaml; try ultralytics:yolov8n.yaml")
+        raise ModelError(f"ultralytics:{name} is neither a .pt nor a .yaml; give the name of such a file")
     try:
         model = YOLO(name)
     except Exception as error:  # whatever ultralytics makes of a file that is missing or is none of its own
