@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from fxprune.errors import LossError
 from fxprune.graph import CALLED, dotted, is_weighted, structure_of
-from fxprune.operations import is_fresh
+from fxprune.operations import is_spare
 from fxprune.shapes import specs_of
 from fxprune.tracer import StructureTracer
 
@@ -289,9 +289,8 @@ def install(model: nn.Module, name: str, new: nn.Module, functional: bool = True
     if isinstance(new, fx.GraphModule):
         for node in new.graph.nodes:
             if node.op == "call_module" and hasattr(layer := new.get_submodule(str(node.target)), "inplace"):
-                read = node.all_input_nodes
-                harmless = len(read) == 1 and len(read[0].users) == 1 and is_fresh(new, read[0])
-                layer.inplace = bool(layer.inplace) and harmless and not functional  # type: ignore[assignment]
+                harmless = not functional and all(is_spare(new, read) for read in node.all_input_nodes)
+                layer.inplace = bool(layer.inplace) and harmless  # type: ignore[assignment]
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():

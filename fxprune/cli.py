@@ -194,7 +194,8 @@ def draw(
         else:
             what = work.analyzed(work.opened(model, data.device, tell), data, scores, tell)
         tell("draw", 0, 1)
-        output.write_file(picture, force, lambda draft: drawing.draw(what, draft))
+        output.check_file(picture, force)  # again: it may have appeared meanwhile
+        drawing.draw(what, picture)
     return Result({"picture": str(picture)}, None, f"wrote {picture}")
 
 

@@ -19,7 +19,7 @@ from fxprune.driver import analyze, apply
 from fxprune.evaluation import evaluate
 from fxprune.loading import batches
 from fxprune.plan import Plan
-from fxprune.report_sections import quantity
+from fxprune.report_sections import change, quantity
 from fxprune.selection import check_budget
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
@@ -135,7 +135,7 @@ def _table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> Table:
 
 
 def _cut(after: float, before: float) -> str:
-    return f"\n−{1 - after / before:.1%}" if after < before else ""
+    return f"\n{change(before, after)}" if after != before else ""
 
 
 def _speed(ratio: Ratio) -> str:

@@ -14,7 +14,7 @@ from fxprune.analysis import Analysis, check_cost
 from fxprune.capture import install, trace_island
 from fxprune.criteria import RegionScore
 from fxprune.detectors.choice import like_the_model, network_of
-from fxprune.errors import FxpruneWarning, PlanError
+from fxprune.errors import FxpruneWarning, ModelError, PlanError
 from fxprune.graph import fingerprint
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.passes.bypass import bypass_regions
@@ -180,6 +180,23 @@ def compile(
 def plans_of(network: nn.Module) -> list[dict[str, Any]]:
     """Plans that were applied to a network, oldest first, as plain data; empty if none was."""
     return list(getattr(network, PLANS, ()))
+
+
+def plans_carried_out(model: nn.Module) -> tuple[Plan, ...]:
+    """Plans that were applied to a model, oldest first.
+
+    Raises
+    ------
+    ModelError
+        If none was.
+    """
+    plans = tuple(Plan.from_dict(data) for data in plans_of(network_of(model)))
+    if not plans:
+        raise ModelError(
+            f"{type(model).__name__} carries no fxprune plan: it was not pruned, or rebuilt since; give what"
+            " fxprune.analyze, Analysis.plan or fxprune.compile returned"
+        )
+    return plans
 
 
 def alterations(network: nn.Module) -> list[str]:

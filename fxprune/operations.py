@@ -48,8 +48,11 @@ def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     return qualified_name(node.target) in NORM_FUNCTIONS
 
 
-def is_fresh(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the one reader of a node's value may overwrite it: it is a tensor of its own, no gradient needs it."""
+def is_spare(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what reads a node's value may overwrite it: nothing else reads it, it is a tensor of its own, and no
+    gradient needs it."""
+    if len(node.users) != 1:
+        return False
     if node.op == "call_module":
         return class_names(gm.get_submodule(str(node.target)))[0].startswith(FRESH_MODULES)
     called = node.op in ("call_function", "call_method")

@@ -11,9 +11,8 @@ import networkx as nx
 from torch import nn
 
 from fxprune.analysis import Analysis
-from fxprune.detectors.choice import network_of
-from fxprune.driver import plans_of
-from fxprune.errors import BudgetError, ModelError
+from fxprune.driver import plans_carried_out
+from fxprune.errors import BudgetError
 from fxprune.plan import IMAGES, RESULTS, Candidate, NodeRecord, Plan
 
 FIRST, LAST = -1, -2
@@ -54,7 +53,8 @@ def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
     network = what if isinstance(what, (Analysis, Plan)) else plans[0]
     flow = Flow(tuple(_shown(network.nodes)), network)
     names = flow.names
-    ranks = sorted(range(len(network.regions)), key=lambda index: network.regions[index].score)
+    ascending = sorted(range(len(network.regions)), key=lambda index: network.regions[index].score)
+    ranks = {index: rank for rank, index in enumerate(ascending, 1)}
     return {
         "title": str(network.settings.get("model", "")),
         "settings": dict(network.settings),
@@ -63,8 +63,7 @@ def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
         "plans": [_plan_row(plan) for plan in plans],
         "initial": _position(plans, shown) if isinstance(what, Analysis) else 0,
         "regions": [
-            {**_region_row(region, names), "rank": ranks.index(index) + 1}
-            for index, region in enumerate(network.regions)
+            {**_region_row(region, names), "rank": ranks[index]} for index, region in enumerate(network.regions)
         ],
         "rejections": [vars(rejection) for rejection in network.rejections],
         "nodes": [
@@ -86,13 +85,7 @@ def _plans(what: Drawable, shown: Plan | None) -> list[Plan]:
         cost, own = (shown.cost, [shown]) if shown else ("flops", [])
         others = [plan for plan in _plans_by_percent(what, cost) if not shown or plan.budget != shown.budget]
         return sorted([*own, *others], key=lambda plan: plan.budget)
-    plans = plans_of(network_of(what))
-    if not plans:
-        raise ModelError(
-            f"{type(what).__name__} carries no fxprune plan; draw what fxprune.analyze, Analysis.plan or"
-            " fxprune.compile returned"
-        )
-    return [Plan.from_dict(plans[-1])]
+    return [plans_carried_out(what)[-1]]
 
 
 def _position(plans: Sequence[Plan], shown: Plan | None) -> int | None:
@@ -113,12 +106,15 @@ def _plan_row(plan: Plan) -> dict[str, Any]:
 
 
 def _region_row(region: Candidate, names: dict[tuple[str, str], int]) -> dict[str, Any]:
-    inside = [names[region.island, node] for node in region.nodes if (region.island, node) in names]
     return {
         "name": region.name, "kind": region.kind, "score": region.score, "flops": region.flops,
-        "params": region.params, "layers": list(region.layers), "nodes": inside,
+        "params": region.params, "layers": list(region.layers), "nodes": _inside(region, names),
         "exit": names[region.island, region.exit], "stand_in": names.get((region.island, region.stand_in)),
     }  # fmt: skip
+
+
+def _inside(region: Candidate, names: dict[tuple[str, str], int]) -> list[int]:
+    return [names[region.island, node] for node in region.nodes if (region.island, node) in names]
 
 
 def _shown(nodes: Sequence[NodeRecord]) -> Iterator[NodeRecord]:
@@ -206,7 +202,7 @@ class Flow:
         """The outermost region of every node that is in one; of two that overlap the first."""
         found: dict[int, Candidate] = {}
         for region in self.network.regions:
-            inside = _region_row(region, self.names)["nodes"]
+            inside = _inside(region, self.names)
             if region.block and not any(index in found for index in inside):
                 found |= dict.fromkeys(inside, region)
         return found
@@ -223,17 +219,19 @@ class Flow:
             if target != LAST:
                 sources[target].add(source)
         blocks: list[int] = []
+        heads: list[int] = []  # the first node of every block
         of_region: dict[str, int] = {}
         for index, node in enumerate(self.nodes):
-            new = max(blocks, default=-1) + 1
-            region = self.owners.get(index)
-            if region:
-                blocks.append(of_region.setdefault(region.name, new))
-                continue
+            block = len(heads)
             read = {blocks[source] if FIRST < source < index else FIRST for source in sources[index]}
             only = read.pop() if len(read) == 1 else FIRST
-            near = only not in (FIRST, *of_region.values()) and self.nodes[blocks.index(only)].island == node.island
-            blocks.append(only if near and not node.flops else new)
+            if index in self.owners:
+                block = of_region.setdefault(self.owners[index].name, block)
+            elif only != FIRST and not node.flops and heads[only] not in self.owners:
+                block = only if self.nodes[heads[only]].island == node.island else block
+            if block == len(heads):
+                heads.append(index)
+            blocks.append(block)
         return blocks
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from html import escape
 from importlib.resources import as_file, files
 from types import ModuleType
 from typing import Any
@@ -40,9 +41,8 @@ STACK = 64 * 1024 * 1024
 
 def page_text(picture: Picture) -> str:
     """A page to explore, in one file: the renderer, the font and the data are in it."""
-    title = str(picture["title"]).translate(ESCAPES)
     parts = {
-        "title": title,
+        "title": escape(str(picture["title"])),
         "style": _font_style() + _read("page.css"),
         "data": script_safe(picture),
         "script": "\n".join(_read(name) for name in PAGE),
@@ -90,9 +90,6 @@ def evaluate(expression: str, **values: Any) -> Any:
     return json.loads(engine.eval(f"JSON.stringify({expression})"))
 
 
-ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
-
-
 def script_safe(value: Any) -> str:
     """JSON that may stand in a script element: no sign in it can end the element."""
     text = plain_json(value)
@@ -103,14 +100,15 @@ def script_safe(value: Any) -> str:
 
 def plain_json(value: Any) -> str:
     """JSON that every parser reads: what is no finite number is null."""
-    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+    return json.dumps(finite(value), separators=(",", ":"), allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data with None for every number that is none."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: finite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

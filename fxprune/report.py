@@ -12,9 +12,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
-from fxprune.detectors.choice import network_of
-from fxprune.driver import plans_of
-from fxprune.errors import ModelError
+from fxprune.driver import plans_carried_out
 from fxprune.plan import Candidate, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.report_html import html
@@ -149,10 +147,7 @@ def report(pruned: nn.Module | Plan) -> Report:
     """
     if isinstance(pruned, Plan):
         return Report((pruned,), applied=False)
-    plans = tuple(Plan.from_dict(data) for data in plans_of(network_of(pruned)))
-    if not plans:
-        raise ModelError(f"{type(pruned).__name__} carries no fxprune plan: it was not pruned, or rebuilt since")
-    return Report(plans)
+    return Report(plans_carried_out(pruned))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -80,12 +80,6 @@ def select(
         If no choice saves that much; says how much could go at most.
     """
     program = _Program(len(importance), _merged(items), {frozenset(some) for some in conflicts}, total)
-    most = program.share(program.solve(-program.cost, None))
-    if most < budget:
-        raise BudgetError(
-            f"budget {budget:.3g} of the model's cost cannot be removed: its regions together give {most:.1%} at most;"
-            f" ask for less than {math.floor(most * 1000) / 1000:.3f}"
-        )
     weights = np.maximum(np.asarray(importance, dtype=float), 0.0)
     objective = _TIE_BREAK * program.cost
     objective[: len(weights)] += weights * (_SCALE / weights.max() if weights.max() > 0 else 1.0)
@@ -93,6 +87,12 @@ def select(
         solution = program.solve(objective, budget + slack)
         if program.share(solution) >= budget:
             return [int(index) for index in np.flatnonzero(solution[: len(importance)] > 0.5)]
+    most = program.share(program.solve(-program.cost, None))
+    if most < budget:
+        raise BudgetError(
+            f"budget {budget:.3g} of the model's cost cannot be removed: its regions together give {most:.1%} at most;"
+            f" ask for less than {math.floor(most * 1000) / 1000:.3f}"
+        )
     raise BudgetError(f"budget {budget:.3g} lies within rounding of what can be removed at most ({most:.6%})")
 
 

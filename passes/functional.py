@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.operations import is_fresh
+from fxprune.operations import is_spare
 from fxprune.tracer import WRITTEN, functional_form, is_in_place
 
 VIEWS = frozenset(
@@ -67,10 +67,8 @@ def overwrite_again(gm: fx.GraphModule) -> PassResult:
     """
     modified = False
     for node in gm.graph.nodes:
-        written = node.meta.get(WRITTEN)
-        if written is None or not isinstance(overwritten := node.args[0], fx.Node):
-            continue
-        if len(overwritten.users) == 1 and is_fresh(gm, overwritten):
+        written, overwritten = node.meta.get(WRITTEN), node.args[0] if node.args else None
+        if written is not None and isinstance(overwritten, fx.Node) and is_spare(gm, overwritten):
             node.target, modified = written, True
     gm.recompile()
     return PassResult(gm, modified)

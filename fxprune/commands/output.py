@@ -70,12 +70,6 @@ def write_folder(folder: Path, force: bool, fill: Callable[[Path], None]) -> Non
     with_draft(Path(os.path.realpath(folder)), fill_folder)
 
 
-def write_file(path: Path, force: bool, fill: Callable[[Path], None]) -> None:
-    """Have a file written beside its place, by ``fill(draft)``, and move it there; as `write_folder`."""
-    check_file(path, force)
-    with_draft(Path(os.path.realpath(path)), fill)
-
-
 def with_draft(place: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write beside a place, then move what it wrote there; a draft or an old folder is never left behind."""
     draft = place.with_name(f".fxprune-{uuid4().hex[:12]}{place.suffix}")

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxprune.plan import Totals
-from fxprune.report_sections import quantity
+from fxprune.report_sections import change, quantity
 
 HEIGHT = 12
 
@@ -57,7 +57,7 @@ def scores_view(scores: Mapping[str, float], images: int) -> RenderableType:
 
 def sweep_view(points: Sequence[Point], width: int) -> RenderableType:
     """A line a budget, and the curve of mAP over the FLOPs that are left."""
-    table = _table("budget", "mAP", "mAP50", "FLOPs", "params", "removed", left=1)
+    table = _table("budget", "mAP", "mAP50", "FLOPs", "params", "removed")
     table.columns[-1].justify, table.columns[-1].overflow, table.columns[-1].no_wrap = "left", "fold", False
     before = points[0].cost
     assert before is not None
@@ -66,10 +66,9 @@ def sweep_view(points: Sequence[Point], width: int) -> RenderableType:
         if point.cost is None or point.scores is None:
             table.add_row(budget, "", "", "", "", Text(point.refusal, style="yellow"))
             continue
-        change = [_change(point.cost.flops, before.flops), _change(point.cost.params, before.params)]
-        table.add_row(
-            budget, *(_score(point.scores[key]) for key in ("mAP", "mAP50")), *change, ", ".join(point.removed)
-        )
+        scores = [_score(point.scores[key]) for key in ("mAP", "mAP50")]
+        costs = [_cost(point.cost.flops, before.flops), _cost(point.cost.params, before.params)]
+        table.add_row(budget, *scores, *costs, ", ".join(point.removed))
     spots = [(p.cost.flops / before.flops, p.scores["mAP"]) for p in points if p.cost and p.scores]
     return Group(table, "", curve(spots, min(width, 100))) if len(spots) > 1 else table
 
@@ -105,11 +104,10 @@ def curve(spots: Sequence[tuple[float, float]], width: int) -> Text:
     return Text("\n".join(lines), no_wrap=True)
 
 
-def _table(*columns: str, left: int = 1) -> Table:
+def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for position, column in enumerate(columns):
-        name = column == "region"
-        table.add_column(column, justify="left" if position < left else "right", overflow="fold", no_wrap=not name)
+        table.add_column(column, justify="right" if position else "left", no_wrap=True)
     return table
 
 
@@ -117,5 +115,5 @@ def _score(value: float) -> str:
     return f"{value:.3f}" if value == value else "no such box"
 
 
-def _change(after: float, before: float) -> str:
-    return quantity(after) + (f" −{1 - after / before:.1%}" if after < before else "")
+def _cost(after: float, before: float) -> str:
+    return f"{quantity(after)} {change(before, after)}" if after != before else quantity(after)

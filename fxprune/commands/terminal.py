@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+from fxprune.rendering import finite
 
 Tell = Callable[[str, int, int | None], None]
 """``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
@@ -81,15 +82,7 @@ def open_terminal() -> Terminal:
 
 def to_json(data: Any) -> str:
     """Write plain data as strict JSON, numbers that are none as null."""
-    return json.dumps(_finite(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def _finite(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    return json.dumps(finite(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 class _Out(Console):
