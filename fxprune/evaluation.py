@@ -1,4 +1,8 @@
-"""COCO evaluation of a detector: average precision over a data set, by pycocotools."""
+"""COCO evaluation of a detector: average precision over a data set, by pycocotools.
+
+An ultralytics model is fed and read as its own ``val(rect=False)`` does it: letterboxed (query decoders: stretched),
+score from .001, overlap at most .7, 300 boxes an image.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,8 @@ def evaluate(
     ----------
     model : Module
         A detector of torchvision's convention (a list of image Tensors in; in eval mode a list of dicts of ``boxes``,
-        ``labels``, ``scores`` out), an ultralytics model, or a `YOLO` object. Modes are restored.
+        ``labels``, ``scores`` out), an ultralytics model, or a `YOLO` object. Modes are restored. What ultralytics'
+        own ``val(rect=False)`` reports differs slightly: it interpolates precision in another way than COCO.
     dataset : map-style dataset
         Items are ``(image, target)``, as `fxprune.CocoDataset` gives them: a Tensor of shape (3, H, W) in [0, 1], and a
         dict of ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels and ``labels`` (n,); n may be 0. If there are ``area`` (n,)
@@ -93,30 +98,29 @@ def evaluate(
     ModelError
         The model is no detector.
 
-    Notes
-    -----
-    An ultralytics model is fed and read as its own ``val(rect=False)`` does it: letterboxed (query decoders:
-    stretched), score from .001, overlap at most .7, 300 boxes an image. Its ``val`` reports a slightly different mAP,
-    because it interpolates the precision curve in another way than COCO.
-
     Examples
     --------
     >>> from fxprune.bundled import load_dataset, load_detector
     >>> round(evaluate(load_detector(), load_dataset("val"))["mAP50"], 2)
     0.95
     """
-    if batch_size < 1:
-        raise BatchError(f"batch_size is {batch_size}; give 1 or more.")
     network = network_of(model)
-    adapter, classes = detector_adapter(network), match_labels(network, dataset, labels)
-
-    def detect(images: list[Tensor]) -> list[Boxes]:
-        outputs = adapter.detect(network, images, image_size)
-        return [_make_boxes(**relabel(output, classes)) for output in outputs]
-
+    detect = _detection(network, dataset, labels, image_size)
     with _eval_mode(network), torch.inference_mode(False), torch.no_grad():
         truth, found = _run(detect, dataset, batch_size, progress)
     return average_precision(truth, found)
+
+
+def _detection(
+    network: nn.Module, dataset: Any, labels: Mapping[int, int] | None, image_size: int | None
+) -> Callable[[list[Tensor]], list[Boxes]]:
+    """What finds the boxes of a batch, labelled as in the data set."""
+    adapter, classes = detector_adapter(network), match_labels(network, dataset, labels)
+
+    def detect(images: list[Tensor]) -> list[Boxes]:
+        return [_make_boxes(**relabel(output, classes)) for output in adapter.detect(network, images, image_size)]
+
+    return detect
 
 
 def _run(
@@ -126,6 +130,8 @@ def _run(
     progress: Callable[[int], object] | None,
 ) -> tuple[list[Boxes], list[Boxes]]:
     """True and detected boxes of every image."""
+    if batch_size < 1:
+        raise BatchError(f"batch_size is {batch_size}; give 1 or more.")
     truth: list[Boxes] = []
     found: list[Boxes] = []
     for start in range(0, len(dataset), batch_size):
