@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("YOLO_OFFLINE", "1")
@@ -10,6 +11,7 @@ os.environ.setdefault("YOLO_VERBOSE", "false")
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,9 @@ import fxprune
 from benchmarks.systems import SIX, Sizes, System
 from fxprune import Plan
 from fxprune.analysis import Analysis
+from fxprune.cli import main
 from fxprune.report import Report
+from tests.commands import FEW, VAL
 from tests.models import Detector, Eager, build, labelled, partly_labelled, squared, tiny
 
 
@@ -89,6 +93,27 @@ def report(pruned_tiny: nn.Module) -> Report:
 @pytest.fixture(scope="module")
 def pruned_eager() -> Any:
     return fxprune.compile(build(Eager), labelled(), loss=squared, criterion="l1")
+
+
+# What tests of the command line read --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def pruned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one run of prune wrote."""
+    place = tmp_path_factory.mktemp("cli") / "pruned"
+    assert main(["prune", "bundled", *FEW, "--out", str(place)]) == 0
+    return place
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of four of the bundled images."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted((VAL / "images").iterdir())[:4]:
+        shutil.copy(path, folder)
+    return folder
 
 
 # The six systems, pruned; the tests work on copies --------------------------------------------------------------------

@@ -1,12 +1,9 @@
-"""The commands in process, on the bundled detector and few of its images; what they write, and what they refuse."""
+"""The commands in process, on the bundled detector and few of its images: what they give, and what they refuse."""
 
 from __future__ import annotations
 
-import errno
 import json
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,9 @@ import fxprune
 from fxprune import drawing
 from fxprune.bundled import load_detector
 from fxprune.cli import main
-from fxprune.commands import output, work
+from fxprune.commands import work
 from fxprune.commands.tables import curve
-
-FEW = ("--limit", "8", "--batch", "8")
-Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one run of prune wrote."""
-    place = tmp_path_factory.mktemp("cli") / "pruned"
-    assert main(["prune", "bundled", *FEW, "--out", str(place)]) == 0
-    return place
+from tests.commands import FEW, Captured, refusal
 
 
 @pytest.fixture
@@ -43,15 +30,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(drawing, "draw", draw)
     return things
-
-
-def refusal(capsys: Captured, *arguments: object, status: int = 1) -> str:
-    """Run what must fail, and return its one paragraph on stderr with its line breaks taken out."""
-    assert main([str(argument) for argument in arguments]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    return " ".join(captured.err.replace("│", " ").split())
 
 
 # What the commands give ----------------------------------------------------------------------------------------------
@@ -80,22 +58,22 @@ def test_analyze_prints_a_plan_that_apply_carries_out(
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in found.state_dict().items())
 
 
-def test_prune_writes_plan_weights_report_and_says_what_went(folder: Path) -> None:
-    names = {path.name for path in folder.iterdir()}
+def test_prune_writes_plan_weights_report_and_says_what_went(pruned_folder: Path) -> None:
+    names = {path.name for path in pruned_folder.iterdir()}
     assert {"plan.json", "weights.safetensors", "manifest.json", "report.md"} <= names
     assert names <= {"plan.json", "weights.safetensors", "manifest.json", "report.md", "picture.html"}
-    assert not [path for path in folder.parent.iterdir() if path != folder]
-    plan = fxprune.Plan.load(folder / "plan.json")
+    assert not [path for path in pruned_folder.parent.iterdir() if path != pruned_folder]
+    plan = fxprune.Plan.load(pruned_folder / "plan.json")
     assert plan.after.flops <= 0.9 * plan.before.flops
     assert plan.settings["images"] == 8
-    assert plan.removed[0].name in (folder / "report.md").read_text(encoding="utf-8")
-    assert not fxprune.load(load_detector().train(), folder).training
+    assert plan.removed[0].name in (pruned_folder / "report.md").read_text(encoding="utf-8")
+    assert not fxprune.load(load_detector().train(), pruned_folder).training
 
 
-def test_eval_measures_the_pruned_model_and_speaks_json(folder: Path, capsys: Captured) -> None:
+def test_eval_measures_the_pruned_model_and_speaks_json(pruned_folder: Path, capsys: Captured) -> None:
     assert main(["eval", "bundled", "--limit", "16", "--json"]) == 0
     whole = json.loads(capsys.readouterr().out)
-    assert main(["eval", "bundled", "--limit", "16", "--json", "--pruned", str(folder)]) == 0
+    assert main(["eval", "bundled", "--limit", "16", "--json", "--pruned", str(pruned_folder)]) == 0
     pruned = json.loads(capsys.readouterr().out)
     assert (whole["model"], whole["images"], pruned["images"]) == ("bundled", 16, 16)
     assert 0.6 < whole["mAP"] < 1
@@ -148,19 +126,19 @@ def remembered(analyzed: Any) -> Any:
 
 
 def test_draw_gives_plans_and_pruned_models_to_the_drawing(
-    folder: Path, drawn: list[Any], tmp_path: Path, capsys: Captured
+    pruned_folder: Path, drawn: list[Any], tmp_path: Path, capsys: Captured
 ) -> None:
     picture = tmp_path / "picture.svg"
-    assert main(["draw", "bundled", str(picture), "--plan", str(folder / "plan.json")]) == 0
+    assert main(["draw", "bundled", str(picture), "--plan", str(pruned_folder / "plan.json")]) == 0
     assert picture.read_text(encoding="utf-8") == "picture"
-    assert "--force" in refusal(capsys, "draw", "bundled", picture, "--pruned", folder)
-    assert main(["draw", "bundled", str(picture), "--pruned", str(folder), "--force"]) == 0
+    assert "--force" in refusal(capsys, "draw", "bundled", picture, "--pruned", pruned_folder)
+    assert main(["draw", "bundled", str(picture), "--pruned", str(pruned_folder), "--force"]) == 0
     assert [type(thing).__name__ for thing in drawn] == ["Plan", "SSD"]
     assert list(tmp_path.iterdir()) == [picture]
 
 
-def test_the_picture_of_a_run_is_a_page_of_its_analysis(folder: Path) -> None:
-    page = (folder / "picture.html").read_text(encoding="utf-8")
+def test_the_picture_of_a_run_is_a_page_of_its_analysis(pruned_folder: Path) -> None:
+    page = (pruned_folder / "picture.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "backbone.features.16" in page
 
@@ -200,78 +178,6 @@ def test_a_curve_rises_to_its_right() -> None:
 # What they refuse ----------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_overwritten_without_force(folder: Path, tmp_path: Path, capsys: Captured) -> None:
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    assert "is there already; --force replaces it" in refusal(capsys, "prune", "bundled", "--out", folder)
-    assert "is there already" in refusal(capsys, "apply", "bundled", folder / "plan.json", "-o", folder)
-    (tmp_path / "letter.txt").write_text("mine", encoding="utf-8")
-    assert "letter.txt, which fxprune did not write" in refusal(
-        capsys, "prune", "bundled", "--out", tmp_path, "--force"
-    )
-    assert "is a file" in refusal(capsys, "prune", "bundled", "--out", tmp_path / "letter.txt", "--force")
-    assert "cannot be written" in refusal(
-        capsys, "apply", "bundled", folder / "plan.json", "--out", tmp_path / "letter.txt" / "out"
-    )
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    assert (tmp_path / "letter.txt").read_text(encoding="utf-8") == "mine"
-
-
-def test_force_replaces_an_earlier_run_and_leaves_nothing_beside_it(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for more in ([], ["--force"]):
-        assert main(["apply", "bundled", str(folder / "plan.json"), "--out", str(out), *more]) == 0
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_full_disk_leaves_the_earlier_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    out = tmp_path / "out"
-    assert main(["apply", "bundled", str(folder / "plan.json"), "--out", str(out)]) == 0
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    capsys.readouterr()
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(work, "write_report", full)
-    text = refusal(capsys, "apply", "bundled", folder / "plan.json", "--out", out, "--force")
-    assert "cannot be written (No space left on device)" in text
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_full_disk_behind_stdout(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
-    monkeypatch.setattr(sys, "stdout", full)
-    assert refusal(capsys, "eval", "bundled", "--limit", "4") == "fxprune: stdout: No space left on device"
-    full.close()  # what it did not take is let go of
-
-
-def test_an_interruption_while_moving_brings_the_earlier_run_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    output.write_folder(out, False, writing("old"))
-
-    def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            output.write_folder(out, True, writing("new"))
-    assert (out / "plan.json").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def writing(text: str) -> Callable[[Path], None]:
-    def fill(draft: Path) -> None:
-        (draft / "plan.json").write_text(text, encoding="utf-8")
-
-    return fill
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
@@ -298,11 +204,11 @@ def test_wrong_usage(arguments: str, status: int, text: str, capsys: Captured) -
     assert text in refusal(capsys, *arguments.split(), status=status)
 
 
-def test_plans_that_are_none_or_of_another_model(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_plans_that_are_none_or_of_another_model(pruned_folder: Path, tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "plan.json").write_text('{"images": [', encoding="utf-8")
     assert "not a JSON file" in refusal(capsys, "apply", "bundled", tmp_path / "plan.json")
     other = "torchvision:ssdlite320_mobilenet_v3_large"
-    assert "the structure differs" in refusal(capsys, "apply", other, folder / "plan.json")
+    assert "the structure differs" in refusal(capsys, "apply", other, pruned_folder / "plan.json")
 
 
 def test_warnings_of_others_are_shown_on_demand(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
