@@ -7,9 +7,9 @@ from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from fxprune.errors import PlanError, SettingError, StorageError
+from fxprune.drafts import drafted
+from fxprune.errors import PlanError, SettingError
 from fxprune.flowcharts import dot_text, mermaid_text
 from fxprune.picture import Drawable, make_picture
 from fxprune.plan import Plan
@@ -68,12 +68,8 @@ def draw_picture(picture: Picture, path: str | PathLike[str]) -> None:
     if not picture["blocks"]:
         raise PlanError("the plan holds no graph to draw; make it anew with fxprune.analyze and Analysis.plan")
     content = FORMATS[target.suffix.lower()](picture)
-    try:
-        _write(target, content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
-    except OSError as error:
-        raise StorageError(
-            f"{target} cannot be written ({error}); check its folder, its permissions and the disk"
-        ) from error
+    with drafted(target) as draft:
+        draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
 
 def _target(path: Any) -> Path:
@@ -86,17 +82,3 @@ def _target(path: Any) -> Path:
             f"{path} ends in no format that can be drawn; the known ones are {', '.join(sorted(FORMATS))}"
         )
     return target
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there; whatever stops this leaves the place as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".fxprune-{uuid4().hex[:12]}")
-    try:
-        with draft.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

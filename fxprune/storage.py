@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import nn
 
 from fxprune.detectors.choice import network_of
+from fxprune.drafts import drafted
 from fxprune.driver import alterations, apply, plans_of
 from fxprune.errors import ModelError, PlanError, SettingError, StorageError
 from fxprune.manifest import NAME, WEIGHTS, Entry, Manifest, foreign, parse_json, plan_names, read_files, read_manifest
@@ -61,10 +60,10 @@ def save(pruned: nn.Module, folder: str | PathLike[str], *, overwrite: bool = Fa
     state = collect(network)
     files[WEIGHTS] = state.to_bytes()
     files[NAME] = _manifest(network, state, files).to_bytes()
-    try:
-        _write(target, files)
-    except OSError as error:
-        raise StorageError(f"{target} cannot be written ({error}); check its permissions and the disk") from error
+    with drafted(target) as draft:
+        draft.mkdir()
+        for name, content in files.items():
+            (draft / name).write_bytes(content)
 
 
 def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
@@ -185,28 +184,6 @@ def _manifest(network: nn.Module, state: State, files: Mapping[str, bytes]) -> M
         tied=state.tied,
         files={name: Entry.of(content) for name, content in files.items()},
     )
-
-
-def _write(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder beside its place and move it there; whatever stops this leaves the place as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".fxprune-{uuid4().hex[:12]}")
-    old = path.with_name(f"{draft.name}-old")
-    try:
-        draft.mkdir()
-        for name, content in files.items():
-            with (draft / name).open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if path.exists():
-            path.rename(old)
-        draft.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for left in (draft, old):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

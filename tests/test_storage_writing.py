@@ -245,7 +245,7 @@ STEPS = [
     (os, "fsync", 2),
     (os, "fsync", 3),
     (Path, "rename", 1),
-    (Path, "rename", 2),
+    (Path, "replace", 1),
     (Path, "mkdir", 2),
 ]
 
@@ -259,7 +259,7 @@ def test_an_interrupted_save_leaves_what_was_there(
 ) -> None:  # fmt: skip
     if earlier:
         fxprune.save(pruned_eager, tmp_path / "saved")
-    elif (name, at) == ("rename", 2):
+    elif name == "rename":
         pytest.skip("without an earlier save there is one move only")
     with torch.no_grad():
         pruned.shift.add_(1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from uuid import uuid4
 
+from fxprune.drafts import drafted
 from fxprune.errors import StorageError
 from fxprune.report import Report
 from fxprune.weights import few
@@ -62,34 +61,9 @@ def write_folder(folder: Path, force: bool, fill: Callable[[Path], None]) -> Non
         As `check_folder`; or if it cannot be written. Whatever goes wrong, its place is as it was.
     """
     check_folder(folder, force)
-
-    def fill_folder(draft: Path) -> None:
+    with drafted(Path(os.path.realpath(folder))) as draft:
         draft.mkdir()
         fill(draft)
-
-    with_draft(Path(os.path.realpath(folder)), fill_folder)
-
-
-def with_draft(place: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write beside a place, then move what it wrote there; a draft or an old folder is never left behind."""
-    draft = place.with_name(f".fxprune-{uuid4().hex[:12]}{place.suffix}")
-    old = draft.with_name(f"{draft.name}-old")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        fill(draft)
-        if place.is_dir():
-            place.rename(old)
-        draft.replace(place)
-    except OSError as error:
-        reason = error.strerror or error
-        raise StorageError(f"{place} cannot be written ({reason}); check its permissions and the disk") from error
-    finally:
-        if old.exists() and not place.exists():
-            old.rename(place)
-        for left in (draft, old):
-            shutil.rmtree(left, ignore_errors=True)
-            if left.is_file():
-                left.unlink()
 
 
 def write_report(report: Report, path: Path) -> None:

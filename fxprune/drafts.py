@@ -1,0 +1,69 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from fxprune.errors import StorageError
+
+
+@contextmanager
+def drafted(place: Path) -> Iterator[Path]:
+    """Move what a block writes beside a place to the place, when it is complete and on the disk.
+
+    Folders above the place are made. A file there gives way to a file, a folder to a folder.
+
+    Parameters
+    ----------
+    place : Path
+        Where the file or folder goes; no link.
+
+    Yields
+    ------
+    Path
+        Where to write it; nothing is there.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be written. Whatever stops the block or the move, the place is as it was and no draft is left.
+
+    Examples
+    --------
+    >>> with drafted(Path("letter.txt")) as draft:                 # doctest: +SKIP
+    ...     draft.write_text("whole")
+    """
+    draft = place.with_name(f".fxprune-{uuid4().hex[:12]}")
+    old = draft.with_name(f"{draft.name}-old")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        _flush(draft)
+        if draft.is_dir() and place.is_dir():
+            place.rename(old)
+        draft.replace(place)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"{place} cannot be written ({reason}); check its folder, its permissions and the disk"
+        ) from error
+    finally:
+        if old.exists() and not place.exists():
+            old.rename(place)
+        for left in (draft, old):
+            shutil.rmtree(left, ignore_errors=True)
+            if left.is_file():
+                left.unlink()
+
+
+def _flush(draft: Path) -> None:
+    """Wait until every file is on the disk."""
+    for path in (draft, *draft.rglob("*")):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,96 @@
+"""Drafts: whatever stops the writing or the move, the place is as it was, and nothing lies beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxprune import StorageError
+from fxprune.drafts import drafted
+
+
+def write_file(place: Path, text: str) -> None:
+    with drafted(place) as draft:
+        draft.write_text(text)
+
+
+def write_folder(place: Path, text: str) -> None:
+    with drafted(place) as draft:
+        (draft / "inner").mkdir(parents=True)
+        (draft / "inner" / "letter").write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str | None]:
+    return {str(path.relative_to(folder)): path.read_text() if path.is_file() else None for path in folder.rglob("*")}
+
+
+WRITERS = [write_file, write_folder]
+Writer = Callable[[Path, str], None]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_what_is_complete_replaces_its_like(write: Writer, tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        write(tmp_path / "above" / "place", text)
+    write(tmp_path / "expected" / "place", "new")
+    assert contents(tmp_path / "above") == contents(tmp_path / "expected")
+
+
+STEPS: list[tuple[Writer, Any, str]] = [
+    *((write, owner, name) for write in WRITERS for owner, name in ((Path, "write_text"), (os, "fsync"))),
+    *((write, Path, "replace") for write in WRITERS),
+    (write_folder, Path, "rename"),
+]
+
+
+@pytest.mark.parametrize(("write", "owner", "name"), STEPS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError(), OSError(28, "No space left on device")])
+def test_what_is_stopped_leaves_the_place_as_it_was(
+    write: Writer, owner: Any, name: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        monkeypatch.undo()  # what tidies up works
+        raise error
+
+    write(tmp_path / "place", "old")
+    before = contents(tmp_path)
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(StorageError if isinstance(error, OSError) else type(error)) as caught:
+        write(tmp_path / "place", "new")
+    assert contents(tmp_path) == before
+    if isinstance(error, OSError):
+        assert "place cannot be written (No space left on device); check its folder" in str(caught.value)
+
+
+def test_a_file_and_a_folder_do_not_replace_each_other(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", "old")
+    write_folder(tmp_path / "folder", "old")
+    (tmp_path / "empty").mkdir()
+    before = contents(tmp_path)
+    for write, name in ((write_folder, "file"), (write_file, "folder"), (write_file, "empty")):
+        with pytest.raises(StorageError, match=f"{name} cannot be written"):
+            write(tmp_path / name, "new")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_move_waits_for_the_disk(write: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Any] = []
+    flush, move = os.fsync, Path.replace
+
+    def flushed(file: int) -> None:
+        steps.append(os.fstat(file).st_size)
+        flush(file)
+
+    def moved(draft: Path, place: Path) -> Path:
+        steps.append("move")
+        return move(draft, place)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", moved)
+    write(tmp_path / "place", "seven b")
+    assert steps == [7, "move"]
