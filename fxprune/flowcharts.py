@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fxprune.picture import FIRST, LAST
+
 Picture = Mapping[str, Any]
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-PORTS = {-1: "images", -2: "outputs"}
+PORTS = {FIRST: "images", LAST: "outputs"}
 
 
 @dataclass(frozen=True)
