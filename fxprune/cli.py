@@ -110,13 +110,8 @@ def analyze(
     out: OutputOptions,
 ) -> Result:
     """Score every block that could go; mark those a budget takes."""
-    check_data(model, data)
-    check_budget(budget.budget)
-    output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
-        network = work.opened(model, data.device, tell)
-        analysis = work.analyzed(network, data, scores, tell)
-        plan = analysis.plan(budget.budget, budget.cost)
+        _, analysis, plan = work.planned(model, data, scores, budget, out, tell)
 
         def fill(draft: Path) -> None:
             plan.save(draft / "plan.json")
@@ -209,13 +204,9 @@ def prune(
     out: OutputOptions,
 ) -> Result:
     """Analyze, remove, and save the smaller model."""
-    check_data(model, data)
-    check_budget(budget.budget)
-    output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
-        network = work.opened(model, data.device, tell)
-        analysis = work.analyzed(network, data, scores, tell)
-        return work.finished(network, analysis.plan(budget.budget, budget.cost), analysis, out, tell)
+        network, analysis, plan = work.planned(model, data, scores, budget, out, tell)
+        return work.finished(network, plan, analysis, out, tell)
 
 
 @command("Cut")

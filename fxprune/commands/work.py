@@ -10,10 +10,10 @@ from torch import nn
 
 from fxprune import drawing
 from fxprune.analysis import Analysis
-from fxprune.commands.data import Pictures, calibration_batches, check_size, open_pictures
+from fxprune.commands.data import Pictures, calibration_batches, check_data, check_size, open_pictures
 from fxprune.commands.models import open_model
-from fxprune.commands.options import DataOptions, ModelOptions, OutputOptions, ScoreOptions
-from fxprune.commands.output import PICTURE, REPORT, write_folder, write_report
+from fxprune.commands.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions
+from fxprune.commands.output import PICTURE, REPORT, check_folder, write_folder, write_report
 from fxprune.commands.tables import Point
 from fxprune.commands.terminal import Result, Tell, to_json
 from fxprune.detectors.choice import network_of
@@ -22,6 +22,7 @@ from fxprune.errors import BudgetError
 from fxprune.evaluation import evaluate
 from fxprune.plan import Plan
 from fxprune.report import report
+from fxprune.selection import check_budget
 from fxprune.storage import save
 
 
@@ -46,6 +47,18 @@ def analyzed(model: nn.Module, data: DataOptions, scores: ScoreOptions, tell: Te
             tell("attribution", 0, images)
 
     return analyze(model, loader, criterion=scores.criterion, shapes=scores.shapes, seed=scores.seed, progress=counted)
+
+
+def planned(
+    model: ModelOptions, data: DataOptions, scores: ScoreOptions, budget: BudgetOptions, out: OutputOptions, tell: Tell
+) -> tuple[nn.Module, Analysis, Plan]:
+    """Refuse what cannot be done, then open a model, analyze it and make its plan."""
+    check_data(model, data)
+    check_budget(budget.budget)
+    check_folder(out.out, out.force)
+    network = opened(model, data.device, tell)
+    analysis = analyzed(network, data, scores, tell)
+    return network, analysis, analysis.plan(budget.budget, budget.cost)
 
 
 def evaluated(model: nn.Module, pictures: Pictures, data: DataOptions, stage: str, tell: Tell) -> dict[str, float]:
