@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
 from fxprune.graph import class_names
 
@@ -21,11 +22,21 @@ LEAVES: dict[str, str] = {
 }
 """Modules that stay one node, by qualified class name (subclasses included), each with the reason."""
 
-IN_PLACE: dict[Any, Callable[..., Any]] = {
+AUGMENTED: dict[Any, Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
-} | {torch.relu_: torch.relu}
-"""In-place functions and what computes the same into a new tensor."""
+}
+IN_PLACE: dict[Any, Callable[..., Any]] = {
+    **AUGMENTED,
+    **{
+        getattr(home, name): getattr(home, name[:-1])
+        for home in (torch, functional)
+        for name in dir(home)
+        if name.endswith("_") and not name.startswith("_") and hasattr(home, name[:-1])
+    },
+    torch.zero_: torch.zeros_like,
+}
+"""In-place functions and what computes the same into a new tensor; the augmented assignments are among them."""
 WRITTEN = "fxprune_written"
 """Key of a node's meta: the in-place function that the program calls there."""
 
@@ -67,9 +78,8 @@ def _assigning(written: Callable[..., Any]) -> Callable[..., Any]:
     return assign
 
 
-for _written in IN_PLACE:
-    if _written is not torch.relu_:
-        setattr(StructuredProxy, f"__{_written.__name__}__", _assigning(_written))
+for _written in AUGMENTED:
+    setattr(StructuredProxy, f"__{_written.__name__}__", _assigning(_written))
 
 
 class StructureTracer(fx.Tracer):
@@ -160,8 +170,9 @@ class StructureTracer(fx.Tracer):
         if kind == "call_function" and written in IN_PLACE:
             node.meta[WRITTEN] = written
         self.owners[node.name] = self._active[-1]
-        if overwrites and args and isinstance(args[0], fx.Node):
-            self._overwritten[args[0]] = node
+        overwritten = args[0] if args else kwargs.get("input")
+        if overwrites and isinstance(overwritten, fx.Node):
+            self._overwritten[overwritten] = node
         return node
 
     def _current(self, node: fx.Node) -> fx.Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -63,6 +64,61 @@ def test_what_others_read_is_not_overwritten(shared: bool) -> None:
     assert torch.equal(pruned(x), expected.finish(y, y))
     assert flags(pruned) == ({"act": False} if shared else {"act": False, "late": True})
     assert all(flags(model).values())
+
+
+CALLS: dict[str, tuple[Callable[..., Tensor], list[str]]] = {
+    "torch.relu_": (torch.relu_, ["relu", "relu_"]),
+    "torch.sigmoid_": (torch.sigmoid_, ["sigmoid", "sigmoid_"]),
+    "functional.elu_": (nn.functional.elu_, ["elu", "elu_"]),
+    "functional.hardtanh_": (nn.functional.hardtanh_, ["hardtanh", "hardtanh_"]),
+    "torch.clamp_": (lambda x: torch.clamp_(x, 0, max=1), ["clamp", "clamp_"]),
+    "torch.zero_": (torch.zero_, ["zeros_like", "zero_"]),
+    "input=": (lambda x: torch.relu_(input=x), ["relu", "relu"]),
+    "relu_()": (lambda x: x.relu_(), ["relu", "relu"]),
+    "add_()": (lambda x: x.add_(1), ["add", "add"]),
+    "inplace=True": (lambda x: nn.functional.silu(x, inplace=True), ["silu", "silu"]),
+}
+"""Calls that overwrite, and what a pruned model calls where others read the value and where none does."""
+
+
+class Calling(nn.Module):
+    """With `branch` dropped, the first call is of a value that is read again after it."""
+
+    def __init__(self, call: Callable[..., Tensor], as_statement: bool) -> None:
+        super().__init__()
+        self.stem, self.norm = conv(3), nn.BatchNorm2d(8)
+        self.branch = nn.Sequential(conv(3, 4), conv(4))
+        self.last, self.last_norm, self.fc = conv(), nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.call, self.as_statement = call, as_statement
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finish(y := self.norm(self.stem(x)), y + self.branch(x))
+
+    def finish(self, y: Tensor, z: Tensor) -> Tensor:
+        z = self.last_norm(self.last(self.overwrite(z)))
+        return self.fc((self.overwrite(z) - y * y).mean((2, 3)))
+
+    def overwrite(self, value: Tensor) -> Tensor:
+        result = self.call(value)
+        return value if self.as_statement else result
+
+
+@pytest.mark.parametrize("as_statement", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_overwrite_spare_what_others_read(name: str, as_statement: bool) -> None:
+    call, expected = CALLS[name]
+    model = build(Calling, call=call, as_statement=as_statement)
+    analysis = fxprune.analyze(model, labelled(), criterion=lambda region, _: float(region.name != "branch"))
+    plan = analysis.plan(0.2)
+    assert [(region.name, region.kind) for region in plan.removed] == [("branch", "drop")]
+    pruned = fxprune.apply(model, plan)
+    assert isinstance(model, Calling)
+    assert isinstance(pruned, fx.GraphModule)
+    y = model.norm(model.stem(x := pixels(2, 3, 16, 16, seed=3)))
+    assert torch.equal(pruned(x), model.finish(y, y.clone()))
+    calls = [node for node in pruned.graph.nodes if node.op in ("call_function", "call_method")]
+    names = [getattr(node.target, "__name__", node.target) for node in calls]
+    assert names == [*expected, "mul", "sub", "mean"]
 
 
 def test_layers_that_overwrote_nothing_do_not_begin_to(tiny_model: nn.Module, plan: Plan) -> None:
