@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ class Calibration:
         for index, raw in enumerate(self._rest, 1):
             yield self._read(model, adapter, raw, index)
 
+    def images(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
+        """Yield every batch once, in the form the adapter runs; labels are left out and none are made."""
+        for index, raw in enumerate(chain([self.first_raw], self._rest)):
+            batch = normalized(model, adapter, raw, index)
+            yield Batch(batch.images, None, batch.count)
+
     def first(self, model: nn.Module, adapter: Adapter) -> Batch:
         """Return the first batch, which `batches` gives again; read, and labelled if need be, when first asked for."""
         if self._first is None:
@@ -69,11 +76,17 @@ _END = object()
 
 def read_batch(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> tuple[Batch, bool]:
     """Normalize one batch, label it if need be, and say whether it came with labels; errors name its index."""
+    batch = normalized(model, adapter, raw, index)
+    with _named(index):
+        return (batch, True) if batch.targets is not None else (adapter.label(model, batch), False)
+
+
+def normalized(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
+    """Bring one batch into the form the adapter works on; errors name its index."""
     with _named(index):
         if raw is None:
             raise BatchError(f"got None; known forms: {adapter.forms}")
-        batch = adapter.normalize(model, map_tensors(raw, _ordinary))
-        return (batch, True) if batch.targets is not None else (adapter.label(model, batch), False)
+        return adapter.normalize(model, map_tensors(raw, _ordinary))
 
 
 def _ordinary(value: Tensor) -> Tensor:

@@ -41,10 +41,15 @@ ACTIVATION_FUNCTIONS = frozenset(
 ) | {"relu", "sigmoid", "tanh", "contiguous"}
 
 
+def is_norm_layer(layer: nn.Module) -> bool:
+    """Whether a module rescales each channel of what a layer gave."""
+    return class_names(layer)[0].startswith(NORM_MODULES)
+
+
 def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node normalizes: it belongs to the layer right before it."""
     if node.op == "call_module":
-        return class_names(gm.get_submodule(str(node.target)))[0].startswith(NORM_MODULES)
+        return is_norm_layer(gm.get_submodule(str(node.target)))
     return qualified_name(node.target) in NORM_FUNCTIONS
 
 

@@ -1,0 +1,148 @@
+"""What a layer holds, fitted in closed form to what reaches it and to what it should give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fxprune.operations import is_norm_layer
+from fxprune.pairs import channels_last
+from fxprune.ranks import summed
+
+RIDGE = 1e-2
+"""How strongly fitted weights are held to those that are there, relative to the mean square of what they weigh."""
+ROWS = 4
+"""Places of the feature maps that a fit looks at, per weight of one output channel, ..."""
+LEAST = 65536
+"""... and at least, where there are as many. More do better (YOLOv8n, 30 % removed: mAP .591 of 1,024, .662 of 16,384, .667
+of 65,536, .670 of 131,072)."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the runs have at one layer: a value a calibration batch.
+
+    Attributes
+    ----------
+    inputs : list of Tensor
+        What the layer is given in the pruned model.
+    outputs : list of Tensor
+        What it gives there, as it is.
+    wanted : list of Tensor
+        What it gave in the model as it was, on the same images.
+    """
+
+    inputs: list[Tensor] = field(repr=False)
+    outputs: list[Tensor] = field(repr=False)
+    wanted: list[Tensor] = field(repr=False)
+
+
+Fit = Callable[[nn.Module, Sight], Callable[[], None] | None]
+"""``fit(layer, sight)``: changes the layer's parameters if it knows how; may return what to do when all is done."""
+
+
+def fit_statistics(layer: nn.Module, sight: Sight) -> Callable[[], None] | None:
+    """Give a batch norm the mean and the variance of what reaches it, over all batches: ``heal="norms"``.
+
+    Layers further on see it normalize by these as one batch of all images would; as torch does, what stays in
+    `running_var` is the unbiased variance.
+    """
+    mean, variance = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) or mean is None or variance is None:
+        return None
+    rows = [channels_last(value).double() - mean.double() for value in sight.inputs]
+    sums = torch.stack(
+        [torch.stack([row.sum(0), row.square().sum(0), row.new_full(mean.shape, len(row))]) for row in rows]
+    )
+    shift, square, count = summed(sums.sum(0))
+    shift, square = shift / count, square / count
+    mean.add_(shift.to(mean.dtype))
+    variance.copy_(square - shift.square())
+    correction = count / (count - 1).clamp_min(1)
+
+    def unbiased() -> None:
+        variance.mul_(correction.to(variance.dtype))
+
+    return unbiased
+
+
+def fit_affine(layer: nn.Module, sight: Sight) -> None:
+    """Fit what a layer applies, a matrix or a scale and shift a channel, by least squares: ``"affine"``.
+
+    Convolutions and linear layers get the weights, and the bias if they have one, norms the scale and shift, that come
+    nearest to the outputs of the model as it was: ``min |W u - y|^2 + r |W - W_now|^2``, u what now reaches the layer.
+    A linear map of what leaves a removed region's place is part of that, folded into the layer that reads it.
+    """
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if weight is None or not weight.is_floating_point():
+        return
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        _fit_matrix(layer, sight)
+    elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
+        _fit_channels(weight, bias, sight)
+
+
+def _fit_channels(weight: Tensor, bias: Tensor, sight: Sight) -> None:
+    pairs = zip(sight.outputs, sight.wanted, strict=True)
+    sums = [_moments(channels_last(now).double(), channels_last(want).double()) for now, want in pairs]
+    count, x, y, xx, xy = summed(torch.stack(sums).sum(0))
+    x, y, xx, xy = x / count, y / count, xx / count, xy / count
+    variance = (xx - x * x).clamp_min(0)
+    known = variance > 1e-10 * (xx + 1e-30)
+    slope = torch.where(known, (xy - x * y + RIDGE * variance) / (variance * (1 + RIDGE)).clamp_min(1e-30), 1.0)
+    weight.data.mul_(slope.to(weight.dtype))
+    bias.data.copy_((slope * bias.double() + y - slope * x).to(bias.dtype))
+
+
+def _moments(x: Tensor, y: Tensor) -> Tensor:
+    count = torch.full_like(x[0], len(x))
+    return torch.stack([count, x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0)])
+
+
+def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    weight, bias = layer.weight.data, layer.bias
+    outputs, inputs = len(weight) // groups, weight[0].numel()
+    places = sum(value.numel() // len(weight) for value in sight.wanted)
+    share = min(1.0, max(ROWS * inputs, LEAST) / float(summed(torch.tensor(float(places)))))
+    gram = weight.new_zeros(groups, inputs + 1, inputs + 1, dtype=torch.float64)
+    cross = weight.new_zeros(groups, inputs + 1, outputs, dtype=torch.float64)
+    for x, y in zip(sight.inputs, sight.wanted, strict=True):
+        for u, v in _samples(layer, x, y, share):
+            u = functional.pad(
+                u.reshape(len(u), groups, inputs).transpose(0, 1), (0, 1), value=1.0 if bias is not None else 0.0
+            )
+            gram += (u.transpose(1, 2) @ u).double()
+            cross += (u.transpose(1, 2) @ v.reshape(len(v), groups, outputs).transpose(0, 1)).double()
+    gram, cross = summed(gram), summed(cross)
+    now = functional.pad(weight.reshape(groups, outputs, inputs).double().transpose(1, 2), (0, 0, 0, 1))
+    if bias is not None:
+        now[:, -1] = bias.data.reshape(groups, outputs).double()
+    mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
+    ridge = torch.diag_embed((RIDGE * mean)[:, None].expand(-1, inputs + 1))
+    found = torch.linalg.solve(gram + ridge, cross + ridge @ now).transpose(1, 2)
+    weight.copy_(found[..., :-1].reshape(weight.shape))
+    if bias is not None:
+        bias.data.copy_(found[..., -1].reshape(-1))
+
+
+def _samples(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of what a layer reads at some places of its output, drawn at random, and of what it should give there."""
+    places = y.numel() // len(layer.weight)
+    drawn = torch.rand(places, generator=torch.Generator().manual_seed(0)) < share
+    place = drawn.nonzero().flatten().to(x.device)
+    if isinstance(layer, nn.Linear):
+        yield x.reshape(-1, x.shape[-1])[place], y.reshape(-1, y.shape[-1])[place]
+        return
+    reach = [dilation * (size - 1) + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    windows = padded.unfold(2, reach[0], layer.stride[0]).unfold(3, reach[1], layer.stride[1])
+    windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]].permute(0, 2, 3, 1, 4, 5)
+    height, width = windows.shape[1:3]
+    at = (place // (height * width), place // width % height, place % width)
+    yield windows[at].flatten(1), y.permute(0, 2, 3, 1)[at]

@@ -1,0 +1,115 @@
+"""Several runs that wait for each other at named points: what is fitted there sees all of them, and all go on with it.
+
+A statistic over a whole calibration set at some layer, with all layers before it corrected already, needs either one pass
+a layer or one batch that holds everything. Runs in step need one pass, and hold of every batch what is alive at one layer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from fxprune.errors import ModelError
+
+Meet = Callable[[Hashable, Any], Any]
+"""``meet(point, value) -> answer``: waits until every run that is under way has come to the point."""
+
+
+def run_in_step(
+    runs: Mapping[Any, Callable[[Meet], None]], decide: Callable[[Any, dict[Any, Any]], Mapping[Any, Any]]
+) -> None:
+    """Run functions in turn, one at a time, from one meeting to the next.
+
+    Parameters
+    ----------
+    runs : mapping
+        Functions by name; each gets `Meet`. They run in threads of their own, without gradients.
+    decide : callable
+        ``(point, values by name) -> answers by name``: called when all that are under way have come to one point; who
+        gets no answer gets None.
+
+    Raises
+    ------
+    ModelError
+        If runs wait at different points.
+    Exception
+        What a function or `decide` raised, the others being stopped.
+
+    Examples
+    --------
+    >>> seen = []
+    >>> def run(meet): seen.append(meet("middle", len(seen)))
+    >>> run_in_step({"a": run, "b": run}, lambda point, values: dict.fromkeys(values, sum(values.values())))
+    >>> seen
+    [0, 0]
+    """
+    workers = {name: _Worker(run) for name, run in runs.items()}
+    answers: Mapping[Any, Any] = {}
+    try:
+        while workers:
+            met = {name: worker.resume(answers.get(name)) for name, worker in workers.items()}
+            workers = {name: worker for name, worker in workers.items() if met[name] is not None}
+            points = {met[name][0] for name in workers}
+            if len(points) > 1:
+                raise ModelError(
+                    f"batches take different ways through the model: some are at {', '.join(sorted(map(str, points)))}"
+                    " while others are elsewhere; give calibration batches of one size"
+                )
+            for point in points:
+                answers = decide(point, {name: met[name][1] for name in workers})
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+class _Stopped(BaseException):
+    """Ends a run that nobody waits for any more."""
+
+
+class _Worker:
+    """A function in a thread that runs only while `resume` waits for it."""
+
+    def __init__(self, run: Callable[[Meet], None]) -> None:
+        self.inbox: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+        self.outbox: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self.thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+        self.thread.start()
+
+    def resume(self, answer: Any) -> Any:
+        """Let it run to its next meeting; returns point and value, or None if it is done."""
+        self.inbox.put((True, answer))
+        met, error = self.outbox.get()
+        if error is not None:
+            raise error
+        return met
+
+    def stop(self) -> None:
+        """Let it end where it waits."""
+        self.inbox.put((False, None))
+        self.thread.join()
+
+    def _work(self, run: Callable[[Meet], None]) -> None:
+        error: BaseException | None = None
+        try:
+            with torch.no_grad():
+                self._wait()
+                run(self._meet)
+        except _Stopped:
+            pass
+        except BaseException as raised:  # handed to whoever waits
+            error = raised
+        self.outbox.put((None, error))
+
+    def _meet(self, point: Hashable, value: Any) -> Any:
+        self.outbox.put(((point, value), None))
+        return self._wait()
+
+    def _wait(self) -> Any:
+        goes_on, answer = self.inbox.get()
+        if not goes_on:
+            raise _Stopped
+        return answer

@@ -1,0 +1,261 @@
+"""Healing by imitation: a short training of the pruned model to give the features that it gave before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxprune.detectors.batch import Batch
+from fxprune.drafts import drafted
+from fxprune.errors import BatchError, SettingError
+from fxprune.operations import is_norm_layer
+from fxprune.pairs import Features, Pair, channels_last, with_gradients
+from fxprune.ranks import rank_and_world, summed
+
+HELD_OUT = 8
+"""Of so many calibration batches one is held out."""
+CHECKS = 10
+"""How often the held-out batches are looked at."""
+PATIENCE = 3
+"""Looks without a better one, after which it ends."""
+WARM_UP = 0.05
+"""Share of the steps over which the learning rate grows to its full height; then it falls as a cosine does."""
+LONGEST = 1.0
+"""Norm that a step's gradient is cut to."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: `steps` of one batch each, `learning_rate` at its height, `seed` of order and mirroring."""
+
+    steps: int = 400
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def height(self, step: int) -> float:
+        """Learning rate at a step, from 1 to `steps`."""
+        rise = min(1.0, step / max(1.0, WARM_UP * self.steps))
+        return self.learning_rate * rise * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
+
+
+def mimic(
+    pair: Pair,
+    batches: Sequence[Batch],
+    schedule: Schedule,
+    checkpoint: Path | None = None,
+    tell: Callable[[int, int], None] = lambda step, steps: None,
+) -> tuple[float, float]:
+    """Train a pruned model to give the features of the model as it was, without labels.
+
+    The loss is the mean over the points compared of ``log(1 + e)``, e the mean squared error over the variance of what is
+    to be given: no point that is far off drowns the others. Points are what leaves each captured part, and the norms in
+    them. Norms keep their statistics. Every step mirrors about half of its images.
+
+    Parameters
+    ----------
+    pair : Pair
+        Its pruned model is changed: it gets the weights that did best on held-out batches, its own if none did better.
+    batches : sequence of Batch
+        All calibration batches, the same in all processes; each takes its share of the images of every batch.
+    schedule : Schedule
+    checkpoint : path, optional
+        File to go on from if it is there, and to write to at every look at the held-out batches.
+    tell : callable
+        ``tell(step, steps)``.
+
+    Returns
+    -------
+    before, after : float
+        The loss on the held-out batches, or on all where there is one batch only.
+
+    Raises
+    ------
+    SettingError
+        If the checkpoint is of another model or schedule.
+    """
+    held = list(batches[HELD_OUT - 1 :: HELD_OUT]) or list(batches[1:2]) or list(batches)
+    learnt = [batch for batch in batches if all(batch is not other for other in held)] or held
+    points = points_of(pair)
+    with with_gradients(pair.pruned) as weights, torch.enable_grad():
+        optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+        first = judge(pair, points, held)
+        state = _State(0, first, first, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
+        if checkpoint is not None and checkpoint.exists():
+            state = _State.read(checkpoint, schedule, pair.pruned)
+            pair.pruned.load_state_dict(state.weights)
+            optimizer.load_state_dict(state.optimizer)
+        every = max(1, schedule.steps // CHECKS)
+        for step in range(state.step + 1, schedule.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.height(step)
+            optimizer.zero_grad()
+            distance(pair, points, _drawn(learnt, schedule, step)).backward()  # type: ignore[no-untyped-call]
+            _share_gradients(weights)
+            nn.utils.clip_grad_norm_(weights, LONGEST)
+            optimizer.step()
+            tell(step, schedule.steps)
+            if step % every == 0 or step == schedule.steps:
+                state = state.after(step, judge(pair, points, held), pair.pruned, optimizer)
+                if checkpoint is not None and rank_and_world()[0] == 0:
+                    state.write(checkpoint, schedule)
+                if state.stale == PATIENCE:
+                    break
+        pair.pruned.load_state_dict(state.best_weights)
+    return state.first, state.best
+
+
+def points_of(pair: Pair) -> list[str]:
+    """Modules whose outputs are compared: the captured parts, and the norms in them."""
+    return sorted({*filter(None, pair.graphs), *(name for name, layer in pair.layers() if is_norm_layer(layer))})
+
+
+def distance(pair: Pair, points: Sequence[str], batch: Batch) -> Tensor:
+    """How far the pruned model's features are from those of the model as it was: a scalar, of all processes' images."""
+    own = _own_images(batch)
+    with torch.no_grad():
+        wanted = Features(points, pair.decisions).run(pair.original, pair.adapter, own)
+    given = Features(points, pair.decisions, wanted).run(pair.pruned, pair.adapter, own)
+    errors: dict[str, Tensor] = {}
+    sums: dict[str, list[Tensor]] = {}
+    for (name, call), values in wanted.values.items():
+        for old, new in zip(values, given.values[name, call], strict=True):
+            errors[name] = errors.get(name, 0.0) + (new - old).square().sum()
+            rows = channels_last(old)
+            sums.setdefault(name, []).append(
+                torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)])
+            )
+    flat = summed(torch.cat([part.flatten() for parts in sums.values() for part in parts]).double())
+    spread = _spread(flat, {name: [part.shape[1] for part in parts] for name, parts in sums.items()})
+    error = torch.stack([errors[name] for name in sums])
+    others = summed(error.detach()) - error.detach()
+    return torch.log1p((error + others) / spread.to(error.dtype)).mean()
+
+
+def _spread(flat: Tensor, widths: dict[str, list[int]]) -> Tensor:
+    """Summed squared deviations from the channels' means, a number a point."""
+    found, start = [], 0
+    for parts in widths.values():
+        total = flat.new_zeros(())
+        for channels in parts:
+            count, once, twice = flat[start : start + 3 * channels].reshape(3, channels)
+            total = total + (twice - once.square() / count).clamp_min(0).sum()
+            start += 3 * channels
+        found.append(total)
+    return torch.stack(found).clamp_min(1e-12)
+
+
+def judge(pair: Pair, points: Sequence[str], batches: Sequence[Batch]) -> float:
+    """Mean distance over some batches, each by its images."""
+    with torch.no_grad():
+        parts = [float(distance(pair, points, batch)) * batch.count for batch in batches]
+    return sum(parts) / sum(batch.count for batch in batches)
+
+
+def _own_images(batch: Batch) -> Batch:
+    """This process's share of a batch; the whole of it where images cannot be told apart."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return batch
+    if not _has_images(batch):
+        raise BatchError(
+            "healing in several processes needs batches that are a tensor (N, C, H, W) or a list of images"
+        )
+    if batch.count < world:
+        raise BatchError(f"a batch of {batch.count} images cannot be shared by {world} processes; give larger ones")
+    images = batch.images[rank::world]
+    return Batch(images, None, len(images))
+
+
+def _has_images(batch: Batch) -> bool:
+    images = batch.images
+    return (isinstance(images, Tensor) and images.ndim == 4) or (
+        isinstance(images, list) and all(isinstance(image, Tensor) and image.ndim == 3 for image in images)
+    )
+
+
+def _drawn(batches: Sequence[Batch], schedule: Schedule, step: int) -> Batch:
+    """The batch of a step: every one once, in a random order, then in another. Half of its images are mirrored."""
+    around, place = divmod(step - 1, len(batches))
+    order = torch.randperm(len(batches), generator=_generator(schedule.seed, around))
+    batch = batches[int(order[place])]
+    if not _has_images(batch):
+        return batch
+    mirrored = torch.rand(batch.count, generator=_generator(schedule.seed, around, place)) < 0.5
+    images = [image.flip(-1) if turn else image for image, turn in zip(batch.images, mirrored.tolist(), strict=True)]
+    return Batch(torch.stack(images) if isinstance(batch.images, Tensor) else images, None, batch.count)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.default_rng(numbers).integers(2**62)))
+
+
+def _share_gradients(weights: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over all processes."""
+    if rank_and_world()[1] == 1:
+        return
+    flat = summed(
+        torch.cat(
+            [(weight.grad if weight.grad is not None else torch.zeros_like(weight)).flatten() for weight in weights]
+        )
+    )
+    start = 0
+    for weight in weights:
+        weight.grad = flat[start : start + weight.numel()].view_as(weight)
+        start += weight.numel()
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a training stands: the steps done, losses on held-out batches, looks without a better one, weights."""
+
+    step: int
+    first: float
+    best: float
+    stale: int
+    best_weights: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+    def after(self, step: int, found: float, model: nn.Module, optimizer: torch.optim.Optimizer) -> _State:
+        better = found < self.best
+        weights = copied(model)
+        return _State(
+            step,
+            self.first,
+            min(found, self.best),
+            0 if better else self.stale + 1,
+            weights if better else self.best_weights,
+            weights,
+            optimizer.state_dict(),
+        )
+
+    def write(self, path: Path, schedule: Schedule) -> None:
+        with drafted(path) as draft:
+            torch.save({"schedule": asdict(schedule), **vars(self)}, draft)
+
+    @staticmethod
+    def read(path: Path, schedule: Schedule, model: nn.Module) -> _State:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            then = Schedule(**found.pop("schedule"))
+            state = _State(**found)
+        except Exception as error:  # whatever a file that is no checkpoint makes of it
+            raise SettingError(f"{path} is no checkpoint of a healing ({error}); remove it or name another") from error
+        if then != schedule:
+            raise SettingError(f"{path} is of {then}, not of {schedule}; remove it or name another")
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        if shapes != {key: value.shape for key, value in state.weights.items()}:
+            raise SettingError(f"{path} is of another model; remove it or name another")
+        return state
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state, apart from it."""
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
