@@ -25,6 +25,11 @@ class Calibration:
         Any iterable of batches; a generator is read once.
     """
 
+    @classmethod
+    def of(cls, loader: Any) -> Calibration:
+        """A loader's calibration; one that was made already as it is."""
+        return loader if isinstance(loader, cls) else cls(loader)
+
     def __init__(self, loader: Any) -> None:
         if isinstance(loader, (str, bytes, Tensor, dict)) or not isinstance(loader, Iterable):
             raise BatchError(
@@ -37,6 +42,7 @@ class Calibration:
             raise BatchError("calib_loader yielded no batch; give at least one")
         self.first_raw: Any = first
         self._first: Batch | None = None
+        self._kept: list[Batch] | None = None
         self._with_labels: list[bool] = []
 
     @property
@@ -49,12 +55,22 @@ class Calibration:
 
     def batches(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
         """Yield every batch once; batches without labels get the model's own confident outputs."""
+        if self._kept is not None:
+            yield from self._kept
+            return
         yield self.first(model, adapter)
         for index, raw in enumerate(self._rest, 1):
             yield self._read(model, adapter, raw, index)
 
+    def keep(self, model: nn.Module, adapter: Adapter) -> None:
+        """Read everything now, labelled by this model if need be; it can be gone through again and again then."""
+        self._kept = list(self.batches(model, adapter))
+
     def images(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
         """Yield every batch once, in the form the adapter runs; labels are left out and none are made."""
+        if self._kept is not None:
+            yield from (Batch(batch.images, None, batch.count) for batch in self._kept)
+            return
         for index, raw in enumerate(chain([self.first_raw], self._rest)):
             batch = normalized(model, adapter, raw, index)
             yield Batch(batch.images, None, batch.count)

@@ -18,8 +18,8 @@ RIDGE = 1e-2
 ROWS = 4
 """Places of the feature maps that a fit looks at, per weight of one output channel, ..."""
 LEAST = 65536
-"""... and at least, where there are as many. More do better (YOLOv8n, 30 % removed: mAP .591 of 1,024, .662 of 16,384, .667
-of 65,536, .670 of 131,072)."""
+"""... and at least, where there are as many. More do better: YOLOv8n at 30 % keeps mAP .591 with 1,024 places,
+.662 with 16,384, .667 with 65,536 and .670 with 131,072."""
 
 
 @dataclass(frozen=True)

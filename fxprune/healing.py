@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from fxprune.calibration import Calibration
 from fxprune.detectors.batch import Batch
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
-from fxprune.driver import plans_carried_out
+from fxprune.driver import plans_carried_out, traced_island
 from fxprune.errors import BatchError, SettingError
 from fxprune.fits import fit_affine, fit_statistics
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.mimicry import Schedule, copied, judge, mimic, points_of
 from fxprune.pairs import Pair, pair_up
+from fxprune.plan import Plan
 from fxprune.ranks import own_share, rank_and_world
 from fxprune.refitting import refit
 from fxprune.study import Progress
+
+Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,83 +54,76 @@ def heal(
     calib_loader: Iterable[Any],
     method: str = "mimic",
     *,
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     steps: int = 400,
     learning_rate: float = 1e-3,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Bring a pruned model's features back to those of the model as it was, without labels.
+    """Bring a pruned model's features back to what they were, without labels and at no cost at inference.
 
     Parameters
     ----------
-    pruned : Module
-        What `fxprune.apply` or `fxprune.compile` returned. It is not changed.
-    original : Module
-        The model that was pruned, with the weights it had.
-    calib_loader : iterable
-        Batches as for `fxprune.analyze`; labels in them are not looked at. Read once.
+    pruned, original : Module
+        What `fxprune.apply` or `fxprune.compile` returned, and the model they were given, its weights as they were.
+        Neither is changed.
+    calib_loader, loss
+        As for `fxprune.analyze`. Labels are not looked at, a loss is run and never minimized.
     method : str
-        ``"none"``; ``"norms"``: batch norms get the statistics of what now reaches them; ``"affine"``: weights, scales and
-        shifts are fitted in closed form, layer after layer, to give what they gave; ``"mimic"``: that, then a short training.
-    loss : callable, optional
-        As for `fxprune.analyze`, for models of no known kind; only run, never minimized.
+        ``"none"``; ``"norms"``: batch norms get the statistics of what now reaches them; ``"affine"``: weights, scales
+        and shifts are fitted in closed form, layer after layer, to give what they gave; ``"mimic"``: that, then a short
+        training. See `fxprune.fits` and `fxprune.mimicry`.
     steps, learning_rate, seed
-        Of the training: AdamW, one batch a step, a cosine to zero. About a tenth of the batches is held out, and the
-        weights that do best on these are returned.
-    checkpoint : path, optional
-        File that the training is kept in and, if it is there, goes on from.
-    progress : callable, optional
-        ``progress(stage, done, total)``.
+        Of the training: AdamW, a batch a step. An eighth of the batches is held out to choose the weights by.
+    checkpoint, progress : optional
+        File that the training is kept in and, if it is there, goes on from; ``progress(stage, done, total)``.
 
     Returns
     -------
     Module
-        A healed copy; mode, device and dtype are kept, its graphs and the shapes of its weights are the same.
+        A healed copy; mode, device, dtype, graphs and the shapes of weights are those of `pruned`.
 
     Raises
     ------
-    SettingError
-        If an option is not known, or the checkpoint is of another training.
-    ModelError
-        If `pruned` carries no plan, or is no version of `original`; names what differs.
-    BatchError
-        If a batch cannot be used.
+    SettingError, BatchError, ModelError, PlanError
+        If an option or a batch cannot be used, `pruned` carries no plan, or `original` is not what was pruned.
 
     Notes
     -----
-    In several processes (`torch.distributed`) every one gets the same loader and returns the same model: ``"norms"`` and
-    ``"affine"`` share out the batches, the training the images of each batch.
-
-    Feature mimicking for pruned blocks follows PRACTISE (CVPR 2023), re-estimated statistics EagleEye (ECCV 2020).
+    In several processes (`torch.distributed`) all get the same loader and return the same model: they share out the
+    batches, and in training the images of each. After PRACTISE (CVPR 2023) and EagleEye (ECCV 2020).
 
     Examples
     --------
-    >>> pruned = fxprune.apply(model, analysis.plan(0.3))                  # doctest: +SKIP
-    >>> healed = fxprune.heal(pruned, model, loader, method="affine")      # doctest: +SKIP
+    >>> healed = fxprune.heal(fxprune.apply(model, plan), model, loader, "affine")   # doctest: +SKIP
     """
     check_heal(method)
-    network = network_of(pruned)
-    islands = {node.island for plan in plans_carried_out(pruned) for node in plan.nodes}
-    before = network_of(original)
+    care = Care(Schedule(steps, learning_rate, seed), Path(checkpoint) if checkpoint else None, progress or _silent)
+    network, before, plans = network_of(pruned), network_of(original), plans_carried_out(pruned)
     with untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
         healed = private_copy(network, keep_precision=True)
-        calibration = Calibration(calib_loader)
-        adapter = choose_adapter(before, calibration.first_raw, loss)
-        old, new = private_copy(before), private_copy(network)
-        for twin in (old, new):
-            adapter.prepare(twin)
-        batches = list(calibration.images(old, adapter))
-        if len(batches) < rank_and_world()[1]:
-            raise BatchError(f"{len(batches)} batches cannot be shared by {rank_and_world()[1]} processes; give more")
-        pair = pair_up(old, new, adapter, batches[0], islands)
-        care = Care(
-            Schedule(steps, learning_rate, seed), None if checkpoint is None else Path(checkpoint), progress or _silent
-        )
+        for record in plans[0].islands:
+            traced_island(before, record, plans[0])  # held to its fingerprint
+        pair, batches = _paired(before, network, plans, Calibration.of(calib_loader), loss)
         HEALERS[method](pair, batches, care)
         healed.load_state_dict(pair.pruned.state_dict())
     return like_the_model(pruned, healed)
+
+
+def _paired(
+    before: nn.Module, network: nn.Module, plans: Iterable[Plan], calibration: Calibration, loss: Loss | None
+) -> tuple[Pair, list[Batch]]:
+    """Private copies of both models, and the calibration batches in the form they are run on."""
+    adapter = choose_adapter(before, calibration.first_raw, loss)
+    old, new = private_copy(before), private_copy(network)
+    for twin in (old, new):
+        adapter.prepare(twin)
+    batches, (_, world) = list(calibration.images(old, adapter)), rank_and_world()
+    if len(batches) < world:
+        raise BatchError(f"{len(batches)} batches cannot be shared by {world} processes; give more")
+    islands = {node.island for plan in plans for node in plan.nodes}
+    return pair_up(old, new, adapter, batches[0], islands), batches
 
 
 def check_heal(method: object) -> None:

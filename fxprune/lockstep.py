@@ -1,7 +1,8 @@
 """Several runs that wait for each other at named points: what is fitted there sees all of them, and all go on with it.
 
-A statistic over a whole calibration set at some layer, with all layers before it corrected already, needs either one pass
-a layer or one batch that holds everything. Runs in step need one pass, and hold of every batch what is alive at one layer.
+A statistic over a whole calibration set at some layer, with all layers before it corrected already, needs either one
+pass a layer or one batch that holds everything. Runs in step need one pass, and hold of every batch what is alive at
+one layer.
 """
 
 from __future__ import annotations

@@ -33,11 +33,26 @@ LONGEST = 1.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `steps` of one batch each, `learning_rate` at its height, `seed` of order and mirroring."""
+    """How long and how fast: `steps` of one batch each, `learning_rate` at its height, `seed` of order and mirroring.
+
+    Raises
+    ------
+    SettingError
+        If one of them is no such number.
+    """
 
     steps: int = 400
     learning_rate: float = 1e-3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise SettingError(f"steps is {self.steps!r}; give a number of batches to train on, from 1")
+        rate = self.learning_rate
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < math.inf:
+            raise SettingError(f"learning_rate is {rate!r}; give a positive number such as 1e-3")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise SettingError(f"seed is {self.seed!r}; give a whole number from 0")
 
     def height(self, step: int) -> float:
         """Learning rate at a step, from 1 to `steps`."""
@@ -54,9 +69,9 @@ def mimic(
 ) -> tuple[float, float]:
     """Train a pruned model to give the features of the model as it was, without labels.
 
-    The loss is the mean over the points compared of ``log(1 + e)``, e the mean squared error over the variance of what is
-    to be given: no point that is far off drowns the others. Points are what leaves each captured part, and the norms in
-    them. Norms keep their statistics. Every step mirrors about half of its images.
+    The loss is the mean over the points compared (`points_of`) of ``log(1 + e)``, e the mean squared error over the
+    variance of what is to be given: no point that is far off drowns the others. Norms keep their statistics. Every step
+    mirrors about half of its images.
 
     Parameters
     ----------
@@ -80,18 +95,11 @@ def mimic(
     SettingError
         If the checkpoint is of another model or schedule.
     """
-    held = list(batches[HELD_OUT - 1 :: HELD_OUT]) or list(batches[1:2]) or list(batches)
-    learnt = [batch for batch in batches if all(batch is not other for other in held)] or held
+    held, learnt = split(batches)
     points = points_of(pair)
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
         optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
-        first = judge(pair, points, held)
-        state = _State(0, first, first, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
-        if checkpoint is not None and checkpoint.exists():
-            state = _State.read(checkpoint, schedule, pair.pruned)
-            pair.pruned.load_state_dict(state.weights)
-            optimizer.load_state_dict(state.optimizer)
-        every = max(1, schedule.steps // CHECKS)
+        state = _begun(pair, judge(pair, points, held), optimizer, schedule, checkpoint)
         for step in range(state.step + 1, schedule.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.height(step)
@@ -101,7 +109,7 @@ def mimic(
             nn.utils.clip_grad_norm_(weights, LONGEST)
             optimizer.step()
             tell(step, schedule.steps)
-            if step % every == 0 or step == schedule.steps:
+            if step % max(1, schedule.steps // CHECKS) == 0 or step == schedule.steps:
                 state = state.after(step, judge(pair, points, held), pair.pruned, optimizer)
                 if checkpoint is not None and rank_and_world()[0] == 0:
                     state.write(checkpoint, schedule)
@@ -109,6 +117,24 @@ def mimic(
                     break
         pair.pruned.load_state_dict(state.best_weights)
     return state.first, state.best
+
+
+def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Part batches into some that are held out and the rest; a single one is both."""
+    held = list(batches[HELD_OUT - 1 :: HELD_OUT]) or list(batches[1:2]) or list(batches)
+    return held, [batch for batch in batches if all(batch is not other for other in held)] or held
+
+
+def _begun(
+    pair: Pair, found: float, optimizer: torch.optim.Optimizer, schedule: Schedule, checkpoint: Path | None
+) -> _State:
+    """Where a training starts: as the model is, or as the checkpoint has it."""
+    if checkpoint is None or not checkpoint.exists():
+        return _State(0, found, found, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
+    state = _State.read(checkpoint, schedule, pair.pruned)
+    pair.pruned.load_state_dict(state.weights)
+    optimizer.load_state_dict(state.optimizer)
+    return state
 
 
 def points_of(pair: Pair) -> list[str]:
@@ -237,8 +263,8 @@ class _State:
         )
 
     def write(self, path: Path, schedule: Schedule) -> None:
-        with drafted(path) as draft:
-            torch.save({"schedule": asdict(schedule), **vars(self)}, draft)
+        with drafted(path) as draft, draft.open("wb") as file:
+            torch.save({"schedule": asdict(schedule), **vars(self)}, file)
 
     @staticmethod
     def read(path: Path, schedule: Schedule, model: nn.Module) -> _State:

@@ -1,8 +1,8 @@
 """A model as it was and a pruned version of it, run side by side on the same images.
 
-What the two have in common goes by the same dotted paths. What an eager detector *decides* on the way (which proposals to
-look at) carries no gradient; the pruned one is given the original's decisions, or their features would be of different
-boxes and could not be compared.
+What the two have in common goes by the same dotted paths. What an eager detector *decides* on the way (which proposals
+to look at) carries no gradient; the pruned one is given the original's decisions, or their features would be of
+different boxes and could not be compared.
 """
 
 from __future__ import annotations

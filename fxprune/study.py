@@ -72,7 +72,7 @@ class Study:
 
     def run(self, model: nn.Module, calib_loader: Any) -> Analysis:
         """Analyze a private copy of a model; it is changed."""
-        calibration = Calibration(calib_loader)
+        calibration = Calibration.of(calib_loader)
         adapter = choose_adapter(model, calibration.first_raw, self.loss)
         adapter.prepare(model)
         first = calibration.first(model, adapter)

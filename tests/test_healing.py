@@ -1,0 +1,269 @@
+"""Healing: what it gives back, and that it harms nobody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fxprune
+from fxprune.analysis import Analysis
+from fxprune.detectors.choice import choose_adapter
+from fxprune.errors import BatchError, ModelError, PlanError, SettingError
+from fxprune.fits import RIDGE
+from fxprune.healing import HEALERS
+from fxprune.isolation import private_copy
+from fxprune.mimicry import judge, points_of
+from fxprune.pairs import Pair, pair_up
+from fxprune.plan import Plan
+from tests.hostile import Unread, assert_refused, assert_unchanged
+from tests.models import Eager, build, labelled, pixels, squared, tiny
+
+LONG: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3}
+
+
+def images(batches: int = 3, count: int = 4) -> list[Tensor]:
+    return [pixels(count, 3, 16, 16, seed=seed) for seed in range(batches)]
+
+
+def without(analysis: Analysis, *names: str) -> Plan:
+    """A plan that removes just these blocks."""
+    free = fxprune.analyze(tiny(), labelled(), criterion=lambda region, _: float(region.name not in names))
+    share = sum(region.flops for region in free.regions if region.name in names) / free.before.flops
+    plan = free.plan(share - 1e-6)
+    assert {region.name for region in plan.removed} == set(names)
+    return plan
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """The tiny classifier with statistics of its own images."""
+    network = tiny()
+    network.train()
+    with torch.no_grad():
+        for _ in range(30):
+            for batch in images():
+                network(batch)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def cut(model: nn.Module, analysis: Analysis) -> nn.Module:
+    return fxprune.apply(model, without(analysis, "blocks.0", "blocks.2"))
+
+
+def pair_of(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> tuple[Pair, list[Any]]:
+    old, new = private_copy(model), private_copy(pruned)
+    adapter = choose_adapter(old, batches[0], None)
+    read = [adapter.normalize(old, batch) for batch in batches]
+    return pair_up(old, new, adapter, read[0], [""]), read
+
+
+def far(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> float:
+    pair, read = pair_of(model, pruned, batches)
+    return judge(pair, points_of(pair), read)
+
+
+# What each method gives ----------------------------------------------------------------------------------------------
+
+
+def test_norms_get_what_one_batch_of_everything_would_give_them(model: nn.Module, cut: nn.Module) -> None:
+    healed = fxprune.heal(cut, model, images(), "norms")
+    together = private_copy(cut)
+    norms = {name: norm for name, norm in together.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+    assert list(norms) == ["blocks.1.norm", "blocks.3.norm"]
+    for norm in norms.values():
+        norm.momentum = 1.0
+        norm.train()
+    together(torch.cat(images()))
+    for name, norm in norms.items():
+        found = healed.get_submodule(name)
+        torch.testing.assert_close(found.running_mean, norm.running_mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.running_var, norm.running_var, rtol=1e-5, atol=1e-6)
+
+
+class Chain(nn.Module):
+    """Convolutions in a row, the middle one removable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.middle = nn.Conv2d(6, 6, 1)
+        self.last = nn.Conv2d(6, 5, 3, stride=2, dilation=2, padding=1, groups=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x))).mean((2, 3))
+
+
+def test_affine_finds_the_weights_of_least_squares() -> None:
+    model: Any = build(Chain)
+    pruned: Any = fxprune.compile(model, labelled(), 0.01, criterion=lambda region, _: float(region.name != "middle"))
+    healed: Any = fxprune.heal(pruned, model, images(), "affine").double()
+    with torch.no_grad():
+        x = torch.cat(images())
+        now = model.first(x).double()
+        rows = functional.unfold(now, 3, dilation=2, padding=1, stride=2).transpose(1, 2).reshape(-1, 54)
+        want = model.last(model.middle(model.first(x))).double().permute(0, 2, 3, 1).reshape(-1, 5)
+    bare = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+    start = torch.cat([model.last.weight.detach().flatten(1), model.last.bias.detach()[:, None]], 1).double()
+    held = RIDGE * rows.square().sum(0).mean()
+    least = torch.linalg.solve(
+        bare.T @ bare + held * torch.eye(55, dtype=torch.float64), bare.T @ want + held * start.T
+    )
+    torch.testing.assert_close(healed.last.weight.flatten(1), least[:-1].T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(healed.last.bias, least[-1], rtol=1e-3, atol=1e-4)
+    before, after = (functional.mse_loss(version(x), model(x)) for version in (pruned, healed.float()))
+    assert after < before / 100  # a linear map went, and the next layer can take it in
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_affine_fits_grouped_convolutions_group_by_group(groups: int) -> None:
+    model: Any = build(Chain)
+    model.last = nn.Conv2d(6, 6, 3, groups=groups, padding="same", padding_mode="reflect", bias=False)
+    pruned: Any = fxprune.compile(model, labelled(), 0.01, criterion=lambda region, _: float(region.name != "middle"))
+    healed: Any = fxprune.heal(pruned, model, images(), "affine")
+    with torch.no_grad():
+        wide = [tuple(version.last(model.first(x)) for version in (pruned, healed)) for x in images()]
+        want = [model.last(model.middle(model.first(x))) for x in images()]
+    before, after = (sum(functional.mse_loss(got[i], y) for got, y in zip(wide, want, strict=True)) for i in (0, 1))
+    assert after < before * (0.05 if groups == 1 else 0.9)
+
+
+@pytest.mark.parametrize("method", ["affine", "mimic"])
+def test_features_come_closer(method: str, model: nn.Module, cut: nn.Module) -> None:
+    healed = fxprune.heal(cut, model, images(9), method, steps=30)
+    assert far(model, healed, images(9)) < far(model, cut, images(9))
+
+
+@pytest.mark.parametrize("method", ["norms", "affine"])
+def test_what_comes_before_a_removed_block_is_left_as_it_is(method: str, model: nn.Module, analysis: Analysis) -> None:
+    pruned = fxprune.apply(model, without(analysis, "blocks.2"))
+    healed = fxprune.heal(pruned, model, images(), method)
+    same = {key for key, value in pruned.state_dict().items() if torch.equal(value, healed.state_dict()[key])}
+    early = {key for key in pruned.state_dict() if key.startswith(("stem.", "blocks.0.", "blocks.1."))}
+    assert early <= same
+    assert "blocks.3.norm.running_mean" in same if method == "affine" else "blocks.3.norm.running_mean" not in same
+
+
+def test_a_training_that_only_harms_gives_back_where_it_began(model: nn.Module, cut: nn.Module) -> None:
+    best = fxprune.heal(cut, model, images(9), "affine")
+    healed = fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0)
+    held = images(9)[7:8]
+    assert far(model, healed, held) <= min(far(model, best, held), far(model, cut, held)) + 1e-6
+
+
+# Seeds and checkpoints -----------------------------------------------------------------------------------------------
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    return list(model.state_dict().values())
+
+
+def equal(first: nn.Module, second: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(state(first), state(second), strict=True))
+
+
+def test_seeds_decide(model: nn.Module, cut: nn.Module) -> None:
+    one, again, other = (fxprune.heal(cut, model, images(9), seed=seed, **LONG) for seed in (0, 0, 1))
+    assert equal(one, again)
+    assert not equal(one, other)
+
+
+def test_a_training_goes_on_where_it_was_stopped(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
+    whole = fxprune.heal(cut, model, images(9), **LONG)
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if (stage, done) == ("mimic", 11):
+            raise KeyboardInterrupt
+
+    place = tmp_path / "healing"
+    with pytest.raises(KeyboardInterrupt):
+        fxprune.heal(cut, model, images(9), checkpoint=place, progress=stop, **LONG)
+    seen: list[int] = []
+    resumed = fxprune.heal(
+        cut,
+        model,
+        images(9),
+        **LONG,
+        checkpoint=place,
+        progress=lambda stage, done, total: seen.append(done) if stage == "mimic" else None,
+    )
+    assert seen == list(range(11, 21))
+    assert equal(resumed, whole)
+
+
+def test_foreign_checkpoints_are_refused(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
+    place = tmp_path / "healing"
+    fxprune.heal(cut, model, images(), steps=2, checkpoint=place)
+    with pytest.raises(SettingError, match=r"healing is of Schedule\(steps=2.*, not of Schedule\(steps=3"):
+        fxprune.heal(cut, model, images(), steps=3, checkpoint=place)
+    place.write_text("something else")
+    with pytest.raises(SettingError, match="healing is no checkpoint of a healing"):
+        fxprune.heal(cut, model, images(), steps=2, checkpoint=place)
+
+
+# What comes back, and what does not change ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", list(HEALERS))
+def test_neither_model_is_changed(method: str, model: nn.Module, cut: nn.Module) -> None:
+    with assert_unchanged(model), assert_unchanged(cut):
+        fxprune.heal(cut, model, labelled(), method, steps=2)
+
+
+def test_dtype_mode_and_plans_are_kept(model: nn.Module, cut: nn.Module) -> None:
+    half = private_copy(cut).half().train()
+    healed = fxprune.heal(half, model, images(), "norms")
+    assert {value.dtype for value in healed.parameters()} == {torch.float16}
+    assert healed.training
+    assert fxprune.report(healed).removed == fxprune.report(cut).removed
+
+
+def test_a_save_of_a_healed_model_comes_back(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
+    healed = fxprune.heal(cut, model, images(), "affine")
+    fxprune.save(healed, tmp_path / "healed")
+    assert equal(fxprune.load(tiny(), tmp_path / "healed"), healed)
+
+
+def test_a_model_with_a_loss_of_its_own() -> None:
+    model = build(Eager)
+    pruned = fxprune.compile(
+        model, labelled(), loss=squared, criterion=lambda region, _: float(region.name != "body.1")
+    )
+    healed = fxprune.heal(pruned, model, labelled(), "affine", loss=squared)
+    x = pixels(4, 3, 16, 16)
+    assert functional.mse_loss(healed(x), model(x)) < functional.mse_loss(pruned(x), model(x))
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_methods_are_refused_before_anything_is_read(model: nn.Module, cut: nn.Module) -> None:
+    with assert_refused(cut, SettingError, "heal 'prayer' is not known; known: none, norms, affine, mimic"):
+        fxprune.heal(cut, model, Unread(), "prayer")
+
+
+def test_a_model_that_was_not_pruned_is_refused(model: nn.Module) -> None:
+    with assert_refused(model, ModelError, "Tiny carries no fxprune plan"):
+        fxprune.heal(model, model, images(), "norms")
+
+
+def test_another_model_is_refused(cut: nn.Module) -> None:
+    other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with assert_refused(cut, PlanError, "island '<model>' of this model has fingerprint"):
+        fxprune.heal(cut, other, images(), "norms")
+
+
+def test_bad_batches_are_named(model: nn.Module, cut: nn.Module) -> None:
+    with assert_refused(cut, BatchError, "batch 1: "):
+        fxprune.heal(cut, model, [*images(1), "x"], "norms")
+
+
+@pytest.mark.parametrize("setting", [{"steps": 0}, {"steps": 1.5}, {"learning_rate": 0.0}, {"learning_rate": "fast"}])
+def test_bad_settings_are_named(setting: dict[str, Any], model: nn.Module, cut: nn.Module) -> None:
+    with assert_refused(cut, SettingError, next(iter(setting))):
+        fxprune.heal(cut, model, images(), "mimic", **setting)
