@@ -66,8 +66,7 @@ def heal(
     Parameters
     ----------
     pruned, original : Module
-        What `fxprune.apply` or `fxprune.compile` returned, and the model they were given, its weights as they were.
-        Neither is changed.
+        What `fxprune.apply` or `fxprune.compile` returned, and what they were given. Neither is changed.
     calib_loader, loss
         As for `fxprune.analyze`. Labels are not looked at, a loss is run and never minimized.
     method : str
