@@ -1,83 +1,245 @@
-"""In several steps to a budget: after each removal what is left is scored anew, and mended on the way."""
+"""Which plans: by score alone, step by step with new scores, or proposed by scores and decided by the loss."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fxprune.analysis import Analysis
 from fxprune.calibration import Calibration, take_loss
-from fxprune.criteria import part_sizes
+from fxprune.criteria import RegionScore, part_sizes
 from fxprune.detectors.batch import Adapter
-from fxprune.errors import BudgetError
-from fxprune.isolation import private_copy
+from fxprune.detectors.choice import choose_adapter, network_of
+from fxprune.driver import analyze, apply
+from fxprune.errors import FxpruneWarning, SettingError
+from fxprune.healing import Loss, heal
+from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.plan import Plan, Totals
+from fxprune.study import Progress
 
 STRIDE = 0.05
-"""Share of what a step finds that it removes; a budget takes as many such steps as it needs."""
-TRIES = 6
-"""Plans a step that ``"search"`` looks at by the loss they lead to."""
+"""Share of what a step of ``"greedy"`` finds that it removes; a budget takes as many such steps as it needs."""
+TRIES = 24
+"""Plans whose loss ``"search"`` takes."""
+DRAWS = 8
+"""How often it draws anew to come to a plan that it has not tried."""
+NOISE = 0.05
+"""Standard deviation of what sums of single damages leave unexplained, in the logarithm of the loss."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of a search: the plan that was carried out and the loss that the mended model was left with."""
+class Search:
+    """Settings of a search, see `fxprune.compile`; `mend` is the healing that a plan gets before it is judged.
 
-    plan: Plan
-    loss: float
-    tried: int
+    Raises
+    ------
+    SettingError
+        If the strategy is not known, or `tries` is no positive number.
+    """
+
+    strategy: str
+    budget: float
+    cost: str
+    criterion: str | RegionScore
+    mend: str
+    loss: Loss | None
+    shapes: str
+    seed: int
+    latency_backend: str | None
+    tries: int
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise SettingError(f"strategy {self.strategy!r} is not known; known: {', '.join(STRATEGIES)}")
+        if not isinstance(self.tries, int) or isinstance(self.tries, bool) or self.tries < 1:
+            raise SettingError(f"tries is {self.tries!r}; give a number of plans to try, from 1")
+
+    def run(self, model: nn.Module, calibration: Calibration) -> list[Plan]:
+        """Find the plans to carry out one after the other."""
+        return STRATEGIES[self.strategy](self, model, calibration)
+
+    def analyze(self, model: nn.Module, calibration: Calibration) -> Analysis:
+        """Score what is left of a model."""
+        return analyze(
+            model,
+            calibration,
+            criterion=self.criterion,
+            loss=self.loss,
+            shapes=self.shapes,
+            seed=self.seed,
+            latency_backend=self.latency_backend,
+            progress=self.progress,
+        )
+
+    def mended(self, pruned: nn.Module, model: nn.Module, calibration: Calibration) -> nn.Module:
+        """A pruned model after the quick healing."""
+        return heal(pruned, model, calibration, self.mend, loss=self.loss) if self.mend != "none" else pruned
 
 
-def targets(budget: float, strategy: str) -> list[float]:
-    """Shares of the whole model's cost to have removed after each step, in geometric progression."""
-    if strategy == "one_shot":
-        return [budget]
-    steps = max(1, math.ceil(math.log(1 - budget) / math.log(1 - STRIDE) - 1e-9))
-    return [1 - (1 - budget) ** (step / steps) for step in range(1, steps + 1)]
+def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
+    return [search.analyze(model, calibration).plan(search.budget, search.cost)]
 
 
-def left_of(target: float, whole: Totals, now: Totals, cost: str) -> float:
-    """What share of the present cost must go so that a share of the whole one is gone."""
-    return float(1 - (1 - target) * getattr(whole, cost) / getattr(now, cost))
+def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
+    """Remove a little, mend, score what is left, and so on."""
+    steps = max(1, math.ceil(math.log(1 - search.budget) / math.log(1 - STRIDE) - 1e-9))
+    judge = Judge(model, calibration, search)
+    plans: list[Plan] = []
+    now, whole = model, None
+    try:
+        for step in range(1, steps + 1):
+            analysis = search.analyze(now, calibration)
+            whole = whole or analysis.before
+            analysis.plan(1 - _left(whole, analysis.before, search.budget, search.cost), search.cost)  # can it be met?
+            share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
+            if share <= 0:
+                continue
+            plan = analysis.plan(share, search.cost)
+            now = search.mended(apply(now, plan), model, calibration)
+            plans.append(_noted(plan, strategy="greedy", step=f"{step} of {steps}", loss_increase=judge.worse(now)))
+            search.progress("greedy", step, steps)
+    except KeyboardInterrupt:
+        if not plans:
+            raise
+        _warn_of_interruption(f"after {len(plans)} of {steps} steps")
+    return plans
 
 
-def candidates(analysis: Analysis, budget: float, cost: str, tries: int) -> Iterator[Plan]:
-    """The best plan by score, and the best ones that do without one of the regions it takes, most doubtful first."""
-    best = analysis.plan(budget, cost)
-    yield best
-    seen = {frozenset(region.name for region in best.removed)}
-    doubtful = sorted(best.removed, key=lambda region: -region.score)
-    for avoided in doubtful:
-        if len(seen) >= tries:
+def _left(whole: Totals, now: Totals, budget: float, cost: str) -> float:
+    """What share of the present cost may stay."""
+    name = {"latency": "latency_ms"}.get(cost, cost)
+    return float((1 - budget) * getattr(whole, name) / getattr(now, name))
+
+
+def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
+    """Let scores propose whole plans, take the loss of each once mended, and learn from it what scores are worth."""
+    analysis = search.analyze(model, calibration)
+    judge = Judge(model, calibration, search)
+    beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
+    found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
+    try:
+        for number in range(1, search.tries + 1):
+            plan = _proposed(analysis, beliefs, found, search)
+            if plan is None:
+                break
+            loss = judge.worse(search.mended(apply(model, plan), model, calibration))
+            found[_taken(plan)] = loss, plan
+            beliefs.learn(_taken(plan), loss)
+            search.progress("search", number, search.tries)
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        _warn_of_interruption(f"after {len(found)} of {search.tries} plans")
+    loss, plan = min(found.values(), key=lambda pair: pair[0])
+    return [_noted(plan, strategy="search", tried=len(found), loss_increase=loss)]
+
+
+def _proposed(analysis: Analysis, beliefs: Beliefs, found: Iterable[Any], search: Search) -> Plan | None:
+    """The best plan by what is believed, drawn at random; one that was not tried, or None."""
+    for scores in beliefs.draws():
+        regions = zip(analysis.regions, scores, strict=True)
+        believed = replace(analysis, regions=tuple(replace(region, score=float(score)) for region, score in regions))
+        plan = believed.plan(search.budget, search.cost)
+        if _taken(plan) not in found:
+            own = zip(analysis.regions, plan.regions, strict=True)
+            return replace(plan, regions=tuple(replace(old, removed=new.removed) for old, new in own))
+    return None
+
+
+def _taken(plan: Plan) -> tuple[bool, ...]:
+    return tuple(region.removed for region in plan.regions)
+
+
+class Beliefs:
+    """What each region's removal is believed to add to ``log(1 + loss increase)``: a Gaussian, updated by trials.
+
+    At first the scores, whose square roots are taken to be proportional to it, each as uncertain as it is large.
+
+    Parameters
+    ----------
+    scores : sequence of float
+        By the criterion.
+    seed : int
+        Of the draws.
+    """
+
+    def __init__(self, scores: Sequence[float], seed: int) -> None:
+        self.scores = np.maximum(np.asarray(scores, dtype=float), 0.0)
+        self.shape = np.sqrt(self.scores)
+        self.trials: list[tuple[bool, ...]] = []
+        self.losses: list[float] = []
+        self.random = np.random.default_rng(seed)
+
+    def learn(self, taken: tuple[bool, ...], loss: float) -> None:
+        """Take in what a plan led to."""
+        self.trials.append(taken)
+        self.losses.append(math.log1p(max(loss, -0.5)))
+
+    def posterior(self) -> tuple[Any, Any]:
+        """Mean (R,) and covariance (R, R) after the trials."""
+        x, y = np.asarray(self.trials, dtype=float), np.asarray(self.losses)
+        sums = x @ self.shape
+        scale = max(float(np.mean(y[sums > 0] / sums[sums > 0])) if (sums > 0).any() else 0.0, 1e-6)
+        mean = scale * self.shape
+        prior = np.diag(np.maximum(mean, np.median(mean)) ** 2 + 1e-12)
+        gain = prior @ x.T @ np.linalg.inv(x @ prior @ x.T + NOISE**2 * np.eye(len(y)))
+        return mean + gain @ (y - x @ mean), prior - gain @ x @ prior
+
+    def draws(self) -> Iterable[Any]:
+        """Scores to try: the criterion's own first, every third time what is most likely first, else random draws."""
+        if not self.trials:
+            yield self.scores
             return
-        others = tuple(region for region in analysis.regions if region.name != avoided.name)
-        try:
-            plan = replace(analysis, regions=others).plan(budget, cost)
-        except BudgetError:
-            continue
-        found = frozenset(region.name for region in plan.removed)
-        if found not in seen:
-            seen.add(found)
-            regions = tuple(replace(region, removed=region.name in found) for region in analysis.regions)
-            yield replace(plan, regions=regions)
+        mean, covariance = self.posterior()
+        if len(self.trials) % 3 == 2:
+            yield np.maximum(mean, 0.0)
+        for _ in range(DRAWS):
+            yield np.maximum(self.random.multivariate_normal(mean, covariance, check_valid="ignore"), 0.0)
 
 
-def loss_of(model: nn.Module, calibration: Calibration, adapter: Adapter, seed: int) -> torch.Tensor:
-    """Parts (P,) of a model's loss over the calibration images."""
-    network = private_copy(model)
-    adapter.prepare(network)
-    total, images = torch.zeros(()), 0
-    with torch.no_grad():
-        for index, batch in enumerate(calibration.batches(network, adapter)):
-            total = total + batch.count * take_loss(network, adapter, batch, index, seed).cpu()
-            images += batch.count
-    return total / images
+class Judge:
+    """Takes the loss of pruned versions of a model on its calibration images."""
+
+    def __init__(self, model: nn.Module, calibration: Calibration, search: Search) -> None:
+        self.calibration, self.search = calibration, search
+        self.whole = self.parts(model)
+
+    def parts(self, model: nn.Module) -> torch.Tensor:
+        """Parts (P,) of the loss, the mean over the images."""
+        network = private_copy(network_of(model))
+        adapter: Adapter = choose_adapter(network, self.calibration.first_raw, self.search.loss)
+        adapter.prepare(network)
+        total, images = torch.zeros(()), 0
+        with untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
+            for index, batch in enumerate(self.calibration.batches(network, adapter)):
+                total = total + batch.count * take_loss(network, adapter, batch, index, self.search.seed).cpu()
+                images += batch.count
+        return total / images
+
+    def worse(self, pruned: nn.Module) -> float:
+        """How much the parts of the loss have grown, each relative to its own size, summed."""
+        return float(((self.parts(pruned) - self.whole) / part_sizes(self.whole)).sum())
 
 
-def worse_by(loss: torch.Tensor, whole: torch.Tensor) -> float:
-    """How much the parts (P,) of a loss have grown, each relative to its own size, summed."""
-    return float(((loss - whole) / part_sizes(whole)).sum())
+def _noted(plan: Plan, **facts: Any) -> Plan:
+    return replace(plan, settings={**plan.settings, **facts})
+
+
+def _warn_of_interruption(where: str) -> None:
+    warnings.warn(f"the search was interrupted {where}; this is the best so far", FxpruneWarning, stacklevel=5)
+
+
+STRATEGIES: dict[str, Callable[[Search, nn.Module, Calibration], list[Plan]]] = {
+    "one_shot": _one_shot,
+    "greedy": _greedy,
+    "search": _search,
+}
+"""Strategies by name."""

@@ -1,0 +1,106 @@
+"""Everything in one call: score, choose, remove, mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.analysis import check_cost
+from fxprune.calibration import Calibration
+from fxprune.criteria import RegionScore
+from fxprune.detectors.choice import choose_adapter, network_of
+from fxprune.driver import apply
+from fxprune.healing import Loss, check_heal, heal
+from fxprune.isolation import private_copy, untouched_randomness
+from fxprune.search import TRIES, Search
+from fxprune.selection import check_budget
+from fxprune.study import Progress
+
+
+def compile(
+    model: nn.Module,
+    calib_loader: Iterable[Any],
+    budget: float = 0.1,
+    *,
+    criterion: str | RegionScore = "fisher",
+    cost: str = "flops",
+    strategy: str = "one_shot",
+    heal: str = "none",
+    loss: Loss | None = None,
+    shapes: str = "proved",
+    latency_backend: str | None = None,
+    seed: int = 0,
+    tries: int = TRIES,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Remove a fraction of a model's cost, and mend what that broke.
+
+    Parameters
+    ----------
+    model, calib_loader, criterion, loss, shapes, latency_backend, seed, progress
+        As for `fxprune.analyze`.
+    budget : float
+        Fraction in (0, 1) of the whole model's cost to remove.
+    cost : str
+        What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
+    strategy : str
+        ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after each.
+        ``"search"``: up to `tries` plans, proposed by the scores and judged by the loss once mended; each takes about
+        five forward passes over the calibration images. Interrupted (Ctrl-C), both give the best so far.
+    heal : str
+        How the result is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"`` or ``"mimic"``.
+    tries : int
+        Plans that ``"search"`` judges.
+
+    Returns
+    -------
+    Module
+        The same kind of model, smaller; see `fxprune.apply`. `fxprune.report` says what went.
+
+    Raises
+    ------
+    FxpruneError
+        As `analyze`, `Analysis.plan`, `apply` and `heal` do. The model is left as it was.
+
+    Examples
+    --------
+    >>> pruned = fxprune.compile(model, loader, budget=0.1)                        # doctest: +SKIP
+    >>> pruned = fxprune.compile(model, loader, budget=0.3, strategy="search", heal="mimic")   # doctest: +SKIP
+    """
+    check_budget(budget)
+    check_cost(cost)
+    check_heal(heal)
+    quick = "affine" if heal == "mimic" else heal
+    search = Search(
+        strategy, float(budget), cost, criterion, quick, loss, shapes, seed, latency_backend, tries, progress or _silent
+    )
+    calibration = Calibration.of(calib_loader)
+    if strategy != "one_shot" or heal != "none":
+        _read_once(model, calibration, loss)
+    pruned = model
+    for plan in search.run(model, calibration):
+        pruned = apply(pruned, plan)
+    return _healed(pruned, model, calibration, search, heal)
+
+
+def _read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
+    """Keep the batches, labelled by the model as it was if need be."""
+    network = network_of(model)
+    with untouched_randomness(network), torch.inference_mode(False):
+        twin = private_copy(network)
+        adapter = choose_adapter(twin, calibration.first_raw, loss)
+        adapter.prepare(twin)
+        calibration.keep(twin, adapter)
+
+
+def _healed(pruned: nn.Module, model: nn.Module, calibration: Calibration, search: Search, method: str) -> nn.Module:
+    if method == "none":
+        return pruned
+    return heal(pruned, model, calibration, method, loss=search.loss, seed=search.seed, progress=search.progress)
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
