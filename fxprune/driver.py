@@ -17,6 +17,7 @@ from fxprune.detectors.choice import like_the_model, network_of
 from fxprune.errors import FxpruneWarning, ModelError, PlanError
 from fxprune.graph import fingerprint
 from fxprune.isolation import private_copy, untouched_randomness
+from fxprune.latency import backend_for
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.cleanup import remove_dead_code
 from fxprune.passes.functional import overwrite_again
@@ -39,6 +40,7 @@ def analyze(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     shapes: str = "proved",
     seed: int = 0,
+    latency_backend: str | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
     """Find what can be removed from a model, what it would save, and how important it is.
@@ -62,6 +64,10 @@ def analyze(
         ``"sampled"``: also those where two real sizes agree.
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
+    latency_backend : str, optional
+        ``"eager"`` or ``"inductor"`` (`torch.compile`): measure milliseconds there, for budgets that count them. They
+        are of one call in float32 on the first batch of the loader, with the model's device and torch's threads as
+        they are; let nothing else run meanwhile.
     progress : callable, optional
         ``progress(stage, done, total)`` as work goes on; `total` is None where it is not known.
 
@@ -83,7 +89,7 @@ def analyze(
     >>> analysis = fxprune.analyze(model, loader)                  # doctest: +SKIP
     >>> plan = analysis.plan(budget=0.1)                           # doctest: +SKIP
     """
-    study = Study(criterion, loss, shapes, seed, progress)
+    study = Study(criterion, loss, shapes, seed, progress, latency_backend)
     network = network_of(model)
     with untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():
         return study.run(private_copy(network), calib_loader)
@@ -145,17 +151,18 @@ def compile(
     cost: str = "flops",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     shapes: str = "proved",
+    latency_backend: str | None = None,
 ) -> nn.Module:
     """Remove a fraction of a model's cost: `analyze`, `Analysis.plan` and `apply` in one call.
 
     Parameters
     ----------
-    model, calib_loader, criterion, loss, shapes
+    model, calib_loader, criterion, loss, shapes, latency_backend
         As for `analyze`.
     budget : float
         Fraction in (0, 1) of the whole model's cost to remove.
     cost : str
-        What the budget counts: ``"flops"``, ``"params"`` or ``"blocks"``.
+        What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
 
     Returns
     -------
@@ -174,7 +181,9 @@ def compile(
     """
     check_budget(budget)
     check_cost(cost)
-    return apply(model, analyze(model, calib_loader, criterion=criterion, loss=loss, shapes=shapes).plan(budget, cost))
+    backend = backend_for(cost, latency_backend)
+    analysis = analyze(model, calib_loader, criterion=criterion, loss=loss, shapes=shapes, latency_backend=backend)
+    return apply(model, analysis.plan(budget, cost))
 
 
 def plans_of(network: nn.Module) -> list[dict[str, Any]]:

@@ -22,7 +22,9 @@ MOST_NAMES = 6
 """Names in one cell."""
 REMOVED, RIVAL = "✂", "~"
 
-COST_NAMES = {"flops": "FLOPs", "params": "parameters"}
+COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
+FIELDS = {"latency": "latency_ms"}
+"""Fields of `Totals` and `Candidate` that hold a cost, if not named as it is."""
 
 # What differs between two reasons of one kind.
 DETAILS = {

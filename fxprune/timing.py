@@ -7,9 +7,11 @@ same function under two names, and no smaller difference between others means an
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +58,11 @@ class Ratio:
     low: float
     high: float
     rounds: int
+
+    @property
+    def error(self) -> float:
+        """How far the median may be off, see `median_error`."""
+        return median_error(self.low, self.high, self.rounds)
 
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -147,6 +154,37 @@ def ratio_of(timing: Timing, base: Timing) -> Ratio:
     ratios = np.asarray(timing.latency_ms) / np.asarray(base.latency_ms)
     low, median, high = (float(value) for value in np.percentile(ratios, (25, 50, 75)))
     return Ratio(timing.name, base.name, median, low, high, len(ratios))
+
+
+def median_error(low: float, high: float, count: int) -> float:
+    """Half the 95 % interval of a median, from the quartiles of `count` values.
+
+    1.96 standard errors of a median, 1.2533 sigma / sqrt(count); sigma from the quartiles as of normal values.
+    """
+    return 1.96 * 1.2533 * (high - low) / 1.349 / math.sqrt(count)
+
+
+def stopwatch(
+    device: torch.device | str | None, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """Return what notes a moment, and what gives the milliseconds between two of them.
+
+    A CUDA device notes its own moments, in the order of its work, and nobody waits for it until the milliseconds are
+    asked for.
+    """
+    if device is None or torch.device(device).type != "cuda":
+        return clock, lambda begin, end: (end - begin) * 1e3
+
+    def moment() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def between(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    return moment, between
 
 
 def _orders(names: list[str]) -> Iterator[list[str]]:
