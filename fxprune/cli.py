@@ -115,7 +115,7 @@ def analyze(
     output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
         network = work.opened(model, data.device, tell)
-        analysis = work.analyzed(network, data, scores, tell)
+        analysis = work.analyzed(network, data, scores, tell, budget.cost)
         plan = analysis.plan(budget.budget, budget.cost)
 
         def fill(draft: Path) -> None:
@@ -154,7 +154,7 @@ def sweep(
     output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
         network = work.opened(model, data.device, tell)
-        analysis = work.analyzed(network, data, scores, tell)
+        analysis = work.analyzed(network, data, scores, tell, cost)
         points, plans = work.swept(network, analysis, fractions, cost, data, tell)
         document = {
             "model": model.model,
@@ -167,7 +167,7 @@ def sweep(
             work.save_sweep(document, plans, draft)
 
         remark = work.written(out, fill, analysis, None, tell)
-    return Result(document, tables.sweep_view(points, terminal.out.width), remark)
+    return Result(document, tables.sweep_view(points, terminal.out.width, cost), remark)
 
 
 @command("Look")
@@ -214,7 +214,7 @@ def prune(
     output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
         network = work.opened(model, data.device, tell)
-        analysis = work.analyzed(network, data, scores, tell)
+        analysis = work.analyzed(network, data, scores, tell, budget.cost)
         return work.finished(network, analysis.plan(budget.budget, budget.cost), analysis, out, tell)
 
 

@@ -14,11 +14,12 @@ from torch import fx
 from fxprune.shapes import bind
 from fxprune.timing import stopwatch
 
+Graphs = Sequence[tuple[str, fx.GraphModule]]
+"""Island names and graphs."""
+
 
 @contextmanager
-def interpreted(
-    graphs: Iterable[tuple[str, fx.GraphModule]], make: Callable[[str, fx.GraphModule], fx.Interpreter]
-) -> Iterator[None]:
+def interpreted(graphs: Graphs, make: Callable[[str, fx.GraphModule], fx.Interpreter]) -> Iterator[None]:
     """Let interpreters run the given graphs until the end of the block.
 
     Parameters
@@ -52,7 +53,7 @@ NodeName = tuple[str, str]
 """An island's path and a node's name: what names a node in the whole model."""
 
 
-def record_sizes(run: Callable[[], Any], graphs: Sequence[tuple[str, fx.GraphModule]]) -> dict[NodeName, list[Any]]:
+def record_sizes(run: Callable[[], Any], graphs: Graphs) -> dict[NodeName, list[Any]]:
     """Run a model once and return the shapes that each node's value had, one a call; only single tensors."""
     sizes: dict[NodeName, list[Any]] = {}
 
@@ -109,9 +110,7 @@ class NodeTimer:
         The notes of every run.
     """
 
-    def __init__(
-        self, graphs: Sequence[tuple[str, fx.GraphModule]], device: torch.device | None, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, graphs: Graphs, device: torch.device | None, clock: Callable[[], float]) -> None:
         self.moment, self.between = stopwatch(device, clock)
         self.graphs = graphs
         self.interpreters = {name: _TimingInterpreter(gm, name, self) for name, gm in graphs}

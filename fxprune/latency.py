@@ -1,8 +1,9 @@
 """What a model's regions take of its time: milliseconds of one call, on the device and backend that it will run on.
 
-The whole model is timed as it is. In turn with it an interpreter runs its captured graphs and times every node by
-itself; that costs time of its own, so only the shares of the nodes count: what the graphs take of a plain call is
-handed out to their nodes by these. What lies outside of the graphs is part of the whole and stays.
+The whole model is timed as it is, and in turn with it what tells how much of that its regions take. In eager mode an
+interpreter times every node by itself. That costs time of its own, so only the shares of the nodes count: what the
+captured graphs take of a plain call is handed out to their nodes; what lies outside of them stays. Compiled code has
+no nodes, so there every region is cut out, compiled and timed by itself, see `fxprune.pieces`.
 """
 
 from __future__ import annotations
@@ -17,23 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxprune.detectors.batch import Adapter, Batch, device_of
 from fxprune.errors import SettingError
-from fxprune.interpreting import NodeTimer
+from fxprune.interpreting import Graphs, NodeTimer
+from fxprune.pieces import cut_out
 from fxprune.regions import Region
-from fxprune.timing import interleave, median_error, ratio_of
+from fxprune.timing import Timing, interleave, median_error, ratio_of
 
-BACKENDS: dict[str, Callable[[nn.Module], None]] = {
-    "eager": lambda model: None,
-    "inductor": lambda model: nn.Module.compile(model),
-}
-"""By name, what makes a model run on a backend; it stays the same object."""
 ROUNDS, WARMUP = 15, 2
 WHOLE, AGAIN, NODES = "whole", "whole again", "nodes"
 
-Graphs = Sequence[tuple[str, fx.GraphModule]]
+Timings = Mapping[str, Timing]
+Tell = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,97 @@ class Latency:
 UNMEASURED = Latency(None, {}, {})
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A captured model, as a probe is given it.
+
+    Attributes
+    ----------
+    run : callable
+        Runs it, its graphs in place, in eager mode.
+    graphs
+        Island names and graphs.
+    regions : sequence of Region
+        What is asked for.
+    ready : callable
+        Makes a module run on the backend.
+    device, clock, tell
+        Where it runs, what gives the time in seconds, and what is told of progress.
+    """
+
+    run: Callable[[], Any]
+    graphs: Graphs
+    regions: Sequence[Region]
+    ready: Callable[..., None]
+    device: torch.device
+    clock: Callable[[], float]
+    tell: Tell
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is timed in turn with the whole model, and what gives the regions' milliseconds of every round then."""
+
+    functions: Mapping[str, Callable[[], Any]]
+    regions_ms: Callable[[Timings], Mapping[str, Any]]
+
+
+def by_nodes(watched: Watched) -> Probe:
+    """Share out what the graphs take of a plain call as an interpreter finds it spent on their nodes."""
+    timer = NodeTimer(watched.graphs, watched.device, watched.clock)
+    nodes = {region.name: [(region.island, node) for node in region.nodes] for region in watched.regions}
+
+    def regions_ms(timings: Timings) -> Mapping[str, Any]:
+        rounds = timings[NODES].latency_ms
+        times = timer.times()[-len(rounds) :]
+        outside = np.median(np.subtract(rounds, [run.graphs_ms for run in times]))
+        inside = max(timings[WHOLE].median_ms - float(outside), 0.0)
+        return {name: [run.share(own) * inside for run in times] for name, own in nodes.items()}
+
+    return Probe({NODES: partial(timer.run, watched.run)}, regions_ms)
+
+
+def by_pieces(watched: Watched) -> Probe:
+    """Compile every region by itself, equal ones once, and take what it adds to itself as a share of the whole."""
+    pieces = cut_out(watched.run, watched.graphs, watched.regions)
+    kinds = {piece.kind: piece for piece in pieces}
+    functions: dict[str, Callable[[], Any]] = {}
+    for done, (kind, piece) in enumerate(kinds.items()):
+        watched.tell("compile", done, len(kinds))
+        for times in (1, 2):
+            module, values = piece.in_a_row(times)
+            watched.ready(module, dynamic=False)
+            functions[f"{times} x {kind}"] = partial(module, *values)
+            _try(functions[f"{times} x {kind}"])
+    watched.tell("compile", len(kinds), len(kinds))
+
+    def regions_ms(timings: Timings) -> Mapping[str, Any]:
+        whole = timings[WHOLE]
+        added = {
+            kind: np.subtract(timings[f"2 x {kind}"].latency_ms, timings[f"1 x {kind}"].latency_ms)
+            / whole.latency_ms * whole.median_ms
+            for kind in kinds
+        }  # fmt: skip
+        return {piece.region: added[piece.kind] for piece in pieces}
+
+    return Probe(functions, regions_ms)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What makes a module run on it, in place, and what finds the regions' part."""
+
+    ready: Callable[..., None]
+    probe: Callable[[Watched], Probe]
+
+
+BACKENDS = {
+    "eager": Backend(lambda module, **_: None, by_nodes),
+    "inductor": Backend(nn.Module.compile, by_pieces),
+}
+"""Backends by name; each with the probe that predicts measured cuts best (`benchmarks.bench_latency`)."""
+
+
 def check_backend(backend: object) -> None:
     """Raise `SettingError` unless a backend is known, or None."""
     if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
@@ -70,15 +159,16 @@ def backend_for(cost: str, backend: str | None) -> str | None:
     return "eager" if backend is None and cost == "latency" else backend
 
 
-def ready_twin(model: nn.Module, backend: str) -> nn.Module:
+def ready_twin(model: nn.Module, backend: Backend) -> nn.Module:
     """Copy a model that is about to be captured and make it run on a backend; the weights are shared, not copied."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, tensors)
-    BACKENDS[backend](twin)
+    backend.ready(twin)
     return twin
 
 
 def measure_latency(
+    backend: Backend,
     model: nn.Module,
     captured: nn.Module,
     graphs: Graphs,
@@ -88,12 +178,14 @@ def measure_latency(
     *,
     rounds: int = ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    tell: Tell = lambda stage, done, total: None,
 ) -> Latency:
-    """Time a model, and the nodes of its graphs round by round in turn with it.
+    """Time a model, and in turn with it what tells how much of that its regions take.
 
     Parameters
     ----------
+    backend : Backend
+        What it runs on.
     model : Module
         As it will be used, see `ready_twin`.
     captured : Module
@@ -102,16 +194,14 @@ def measure_latency(
         Island names and graphs.
     regions : sequence of Region
         What is asked for.
-    adapter : Adapter
-        How to call them.
-    batch : Batch
-        What on.
+    adapter, batch : Adapter, Batch
+        How to call them, and on what.
     rounds : int
         How often everything is timed, after some rounds to warm up.
     clock : callable
         Gives the time in seconds.
-    progress : callable
-        ``progress(done, total)`` as rounds go by.
+    tell : callable
+        ``tell(stage, done, total)`` as work goes on.
 
     Returns
     -------
@@ -120,41 +210,33 @@ def measure_latency(
     Raises
     ------
     SettingError
-        If the model does not run on its backend; says why.
+        If the model does not run on the backend; says why.
 
     Examples
     --------
-    >>> latency = measure_latency(model, captured, graphs, regions, adapter, batch)  # doctest: +SKIP
-    >>> latency.regions_ms["layer3.4"] / latency.whole_ms                   # doctest: +SKIP
+    >>> twin = ready_twin(model, BACKENDS["eager"])                # doctest: +SKIP
+    >>> latency = measure_latency(BACKENDS["eager"], twin, captured, graphs, regions, adapter, batch)  # doctest: +SKIP
+    >>> latency.regions_ms["layer3.4"] / latency.whole_ms          # doctest: +SKIP
     """
-    device = device_of(model)
-    timer = NodeTimer(graphs, device, clock)
-    as_it_is, node_by_node = partial(adapter.predict, model, batch), partial(adapter.predict, captured, batch)
-
-    def run_nodes() -> None:
-        timer.run(node_by_node)
-        progress(len(timer.runs), WARMUP + rounds)
-
+    device, done = device_of(model), iter(range(1 - WARMUP, rounds + 1))
+    whole, run = partial(adapter.predict, model, batch), partial(adapter.predict, captured, batch)
     with torch.no_grad(), settled(model), settled(captured):
-        progress(0, WARMUP + rounds)
-        _try(as_it_is)
-        functions: dict[str, Callable[[], Any]] = {WHOLE: as_it_is, AGAIN: as_it_is, NODES: run_nodes}
+        tell("latency", 0, rounds)
+        _try(whole)
+        probe = backend.probe(Watched(run, graphs, regions, backend.ready, device, clock, tell))
+        progress = {"progress": lambda: tell("latency", max(next(done), 0), rounds)}
+        functions: dict[str, Callable[[], Any]] = {WHOLE: whole, AGAIN: whole, **probe.functions, **progress}
         timings = interleave(functions, rounds=rounds, warmup=WARMUP, device=device, clock=clock)
-    again, whole, times = ratio_of(timings[AGAIN], timings[WHOLE]), timings[WHOLE].median_ms, timer.times()[WARMUP:]
-    outside = np.median(np.subtract(timings[NODES].latency_ms, [run.graphs_ms for run in times]))
-    inside = max(whole - float(outside), 0.0)
-    nodes = {region.name: [(region.island, node) for node in region.nodes] for region in regions}
-    return Latency(
-        whole_ms=whole,
-        regions_ms={name: beyond_chance([run.share(own) * inside for run in times]) for name, own in nodes.items()},
-        settings={
-            "device": str(device),
-            "images": batch.count,
-            "threads": torch.get_num_threads(),
-            "rounds": rounds,
-            "floor": max(abs(again.median - 1), again.error),
-        },
-    )
+    again = ratio_of(timings[AGAIN], timings[WHOLE])
+    settings = {
+        "device": str(device),
+        "images": batch.count,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "floor": max(abs(again.median - 1), again.error),
+    }
+    regions_ms = {name: beyond_chance(values) for name, values in probe.regions_ms(timings).items()}
+    return Latency(timings[WHOLE].median_ms, regions_ms, settings)
 
 
 def _try(call: Callable[[], Any]) -> None:

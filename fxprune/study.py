@@ -23,7 +23,7 @@ from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import LossError, ModelError, NoRegionError, SettingError
 from fxprune.graph import dotted, fingerprint, operation_name
 from fxprune.interpreting import interpreted, record_sizes
-from fxprune.latency import UNMEASURED, Latency, check_backend, measure_latency, ready_twin
+from fxprune.latency import BACKENDS, UNMEASURED, Latency, check_backend, measure_latency, ready_twin
 from fxprune.links import follow
 from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Totals
 from fxprune.regions import Region, Rejection, find_regions
@@ -79,14 +79,14 @@ class Study:
         adapter = choose_adapter(model, calibration.first_raw, self.loss)
         adapter.prepare(model)
         first = calibration.first(model, adapter)
-        twin = ready_twin(model, self.latency_backend) if self.latency_backend else None
+        twin = ready_twin(model, BACKENDS[self.latency_backend]) if self.latency_backend else None
         self._say("capture", 0, 1)
         captured = self.capture(model, adapter, first)
         self._say("capture", 1, 1)
         total, nodes = count_flops(lambda: adapter.predict(captured.model, first), captured.graphs)
         flops = {key: value / first.count for key, value in nodes.items()}
         captured = _without_cost(captured, flops)
-        latency = self._latency(twin, captured, adapter, first) if twin else UNMEASURED
+        latency = UNMEASURED if twin is None else self._latency(twin, captured, adapter, first)
         record, batches, links = self._record(captured, adapter, calibration)
         name, criterion = criterion_named(self.criterion)
         evidence = Evidence(
@@ -191,8 +191,8 @@ class Study:
         return float(((after - before) / part_sizes(before)).sum())
 
     def _latency(self, twin: nn.Module, captured: Captured, adapter: Adapter, first: Batch) -> Latency:
-        tell = partial(self._say, "latency")
-        return measure_latency(twin, captured.model, captured.graphs, captured.regions, adapter, first, progress=tell)
+        backend, graphs = BACKENDS[str(self.latency_backend)], captured.graphs
+        return measure_latency(backend, twin, captured.model, graphs, captured.regions, adapter, first, tell=self._say)
 
     def _say(self, stage: str, done: int, total: int | None) -> None:
         if self.progress is not None:
