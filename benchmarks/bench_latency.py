@@ -143,7 +143,7 @@ def cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"{row['floor']:.3f} [{row['floor_low']:.3f}, {row['floor_high']:.3f}]"
     off, noise = row[own] / row["latency_cut"] - 1, row["error"] / abs(row["latency_cut"])
     yield f"{off:+.0%} ± {noise:.0%}"
-    yield "met" if abs(off) <= GOAL else "within noise" if abs(off) <= GOAL + noise else "missed"
+    yield "too noisy" if noise > GOAL else "met" if abs(off) <= GOAL else "missed"
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def _plan_row(plan: Plan) -> dict[str, Any]:
 def _region_row(region: Candidate, names: dict[tuple[str, str], int]) -> dict[str, Any]:
     return {
         "name": region.name, "kind": region.kind, "score": region.score, "flops": region.flops,
-        "params": region.params, "latency_ms": region.latency_ms, "layers": list(region.layers), "nodes": _inside(region, names),
+        "params": region.params, "latency_ms": region.latency_ms, "layers": list(region.layers),
+        "nodes": _inside(region, names),
         "exit": names[region.island, region.exit], "stand_in": names.get((region.island, region.stand_in)),
     }  # fmt: skip
 
