@@ -89,7 +89,7 @@ def interleave(
     warmup : int
         Rounds that run first and are not timed.
     device : device, optional
-        Where the work is done; a CUDA device is waited for before the clock is read.
+        Where the work is done; a CUDA or MPS device is waited for before the clock is read.
     clock : callable
         Gives the time in seconds.
 
@@ -170,10 +170,16 @@ def stopwatch(
     """Return what notes a moment, and what gives the milliseconds between two of them.
 
     A CUDA device notes its own moments, in the order of its work, and nobody waits for it until the milliseconds are
-    asked for.
+    asked for. Others are waited for before the clock is read.
     """
     if device is None or torch.device(device).type != "cuda":
-        return clock, lambda begin, end: (end - begin) * 1e3
+        wait = _wait_for(device)
+
+        def read() -> float:
+            wait()
+            return clock()
+
+        return read, lambda begin, end: (end - begin) * 1e3
 
     def moment() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -198,6 +204,7 @@ def _orders(names: list[str]) -> Iterator[list[str]]:
 
 def _wait_for(device: torch.device | str | None) -> Callable[[], None]:
     """Return what waits for the work on a device; on the CPU calls return when it is done."""
-    if device is None or torch.device(device).type != "cuda":
-        return lambda: None
-    return lambda: torch.cuda.synchronize(device)
+    kind = "cpu" if device is None else torch.device(device).type
+    if kind == "mps":
+        return torch.mps.synchronize
+    return (lambda: torch.cuda.synchronize(device)) if kind == "cuda" else lambda: None

@@ -172,6 +172,14 @@ def test_a_stopwatch_on_the_cpu_reads_the_clock(clock: FakeClock) -> None:
     assert between(begin, moment()) == pytest.approx(250.0)
 
 
+def test_mps_is_waited_for(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "synchronize", clock.taking("wait", 0.5))
+    timing = interleave({"f": lambda: None}, rounds=1, warmup=0, device="mps", clock=clock)["f"]
+    assert timing.latency_ms == pytest.approx((500.0,))
+    moment, between = stopwatch(torch.device("mps"), clock)
+    assert between(moment(), moment()) == pytest.approx(500.0)
+
+
 def test_a_stopwatch_on_cuda_notes_the_devices_moments_and_waits_once_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
