@@ -23,12 +23,12 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_time import captured
-from benchmarks.pieces import cut_out, prepared
+from benchmarks.bench_time import captured, regions_of
 from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
 from benchmarks.systems import System, add_options, chosen, sizes_of
 from fxprune.detectors.choice import choose_adapter
 from fxprune.graph import map_tensors
+from fxprune.pieces import cut_out
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
 BACKENDS: dict[str, Callable[[nn.Module], Callable[..., object]]] = {
@@ -78,9 +78,11 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
         name: partial(ready[WHOLE if name == AGAIN else name], batch) for name in versions
     }
     removed = {region.name: region for plan in plans.values() for region in plan.removed}
-    pieces = {piece.name: piece for piece in prepared(cut_out(twin, islands, removed.values(), batch), prepare)}
-    functions |= {f"region {name}": piece.run for name, piece in pieces.items()}
     with torch.inference_mode():
+        graphs = [(island.name, island.gm) for island in islands]
+        for piece in cut_out(partial(twin, batch), graphs, regions_of(removed.values())):
+            module, values = piece.in_a_row(1)
+            functions[f"region {piece.region}"] = partial(prepare(module), *values)
         timings = interleave(functions, rounds=options.rounds, warmup=3, device=options.device)
     rows = []
     for (name, plan), budget in zip(plans.items(), options.budgets, strict=True):

@@ -5,7 +5,7 @@
 For each trained detector: the share of one inference call that convolutions, other layers inside the captured graphs,
 and everything around them (resizing, anchors, box decoding, suppression) take; then, for the cut that ``fisher``
 makes, its share of the FLOPs, the time its nodes take by themselves, and the latency cut that is measured. Nodes are
-timed one by one by an interpreter, which costs some time of its own; that is put down to what is outside.
+timed one by one by an interpreter.
 Rows go to ``results/bench_time.jsonl``, the table to ``results/time.md``.
 """
 
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -27,8 +29,11 @@ from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
 from fxprune.capture import Island, capture
 from fxprune.detectors.choice import detector_adapter
-from fxprune.interpreting import NodeName, interpreted
+from fxprune.interpreting import NodeName, NodeTimer
 from fxprune.isolation import private_copy
+from fxprune.plan import Candidate
+from fxprune.regions import Region
+from fxprune.timing import interleave
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -62,8 +67,8 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     latencies = subject.time_beside({"pruned": pruned}, options.rounds, options.timed_images)
     kinds = {(i.name, node.name): kind_of(i.gm, node) for i in islands for node in i.gm.graph.nodes}
     shares: dict[str, float] = defaultdict(float)
-    for key, seconds in times.items():
-        shares[kinds[key]] += seconds / whole
+    for key, milliseconds in times.items():
+        shares[kinds[key]] += milliseconds / whole
     gone = {(region.island, node) for region in plan.removed for node in region.nodes}
     ratio, floor = latencies.ratio("pruned"), latencies.ratio(TWIN)
     return {
@@ -92,34 +97,19 @@ def captured(model: nn.Module, batch: Any, root_is_function: bool) -> tuple[nn.M
     return capture(private_copy(model).eval(), lambda network: network.eval()(batch), root_is_function)
 
 
+def regions_of(candidates: Iterable[Candidate]) -> list[Region]:
+    """A plan's candidates as the regions that they were."""
+    names = [field.name for field in fields(Region)]
+    return [Region(**{name: getattr(candidate, name) for name in names}) for candidate in candidates]
+
+
 def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int) -> tuple[Times, float]:
-    """Median seconds of every node in one call, summed over its uses, and of the whole call under the interpreter."""
-    runs: list[Times] = []
-    totals = []
-    for _ in range(rounds + 1):
-        runs.append(defaultdict(float))
-        graphs = [(island.name, island.gm) for island in islands]
-        with interpreted(graphs, lambda name, gm: TimingInterpreter(gm, name, runs[-1])):
-            started = time.perf_counter()
-            model(batch)
-            totals.append(time.perf_counter() - started)
-    return {key: median(run[key] for run in runs[1:]) for key in runs[1]}, median(totals[1:])
-
-
-class TimingInterpreter(fx.Interpreter):
-    """Runs a graph and adds up the seconds that each node takes."""
-
-    def __init__(self, gm: fx.GraphModule, island: str, seconds: Times) -> None:
-        super().__init__(gm)
-        self.island, self.seconds = island, seconds
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node and note how long it took."""
-        started = time.perf_counter()
-        value = super().run_node(n)
-        if n.op.startswith("call"):
-            self.seconds[self.island, n.name] += time.perf_counter() - started
-        return value
+    """Median milliseconds of every node in one call, summed over its uses, and of the whole call, nodes not timed."""
+    timer = NodeTimer([(island.name, island.gm) for island in islands], None, time.perf_counter)
+    functions = {"whole": partial(model, batch), "nodes": partial(timer.run, partial(model, batch))}
+    timings = interleave(functions, rounds=rounds)
+    runs = timer.times()[-rounds:]
+    return {key: median(run.nodes_ms[key] for run in runs) for key in runs[0].nodes_ms}, timings["whole"].median_ms
 
 
 def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from benchmarks.results import RESULTS, Row, read_rows
+from fxprune.timing import median_error
 
 LEVEL = 0.005
 """Differences in mAP up to this count as level."""
@@ -86,12 +87,8 @@ def measurable(row: Row) -> bool:
 
 
 def uncertainty(row: Row) -> float:
-    """Half the 95 % interval of the median of the unpruned model's latency against itself.
-
-    1.96 standard errors of a median, 1.2533 sigma / sqrt(rounds); sigma from the quartiles as of normal values.
-    """
-    sigma = (row["floor_high"] - row["floor_low"]) / 1.349
-    return float(1.96 * 1.2533 * sigma / row["rounds"] ** 0.5)
+    """Half the 95 % interval of the median of the unpruned model's latency against itself."""
+    return median_error(row["floor_low"], row["floor_high"], row["rounds"])
 
 
 def find(rows: Iterable[Row], method: str, budget: float, heal: str) -> Row | None:

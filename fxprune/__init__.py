@@ -1,8 +1,9 @@
 """fxprune: a compiler pass over torch.fx that finds the blocks a detector does not need and removes them."""
 
+from fxprune.compilation import compile  # noqa: A004
 from fxprune.datasets import CocoDataset
 from fxprune.drawing import draw
-from fxprune.driver import analyze, apply, compile  # noqa: A004
+from fxprune.driver import analyze, apply
 from fxprune.errors import (
     BatchError,
     BudgetError,

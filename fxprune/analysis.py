@@ -8,12 +8,12 @@ from itertools import combinations
 from typing import Any
 
 from fxprune.costs import ParameterGroup
-from fxprune.errors import SettingError
+from fxprune.errors import BudgetError, SettingError
 from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.selection import Item, check_budget, select
 
-COSTS = ("flops", "params", "blocks")
+COSTS = ("flops", "latency", "params", "blocks")
 """What a budget can count."""
 
 
@@ -68,7 +68,8 @@ class Analysis:
             Fraction in (0, 1): at least this much goes, with least summed importance; among such choices the one
             that overshoots least.
         cost : str
-            What it counts: ``"flops"``, ``"params"``, or ``"blocks"`` (candidate regions that lie in no other).
+            What it counts: ``"flops"``, ``"latency"`` (milliseconds, if the analysis has measured them), ``"params"``,
+            or ``"blocks"`` (candidate regions that lie in no other).
 
         Returns
         -------
@@ -77,15 +78,15 @@ class Analysis:
         Raises
         ------
         BudgetError
-            If the budget is no such fraction, or more than can go (says how much could).
+            If the budget is no such fraction, more than can go (says how much could), or so small that its latency
+            cannot be measured.
         SettingError
-            If the cost is not known.
+            If the cost is not known, or the latency was not measured.
         """
         fraction = check_budget(budget)
         check_cost(cost)
-        total = {"flops": self.before.flops, "params": self.before.params, "blocks": self.before.blocks}[cost]
         scores = [region.score for region in self.regions]
-        chosen = set(select(scores, self._items(cost), conflicts(self.regions), total, fraction))
+        chosen = set(select(scores, self._items(cost), conflicts(self.regions), self._total(cost, fraction), fraction))
         regions = tuple(replace(region, removed=index in chosen) for index, region in enumerate(self.regions))
         touched = {region.island for region in regions if region.removed}
         return Plan(
@@ -101,6 +102,23 @@ class Analysis:
             links=self.links,
         )
 
+    def _total(self, cost: str, fraction: float) -> float:
+        """Cost of the whole model, of which a fraction is to go."""
+        if cost != "latency":
+            return float(getattr(self.before, cost))
+        if self.before.latency_ms is None:
+            raise SettingError(
+                "cost='latency' needs milliseconds, and none were measured: call fxprune.analyze(...,"
+                " latency_backend='eager'), or 'inductor'"
+            )
+        floor = self.settings["latency"]["floor"]
+        if fraction < floor:
+            raise BudgetError(
+                f"budget {fraction:.3g} of the model's latency cannot be told from noise: timed against itself it"
+                f" strays by {floor:.1%}; ask for more, or measure while nothing else runs"
+            )
+        return self.before.latency_ms
+
     def _items(self, cost: str) -> list[Item]:
         holders: dict[tuple[str, str], frozenset[int]] = {}
         for index, region in enumerate(self.regions):
@@ -109,6 +127,8 @@ class Analysis:
                 holders[key] = holders.get(key, frozenset()) | {index}
         if cost == "blocks":
             return [Item(1.0, (frozenset([index]),)) for index, region in enumerate(self.regions) if region.block]
+        if cost == "latency":
+            return [Item(region.latency_ms or 0.0, (frozenset([i]),)) for i, region in enumerate(self.regions)]
         if cost == "params":
             nobody: frozenset[int] = frozenset()
             return [
@@ -120,10 +140,12 @@ class Analysis:
     def _after(self, regions: tuple[Candidate, ...]) -> Totals:
         removed = [region for region in regions if region.removed]
         gone = {(region.island, node) for region in removed for node in region.nodes}
+        whole = self.before.latency_ms
         return Totals(
             flops=self.before.flops - sum(region.flops for region in removed),
             params=self.before.params - sum(group.params for group in self.groups if gone.issuperset(group.readers)),
             blocks=self.before.blocks - sum(region.block for region in removed),
+            latency_ms=None if whole is None else max(whole - sum(region.latency_ms or 0.0 for region in removed), 0.0),
         )
 
 

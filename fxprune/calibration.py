@@ -45,6 +45,10 @@ class Calibration:
         self._kept: list[Batch] | None = None
         self._with_labels: list[bool] = []
 
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches that `keep` has read."""
+        return iter(self._kept or ())
+
     @property
     def targets(self) -> str:
         """Where the targets of the batches read so far came from, in words."""

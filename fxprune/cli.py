@@ -149,7 +149,7 @@ def sweep(
     output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
         network = work.opened(model, data.device, tell)
-        analysis = work.analyzed(network, data, scores, tell)
+        analysis = work.analyzed(network, data, scores, tell, cost)
         points, plans = work.swept(network, analysis, fractions, cost, data, tell)
         document = {
             "model": model.model,
@@ -162,7 +162,7 @@ def sweep(
             work.save_sweep(document, plans, draft)
 
         remark = work.written(out, fill, analysis, None, tell)
-    return Result(document, tables.sweep_view(points, terminal.out.width), remark)
+    return Result(document, tables.sweep_view(points, terminal.out.width, cost), remark)
 
 
 @command("Look")

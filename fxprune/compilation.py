@@ -15,6 +15,7 @@ from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import apply
 from fxprune.healing import Loss, check_heal, heal
 from fxprune.isolation import private_copy, untouched_randomness
+from fxprune.latency import backend_for
 from fxprune.search import TRIES, Search
 from fxprune.selection import check_budget
 from fxprune.study import Progress
@@ -47,13 +48,11 @@ def compile(
     cost : str
         What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
     strategy : str
-        ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after each.
-        ``"search"``: up to `tries` plans, proposed by the scores and judged by the loss once mended; each takes about
-        five forward passes over the calibration images. Interrupted (Ctrl-C), both give the best so far.
+        ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
+        each. ``"search"``: up to `tries` plans, proposed by the scores and judged by the loss once mended, each with
+        about five forward passes over the images. Interrupted (Ctrl-C), both give the best so far.
     heal : str
         How the result is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"`` or ``"mimic"``.
-    tries : int
-        Plans that ``"search"`` judges.
 
     Returns
     -------
@@ -63,19 +62,19 @@ def compile(
     Raises
     ------
     FxpruneError
-        As `analyze`, `Analysis.plan`, `apply` and `heal` do. The model is left as it was.
+        As `analyze`, `Analysis.plan`, `apply` and `heal` do.
 
     Examples
     --------
-    >>> pruned = fxprune.compile(model, loader, budget=0.1)                        # doctest: +SKIP
     >>> pruned = fxprune.compile(model, loader, budget=0.3, strategy="search", heal="mimic")   # doctest: +SKIP
     """
     check_budget(budget)
     check_cost(cost)
     check_heal(heal)
     quick = "affine" if heal == "mimic" else heal
+    timed = backend_for(cost, latency_backend)
     search = Search(
-        strategy, float(budget), cost, criterion, quick, loss, shapes, seed, latency_backend, tries, progress or _silent
+        strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, progress or _silent
     )
     calibration = Calibration.of(calib_loader)
     if strategy != "one_shot" or heal != "none":

@@ -1,4 +1,4 @@
-"""The way through: `analyze`, `apply`, and `compile`, which is both with a plan in between."""
+"""The way through: `analyze`, and `apply` of a plan that was made of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
-from fxprune.analysis import Analysis, check_cost
+from fxprune.analysis import Analysis
 from fxprune.capture import install, trace_island
 from fxprune.criteria import RegionScore
 from fxprune.detectors.choice import like_the_model, network_of
@@ -21,7 +21,6 @@ from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.cleanup import remove_dead_code
 from fxprune.passes.functional import overwrite_again
 from fxprune.plan import Candidate, IslandRecord, Plan
-from fxprune.selection import check_budget
 from fxprune.study import Progress, Study
 from fxprune.verification import differences, inventory, verify_graph, verify_weights
 
@@ -39,6 +38,7 @@ def analyze(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     shapes: str = "proved",
     seed: int = 0,
+    latency_backend: str | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
     """Find what can be removed from a model, what it would save, and how important it is.
@@ -62,6 +62,10 @@ def analyze(
         ``"sampled"``: also those where two real sizes agree.
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
+    latency_backend : str, optional
+        ``"eager"`` or ``"inductor"`` (`torch.compile`): measure milliseconds there, for budgets that count them. They
+        are of one call in float32 on the first batch of the loader, with the model's device and torch's threads as
+        they are; let nothing else run meanwhile.
     progress : callable, optional
         ``progress(stage, done, total)`` as work goes on; `total` is None where it is not known.
 
@@ -83,7 +87,7 @@ def analyze(
     >>> analysis = fxprune.analyze(model, loader)                  # doctest: +SKIP
     >>> plan = analysis.plan(budget=0.1)                           # doctest: +SKIP
     """
-    study = Study(criterion, loss, shapes, seed, progress)
+    study = Study(criterion, loss, shapes, seed, progress, latency_backend)
     network = network_of(model)
     with untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():
         return study.run(private_copy(network), calib_loader)
@@ -134,47 +138,6 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     verify_weights(network, pruned, plan)
     remember(pruned, [*plans_of(network), plan.to_dict()], alterations(network))
     return like_the_model(model, pruned)
-
-
-def compile(
-    model: nn.Module,
-    calib_loader: Iterable[Any],
-    budget: float = 0.1,
-    *,
-    criterion: str | RegionScore = "fisher",
-    cost: str = "flops",
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    shapes: str = "proved",
-) -> nn.Module:
-    """Remove a fraction of a model's cost: `analyze`, `Analysis.plan` and `apply` in one call.
-
-    Parameters
-    ----------
-    model, calib_loader, criterion, loss, shapes
-        As for `analyze`.
-    budget : float
-        Fraction in (0, 1) of the whole model's cost to remove.
-    cost : str
-        What the budget counts: ``"flops"``, ``"params"`` or ``"blocks"``.
-
-    Returns
-    -------
-    Module
-        The same kind of model, smaller; see `apply`. `fxprune.report` says what went.
-
-    Raises
-    ------
-    FxpruneError
-        As `analyze`, `Analysis.plan` and `apply` do. The model is left as it was.
-
-    Examples
-    --------
-    >>> pruned = fxprune.compile(model, loader, budget=0.1)        # doctest: +SKIP
-    >>> print(fxprune.report(pruned))                              # doctest: +SKIP
-    """
-    check_budget(budget)
-    check_cost(cost)
-    return apply(model, analyze(model, calib_loader, criterion=criterion, loss=loss, shapes=shapes).plan(budget, cost))
 
 
 def plans_of(network: nn.Module) -> list[dict[str, Any]]:

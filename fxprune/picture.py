@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,7 +94,8 @@ def _position(plans: Sequence[Plan], shown: Plan | None) -> int | None:
 
 
 def _plans_by_percent(analysis: Analysis, cost: str) -> Iterator[Plan]:
-    for percent in range(1, 100):
+    floor = analysis.settings["latency"]["floor"] if cost == "latency" else 0.0
+    for percent in range(max(math.ceil(100 * floor), 1), 100):
         try:
             yield analysis.plan(percent / 100, cost)
         except BudgetError:
@@ -108,7 +110,8 @@ def _plan_row(plan: Plan) -> dict[str, Any]:
 def _region_row(region: Candidate, names: dict[tuple[str, str], int]) -> dict[str, Any]:
     return {
         "name": region.name, "kind": region.kind, "score": region.score, "flops": region.flops,
-        "params": region.params, "layers": list(region.layers), "nodes": _inside(region, names),
+        "params": region.params, "latency_ms": region.latency_ms, "layers": list(region.layers),
+        "nodes": _inside(region, names),
         "exit": names[region.island, region.exit], "stand_in": names.get((region.island, region.stand_in)),
     }  # fmt: skip
 

@@ -12,8 +12,8 @@ from typing import Any
 from fxprune.errors import PlanError
 from fxprune.regions import Rejection
 
-VERSION = 1
-"""Version of the plan file's schema; a file of another version is refused."""
+VERSION = 2
+"""Version of the plan file's schema; files of version 1, which know of no latency, are read as well."""
 IMAGES, RESULTS = "<images>", "<results>"
 """Ends of links: what the model is given, and what it gives."""
 
@@ -30,11 +30,14 @@ class Totals:
         Values in all parameters.
     blocks : int
         Candidate regions that lie in no other one.
+    latency_ms : float or None
+        Milliseconds of a call on ``settings["latency"]``: measured before, predicted after; None if not measured.
     """
 
     flops: float
     params: int
     blocks: int
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Candidate:
         Parameters that go with it if nothing else goes.
     block : bool
         Whether it lies in no other candidate.
+    latency_ms : float or None
+        Milliseconds of a call that go with it, 0 if they cannot be told from noise, None if not measured.
     removed : bool
         Whether the plan removes it.
     """
@@ -129,6 +134,7 @@ class Candidate:
     flops: float
     params: int
     block: bool
+    latency_ms: float | None = None
     removed: bool = False
 
 
@@ -141,7 +147,7 @@ class Plan:
     budget : float
         Fraction of the model's cost that was to go.
     cost : str
-        What the budget counts: ``flops``, ``params`` or ``blocks``.
+        What the budget counts: ``flops``, ``latency``, ``params`` or ``blocks``.
     settings : mapping
         How it was made: criterion, seed, images, targets, shapes, versions.
     before, after : Totals
@@ -159,7 +165,7 @@ class Plan:
 
     Notes
     -----
-    The file is strict JSON (UTF-8): one object with ``fxprune_plan``, the schema's version (1), and the attributes
+    The file is strict JSON (UTF-8): one object with ``fxprune_plan``, the schema's version (2), and the attributes
     above under their names. ``before`` and ``after`` are objects with the fields of `Totals`; ``islands``, ``regions``,
     ``rejections``, ``nodes`` and ``links`` are lists of objects with the fields of `IslandRecord`, `Candidate`,
     `Rejection` (``{"name": str, "reason": str}``), `NodeRecord` and `Link`. Every field is there and no other; names
@@ -204,20 +210,22 @@ class Plan:
         """
         if not isinstance(data, Mapping) or "fxprune_plan" not in data:
             raise PlanError("this is no fxprune plan: it has no field 'fxprune_plan'")
-        if data["fxprune_plan"] != VERSION:
-            raise PlanError(f"the plan has schema version {data['fxprune_plan']!r}, this fxprune reads {VERSION}")
+        version = data["fxprune_plan"]
+        if version not in (1, VERSION):
+            raise PlanError(f"the plan has schema version {version!r}, this fxprune reads 1 and {VERSION}")
+        added = {"latency_ms": None} if version == 1 else {}
         rest = {key: value for key, value in data.items() if key != "fxprune_plan"}
         parts: dict[str, Any] = {"before": Totals, "after": Totals}
         lists: dict[str, Any] = {"islands": IslandRecord, "regions": Candidate, "rejections": Rejection}
         lists |= {"nodes": NodeRecord, "links": Link}
         for key, kind in parts.items():
-            rest[key] = _read(kind, rest.get(key), key)
+            rest[key] = _read(kind, rest.get(key), key, added)
         for key, kind in lists.items():
             rows = rest.get(key)
             if not isinstance(rows, list):
                 raise PlanError(f"plan field {key!r} should be a list")
-            rest[key] = tuple(_read(kind, row, f"{key}[{index}]") for index, row in enumerate(rows))
-        plan: Plan = _read(cls, rest, "plan")
+            rest[key] = tuple(_read(kind, row, f"{key}[{index}]", added) for index, row in enumerate(rows))
+        plan: Plan = _read(cls, rest, "plan", {})
         return plan
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -251,11 +259,12 @@ def encode(data: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(f" {json.dumps(name)}: {spell(value)}" for name, value in data.items()) + "\n}\n"
 
 
-def _read(kind: Any, row: Any, where: str) -> Any:
+def _read(kind: Any, row: Any, where: str, added: Mapping[str, Any]) -> Any:
     """Make a dataclass from a mapping, lists as tuples; refuse missing and unknown fields and wrong kinds."""
     if not isinstance(row, Mapping):
         raise PlanError(f"plan field {where!r} should be an object")
     expected = {field.name: str(field.type) for field in fields(kind)}
+    row = {**{name: value for name, value in added.items() if name in expected}, **row}
     if missing := sorted(set(expected) - set(row)):
         raise PlanError(f"plan field {where!r} lacks {missing}")
     if unknown := sorted(set(row) - set(expected)):

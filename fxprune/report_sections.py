@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fxprune.analysis import conflicts
 from fxprune.plan import Candidate, Plan, Totals
@@ -22,7 +22,9 @@ MOST_NAMES = 6
 """Names in one cell."""
 REMOVED, RIVAL = "✂", "~"
 
-COST_NAMES = {"flops": "FLOPs", "params": "parameters"}
+COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
+FIELDS = {"latency": "latency_ms"}
+"""Fields of `Totals` and `Candidate` that hold a cost, if not named as it is."""
 
 # What differs between two reasons of one kind.
 DETAILS = {
@@ -96,7 +98,7 @@ def describe(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals
     gone = sum(len(plan.removed) for plan in plans)
     candidates = len(last.regions) + gone - len(last.removed)
     title = f"{'fxprune removed' if applied else 'This plan removes'} {gone} of {candidates} candidates"
-    sections = [_costs(title, before, after), _chart(last, before)]
+    sections = [_costs(title, before, after, plans), _chart(last, before)]
     if earlier:
         sections.append(_earlier(earlier, before))
     if last.rejections:
@@ -118,19 +120,28 @@ def change(before: float, after: float) -> str:
     return f"{'−' if after < before else '+'}{share}" if before != after else share
 
 
-def _costs(title: str, before: Totals, after: Totals) -> Section:
+def milliseconds(value: float) -> str:
+    """Write a latency with three digits: ``milliseconds(57.123) == "57.1"``."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def _costs(title: str, before: Totals, after: Totals, plans: Sequence[Plan]) -> Section:
     columns = (Column("", "words"), *(Column(name, "number") for name in ("before", "after", "change")))
-    rows = (
+    rows = [
         ("FLOPs per image", quantity(before.flops), quantity(after.flops), change(before.flops, after.flops)),
         ("parameters", quantity(before.params), quantity(after.params), change(before.params, after.params)),
         ("blocks", str(before.blocks), str(after.blocks), f"{after.blocks - before.blocks:d}".replace("-", "−")),
-    )
+    ]
+    first, last = before.latency_ms, after.latency_ms
+    if first is not None and last is not None and len({repr(_timed_on(plan)) for plan in plans}) == 1:
+        name = f"latency (ms, {_timed_on(plans[-1]).get('backend')}, predicted)"
+        rows.append((name, milliseconds(first), milliseconds(last), change(first, last)))
     return Section(title, columns, tuple(Row(cells) for cells in rows))
 
 
 def _chart(plan: Plan, whole: Totals) -> Section:
     scale = scale_of(region.score for region in plan.regions)
-    columns = (
+    columns: tuple[Column, ...] = (
         Column("", "mark"),
         Column("block", "name"),
         Column("importance", "bar", scale.ends),
@@ -138,6 +149,9 @@ def _chart(plan: Plan, whole: Totals) -> Section:
         Column("FLOPs", "number"),
         Column("params", "number"),
     )
+    timed = any(region.latency_ms is not None for region in plan.regions)
+    if timed:
+        columns = (*columns, Column("ms", "number"))
     marks = _marks(plan.regions)
     shown: list[Row] = []
     hidden: list[Row] = []
@@ -148,7 +162,7 @@ def _chart(plan: Plan, whole: Totals) -> Section:
         room -= fits
         rows = shown if fits or region.removed else hidden
         blocks += region.block and rows is hidden
-        rows.append(_row(region, marks[index], scale, whole))
+        rows.append(_row(region, marks[index], scale, whole, timed))
     title = f"Importance by {plan.settings.get('criterion')}, least first"
     more = _hidden(columns, hidden, blocks, len(marks))
     return Section(title, columns, tuple(shown), tuple(_legend(scale, shown)), more)
@@ -161,10 +175,12 @@ def _marks(regions: tuple[Candidate, ...]) -> list[str]:
     return [REMOVED if index in gone else RIVAL if index in rivals else "" for index in range(len(regions))]
 
 
-def _row(region: Candidate, mark: str, scale: Scale, whole: Totals) -> Row:
+def _row(region: Candidate, mark: str, scale: Scale, whole: Totals, timed: bool = False) -> Row:
     name = f"{region.name} (drop)" if region.kind == "drop" else region.name
     share, params = _share(region.flops, whole.flops), quantity(region.params)
-    return Row((mark, name, scale.bar(region.score), scale.write(region.score), share, params), region.removed)
+    latency = (milliseconds(region.latency_ms or 0.0),) if timed else ()
+    score = scale.write(region.score)
+    return Row((mark, name, scale.bar(region.score), score, share, params, *latency), region.removed)
 
 
 def _legend(scale: Scale, rows: Sequence[Row]) -> Iterator[str]:
@@ -222,6 +238,8 @@ def _making(plan: Plan) -> Section:
     rows = {"budget": _asked(plan), "criterion": settings.pop("criterion", ""), "calibration": _calibration(plan)}
     for key in ("images", "batches", "targets"):
         settings.pop(key, None)
+    if isinstance(settings.get("latency"), Mapping):
+        settings["latency"] = _timing(plan)
     rows |= settings
     if isinstance(versions, Mapping) and versions:
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -231,7 +249,8 @@ def _making(plan: Plan) -> Section:
 
 def _asked(plan: Plan) -> str:
     """Say what was asked for, and what came of it."""
-    before, after = getattr(plan.before, plan.cost, None), getattr(plan.after, plan.cost, None)
+    field = FIELDS.get(plan.cost, plan.cost)
+    before, after = getattr(plan.before, field, None), getattr(plan.after, field, None)
     what = COST_NAMES.get(plan.cost, plan.cost)
     got = f", {_share(before - after, before)} went" if before is not None and after is not None else ""
     return f"at least {100 * plan.budget:.3g}% of the {what}{got}"
@@ -240,6 +259,20 @@ def _asked(plan: Plan) -> str:
 def _calibration(plan: Plan) -> str:
     images, batches, targets = (plan.settings.get(key, "?") for key in ("images", "batches", "targets"))
     return f"{_counted(images, 'image')} in {_counted(batches, 'batch', 'batches')}; targets: {targets}"
+
+
+def _timed_on(plan: Plan) -> dict[str, Any]:
+    """What the plan's milliseconds are of; figures that differ in it do not compare."""
+    settings = plan.settings.get("latency")
+    known = settings if isinstance(settings, Mapping) else {}
+    return {key: known.get(key, "?") for key in ("backend", "device", "images", "threads")}
+
+
+def _timing(plan: Plan) -> str:
+    backend, device, images, threads = _timed_on(plan).values()
+    floor = plan.settings["latency"].get("floor")
+    noise = f"; the model strays from itself by {floor:.1%}" if isinstance(floor, float) else ""
+    return f"{backend} on {device}, {_counted(threads, 'thread')}, {_counted(images, 'image')} a call{noise}"
 
 
 def _counted(count: object, one: str, more: str = "") -> str:

@@ -23,6 +23,7 @@ from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import LossError, ModelError, NoRegionError, SettingError
 from fxprune.graph import dotted, fingerprint, operation_name
 from fxprune.interpreting import interpreted, record_sizes
+from fxprune.latency import BACKENDS, UNMEASURED, Latency, check_backend, measure_latency, ready_twin
 from fxprune.links import follow
 from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Totals
 from fxprune.regions import Region, Rejection, find_regions
@@ -63,12 +64,14 @@ class Study:
     shapes: str
     seed: int
     progress: Progress | None = None
+    latency_backend: str | None = None
     _kept: list[tuple[Batch, Tensor]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         criterion_named(self.criterion)
         if self.shapes not in ("proved", "sampled"):
             raise SettingError(f"shapes {self.shapes!r} is not known; known: 'proved', 'sampled'")
+        check_backend(self.latency_backend)
 
     def run(self, model: nn.Module, calib_loader: Any) -> Analysis:
         """Analyze a private copy of a model; it is changed."""
@@ -76,12 +79,14 @@ class Study:
         adapter = choose_adapter(model, calibration.first_raw, self.loss)
         adapter.prepare(model)
         first = calibration.first(model, adapter)
+        twin = ready_twin(model, BACKENDS[self.latency_backend]) if self.latency_backend else None
         self._say("capture", 0, 1)
         captured = self.capture(model, adapter, first)
         self._say("capture", 1, 1)
         total, nodes = count_flops(lambda: adapter.predict(captured.model, first), captured.graphs)
         flops = {key: value / first.count for key, value in nodes.items()}
         captured = _without_cost(captured, flops)
+        latency = UNMEASURED if twin is None else self._latency(twin, captured, adapter, first)
         record, batches, links = self._record(captured, adapter, calibration)
         name, criterion = criterion_named(self.criterion)
         evidence = Evidence(
@@ -93,7 +98,8 @@ class Study:
         )
         scores = criterion.score(evidence)
         groups = group_parameters(captured.model, captured.graphs)
-        regions, unscored = _candidates(captured.regions, scores, flops, groups)
+        regions, unscored = _candidates(captured.regions, scores, flops, groups, latency)
+        blocks = sum(region.block for region in regions)
         settings = {
             "model": type(model).__name__,
             "criterion": name,
@@ -104,6 +110,7 @@ class Study:
             "batches": batches,
             "targets": calibration.targets,
             "versions": _versions(),
+            **({"latency": {"backend": self.latency_backend, **latency.settings}} if twin else {}),
         }
         return Analysis(
             regions=regions,
@@ -111,7 +118,7 @@ class Study:
             nodes=tuple(_node_records(captured, record, flops)),
             links=links,
             islands=tuple(IslandRecord(i.name, fingerprint(i.gm), i.opaque) for i in captured.islands),
-            before=Totals(total / first.count, count_params(captured.model), sum(region.block for region in regions)),
+            before=Totals(total / first.count, count_params(captured.model), blocks, latency.whole_ms),
             settings=settings,
             groups=tuple(groups),
         )
@@ -183,6 +190,10 @@ class Study:
         self._say("ablation", list(captured.regions).index(region) + 1, len(captured.regions))
         return float(((after - before) / part_sizes(before)).sum())
 
+    def _latency(self, twin: nn.Module, captured: Captured, adapter: Adapter, first: Batch) -> Latency:
+        backend, graphs = BACKENDS[str(self.latency_backend)], captured.graphs
+        return measure_latency(backend, twin, captured.model, graphs, captured.regions, adapter, first, tell=self._say)
+
     def _say(self, stage: str, done: int, total: int | None) -> None:
         if self.progress is not None:
             self.progress(stage, done, total)
@@ -228,6 +239,7 @@ def _candidates(
     scores: dict[str, float],
     flops: dict[tuple[str, str], float],
     groups: Sequence[ParameterGroup],
+    latency: Latency,
 ) -> tuple[tuple[Candidate, ...], list[Rejection]]:
     """Join regions with scores and costs; those without a score are refused, never taken for unimportant."""
     wrong = next((region.name for region in regions if not abs(scores.get(region.name, 0.0)) < float("inf")), None)
@@ -246,6 +258,7 @@ def _candidates(
             flops=sum(flops.get(key, 0.0) for key in members[region.name]),
             params=sum(group.params for group in groups if members[region.name].issuperset(group.readers)),
             block=not any(members[region.name] < other for other in members.values()),
+            latency_ms=latency.regions_ms.get(region.name),
         )
         for region in scored
     ]

@@ -46,11 +46,18 @@ def plan_of(
 ) -> Plan:
     """A plan for a model of which these regions are all."""
     blocks, gone = [region for region in regions if region.block], [region for region in regions if region.removed]
-    before = Totals(sum(one.flops for one in blocks), sum(one.params for one in blocks), len(blocks))
+    timed = "latency" in (settings or {})
+    before = Totals(
+        sum(one.flops for one in blocks),
+        sum(one.params for one in blocks),
+        len(blocks),
+        sum(one.latency_ms or 0.0 for one in blocks) if timed else None,
+    )
     after = Totals(
         before.flops - sum(one.flops for one in gone),
         before.params - sum(one.params for one in gone),
         before.blocks - sum(one.block for one in gone),
+        None if before.latency_ms is None else before.latency_ms - sum(one.latency_ms or 0.0 for one in gone),
     )
     rejections = tuple(Rejection(name, reason) for name, reason in (reasons or {}).items())
     settings = {"criterion": "fisher", **(settings or {})}

@@ -16,6 +16,7 @@ from fxprune.bundled import load_detector
 from fxprune.cli import main
 from fxprune.commands import work
 from fxprune.commands.tables import curve
+from fxprune.latency import BACKENDS, Latency
 from tests.commands import FEW, Captured, refusal
 
 
@@ -111,6 +112,52 @@ def test_sweep_gives_a_point_a_budget_and_the_reason_where_there_is_none(
     assert drawn
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand in for the measuring: every region takes a tenth; the backends that were asked for."""
+    backends: list[str] = []
+
+    def measure(backend: Any, model: Any, captured: Any, graphs: Any, regions: Any, *_: Any, **__: Any) -> Latency:
+        backends.append(next(name for name, known in BACKENDS.items() if known is backend))
+        settings = {"device": "cpu", "images": 8, "threads": 1, "rounds": 15, "floor": 0.02}
+        return Latency(80.0, {region.name: 8.0 for region in regions}, settings)
+
+    monkeypatch.setattr("fxprune.study.measure_latency", measure)
+    return backends
+
+
+@pytest.mark.parametrize(
+    ("options", "backends"),
+    [
+        (["--cost", "latency"], ["eager"]),
+        (["--cost", "latency", "--latency-backend", "inductor"], ["inductor"]),
+        (["--latency-backend", "eager"], ["eager"]),
+        ([], []),
+    ],
+)
+def test_latency_is_measured_where_it_is_asked_for(
+    options: list[str], backends: list[str], asked: list[str], capsys: Captured
+) -> None:
+    assert main(["analyze", "bundled", *FEW, "--criterion", "l1", "--json", "--budget", "0.3", *options]) == 0
+    plan = fxprune.Plan.from_dict(json.loads(capsys.readouterr().out))
+    assert asked == backends
+    assert plan.settings.get("latency", {}).get("backend") == (backends[0] if backends else None)
+    if "--cost" in options:
+        assert (plan.before.latency_ms, plan.after.latency_ms, len(plan.removed)) == (80.0, 56.0, 3)
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_sweep_over_latency_shows_milliseconds(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    arguments = ["--criterion", "l1", "--budgets", "0.1,0.2", "--cost", "latency"]
+    assert main(["sweep", "bundled", *FEW, *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "ms predicted" in text.splitlines()[0]
+    assert "72 −10.0%" in text
+    assert "64 −20.0%" in text
+    assert "80% of the latency" in text
+
+
 _ANALYSES: list[Any] = []
 
 
@@ -185,6 +232,8 @@ def test_a_curve_rises_to_its_right() -> None:
         ("analyze", 2, "Missing argument"),
         ("analyze bundled --budget much", 2, "--budget"),
         ("analyze bundled --criterion fish", 2, "'fish' is not known; known: fisher"),
+        ("analyze bundled --cost watts", 2, "'watts' is not known; known: flops, latency, params, blocks"),
+        ("analyze bundled --latency-backend gpu", 2, "'gpu' is not known; known: eager, inductor"),
         ("analyze bundled --limit 0", 2, "--limit"),
         ("analyze torchvision:ssd300_vgg16", 2, "needs images"),
         ("analyze bundled --annotations x.json", 2, "needs the --images"),

@@ -103,7 +103,7 @@ def test_stdout_is_one_document_whatever_ultralytics_says(tmp_path: Path) -> Non
         check=True,
     )  # fmt: skip
     plan = json.loads(done.stdout)
-    assert plan["fxprune_plan"] == 1
+    assert plan["fxprune_plan"] == 2
     assert plan["settings"]["targets"] == "the model's own confident outputs"
 
 

@@ -192,6 +192,18 @@ def test_svg_has_every_label_a_legend_and_what_was_saved(name: str) -> None:
     assert {"importance by rank", "least", "most", "removed", picture["title"]} <= set(texts)
 
 
+def test_svg_says_milliseconds_where_they_were_measured() -> None:
+    picture = json.loads(json.dumps(PICTURES["residual"])) | {"initial": 1, "cost": "latency"}
+    picture["before"]["latency_ms"] = 1234.5
+    picture["plans"][1]["after"]["latency_ms"] = 987.6
+    texts = [element.text or "" for element in ElementTree.fromstring(svg_text(picture)).iter(f"{SVG}text")]
+    caption = " ".join(texts)
+    assert "of latency: 2 regions removed" in caption
+    assert "latency (ms) 1230 to 988 (\u221220.0 %)" in caption
+    unmeasured = json.dumps([element.text for element in ElementTree.fromstring(svg_text(PICTURES["residual"])).iter()])
+    assert "latency" not in unmeasured
+
+
 def test_colours_are_cividis() -> None:
     colormaps = pytest.importorskip("matplotlib", reason="pip install matplotlib").colormaps
     shares = [0.0, 0.1, 0.33, 0.5, 0.77, 1.0]

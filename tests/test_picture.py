@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -184,6 +185,16 @@ def test_a_plan_of_the_analysis_can_be_shown_first(analysis: Analysis, budget: f
     assert picture["cost"] == cost
     assert picture["plans"][picture["initial"]]["budget"] == budget
     assert picture["plans"][picture["initial"]]["after"] == vars(plan.after)
+
+
+def test_budgets_of_latency_begin_above_the_noise(analysis: Analysis) -> None:
+    regions = tuple(replace(region, latency_ms=2.0) for region in analysis.regions)
+    settings = {**analysis.settings, "latency": {"backend": "eager", "floor": 0.0312}}
+    timed = replace(analysis, regions=regions, before=replace(analysis.before, latency_ms=10.0), settings=settings)
+    picture = make_picture(timed, timed.plan(0.2, "latency"))
+    assert [row["budget"] for row in picture["plans"]] == [percent / 100 for percent in range(4, 81)]
+    assert [region["latency_ms"] for region in picture["regions"]] == [2.0] * 4
+    assert picture["plans"][picture["initial"]]["after"]["latency_ms"] == 8.0
 
 
 @pytest.mark.parametrize("of", [lambda plan, pruned: plan, lambda plan, pruned: pruned], ids=["plan", "pruned"])

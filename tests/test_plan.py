@@ -38,7 +38,7 @@ def test_a_plan_file_is_strict_json_of_this_version(plan: Plan, tmp_path: Path) 
     plan.save(tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert data == plan.to_dict()
-    assert data["fxprune_plan"] == 1
+    assert data["fxprune_plan"] == 2
     assert data["budget"] == 0.3
     assert [row["name"] for row in data["regions"] if row["removed"]] == [region.name for region in plan.removed]
 
@@ -60,7 +60,7 @@ _words = st.text(max_size=8)
 _names = st.lists(_words, max_size=3).map(tuple)
 _numbers = st.floats(allow_nan=False, allow_infinity=False)
 _counts = st.integers(0, 2**40)
-_totals = st.builds(Totals, flops=_numbers, params=_counts, blocks=_counts)
+_totals = st.builds(Totals, flops=_numbers, params=_counts, blocks=_counts, latency_ms=st.none() | _numbers)
 _candidates = st.builds(
     Candidate,
     name=_words,
@@ -74,6 +74,7 @@ _candidates = st.builds(
     flops=_numbers,
     params=_counts,
     block=st.booleans(),
+    latency_ms=st.none() | _numbers,
 )
 _node_records = st.builds(
     NodeRecord,
@@ -94,7 +95,7 @@ _node_records = st.builds(
     st.builds(
         Plan,
         budget=st.floats(0.01, 0.99),
-        cost=st.sampled_from(["flops", "params", "blocks"]),
+        cost=st.sampled_from(["flops", "latency", "params", "blocks"]),
         settings=st.dictionaries(_words, st.one_of(_words, _counts, _numbers, st.none())),
         before=_totals,
         after=_totals,

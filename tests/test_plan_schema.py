@@ -23,6 +23,7 @@ from tests.hostile import changed
         ("after.flops", r"'after' lacks \['flops'\]"),
         ("regions[1].exit", r"'regions\[1\]' lacks \['exit'\]"),
         ("regions[0].removed", r"'regions\[0\]' lacks \['removed'\]"),
+        ("regions[0].latency_ms", r"'regions\[0\]' lacks \['latency_ms'\]"),
         ("islands[0].fingerprint", r"'islands\[0\]' lacks \['fingerprint'\]"),
         ("rejections[1].reason", r"'rejections\[1\]' lacks \['reason'\]"),
     ],
@@ -52,6 +53,7 @@ def test_an_unknown_field_is_named(plan: Plan, path: str, where: str) -> None:
         ("before.params", 1.5),
         ("before.params", True),
         ("before.flops", None),
+        ("before.latency_ms", "fast"),
         ("islands", {"name": ""}),
         ("islands[0]", "body"),
         ("islands[0].opaque", "neck"),
@@ -72,10 +74,19 @@ def test_a_field_of_the_wrong_kind_is_named(plan: Plan, path: str, value: Any) -
         Plan.from_dict(changed(plan.to_dict(), path, value))
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 3, "1", None, 1.5])
 def test_another_schema_version_is_refused(plan: Plan, version: Any) -> None:
-    with pytest.raises(PlanError, match=f"schema version {version!r}, this fxprune reads 1"):
+    with pytest.raises(PlanError, match=f"schema version {version!r}, this fxprune reads 1 and 2"):
         Plan.from_dict({**plan.to_dict(), "fxprune_plan": version})
+
+
+def test_version_1_knew_of_no_latency(plan: Plan) -> None:
+    data = plan.to_dict() | {"fxprune_plan": 1}
+    for row in (data["before"], data["after"], *data["regions"]):
+        del row["latency_ms"]
+    assert Plan.from_dict(data) == plan
+    with pytest.raises(PlanError, match=r"'before' lacks \['latency_ms'\]"):
+        Plan.from_dict(data | {"fxprune_plan": 2})
 
 
 @pytest.mark.parametrize("data", [{}, {"budget": 0.1}, [], None, "plan.json"])

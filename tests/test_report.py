@@ -92,7 +92,12 @@ def test_to_dict_is_plain_data(report: Report) -> None:
     data = report.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert set(data) == {"applied", "before", "after", "regions", "rejections", "settings"}
-    assert data["before"] == {"flops": report.before.flops, "params": report.before.params, "blocks": 4}
+    assert data["before"] == {
+        "flops": report.before.flops,
+        "params": report.before.params,
+        "blocks": 4,
+        "latency_ms": None,
+    }
     assert [row["name"] for row in data["regions"] if row["removed"]] == [r.name for r in report.removed]
     data["regions"][0]["layers"].append("harm")
     assert report.to_dict() != data

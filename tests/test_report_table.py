@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
@@ -73,6 +74,43 @@ def test_negative_scores_reach_to_the_left() -> None:
     assert right is not None
     assert left.end() - 1 <= right.start() <= left.end()
     assert harms.count("█") == pytest.approx(little.count("█"), abs=1)
+
+
+ON = {"backend": "eager", "device": "cpu", "images": 8, "threads": 2, "rounds": 15, "floor": 0.0123}
+
+
+@pytest.mark.usefixtures("wide")
+def test_milliseconds_are_shown_where_they_were_measured() -> None:
+    blocks = [block("slow", 1.0, removed=True, latency_ms=12.34), block("lost", 2.0, latency_ms=0.0)]
+    blocks += [block("rest", 3.0, latency_ms=1187.66)]
+    plan = replace(plan_of(blocks, settings={"latency": ON}), cost="latency", budget=0.01)
+    report = fxprune.report(plan)
+    costs = part(report, "This plan removes")
+    assert costs[-1].split() == ["latency", "(ms,", "eager,", "predicted)", "1200", "1188", "−1.0%"]
+    head, *rows = part(report, "Importance")
+    assert head.endswith("params    ms")
+    assert [line.split()[-1] for line in rows[:3]] == ["12.3", "0", "1188"]
+    made = "\n".join(part(report, "How it was decided"))
+    assert "at least 1% of the latency, 1.0% went" in made
+    assert "eager on cpu, 2 threads, 8 images a call; the model strays from itself by 1.2%" in made
+
+
+@pytest.mark.usefixtures("wide")
+def test_nothing_is_said_of_milliseconds_that_were_not_measured(report: Report) -> None:
+    assert not re.search(r"\bms\b|latency", str(report))
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("other", "shown"), [({"floor": 0.5, "rounds": 3}, True), ({"threads": 1}, False)])
+def test_milliseconds_of_two_prunings_are_compared_if_they_are_of_the_same(other: dict[str, int], shown: bool) -> None:
+    first, second = (
+        plan_of(
+            [block("a", 1.0, removed=True, latency_ms=2.0), block("b", 2.0, latency_ms=8.0)], settings={"latency": on}
+        )
+        for on in (ON, ON | other)
+    )
+    costs = part(Report((first, second)), "fxprune removed")
+    assert any(line.startswith("latency") for line in costs) == shown
 
 
 @pytest.mark.usefixtures("wide")

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 
-from fxprune.timing import Ratio, Timing, interleave, ratio_of
-
-
-class FakeClock:
-    """A clock in seconds, and functions that take a given time on it."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.calls: list[str] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def taking(self, name: str, *seconds: float) -> Callable[[], None]:
-        """Make a function that takes these times call after call; the last one from then on."""
-        left = list(seconds)
-
-        def function() -> None:
-            self.calls.append(name)
-            self.now += left.pop(0) if len(left) > 1 else left[0]
-
-        return function
+from fxprune.timing import Ratio, Timing, interleave, median_error, ratio_of, stopwatch
+from tests.clocks import FakeClock
 
 
 @pytest.fixture
@@ -173,3 +153,54 @@ def test_timings_are_values() -> None:
     assert timing == Timing("a", (1.0,))
     with pytest.raises(FrozenInstanceError):
         timing.name = "b"  # type: ignore[misc]
+
+
+def test_the_error_of_a_median_shrinks_with_the_rounds_and_grows_with_their_spread() -> None:
+    generator = np.random.default_rng(0)
+    for count in (9, 25, 101):
+        draws = generator.normal(5.0, 2.0, size=(4000, count))
+        spread = 1.96 * np.median(draws, axis=1).std()
+        low, high = 5.0 - 2.0 * 0.6745, 5.0 + 2.0 * 0.6745
+        assert median_error(low, high, count) == pytest.approx(spread, rel=0.08)
+    assert Ratio("a", "b", 1.0, 0.9, 1.1, 16).error == median_error(0.9, 1.1, 16)
+
+
+def test_a_stopwatch_on_the_cpu_reads_the_clock(clock: FakeClock) -> None:
+    moment, between = stopwatch("cpu", clock)
+    begin = moment()
+    clock.taking("f", 0.25)()
+    assert between(begin, moment()) == pytest.approx(250.0)
+
+
+def test_mps_is_waited_for(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "synchronize", clock.taking("wait", 0.5))
+    timing = interleave({"f": lambda: None}, rounds=1, warmup=0, device="mps", clock=clock)["f"]
+    assert timing.latency_ms == pytest.approx((500.0,))
+    moment, between = stopwatch(torch.device("mps"), clock)
+    assert between(moment(), moment()) == pytest.approx(500.0)
+
+
+def test_a_stopwatch_on_cuda_notes_the_devices_moments_and_waits_once_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            self.at = len(log)
+            log.append(f"record on {stream}")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 3.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    moment, between = stopwatch(torch.device("cuda:1"))
+    begin, end = moment(), moment()
+    assert log == ["record on stream of cuda:1"] * 2
+    assert between(begin, end) == 3.0
+    assert log[-1] == "wait"

@@ -13,6 +13,7 @@ import typer
 
 from fxprune.analysis import COSTS
 from fxprune.criteria import CRITERIA
+from fxprune.latency import BACKENDS
 
 MODEL, DATA, SCORES, RESULT = "Model", "Data", "What goes", "Result"
 
@@ -104,6 +105,9 @@ class ScoreOptions:
     criterion: Annotated[str, choice(SCORES, "Importance", CRITERIA)] = "fisher"
     shapes: Annotated[str, choice(SCORES, "Regions whose shape is", ("proved", "sampled"))] = "proved"
     seed: Annotated[int, option(SCORES, "For samplers in the loss and for random scores.", metavar="N")] = 0
+    latency_backend: Annotated[
+        str | None, choice(SCORES, "Measure milliseconds; with --cost latency eager unless given", BACKENDS)
+    ] = None
 
 
 CostName = Annotated[str, choice(SCORES, "What the budget counts", COSTS)]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxprune.plan import Totals
-from fxprune.report_sections import change, quantity
+from fxprune.report_sections import change, milliseconds, quantity
 
 HEIGHT = 12
 
@@ -55,26 +55,29 @@ def scores_view(scores: Mapping[str, float], images: int) -> RenderableType:
     return table
 
 
-def sweep_view(points: Sequence[Point], width: int) -> RenderableType:
-    """A line a budget, and the curve of mAP over the FLOPs that are left."""
-    table = _table("budget", "mAP", "mAP50", "FLOPs", "params", "removed")
+def sweep_view(points: Sequence[Point], width: int, cost: str = "flops") -> RenderableType:
+    """A line a budget, and the curve of mAP over the FLOPs that are left, or over the latency if that is the cost."""
+    timed = points[0].cost is not None and points[0].cost.latency_ms is not None
+    table = _table("budget", "mAP", "mAP50", "FLOPs", "params", *(["ms predicted"] if timed else []), "removed")
     table.columns[-1].justify, table.columns[-1].overflow, table.columns[-1].no_wrap = "left", "fold", False
     before = points[0].cost
     assert before is not None
     for point in points:
         budget = f"{point.budget:.0%}" if point.budget else "unpruned"
         if point.cost is None or point.scores is None:
-            table.add_row(budget, "", "", "", "", Text(point.refusal, style="yellow"))
+            table.add_row(budget, *[""] * (len(table.columns) - 2), Text(point.refusal, style="yellow"))
             continue
         scores = [_score(point.scores[key]) for key in ("mAP", "mAP50")]
         costs = [_cost(point.cost.flops, before.flops), _cost(point.cost.params, before.params)]
+        costs += [_milliseconds(point.cost.latency_ms, before.latency_ms)] if timed else []
         table.add_row(budget, *scores, *costs, ", ".join(point.removed))
-    spots = [(p.cost.flops / before.flops, p.scores["mAP"]) for p in points if p.cost and p.scores]
-    return Group(table, "", curve(spots, min(width, 100))) if len(spots) > 1 else table
+    field, what = ("latency_ms", "latency") if cost == "latency" else ("flops", "FLOPs")
+    spots = [(getattr(p.cost, field) / getattr(before, field), p.scores["mAP"]) for p in points if p.cost and p.scores]
+    return Group(table, "", curve(spots, min(width, 100), what)) if len(spots) > 1 else table
 
 
-def curve(spots: Sequence[tuple[float, float]], width: int) -> Text:
-    """Draw (FLOPs left as a share, mAP) as dots joined by lines, mAP upwards from 0.
+def curve(spots: Sequence[tuple[float, float]], width: int, what: str = "FLOPs") -> Text:
+    """Draw (share of the cost that is left, mAP) as dots joined by lines, mAP upwards from 0.
 
     Examples
     --------
@@ -99,7 +102,7 @@ def curve(spots: Sequence[tuple[float, float]], width: int) -> Text:
         else f"      │{''.join(grid[row])}"
         for row in reversed(range(HEIGHT))
     ]
-    left, right = f"{least:.0%} of the FLOPs", "100%"
+    left, right = f"{least:.0%} of the {what}", "100%"
     lines += [f"      └{'─' * (across - 1)}", f"  mAP  {left}{right:>{across - 1 - len(left)}}"]
     return Text("\n".join(lines), no_wrap=True)
 
@@ -117,3 +120,9 @@ def _score(value: float) -> str:
 
 def _cost(after: float, before: float) -> str:
     return f"{quantity(after)} {change(before, after)}" if after != before else quantity(after)
+
+
+def _milliseconds(after: float | None, before: float | None) -> str:
+    if after is None or before is None:
+        return ""
+    return f"{milliseconds(after)} {change(before, after)}" if after != before else milliseconds(after)

@@ -18,7 +18,7 @@ from fxprune.rendering import finite
 
 Tell = Callable[[str, int, int | None], None]
 """``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
-UNITS = {"ablation": "regions"}
+UNITS = {"ablation": "regions", "compile": "regions", "latency": "rounds"}
 """What a stage counts, if not images."""
 
 

@@ -20,6 +20,7 @@ from fxprune.detectors.choice import network_of
 from fxprune.driver import analyze, apply
 from fxprune.errors import BudgetError
 from fxprune.evaluation import evaluate
+from fxprune.latency import backend_for
 from fxprune.plan import Plan
 from fxprune.report import report
 from fxprune.selection import check_budget
@@ -34,7 +35,7 @@ def opened(options: ModelOptions, device: str, tell: Tell) -> nn.Module:
     return model
 
 
-def analyzed(model: nn.Module, data: DataOptions, scores: ScoreOptions, tell: Tell) -> Analysis:
+def analyzed(model: nn.Module, data: DataOptions, scores: ScoreOptions, tell: Tell, cost: str = "flops") -> Analysis:
     """Analyze a model on its calibration images."""
     pictures = open_pictures(model, data, "calibration")
     loader, images = calibration_batches(model, pictures, data), len(pictures.dataset)
@@ -46,7 +47,15 @@ def analyzed(model: nn.Module, data: DataOptions, scores: ScoreOptions, tell: Te
         if (stage, done) == ("capture", 1):
             tell("attribution", 0, images)
 
-    return analyze(model, loader, criterion=scores.criterion, shapes=scores.shapes, seed=scores.seed, progress=counted)
+    return analyze(
+        model,
+        loader,
+        criterion=scores.criterion,
+        shapes=scores.shapes,
+        seed=scores.seed,
+        latency_backend=backend_for(cost, scores.latency_backend),
+        progress=counted,
+    )
 
 
 def planned(
@@ -57,7 +66,7 @@ def planned(
     check_budget(budget.budget)
     check_folder(out.out, out.force)
     network = opened(model, data.device, tell)
-    analysis = analyzed(network, data, scores, tell)
+    analysis = analyzed(network, data, scores, tell, budget.cost)
     return network, analysis, analysis.plan(budget.budget, budget.cost)
 
 

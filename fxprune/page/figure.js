@@ -5,11 +5,11 @@
   const { svgTag: tag, svgText: text } = api;
   const NAMESPACE = "http://www.w3.org/2000/svg";
 
-  function change(picture, after, key, name) {
+  function change(picture, after, key, name, write) {
     const before = picture.before[key];
     const saved = before ? (after[key] / before - 1) * 100 : 0;
     const share = `${saved > 0 ? "+" : "\u2212"}${Math.abs(saved).toFixed(1)} %`;
-    return `${name} ${api.quantity(before)} to ${api.quantity(after[key])} (${share})`;
+    return `${name} ${write(before)} to ${write(after[key])} (${share})`;
   }
 
   api.costName = (picture) => ({ flops: "FLOPs", params: "parameters" })[picture.cost] || picture.cost;
@@ -27,7 +27,11 @@
     const count = plan.removed.length === 1 ? "1 region" : `${plan.removed.length} regions`;
     return (
       `budget ${api.percent(plan.budget)} of ${api.costName(picture)}: ${count} removed; ` +
-      `${change(picture, plan.after, "flops", "FLOPs")}, ${change(picture, plan.after, "params", "parameters")}`
+      api
+        .costs(picture)
+        .filter(([key]) => key !== "blocks")
+        .map(([key, name, write]) => change(picture, plan.after, key, name, write))
+        .join(", ")
     );
   };
 

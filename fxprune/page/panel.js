@@ -27,7 +27,7 @@
   }
 
   function latencyText(thing) {
-    return typeof thing.latency_ms === "number" ? `${Number(thing.latency_ms.toPrecision(3))} ms` : null;
+    return typeof thing.latency_ms === "number" ? `${api.milliseconds(thing.latency_ms)} ms` : null;
   }
 
   function listOf(rows) {
@@ -135,16 +135,12 @@
       {},
       ["", "before", "after", ""].map((word) => make("th", { scope: "col", class: "number" }, [word])),
     );
-    const rows = [
-      ["flops", "FLOPs"],
-      ["params", "parameters"],
-      ["blocks", "blocks"],
-    ].map(function ([key, name]) {
+    const rows = api.costs(picture).map(function ([key, name, write]) {
       const [from, to] = [picture.before[key], after[key]];
       const saved = from && to !== from ? (to > from ? "+" : "\u2212") + api.percent(Math.abs(1 - to / from)) : "";
       return make("tr", {}, [
         make("th", { scope: "row" }, [name]),
-        ...[api.quantity(from), api.quantity(to), saved].map((word) => make("td", { class: "number" }, [word])),
+        ...[write(from), write(to), saved].map((word) => make("td", { class: "number" }, [word])),
       ]);
     });
     return [head, ...rows];

@@ -49,6 +49,17 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     return short;
   };
 
+  api.milliseconds = (value) => String(Number(value.toPrecision(3)));
+
+  /** What a whole network costs: keys of before and after, names, how they are written. */
+  api.costs = (picture) =>
+    [
+      ["flops", "FLOPs", api.quantity],
+      ["params", "parameters", api.quantity],
+      ["blocks", "blocks", api.quantity],
+      ["latency_ms", "latency (ms)", api.milliseconds],
+    ].filter(([key]) => typeof picture.before[key] === "number");
+
   api.percent = function (share) {
     if (share > 0 && share < 0.0005) return "<0.1 %";
     return (100 * share).toFixed(1).replace(/\.0$/, "") + " %";

@@ -1,0 +1,150 @@
+"""Budgets of latency: what cuts were predicted to gain, and what they gain.
+
+    python -m benchmarks.bench_latency [MODEL ...] [--backends eager inductor] [--budgets 0.1 0.2 0.3] [--rounds 31]
+
+For each trained detector: plans by ``fisher`` that take a tenth and more of its latency, the cut that both ways to find
+a region's part predict (the shares of its nodes under an interpreter; itself cut out, once and twice in a row), and
+the cut that is measured, the unpruned detector and itself again (the A/A floor) in turn with it, all on the first
+calibration batch. The plan is by the way that the backend has in `fxprune.latency.BACKENDS`, bold in the table. Rows go
+to ``results/bench_latency.jsonl``, the table to ``results/latency.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxprune
+from benchmarks.bench_time import captured, regions_of
+from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
+from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
+from fxprune.analysis import Analysis
+from fxprune.detectors.batch import Adapter, Batch
+from fxprune.detectors.choice import detector_adapter
+from fxprune.errors import BudgetError
+from fxprune.latency import BACKENDS, Backend, Probe, Watched, by_nodes, by_pieces, measure_latency, ready_twin, settled
+from fxprune.timing import Ratio, interleave, ratio_of
+
+PROBES: Mapping[str, Callable[[Watched], Probe]] = {"nodes": by_nodes, "pieces": by_pieces}
+GOAL = 0.15
+"""How far a predicted cut may be from the measured one, as a share of that."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure the detectors asked for and render the table of all that were."""
+    parser = argparse.ArgumentParser(description="Predicted and measured cuts of latency.")
+    add_options(parser)
+    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["eager"])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.2, 0.3])
+    parser.add_argument("--rounds", type=int, default=31)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in subjects(options):
+        for backend in options.backends:
+            key = f"{subject.name}, {backend}"
+            replace_rows("bench_latency", key, [row | {"model": key} for row in measure(subject, backend, options)])
+            torch._dynamo.reset()
+    (RESULTS / "latency.md").write_text("\n".join(table()) + "\n", encoding="utf-8")
+
+
+def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iterator[Row]:
+    """One row a budget that can be met."""
+    batches = subject.batches()
+    analysis = fxprune.analyze(subject.model, batches, latency_backend=backend)
+    adapter = detector_adapter(subject.model)
+    batch = adapter.normalize(subject.model, batches[0])
+    predicted = {name: milliseconds(subject, analysis, backend, name, adapter, batch) for name in PROBES}
+    plans = dict(plans_for(analysis, options.budgets))
+    versions = {budget: fxprune.apply(subject.model, plan) for budget, plan in plans.items()}
+    ratios, ms = time_all(subject.model, versions, BACKENDS[backend], adapter, batch, options.rounds)
+    for budget, plan in plans.items():
+        ratio, floor = ratios[budget], ratios[TWIN]
+        row = {
+            "detector": subject.name, "backend": backend, "budget": budget, "images": batch.count, "ms": ms,
+            "flops_cut": 1 - plan.after.flops / plan.before.flops, "latency_cut": 1 - ratio.median,
+            "latency_cut_low": 1 - ratio.high, "latency_cut_high": 1 - ratio.low,
+            "floor": floor.median, "floor_low": floor.low, "floor_high": floor.high, "error": ratio.error,
+            "removed": [region.name for region in plan.removed], "rounds": options.rounds, "machine": machine(),
+        }  # fmt: skip
+        for name, (whole, own) in predicted.items():
+            row[name] = sum(own[region.name] for region in plan.removed) / whole
+        print(row)
+        yield row
+
+
+def milliseconds(
+    subject: Subject, analysis: Analysis, backend: str, probe: str, adapter: Adapter, batch: Batch
+) -> tuple[float, Mapping[str, float]]:
+    """Of the whole and of every region by one of the probes: the analysis' own, or measured now."""
+    known = BACKENDS[backend]
+    if known.probe is PROBES[probe]:
+        assert analysis.before.latency_ms is not None
+        return analysis.before.latency_ms, {region.name: region.latency_ms or 0.0 for region in analysis.regions}
+    other = Backend(known.ready, PROBES[probe])
+    model, islands = captured(subject.model, batch.images, adapter.root_is_function)
+    graphs = [(island.name, island.gm) for island in islands]
+    twin = ready_twin(subject.model, other)
+    found = measure_latency(other, twin, model, graphs, regions_of(analysis.regions), adapter, batch)
+    assert found.whole_ms is not None
+    return found.whole_ms, found.regions_ms
+
+
+def plans_for(analysis: Analysis, budgets: list[float]) -> Iterator[tuple[float, fxprune.Plan]]:
+    """Plans that take these shares of the latency; a budget that cannot be met is told and left out."""
+    for budget in budgets:
+        try:
+            yield budget, analysis.plan(budget, "latency")
+        except BudgetError as error:
+            print(f"{budget:.0%}: {error}")
+
+
+def time_all(
+    model: nn.Module, versions: Mapping[float, nn.Module], backend: Backend, adapter: Adapter, batch: Batch, rounds: int
+) -> tuple[dict[Any, Ratio], float]:
+    """Every pruned version, and the unpruned model again, over the unpruned model; and that in milliseconds."""
+    named = {UNPRUNED: model, **{str(budget): version for budget, version in versions.items()}}
+    twins = {name: ready_twin(one, backend) for name, one in named.items()}
+    with torch.no_grad(), ExitStack() as stack:
+        for twin in twins.values():
+            stack.enter_context(settled(twin))
+        functions = {name: partial(adapter.predict, twin, batch) for name, twin in twins.items()}
+        timings = interleave({**functions, TWIN: functions[UNPRUNED]}, rounds=rounds, warmup=3)
+    base = timings[UNPRUNED]
+    return {key: ratio_of(timings[str(key)], base) for key in (*versions, TWIN)}, base.median_ms
+
+
+def table() -> Iterator[str]:
+    """The rows as Markdown."""
+    names = ("images", "ms", "budget", "FLOPs cut", "by nodes", "by pieces", "latency cut", "A/A", "off by", "")
+    yield f"| detector | backend | {' | '.join(names)} |"
+    yield "|---|---|" + "--:|" * (len(names) - 1) + "---|"
+    for row in read_rows("bench_latency"):
+        yield f"| {' | '.join(cells(row))} |"
+
+
+def cells(row: Mapping[str, Any]) -> Iterator[str]:
+    """One line of the table."""
+    own = next(name for name, probe in PROBES.items() if probe is BACKENDS[row["backend"]].probe)
+    yield row["detector"]
+    yield row["backend"]
+    yield str(row["images"])
+    yield f"{row['ms']:.1f}"
+    yield f"{row['budget']:.0%}"
+    yield f"{row['flops_cut']:.1%}"
+    for name in PROBES:
+        yield f"**{row[name]:.1%}**" if name == own else f"{row[name]:.1%}"
+    yield f"{row['latency_cut']:.1%} [{row['latency_cut_low']:.1%}, {row['latency_cut_high']:.1%}]"
+    yield f"{row['floor']:.3f} [{row['floor_low']:.3f}, {row['floor_high']:.3f}]"
+    off, noise = row[own] / row["latency_cut"] - 1, row["error"] / abs(row["latency_cut"])
+    yield f"{off:+.0%} ± {noise:.0%}"
+    yield "too noisy" if noise > GOAL else "met" if abs(off) <= GOAL else "missed"
+
+
+if __name__ == "__main__":
+    main()

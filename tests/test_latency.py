@@ -1,0 +1,399 @@
+"""Latency of regions, on a clock that moves only where a layer says so; and plans by given figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxprune
+from benchmarks.bench_time import captured, regions_of
+from fxprune import BudgetError, Plan, SettingError
+from fxprune.analysis import Analysis
+from fxprune.detectors import classifier
+from fxprune.latency import (
+    BACKENDS,
+    Backend,
+    Latency,
+    beyond_chance,
+    by_nodes,
+    by_pieces,
+    measure_latency,
+    ready_twin,
+    settled,
+)
+from tests.clocks import FakeClock
+from tests.models import Block, Detector, build, labelled, pixels, tiny
+
+X = pixels(2, 3, 16, 16)
+CONVS = {"body.1.conv": 4.0, "body.2.conv": 3.0, "body.3.conv": 2.0, "body.4.conv": 1.0, "head.0.conv": 0.5}
+STEM, OUTSIDE = 2.0, 5.0
+WHOLE = sum(CONVS.values()) + STEM + OUTSIDE
+REGIONS = {name.removesuffix(".conv"): milliseconds for name, milliseconds in CONVS.items()}
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def model(clock: FakeClock) -> nn.Module:
+    """Every convolution takes its time, and so does what is outside of the graphs."""
+    made = distinct(build(Detector), CONVS)
+    for name, milliseconds in {**CONVS, "body.0": STEM, "": OUTSIDE}.items():
+        clock.slow_down(made.get_submodule(name), milliseconds)
+    return made
+
+
+def distinct(model: nn.Module, convolutions: Iterable[str]) -> nn.Module:
+    """Give each of some convolutions a kernel of another size, so that no two regions do equal work."""
+    for index, name in enumerate(convolutions):
+        block: Any = model.get_submodule(name.removesuffix(".conv"))
+        block.conv = nn.Conv2d(8, 8, 2 * index + 1, padding=index, bias=False)
+    return model
+
+
+def measured(model: nn.Module, clock: FakeClock, backend: Backend = BACKENDS["eager"], **options: Any) -> Latency:
+    """Latency of a model and of all its regions."""
+    adapter = classifier.ADAPTER
+    batch = adapter.normalize(model, X)
+    now = clock.now
+    regions = regions_of(fxprune.analyze(model, labelled(), criterion="l1").regions)
+    twin = ready_twin(model, backend)
+    whole, islands = captured(model, X, adapter.root_is_function)
+    graphs = [(island.name, island.gm) for island in islands]
+    clock.now = now
+    return measure_latency(
+        backend, twin, whole, graphs, regions, adapter, batch, **{"rounds": 6, "clock": clock, **options}
+    )
+
+
+def on(probe: Callable[..., Any], ready: Callable[..., None] = lambda module, **_: None) -> Backend:
+    return Backend(ready, probe)
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+def test_regions_get_what_their_layers_take(model: nn.Module, clock: FakeClock, probe: Callable[..., Any]) -> None:
+    latency = measured(model, clock, on(probe))
+    assert latency.whole_ms == pytest.approx(WHOLE)
+    assert latency.regions_ms == pytest.approx(REGIONS)
+    assert latency.settings == {
+        "device": "cpu", "images": 2, "threads": torch.get_num_threads(), "rounds": 6, "floor": pytest.approx(0.0),
+    }  # fmt: skip
+
+
+def test_what_the_interpreter_itself_takes_is_nobodys(
+    model: nn.Module, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = fx.Interpreter.fetch_args_kwargs_from_env
+
+    def slowly(self: fx.Interpreter, node: fx.Node) -> Any:
+        clock.now += 0.001
+        return fetch(self, node)
+
+    monkeypatch.setattr(fx.Interpreter, "fetch_args_kwargs_from_env", slowly)
+    assert measured(model, clock).regions_ms == pytest.approx(REGIONS)
+
+
+def test_a_backend_that_is_twice_as_fast_in_the_graphs_halves_their_regions(model: nn.Module, clock: FakeClock) -> None:
+    def halve(module: nn.Module, **_: Any) -> None:
+        for name in [*CONVS, "body.0"]:
+            layer: Any = module.get_submodule(name)
+            layer.milliseconds = [one / 2 for one in layer.milliseconds]
+
+    latency = measured(model, clock, on(by_nodes, halve))
+    assert latency.whole_ms == pytest.approx((WHOLE - OUTSIDE) / 2 + OUTSIDE)
+    assert latency.regions_ms == pytest.approx({name: one / 2 for name, one in REGIONS.items()})
+
+
+def test_what_a_call_of_its_own_costs_a_piece_is_not_the_regions(model: nn.Module, clock: FakeClock) -> None:
+    def pay_for_a_call(module: nn.Module, **options: Any) -> None:
+        if isinstance(module, fx.GraphModule):
+            assert options == {"dynamic": False}
+            clock.slow_down(module, 7.0)
+
+    assert measured(model, clock, on(by_pieces, pay_for_a_call)).regions_ms == pytest.approx(REGIONS)
+
+
+def test_equal_regions_are_compiled_once(clock: FakeClock) -> None:
+    ready: list[nn.Module] = []
+    mixed = nn.Sequential(nn.Conv2d(3, 8, 1), *(Block(8) for _ in range(3)), nn.Conv2d(8, 4, 1), Block(4))
+    model = nn.Sequential(mixed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
+    for index, milliseconds in ((1, 3.0), (2, 3.0), (3, 3.0), (5, 1.0)):
+        clock.slow_down(model.get_submodule(f"0.{index}.conv"), milliseconds)
+    latency = measured(model, clock, on(by_pieces, lambda module, **_: ready.append(module)))
+    assert len(ready) == 1 + 2 * 2
+    assert latency.regions_ms == pytest.approx({"0.1": 3.0, "0.2": 3.0, "0.3": 3.0, "0.5": 1.0})
+
+
+class Halves(nn.Module):
+    """Calls one captured part twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(8), Block(8))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = [half for half in x.chunk(2, -1) if bool(torch.isfinite(half).all())]
+        return self.fc(torch.stack([self.body(half).mean((2, 3)) for half in halves]).sum(0))
+
+
+@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+def test_calls_add_up(clock: FakeClock, probe: Callable[..., Any]) -> None:
+    model = distinct(build(Halves), ["body.1.conv", "body.2.conv"])
+    clock.slow_down(model.get_submodule("body.1.conv"), 2.0)
+    clock.slow_down(model.get_submodule("body.2.conv"), 1.0)
+    assert measured(model, clock, on(probe)).regions_ms == pytest.approx({"body.1": 4.0, "body.2": 2.0})
+
+
+def test_a_graph_within_a_node_of_another_one_counts_once(clock: FakeClock) -> None:
+    class Inner(nn.Module):
+        """Cannot be traced; what it calls can."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Block(8), Block(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(x) if bool(torch.isfinite(x).all()) else x
+
+    model = build(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), Block(8), Inner(), Pool(), nn.Linear(8, 5)))
+    for name, milliseconds in (("1.conv", 1.0), ("2.blocks.0.conv", 2.0), ("2.blocks.1.conv", 4.0), ("0", 3.0)):
+        clock.slow_down(model.get_submodule(name), milliseconds)
+    latency = measured(model, clock)
+    assert latency.whole_ms == pytest.approx(10.0)
+    inside = {"1": 1.0, "2.blocks.0": 2.0, "2.blocks.1": 4.0}
+    assert {name: latency.regions_ms[name] for name in inside} == pytest.approx(inside)
+
+
+class Pool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+# Noise ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2.0, 2.0, 2.0], 2.0),
+        ([1.9, 2.0, 2.1], 2.0),
+        ([-5.0, 1.0, 9.0, -7.0, 2.0], 0.0),
+        ([-1.0] * 5, 0.0),
+        ([0.0], 0.0),
+    ],
+)
+def test_what_chance_may_have_made_is_nothing(values: list[float], expected: float) -> None:
+    assert beyond_chance(values) == expected
+
+
+@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+def test_a_region_that_is_lost_in_noise_saves_nothing(
+    model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
+) -> None:
+    clock.slow_down(model.get_submodule("body.3.norm"), 0.0, 30.0, 0.0, 0.0, 50.0, 0.0, 20.0)
+    latency = measured(model, clock, on(probe))
+    assert latency.regions_ms["body.3"] == 0.0
+    assert latency.regions_ms["body.1"] > 0
+
+
+def test_the_floor_is_how_far_the_whole_strays_from_itself(model: nn.Module, clock: FakeClock) -> None:
+    steady = measured(model, clock).settings["floor"]
+    clock.slow_down(model.get_submodule(""), 0.0, 2.0, 1.0, 0.0, 4.0)
+    assert steady < 1e-9 < 0.02 < measured(model, clock, rounds=8).settings["floor"] < 1
+
+
+# What is left as it was ----------------------------------------------------------------------------------------------
+
+
+def test_a_twin_shares_weights_and_nothing_else() -> None:
+    model = build(Detector)
+    twin = ready_twin(model, Backend(lambda module, **_: setattr(module, "mark", 1), by_nodes))
+    pairs = zip(model.state_dict(keep_vars=True).values(), twin.state_dict(keep_vars=True).values(), strict=True)
+    assert all(one is other for one, other in pairs)
+    assert not {id(part) for part in model.modules()} & {id(part) for part in twin.modules()}
+    assert hasattr(twin, "mark")
+    assert not hasattr(model, "mark")
+
+
+def test_a_settled_model_stays_in_eval_mode_and_can_be_trained_again() -> None:
+    model = tiny().train()
+    with settled(model):
+        assert model.eval() is model
+        assert not any(part.training for part in model.modules())
+    assert "eval" not in vars(model)
+    assert not model.train().eval().training
+
+
+@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+def test_a_backend_that_fails_is_said_with_a_way_out(
+    model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no C++ compiler\nfound here")
+
+    def refuse(module: nn.Module, **_: Any) -> None:
+        if isinstance(module, fx.GraphModule) or probe is by_nodes:
+            module.register_forward_pre_hook(fail)
+
+    with pytest.raises(SettingError, match=r"RuntimeError: no C\+\+ compiler\); latency_backend='eager'"):
+        measured(model, clock, on(probe, refuse))
+
+
+def test_progress_is_told_round_by_round(model: nn.Module, clock: FakeClock) -> None:
+    told: list[tuple[str, int, int | None]] = []
+    measured(model, clock, on(by_pieces), tell=lambda *stage: told.append(stage), rounds=3)
+    assert [step for step in told if step[0] == "compile"] == [("compile", done, 5) for done in range(6)]
+    assert [done for stage, done, total in told if stage == "latency" and total == 3] == [0, 0, 0, 1, 2, 3]
+
+
+# Analyses and plans --------------------------------------------------------------------------------------------------
+
+
+FIGURES = {"body.1": 1.0, "body.2": 2.0, "body.3": 0.0, "body.4": 3.0, "head.0": 1.5}
+SCORES = {"body.1": 1.0, "body.2": 5.0, "body.3": 0.0, "body.4": 4.0, "head.0": 2.0}
+ON = {"device": "cpu", "images": 2, "threads": 1, "rounds": 15, "floor": 0.02}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
+    """Stand in for the measuring; the backends that were asked for."""
+    backends: list[Backend] = []
+
+    def measure(backend: Backend, *_: Any, **__: Any) -> Latency:
+        backends.append(backend)
+        return Latency(10.0, FIGURES, ON)
+
+    monkeypatch.setattr("fxprune.study.measure_latency", measure)
+    return backends
+
+
+def score(region: Any, _: Mapping[str, nn.Module]) -> float:
+    return SCORES[region.name]
+
+
+@pytest.fixture
+def analysis(asked: list[Backend], detector: nn.Module) -> Analysis:
+    return fxprune.analyze(detector, labelled(), criterion=score, latency_backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("budget", "removed"),
+    [
+        (0.05, ["body.1"]),
+        (0.1, ["body.1"]),
+        (0.12, ["head.0"]),
+        (0.2, ["body.1", "head.0"]),
+        (0.3, ["body.4"]),
+        (0.4, ["body.1", "body.4"]),
+        (0.74, ["body.1", "body.2", "body.4", "head.0"]),
+    ],
+)
+def test_a_budget_of_latency_takes_the_least_important_that_save_it(
+    analysis: Analysis, budget: float, removed: list[str]
+) -> None:
+    plan = analysis.plan(budget, "latency")
+    assert [region.name for region in plan.removed] == removed
+    assert plan.before.latency_ms == 10.0
+    assert plan.after.latency_ms == pytest.approx(10.0 - sum(FIGURES[name] for name in removed))
+    assert plan.settings["latency"] == {"backend": "eager", **ON}
+
+
+def test_other_budgets_predict_latency_as_well(analysis: Analysis) -> None:
+    plan = analysis.plan(0.5, "flops")
+    assert plan.after.latency_ms == pytest.approx(10.0 - sum(FIGURES[region.name] for region in plan.removed))
+
+
+def test_a_plan_of_latency_comes_back_from_json(analysis: Analysis) -> None:
+    plan = analysis.plan(0.3, "latency")
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert {region.name: region.latency_ms for region in plan.regions} == FIGURES
+
+
+def test_more_than_the_regions_take_is_refused(analysis: Analysis) -> None:
+    with pytest.raises(BudgetError, match=r"give 75\.0% at most"):
+        analysis.plan(0.8, "latency")
+
+
+def test_a_budget_below_the_noise_is_refused(analysis: Analysis) -> None:
+    with pytest.raises(BudgetError, match=r"budget 0\.01 of .*latency cannot be told from noise.*strays by 2\.0%"):
+        analysis.plan(0.01, "latency")
+    assert analysis.plan(0.01, "flops").removed
+
+
+def test_without_a_backend_nothing_is_measured(detector: nn.Module, asked: list[Backend]) -> None:
+    analysis = fxprune.analyze(detector, labelled(), criterion="l1")
+    assert asked == []
+    assert analysis.before.latency_ms is None
+    assert "latency" not in analysis.settings
+    plan = analysis.plan(0.2)
+    assert (plan.after.latency_ms, {region.latency_ms for region in plan.regions}) == (None, {None})
+    with pytest.raises(SettingError, match=r"none were measured: call fxprune\.analyze\(\.\.\., latency_backend="):
+        analysis.plan(0.2, "latency")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "eager"), ("eager", "eager"), ("inductor", "inductor")])
+def test_compile_measures_where_it_is_told_to(
+    detector: nn.Module, asked: list[Backend], given: str | None, expected: str
+) -> None:
+    pruned = fxprune.compile(detector, labelled(), 0.3, criterion=score, cost="latency", latency_backend=given)
+    assert asked == [BACKENDS[expected]]
+    report = fxprune.report(pruned)
+    assert [region.name for region in report.removed] == ["body.4"]
+    assert report.after.latency_ms == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize("backend", ["gpu", "", 3, ["eager"], True])
+def test_an_unknown_backend_is_refused(detector: nn.Module, backend: Any) -> None:
+    with pytest.raises(SettingError, match=r"latency_backend .* is not known; known: eager, inductor, or None"):
+        fxprune.analyze(detector, labelled(), latency_backend=backend)
+
+
+def test_a_model_that_was_measured_is_as_it_was(detector: nn.Module) -> None:
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    mode, torch_state = detector.training, torch.get_rng_state()
+    analysis = fxprune.analyze(detector, labelled(), criterion="l1", latency_backend="eager")
+    assert analysis.before.latency_ms is not None
+    assert analysis.before.latency_ms > 0
+    assert sum(region.latency_ms or 0.0 for region in analysis.regions) < analysis.before.latency_ms
+    unmeasured = fxprune.analyze(detector, labelled(), criterion="l1")
+    assert tuple(replace(region, latency_ms=None) for region in analysis.regions) == unmeasured.regions
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+    assert detector.training is mode
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forget_compiled_code")
+def test_inductor_compiles_the_whole_and_one_of_five_equal_blocks(detector: nn.Module) -> None:
+    told: list[Any] = []
+    analysis = fxprune.analyze(
+        detector, labelled(), criterion="l1", latency_backend="inductor", progress=lambda *stage: told.append(stage)
+    )
+    assert ("compile", 1, 1) in told
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
+    assert len({region.latency_ms for region in analysis.regions}) == 1
+    assert analysis.settings["latency"]["backend"] == "inductor"
+
+
+def test_the_twin_is_what_is_timed_as_a_whole(model: nn.Module, clock: FakeClock) -> None:
+    called: list[str] = []
+
+    def mark(module: nn.Module, **_: Any) -> None:
+        module.register_forward_pre_hook(lambda *_: called.append("twin"))
+
+    measured(model, clock, on(by_nodes, mark), rounds=4)
+    assert called == ["twin"] * (1 + 2 * (4 + 2))
+    assert partial(model, X)() is not None
