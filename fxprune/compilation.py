@@ -71,11 +71,9 @@ def compile(
     check_budget(budget)
     check_cost(cost)
     check_heal(heal)
-    quick = "affine" if heal == "mimic" else heal
-    timed = backend_for(cost, latency_backend)
-    search = Search(
-        strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, progress or _silent
-    )
+    quick, timed = ("affine" if heal == "mimic" else heal), backend_for(cost, latency_backend)
+    say = progress or _silent
+    search = Search(strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, say)
     calibration = Calibration.of(calib_loader)
     if strategy != "one_shot" or heal != "none":
         _read_once(model, calibration, loss)
