@@ -76,14 +76,14 @@ def compile(
     search = Search(strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, say)
     calibration = Calibration.of(calib_loader)
     if strategy != "one_shot" or heal != "none":
-        _read_once(model, calibration, loss)
+        read_once(model, calibration, loss)
     pruned = model
     for plan in search.run(model, calibration):
         pruned = apply(pruned, plan)
     return _healed(pruned, model, calibration, search, heal)
 
 
-def _read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
+def read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
     """Keep the batches, labelled by the model as it was if need be."""
     network = network_of(model)
     with untouched_randomness(network), torch.inference_mode(False):

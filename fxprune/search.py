@@ -91,14 +91,15 @@ def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> lis
 def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Remove a little, mend, score what is left, and so on."""
     steps = max(1, math.ceil(math.log(1 - search.budget) / math.log(1 - STRIDE) - 1e-9))
-    judge = Judge(model, calibration, search)
+    judge = Judge(model, calibration, search.loss, search.seed)
     plans: list[Plan] = []
     now, whole = model, None
     try:
         for step in range(1, steps + 1):
             analysis = search.analyze(now, calibration)
-            whole = whole or analysis.before
-            analysis.plan(1 - _left(whole, analysis.before, search.budget, search.cost), search.cost)  # can it be met?
+            if whole is None:
+                whole = analysis.before
+                analysis.plan(search.budget, search.cost)  # raises now rather than later where it is out of reach
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
             if share <= 0:
                 continue
@@ -122,7 +123,7 @@ def _left(whole: Totals, now: Totals, budget: float, cost: str) -> float:
 def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Let scores propose whole plans, take the loss of each once mended, and learn from it what scores are worth."""
     analysis = search.analyze(model, calibration)
-    judge = Judge(model, calibration, search)
+    judge = Judge(model, calibration, search.loss, search.seed)
     beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     try:
@@ -208,19 +209,19 @@ class Beliefs:
 class Judge:
     """Takes the loss of pruned versions of a model on its calibration images."""
 
-    def __init__(self, model: nn.Module, calibration: Calibration, search: Search) -> None:
-        self.calibration, self.search = calibration, search
+    def __init__(self, model: nn.Module, calibration: Calibration, loss: Loss | None, seed: int) -> None:
+        self.calibration, self.loss, self.seed = calibration, loss, seed
         self.whole = self.parts(model)
 
     def parts(self, model: nn.Module) -> torch.Tensor:
         """Parts (P,) of the loss, the mean over the images."""
         network = private_copy(network_of(model))
-        adapter: Adapter = choose_adapter(network, self.calibration.first_raw, self.search.loss)
+        adapter: Adapter = choose_adapter(network, self.calibration.first_raw, self.loss)
         adapter.prepare(network)
         total, images = torch.zeros(()), 0
         with untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
             for index, batch in enumerate(self.calibration.batches(network, adapter)):
-                total = total + batch.count * take_loss(network, adapter, batch, index, self.search.seed).cpu()
+                total = total + batch.count * take_loss(network, adapter, batch, index, self.seed).cpu()
                 images += batch.count
         return total / images
 
