@@ -50,7 +50,7 @@ def compile(
     strategy : str
         ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
         each. ``"search"``: up to `tries` plans, proposed by the scores and judged by the loss once mended, each with
-        about five forward passes over the images. Interrupted (Ctrl-C), both give the best so far.
+        about five forward passes over 64 images. Interrupted (Ctrl-C), both give the best so far.
     heal : str
         How the result is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"`` or ``"mimic"``.
 

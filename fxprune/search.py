@@ -28,6 +28,8 @@ STRIDE = 0.05
 """Share of what a step of ``"greedy"`` finds that it removes; a budget takes as many such steps as it needs."""
 TRIES = 24
 """Plans whose loss ``"search"`` takes."""
+SAMPLE = 64
+"""Images that plans are mended and judged on; scores, and the mending of what is chosen, see all."""
 DRAWS = 8
 """How often it draws anew to come to a plan that it has not tried."""
 NOISE = 0.05
@@ -91,7 +93,8 @@ def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> lis
 def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Remove a little, mend, score what is left, and so on."""
     steps = max(1, math.ceil(math.log(1 - search.budget) / math.log(1 - STRIDE) - 1e-9))
-    judge = Judge(model, calibration, search.loss, search.seed)
+    sample = calibration.some(SAMPLE)
+    judge = Judge(model, sample, search.loss, search.seed)
     plans: list[Plan] = []
     now, whole = model, None
     try:
@@ -104,7 +107,7 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
             if share <= 0:
                 continue
             plan = analysis.plan(share, search.cost)
-            now = search.mended(apply(now, plan), model, calibration)
+            now = search.mended(apply(now, plan), model, sample)
             plans.append(_noted(plan, strategy="greedy", step=f"{step} of {steps}", loss_increase=judge.worse(now)))
             search.progress("greedy", step, steps)
     except KeyboardInterrupt:
@@ -123,7 +126,8 @@ def _left(whole: Totals, now: Totals, budget: float, cost: str) -> float:
 def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Let scores propose whole plans, take the loss of each once mended, and learn from it what scores are worth."""
     analysis = search.analyze(model, calibration)
-    judge = Judge(model, calibration, search.loss, search.seed)
+    sample = calibration.some(SAMPLE)
+    judge = Judge(model, sample, search.loss, search.seed)
     beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     try:
@@ -131,7 +135,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
             plan = _proposed(analysis, beliefs, found, search)
             if plan is None:
                 break
-            loss = judge.worse(search.mended(apply(model, plan), model, calibration))
+            loss = judge.worse(search.mended(apply(model, plan), model, sample))
             found[_taken(plan)] = loss, plan
             beliefs.learn(_taken(plan), loss)
             search.progress("search", number, search.tries)
