@@ -17,6 +17,7 @@ from fxprune.errors import (
     StorageError,
 )
 from fxprune.evaluation import evaluate
+from fxprune.folding import fold_norms
 from fxprune.loading import batches
 from fxprune.plan import Plan
 from fxprune.report import report
@@ -44,6 +45,7 @@ __all__ = [
     "compile",
     "draw",
     "evaluate",
+    "fold_norms",
     "load",
     "report",
     "save",
