@@ -208,6 +208,14 @@ class Calling(Joining):
         return self.read(self.reader, torch.cat([first, second, second], 1))
 
 
+class Twice(Joining):
+    """Reads two concatenations by one layer; they hold the same values, in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.values(x)
+        return self.reader(torch.cat([first, second, second], 1)) + self.reader(torch.cat([second, second, first], 1))
+
+
 def hooked(channels: int) -> nn.Module:
     """The older way to normalize a weight: before every call, from two others."""
     return torch.nn.utils.weight_norm(plain(channels))
@@ -218,16 +226,17 @@ ALONE: dict[str, Callable[[], nn.Module]] = {
     "depthwise": lambda: Joining([2, 2], [1, 2, 2, 2], lambda n: nn.Conv2d(n, n, 3, groups=n)),
     "derived": lambda: Joining([2, 3], [1, 2, 2], lambda n: Standardized(n, 4, 3)),
     "parametrized": lambda: Joining([2, 3], [1, 2, 2], lambda n: parametrizations.weight_norm(plain(n))),
-    "weight_norm": lambda: Joining([2, 3], [1, 2, 2], hooked),
+    "normalized": lambda: Joining([2, 3], [1, 2, 2], hooked),
     "linear": lambda: Calling(lambda read, x: read(x.flatten(1)), lambda n: nn.Linear(n * 42, 4)),
     "norm": lambda: Calling(lambda read, x: read(x), lambda n: nn.Sequential(nn.BatchNorm2d(n), plain(n))),
-    "called twice": lambda: Calling(lambda read, x: read(x) + read(2 * x)),
+    "called twice": lambda: Twice([2, 3], [1, 2, 2], plain),
     "read elsewhere": lambda: Calling(lambda read, x: read(x) + x.sum()),
     "given": lambda: Calling(lambda read, x: torch.cat([read(x), x], 1)),
     "no value twice": lambda: Joining([2, 3], [2, 1], plain),
 }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ALONE)
 def test_left_alone(name: str) -> None:
     model = ALONE[name]().double().eval()
@@ -237,6 +246,15 @@ def test_left_alone(name: str) -> None:
     assert gm.meta[NARROWED] == {}
     assert gm.code == before
     assert torch.equal(gm(image()), model(image()))
+
+
+def test_a_layer_whose_inside_is_not_known_is_left_alone() -> None:
+    model = Joining([2, 3], [1, 2, 2], lambda n: Standardized(n, 4, 3)).double()
+    found = trace_island(model, frozenset({"reader"}), exactly=True)
+    assert found is not None
+    assert [node.op for node in found[0].graph.nodes][-2] == "call_module"
+    assert not narrow(found[0])
+    assert torch.equal(found[0](image()), model(image()))
 
 
 def test_a_concatenation_of_rows_is_none_of_channels() -> None:
@@ -306,6 +324,7 @@ class Wide(nn.Module):
 WIDTHS: dict[str, tuple[Callable[[Any, Tensor], Any], int | None]] = {
     "norm, pool": (lambda m, x: m.pool(m.norm(functional.relu(x))), 6),
     "sum": (lambda m, x: x + m.norm(x), 6),
+    "sum with one channel": (lambda m, x: x + x.chunk(6, 1)[0], None),
     "sum with what is not known": (lambda m, x: x + x.mean(1, keepdim=True), None),
     "chunk": (lambda m, x: x.chunk(3, 1)[2], 2),
     "uneven chunk": (lambda m, x: x.chunk(4, 1)[0], None),
@@ -371,6 +390,7 @@ KEPT: dict[str, Callable[[Any, Tensor], Any]] = {
     "not all": lambda m, x: m.leave(cat(*(torch.split(x, [2, 2, 2], 1)[index] for index in (0, 1)), x[:, :2])),
     "rows": lambda m, x: m.leave(torch.cat(x.chunk(2, 1), 2).repeat(1, 2, 1, 1)),
     "given out": lambda m, x: cat(*x.chunk(2, 1)),
+    "given out in order": lambda m, x: cat(*x.contiguous().chunk(2, 1)),
     "viewed": lambda m, x: cat(*x.transpose(2, 3).chunk(2, 1)).view(2, 6, -1),
     "split by size": lambda m, x: m.leave(cat(*(torch.split(x, 3, 1)[index] for index in (0, 1)))),
 }
