@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -68,8 +67,7 @@ def narrow_readers(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Mo
 def join_parts(gm: fx.GraphModule) -> PassResult:
     """Replaces all parts of a value, concatenated in their order, by the value. Exact bit for bit.
 
-    Where nothing else is concatenated, the value stands in for the concatenation, if convolutions alone read that, or
-    if the value lies in memory as the concatenation would.
+    Only if convolutions alone read the concatenation, or if the value lies in memory as the concatenation would.
 
     Parameters
     ----------
@@ -79,20 +77,13 @@ def join_parts(gm: fx.GraphModule) -> PassResult:
     Returns
     -------
     PassResult
-        `modified` says whether any concatenation changed.
+        `modified` says whether any concatenation went.
     """
     modified = False
     for node in gm.graph.nodes:
-        values = joined(node)
-        whole = [value for source, run in groupby(values, _source) for value in _merged(source, list(run))]
-        if len(whole) == len(values):
-            continue
-        if len(whole) == 1 and not _may_go(gm, node, whole[0]):
-            continue
-        if len(whole) == 1:
-            node.replace_all_uses_with(whole[0])
-        node.args, node.kwargs = (whole, 1), {}
-        modified = True
+        whole = _whole(joined(node))
+        if whole is not None and _may_go(gm, node, whole):
+            modified |= bool(node.replace_all_uses_with(whole))
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, modified)
@@ -141,23 +132,13 @@ def _narrow(convolution: nn.Module, values: Sequence[tuple[fx.Node, int]], width
     convolution.in_channels = narrow.shape[axis]  # type: ignore[assignment]
 
 
-def _source(node: fx.Node) -> fx.Node | None:
-    """What takes a value apart, if a value is a part of another one."""
-    part = node.target is operator.getitem and isinstance(node.args[1], int)
-    split = node.args[0] if part else None
-    return split if isinstance(split, fx.Node) and parts_of(split) is not None else None
-
-
-def _merged(split: fx.Node | None, run: list[fx.Node]) -> list[fx.Node]:
-    """Parts of one value that are concatenated one after the other; the value itself wherever all of them are there."""
-    count = None if split is None else parts_of(split)
-    merged: list[fx.Node] = []
-    while run:
-        if split is not None and [part.args[1] for part in run[:count]] == list(range(count or 0)):
-            merged, run = [*merged, split.all_input_nodes[0]], run[count:]
-        else:
-            merged, run = [*merged, run[0]], run[1:]
-    return merged
+def _whole(values: Sequence[fx.Node]) -> fx.Node | None:
+    """The value of which these are all parts, in order."""
+    split = values[0].args[0] if values and values[0].target is operator.getitem else None
+    if not isinstance(split, fx.Node) or parts_of(split) != len(values):
+        return None
+    parts = [(operator.getitem, (split, index)) for index in range(len(values))]
+    return split.all_input_nodes[0] if [(value.target, value.args) for value in values] == parts else None
 
 
 def _is_contiguous(node: fx.Node) -> bool:
