@@ -107,6 +107,16 @@ def test_other_norms_stay(name: str) -> None:
     assert torch.equal(folded(x), model(x))
 
 
+def test_a_norm_that_two_graphs_share_goes_into_both() -> None:
+    shared = nn.BatchNorm2d(4)
+    parts = [traced(nn.Sequential(nn.Conv2d(4, 4, 1), shared)) for _ in range(2)]
+    model = varied(nn.Sequential(*parts))
+    folded = fxprune.fold_norms(model)
+    assert norms(folded) == 0
+    x = image(model)
+    assert distance(folded(x), model(x)) < EXACT
+
+
 def test_norms_that_learn_stay_in_the_graph() -> None:
     gm = fx.symbolic_trace(varied(FOLDED["2d"]()).train())
     assert not absorb_norms(gm).modified
@@ -135,10 +145,11 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, rounding: float) -> 
 
 def test_memory_format_and_gradients_are_kept() -> None:
     model = varied(FOLDED["2d"]()).to(memory_format=torch.channels_last)
-    model[0].weight.requires_grad_(False)
-    folded = fxprune.fold_norms(fx.symbolic_trace(model))
-    assert folded.get_parameter("0.weight").stride() == model[0].weight.stride()
-    assert not folded.get_parameter("0.weight").requires_grad
+    for learns in (True, False):
+        model[0].requires_grad_(learns).bias = None
+        folded = fxprune.fold_norms(fx.symbolic_trace(model))
+        assert folded.get_parameter("0.weight").stride() == model[0].weight.stride()
+        assert {parameter.requires_grad for parameter in folded.parameters()} == {learns}
 
 
 # Pruned models -------------------------------------------------------------------------------------------------------

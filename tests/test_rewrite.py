@@ -199,6 +199,17 @@ def test_parameters_of_the_root_and_of_containers_go_too() -> None:
     assert "mul" in nodes
 
 
+def test_a_layer_that_another_graph_calls_keeps_its_weights() -> None:
+    shared = nn.BatchNorm2d(3)
+    first, second = nn.Sequential(nn.Conv2d(3, 3, 1), shared).eval(), nn.Sequential(shared).eval()
+    gm, x = fx.symbolic_trace(first), image_batch()
+    bypass_regions(gm, {"_1": "_0"})
+    remove_dead_code(gm)
+    assert torch.equal(gm(x), first[0](x))
+    assert torch.equal(second(x), shared(x))
+    assert set(gm.state_dict()) == {"0.weight", "0.bias"}
+
+
 def test_nothing_but_passes_writes_graphs() -> None:
     root = Path(fxprune.__file__).parent
     writers = re.compile(r"erase_node|replace_all_uses_with|inserting_|\.replace_input_with")
