@@ -107,7 +107,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     -------
     Module
         The same kind of model, its mode, device and dtype kept, the plan's regions gone from its graphs, its
-        parameters and its `state_dict`. A model that is one graph as a whole comes back as a `GraphModule`.
+        parameters and its `state_dict`. A model that is one graph as a whole comes back as a `GraphModule`. A
+        convolution that would read one tensor twice reads it once, the weights of both added up.
 
     Raises
     ------
