@@ -6,13 +6,14 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
-from fxprune.driver import plans_carried_out
+from fxprune.detectors.choice import network_of
+from fxprune.driver import SPARED, plans_carried_out
 from fxprune.plan import Candidate, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.report_html import html
@@ -32,6 +33,8 @@ class Report:
         What was carried out, oldest first.
     applied : bool
         Whether it was; False for the report of a plan.
+    spared : mapping of str to float
+        ``flops`` and ``params`` that layers save which became narrower since they read one tensor twice.
 
     Examples
     --------
@@ -44,6 +47,7 @@ class Report:
 
     plans: tuple[Plan, ...]
     applied: bool = True
+    spared: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def before(self) -> Totals:
@@ -54,7 +58,9 @@ class Report:
     def after(self) -> Totals:
         """The same of the model as it is now."""
         gone = sum(plan.before.blocks - plan.after.blocks for plan in self.plans)
-        return replace(self.plans[-1].after, blocks=self.before.blocks - gone)
+        after = self.plans[-1].after
+        less = {name: getattr(after, name) - count for name, count in self.spared.items()}
+        return replace(after, blocks=self.before.blocks - gone, **less)
 
     @property
     def regions(self) -> tuple[Candidate, ...]:
@@ -147,7 +153,7 @@ def report(pruned: nn.Module | Plan) -> Report:
     """
     if isinstance(pruned, Plan):
         return Report((pruned,), applied=False)
-    return Report(plans_carried_out(pruned))
+    return Report(plans_carried_out(pruned), spared=getattr(network_of(pruned), SPARED, {}))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
