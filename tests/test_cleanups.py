@@ -354,6 +354,7 @@ class Parted(nn.Module):
     def __init__(self, body: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
         self.enter, self.leave, self.wide = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 3), nn.Conv2d(12, 2, 3)
+        self.slim, self.act = nn.Conv2d(4, 2, 3), nn.ReLU()
         self.body = body
 
     def forward(self, x: Tensor) -> Any:
@@ -362,6 +363,10 @@ class Parted(nn.Module):
 
 def cat(*values: Tensor) -> Tensor:
     return torch.cat(values, 1)
+
+
+def first_two(parts: Any) -> Tensor:
+    return cat(parts[0], parts[1])
 
 
 def shuffled(m: Any, x: Tensor) -> Tensor:
@@ -378,16 +383,18 @@ JOINS: dict[str, Callable[[Any, Tensor], Any]] = {
     "shuffled": shuffled,
 }
 KEPT: dict[str, Callable[[Any, Tensor], Any]] = {
+    "the first ones": lambda m, x: m.slim(first_two(torch.split(x, [2, 2, 2], 1))),
     "with others": lambda m, x: m.wide(cat(*x.chunk(2, 1), x + 1)),
     "twice": lambda m, x: m.wide(cat(*x.chunk(2, 1), *x.chunk(2, 1))),
     "swapped": lambda m, x: m.leave(cat(*reversed(x.chunk(2, 1)))),
     "of another": lambda m, x: m.leave(cat(x.chunk(2, 1)[0], m.enter(x[:, :3]).chunk(2, 1)[1])),
-    "not all": lambda m, x: m.leave(cat(*(torch.split(x, [2, 2, 2], 1)[index] for index in (0, 1)), x[:, :2])),
+    "not all": lambda m, x: m.leave(cat(first_two(torch.split(x, [2, 2, 2], 1)), x[:, :2])),
     "rows": lambda m, x: m.leave(torch.cat(x.chunk(2, 1), 2).repeat(1, 2, 1, 1)),
     "given out": lambda m, x: cat(*x.chunk(2, 1)),
     "given out in order": lambda m, x: cat(*x.contiguous().chunk(2, 1)),
     "viewed": lambda m, x: cat(*x.transpose(2, 3).chunk(2, 1)).view(2, 6, -1),
-    "split by size": lambda m, x: m.leave(cat(*(torch.split(x, 3, 1)[index] for index in (0, 1)))),
+    "viewed later": lambda m, x: m.act(cat(*x.transpose(2, 3).chunk(2, 1))).view(2, 6, -1),
+    "split by size": lambda m, x: m.leave(first_two(torch.split(x, 3, 1))),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -187,16 +188,21 @@ def test_a_fused_layer_is_left_as_it_is(model: nn.Module) -> None:
     assert distance(outputs(pruned, X), outputs(as_they_were(fused, plan), X)) == 0
 
 
-@pytest.mark.parametrize(("kind", "narrowed"), [("Conv", 1), ("Conv2", 2), ("DWConv", 0), ("Moody", 0)])
+@pytest.mark.parametrize(
+    ("kind", "narrowed"), [("Conv", 1), ("Conv2", 2), ("DWConv", 0), ("Moody", 0), ("replaced", 0)]
+)
 def test_layers_that_hold_convolutions(kind: str, narrowed: int) -> None:
-    """`Conv2` reads its input by two, `DWConv` in groups, and what `Moody` reads depends on its mode."""
+    """`Conv2` reads its input by two, `DWConv` in groups, what `Moody` reads depends on its mode."""
     conv = pytest.importorskip("ultralytics.nn.modules.conv")
 
     class Moody(conv.Conv):  # type: ignore[name-defined,misc]
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if self.training else super().forward(x) + x.sum()
 
-    model = Joining([2, 3], [1, 2, 2], lambda n: Moody(n, 8) if kind == "Moody" else getattr(conv, kind)(n, 8))
+    kinds = {"Moody": Moody, "replaced": conv.Conv}
+    model = Joining([2, 3], [1, 2, 2], lambda n: (kinds.get(kind) or getattr(conv, kind))(n, 8))
+    if kind == "replaced":
+        model.reader.forward = MethodType(lambda self, x: self.bn(self.conv(x)) + x.sum(), model.reader)
     gm = traced(model.double().eval())
     assert narrow(gm) == bool(narrowed)
     assert sum(shape[1] == 5 for shape in gm.meta[NARROWED].values()) == narrowed
