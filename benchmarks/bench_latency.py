@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 256  # versions of one detector share code, and none may fall back to eager
     for subject in subjects(options):
         for backend in options.backends:
             key = f"{subject.name}, {backend}"

@@ -209,6 +209,11 @@ def test_a_region_that_is_lost_in_noise_saves_nothing(
     assert latency.regions_ms["body.1"] > 0
 
 
+def test_what_warms_up_does_not_count(model: nn.Module, clock: FakeClock) -> None:
+    clock.slow_down(model.get_submodule("body.1.norm"), *[300.0] * 4, *[0.0] * 100)  # two calls capture, two warm up
+    assert measured(model, clock, rounds=2).regions_ms == pytest.approx(REGIONS)
+
+
 def test_the_floor_is_how_far_the_whole_strays_from_itself(model: nn.Module, clock: FakeClock) -> None:
     steady = measured(model, clock).settings["floor"]
     clock.slow_down(model.get_submodule(""), 0.0, 2.0, 1.0, 0.0, 4.0)
