@@ -65,9 +65,9 @@ def analyze(
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
     latency_backend : str, optional
-        ``"eager"`` or ``"inductor"`` (`torch.compile`): measure milliseconds there, for budgets that count them. They
-        are of one call in float32 on the first batch of the loader, with the model's device and torch's threads as
-        they are; let nothing else run meanwhile.
+        ``"eager"`` or ``"inductor"`` (``torch.compile(dynamic=False)``): measure milliseconds there, for budgets that
+        count them. They are of one call in float32 on the first batch of the loader, with the model's device and
+        torch's threads as they are; let nothing else run meanwhile.
     progress : callable, optional
         ``progress(stage, done, total)`` as work goes on; `total` is None where it is not known.
 
