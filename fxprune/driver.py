@@ -67,8 +67,8 @@ def analyze(
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
     latency_backend : str, optional
-        ``"eager"`` or ``"inductor"`` (`torch.compile`): measure milliseconds there, of one call in float32 on the
-        first batch, with the model's device and torch's threads as they are. Let nothing else run meanwhile.
+        ``"eager"`` or ``"inductor"`` (``torch.compile(dynamic=False)``): measure milliseconds there, of one
+        call in float32 on the first batch, with the model's device and torch's threads. Let nothing else run meanwhile.
     progress : callable, optional
         ``progress(stage, done, total)``; `total` is None where it is not known.
 
