@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxprune.analysis import Analysis
 from fxprune.capture import install, trace_island
 from fxprune.criteria import RegionScore
+from fxprune.detectors.batch import device_of
 from fxprune.detectors.choice import like_the_model, network_of
 from fxprune.errors import FxpruneWarning, ModelError, PlanError
 from fxprune.graph import fingerprint
@@ -21,6 +22,7 @@ from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.cleanup import remove_dead_code
 from fxprune.passes.functional import overwrite_again
 from fxprune.plan import Candidate, IslandRecord, Plan
+from fxprune.ranks import on_device
 from fxprune.study import Progress, Study
 from fxprune.verification import differences, inventory, verify_graph, verify_weights
 
@@ -82,6 +84,11 @@ def analyze(
     SettingError
         If an option is not known.
 
+    Notes
+    -----
+    In several processes (`torch.distributed`) all call it, with the same model and loader, and get the same analysis:
+    they share out the batches; one alone measures milliseconds.
+
     Examples
     --------
     >>> analysis = fxprune.analyze(model, loader)                  # doctest: +SKIP
@@ -89,7 +96,8 @@ def analyze(
     """
     study = Study(criterion, loss, shapes, seed, progress, latency_backend)
     network = network_of(model)
-    with untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():
+    device = device_of(network)
+    with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():
         return study.run(private_copy(network), calib_loader)
 
 

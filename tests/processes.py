@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.multiprocessing.spawn import start_processes
 
 import fxprune
@@ -22,7 +22,8 @@ CUT = ("blocks.0", "blocks.2")
 def run_jobs(jobs: dict[str, Job], world: int, folder: Path) -> list[dict[str, Any]]:
     """Let processes do some jobs one after the other; returns what came of each, or its error, a mapping a process."""
     multiprocessing.set_forkserver_preload(["tests.processes"])  # what takes long to import, once for all
-    start_processes(_work, args=(jobs, world, folder), nprocs=world, start_method="forkserver")
+    start: Any = start_processes
+    start(_work, args=(jobs, world, folder), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
