@@ -101,6 +101,8 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
             analysis = search.analyze(now, calibration)
             whole = whole or analysis.before
             rest = 1 - _left(whole, analysis.before, search.budget, search.cost)
+            if rest <= 0:
+                break
             analysis.plan(rest, search.cost)  # can it be met?
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
             if share <= 0:
