@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.detectors.batch import Adapter, Batch
 from fxprune.errors import BatchError, FxpruneError, LossError
 from fxprune.graph import map_tensors
-from fxprune.ranks import alike, check_shareable, gathered, is_own
+from fxprune.ranks import alike, check_shareable, gathered, is_own, rank_and_world
 
 
 class Calibration:
@@ -78,10 +79,10 @@ class Calibration:
             At the end, if there were fewer batches than processes.
         """
         self.count = 0
-        for index, raw in enumerate(self._kept or chain([self.first_raw], self._rest)):
+        for index, raw in enumerate(chain([self.first_raw], self._rest) if self._kept is None else self._kept):
             self.count += 1
             if is_own(index):
-                yield index, raw if self._kept else self._labelled(model, adapter, raw, index)
+                yield index, raw if self._kept is not None else self._labelled(model, adapter, raw, index)
         check_shareable(self.count)
 
     def keep(self, model: nn.Module, adapter: Adapter) -> None:
@@ -105,6 +106,17 @@ class Calibration:
         counts = gathered(self.count)
         if len({*counts}) > 1:
             raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER}")
+
+    def some(self, images: int) -> Calibration:
+        """The first batches of those kept, as many as hold so many images; no fewer than there are processes."""
+        kept, found = self._kept or [], 0
+        part = copy.copy(self)
+        part._kept = []
+        for batch in kept:
+            if found < images or len(part._kept) < rank_and_world()[1]:
+                part._kept.append(batch)
+                found += batch.count
+        return part
 
     def images(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
         """Yield every batch once, in the form the adapter runs; labels are left out and none are made."""

@@ -52,7 +52,7 @@ def compile(
     strategy : str
         ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
         each. ``"search"``: up to `tries` plans, proposed by the scores and judged by the loss once mended, each with
-        about five forward passes over the images. Interrupted (Ctrl-C), both give the best so far.
+        about five forward passes over 64 images. Interrupted (Ctrl-C), both give the best so far.
     heal : str
         How the result is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"`` or ``"mimic"``.
 
@@ -84,14 +84,14 @@ def compile(
     with on_device(device_of(network_of(model))):
         calibration = Calibration.of(calib_loader)
         if strategy != "one_shot" or heal != "none":
-            _read_once(model, calibration, loss)
+            read_once(model, calibration, loss)
         pruned = model
         for plan in search.run(model, calibration):
             pruned = apply(pruned, plan)
         return _healed(pruned, model, calibration, search, heal)
 
 
-def _read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
+def read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
     """Keep the batches, labelled by the model as it was if need be."""
     network = network_of(model)
     with failing_together(), untouched_randomness(network), torch.inference_mode(False):
