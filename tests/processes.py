@@ -144,7 +144,7 @@ def resume(folder: Path) -> dict[str, Tensor]:
 
 
 def prune(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    pruned = fxprune.compile(tiny(), partly_labelled(), 0.4, **options)
+    pruned = fxprune.compile(tiny(), partly_labelled(), **options)
     return [plan.to_dict() for plan in plans_carried_out(pruned)], dict(pruned.state_dict())
 
 
