@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.calibration import Calibration
-from fxprune.detectors.batch import Batch
+from fxprune.calibration import Calibration, check_same
+from fxprune.detectors.batch import Batch, device_of
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
 from fxprune.driver import plans_carried_out, traced_island
-from fxprune.errors import BatchError, SettingError
+from fxprune.errors import SettingError
 from fxprune.fits import fit_affine, fit_statistics
-from fxprune.isolation import private_copy, untouched_randomness
-from fxprune.mimicry import Schedule, copied, judge, mimic, points_of
+from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
+from fxprune.mimicry import Schedule, check_images, copied, judge, mimic, points_of
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
-from fxprune.ranks import own_share, rank_and_world
+from fxprune.ranks import check_shareable, failing_together, on_device, overwrite_by_first, own_share
 from fxprune.refitting import refit
 from fxprune.study import Progress
 
@@ -100,13 +100,19 @@ def heal(
     check_heal(method)
     care = Care(Schedule(steps, learning_rate, seed), Path(checkpoint) if checkpoint else None, progress or _silent)
     network, before, plans = network_of(pruned), network_of(original), plans_carried_out(pruned)
-    with untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
+    device = device_of(network)
+    with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
         healed = private_copy(network, keep_precision=True)
-        for record in plans[0].islands:
-            traced_island(before, record, plans[0])  # held to its fingerprint
-        pair, batches = _paired(before, network, plans, Calibration.of(calib_loader), loss)
+        with failing_together():
+            for record in plans[0].islands:
+                traced_island(before, record, plans[0])  # held to its fingerprint
+            pair, batches = _paired(before, network, plans, Calibration.of(calib_loader), loss)
+        for model in (before, network):
+            check_same_weights(model)
+        check_same(batches)
         HEALERS[method](pair, batches, care)
         healed.load_state_dict(pair.pruned.state_dict())
+        overwrite_by_first([*healed.parameters(), *healed.buffers()])
     return like_the_model(pruned, healed)
 
 
@@ -118,9 +124,8 @@ def _paired(
     old, new = private_copy(before), private_copy(network)
     for twin in (old, new):
         adapter.prepare(twin)
-    batches, (_, world) = list(calibration.images(old, adapter)), rank_and_world()
-    if len(batches) < world:
-        raise BatchError(f"{len(batches)} batches cannot be shared by {world} processes; give more")
+    batches = list(calibration.images(old, adapter))
+    check_shareable(len(batches))
     islands = {node.island for plan in plans for node in plan.nodes}
     return pair_up(old, new, adapter, batches[0], islands), batches
 
@@ -144,6 +149,7 @@ def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
 
 
 def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+    check_images(batches)
     points, before = points_of(pair), copied(pair.pruned)
     found = judge(pair, points, batches)
     _affine(pair, batches, care)
