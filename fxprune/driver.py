@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,7 +137,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             _rewrite(shell, record, plan)
         pruned = shell.get_submodule("root")
     verify_weights(network, pruned, plan)
-    remember(pruned, [*plans_of(network), plan.to_dict()], alterations(network))
+    unhealed = {key: value for key, value in plan.settings.items() if key != "heal"}
+    remember(pruned, [*plans_of(network), replace(plan, settings=unhealed).to_dict()], alterations(network))
     return like_the_model(model, pruned)
 
 

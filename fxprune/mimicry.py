@@ -138,8 +138,9 @@ def _begun(
 
 
 def points_of(pair: Pair) -> list[str]:
-    """Modules whose outputs are compared: the captured parts, and the norms in them."""
-    return sorted({*filter(None, pair.graphs), *(name for name, layer in pair.layers() if is_norm_layer(layer))})
+    """Modules whose outputs are compared: the captured parts, and the norms in them; else the model as a whole."""
+    norms = (name for name, layer in pair.layers() if is_norm_layer(layer))
+    return sorted({*filter(None, pair.graphs), *norms}) or [""]
 
 
 def distance(pair: Pair, points: Sequence[str], batch: Batch) -> Tensor:
@@ -182,6 +183,12 @@ def judge(pair: Pair, points: Sequence[str], batches: Sequence[Batch]) -> float:
     with torch.no_grad():
         parts = [float(distance(pair, points, batch)) * batch.count for batch in batches]
     return sum(parts) / sum(batch.count for batch in batches)
+
+
+def can_be_shared(batch: Batch) -> bool:
+    """Whether every process can have images of a batch."""
+    world = rank_and_world()[1]
+    return world == 1 or (_has_images(batch) and batch.count >= world)
 
 
 def _own_images(batch: Batch) -> Batch:

@@ -19,7 +19,7 @@ from fxprune.detectors.batch import Adapter
 from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import analyze, apply
 from fxprune.errors import FxpruneWarning, SettingError
-from fxprune.healing import Loss, heal
+from fxprune.healing import Loss, mend
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.plan import Plan, Totals
 from fxprune.study import Progress
@@ -81,7 +81,7 @@ class Search:
 
     def mended(self, pruned: nn.Module, model: nn.Module, calibration: Calibration) -> nn.Module:
         """A pruned model after the quick healing."""
-        return heal(pruned, model, calibration, self.mend, loss=self.loss) if self.mend != "none" else pruned
+        return mend(pruned, model, calibration, self.mend, self.loss) if self.mend != "none" else pruned
 
 
 def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
@@ -94,6 +94,7 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
     judge = Judge(model, calibration, search)
     plans: list[Plan] = []
     now, whole = model, None
+    search.progress("greedy", 0, steps)
     try:
         for step in range(1, steps + 1):
             analysis = search.analyze(now, calibration)
@@ -125,6 +126,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
     judge = Judge(model, calibration, search)
     beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
+    search.progress("search", 0, search.tries)
     try:
         for number in range(1, search.tries + 1):
             plan = _proposed(analysis, beliefs, found, search)
