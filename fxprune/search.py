@@ -99,7 +99,10 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
         for step in range(1, steps + 1):
             analysis = search.analyze(now, calibration)
             whole = whole or analysis.before
-            analysis.plan(1 - _left(whole, analysis.before, search.budget, search.cost), search.cost)  # can it be met?
+            lacking = 1 - _left(whole, analysis.before, search.budget, search.cost)
+            if lacking <= 0:  # a block more went than was needed
+                break
+            analysis.plan(lacking, search.cost)  # can it be met?
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
             if share <= 0:
                 continue
