@@ -35,6 +35,13 @@ def replace_rows(name: str, model: str, rows: Iterable[Row]) -> None:
     write_all(name, [*kept, *rows])
 
 
+def append_row(name: str, row: Row) -> None:
+    """Add a row to a file; several programs may do so at a time."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def write_all(name: str, rows: Iterable[Row]) -> None:
     """Write a file anew."""
     RESULTS.mkdir(exist_ok=True)

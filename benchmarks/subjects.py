@@ -15,7 +15,7 @@ from torchvision import models
 
 import fxprune
 from benchmarks.detectors import DETECTORS
-from benchmarks.train import digits_folder, load_trained
+from benchmarks.train import calibration_folder, digits_folder, load_trained
 from fxprune import CocoDataset
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
@@ -76,6 +76,13 @@ class Subject:
     def batches(self) -> list[Any]:
         """The calibration images with labels, in the form the model takes."""
         return list(fxprune.batches(self.model, self.calibration, batch_size=BATCH_SIZE, image_size=self.image_size))
+
+    def unlabelled(self) -> list[Any]:
+        """The calibration images alone."""
+        pictures = fxprune.batches(
+            self.model, self.calibration, batch_size=BATCH_SIZE, image_size=self.image_size, targets=False
+        )
+        return list(pictures)
 
     def evaluate(self, model: nn.Module, images: int | None = None) -> dict[str, float]:
         """COCO figures of a pruned version on the (first) val images."""
@@ -169,8 +176,8 @@ def trained(name: str, options: argparse.Namespace) -> Subject:
     if name not in DETECTORS:
         raise SystemExit(f"{name!r} is none of the trained detectors: {', '.join(DETECTORS)}")
     model, size = load_trained(name), DETECTORS[name].size
-    digits = digits_folder(size)
-    val, calibration = (CocoDataset.from_folder(digits / split) for split in ("val", "calibration"))
+    val = CocoDataset.from_folder(digits_folder(size) / "val")
+    calibration = CocoDataset.from_folder(calibration_folder(size, options.calibration))
     return Subject(
         name, model, read_items(val, options.val), read_items(calibration, options.calibration), image_size=size
     )

@@ -97,6 +97,14 @@ def digits_folder(size: int, images: int = 8000, seed: int = 0) -> Path:
     return folder
 
 
+def calibration_folder(size: int, images: int, seed: int = 0) -> Path:
+    """Compose so many calibration images; the first ones are those of `digits_folder`. Returns their folder."""
+    folder = cache_folder() / f"digits-{size}px-calibration{images}-seed{seed}"
+    if not (folder / "annotations.json").exists():
+        write_split(folder, DigitsConfig(size=size, calibration=images, seed=seed), load_sources(), "calibration")
+    return folder
+
+
 def load_trained(name: str) -> nn.Module:
     """The trained detector `name` in eval mode, from the cache.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,17 @@ class Calibration:
     def keep(self, model: nn.Module, adapter: Adapter) -> None:
         """Read everything now, labelled by this model if need be; it can be gone through again and again then."""
         self._kept = list(self.batches(model, adapter))
+
+    def some(self, images: int) -> Calibration:
+        """The first batches of those kept, as many as hold so many images."""
+        kept, found = self._kept or [], 0
+        part = copy.copy(self)
+        part._kept = []
+        for batch in kept:
+            if found < images:
+                part._kept.append(batch)
+                found += batch.count
+        return part
 
     def images(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
         """Yield every batch once, in the form the adapter runs; labels are left out and none are made."""

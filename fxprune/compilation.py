@@ -52,7 +52,7 @@ def compile(
     strategy : str
         ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
         each. ``"search"``: up to `tries` plans, proposed by the scores and judged by the loss once mended, each with
-        about five forward passes over the images. Interrupted (Ctrl-C), both give the best so far.
+        about five forward passes over 64 images. Interrupted (Ctrl-C), both give the best so far.
     heal : str
         How it is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"``, ``"mimic"`` (`steps` batches).
 
@@ -79,7 +79,7 @@ def compile(
     search = Search(strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, say)
     calibration = Calibration.of(calib_loader)
     if strategy != "one_shot" or heal != "none":
-        _read_once(model, calibration, loss)
+        read_once(model, calibration, loss)
     pruned = _pruned(model, calibration, search)
     return pruned if heal == "none" else _healed(pruned, model, calibration, search, heal, steps)
 
@@ -91,7 +91,7 @@ def _pruned(model: nn.Module, calibration: Calibration, search: Search) -> nn.Mo
     return pruned
 
 
-def _read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
+def read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
     """Keep the batches, labelled by the model as it was if need be."""
     network = network_of(model)
     with untouched_randomness(network), torch.inference_mode(False):

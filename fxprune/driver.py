@@ -64,11 +64,10 @@ def analyze(
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
     latency_backend : str, optional
-        ``"eager"`` or ``"inductor"`` (`torch.compile`): measure milliseconds there, for budgets that count them. They
-        are of one call in float32 on the first batch of the loader, with the model's device and torch's threads as
-        they are; let nothing else run meanwhile.
+        ``"eager"`` or ``"inductor"`` (`torch.compile`): measure milliseconds there, of one call in float32 on the
+        first batch, with the model's device and torch's threads as they are. Let nothing else run meanwhile.
     progress : callable, optional
-        ``progress(stage, done, total)`` as work goes on; `total` is None where it is not known.
+        ``progress(stage, done, total)``; `total` is None where it is not known.
 
     Returns
     -------
@@ -78,15 +77,12 @@ def analyze(
     ------
     ModelError, NoRegionError
         If the model cannot be analyzed, or has nothing to remove.
-    BatchError, LossError
-        If a batch or its loss cannot be used; names the batch.
-    SettingError
-        If an option is not known.
+    BatchError, LossError, SettingError
+        If a batch, its loss (names the batch) or an option cannot be used.
 
     Examples
     --------
-    >>> analysis = fxprune.analyze(model, loader)                  # doctest: +SKIP
-    >>> plan = analysis.plan(budget=0.1)                           # doctest: +SKIP
+    >>> plan = fxprune.analyze(model, loader).plan(budget=0.1)     # doctest: +SKIP
     """
     study = Study(criterion, loss, shapes, seed, progress, latency_backend)
     network = network_of(model)

@@ -16,10 +16,12 @@ from fxprune.ranks import summed
 RIDGE = 1e-2
 """How strongly fitted weights are held to those that are there, relative to the mean square of what they weigh."""
 ROWS = 4
-"""Places of the feature maps that a fit looks at, per weight of one output channel, ..."""
-LEAST = 65536
-"""... and at least, where there are as many. More do better: YOLOv8n at 30 % keeps mAP .591 with 1,024 places,
-.662 with 16,384, .667 with 65,536 and .670 with 131,072."""
+"""Places of the feature maps that a fit looks at, at least, per weight of one output channel."""
+MOST, WORK = 65536, 2.5e10
+"""Places that it looks at, at most, and products a group that it takes to do so. More do better: YOLOv8n at 30 % keeps
+mAP .591 with 1,024 places, .662 with 16,384, .667 with 65,536 and .670 with 131,072."""
+WIDEST = 5000
+"""Weights of one output channel beyond which a layer is fitted as a scale and shift a channel."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,10 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if weight is None or not weight.is_floating_point():
         return
-    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+    matrix = isinstance(layer, (nn.Conv2d, nn.Linear))
+    if isinstance(layer, (nn.Conv2d, nn.Linear)) and weight[0].numel() <= WIDEST:
         _fit_matrix(layer, sight)
-    elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
+    elif bias is not None and (matrix or (weight.ndim == 1 and is_norm_layer(layer))):
         _fit_channels(weight, bias, sight)
 
 
@@ -94,7 +97,7 @@ def _fit_channels(weight: Tensor, bias: Tensor, sight: Sight) -> None:
     variance = (xx - x * x).clamp_min(0)
     known = variance > 1e-10 * (xx + 1e-30)
     slope = torch.where(known, (xy - x * y + RIDGE * variance) / (variance * (1 + RIDGE)).clamp_min(1e-30), 1.0)
-    weight.data.mul_(slope.to(weight.dtype))
+    weight.data.mul_(slope.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1)))
     bias.data.copy_((slope * bias.double() + y - slope * x).to(bias.dtype))
 
 
@@ -108,7 +111,8 @@ def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
     weight, bias = layer.weight.data, layer.bias
     outputs, inputs = len(weight) // groups, weight[0].numel()
     places = sum(value.numel() // len(weight) for value in sight.wanted)
-    share = min(1.0, max(ROWS * inputs, LEAST) / float(summed(torch.tensor(float(places)))))
+    rows = max(ROWS * inputs, min(MOST, WORK / inputs**2))
+    share = min(1.0, rows / float(summed(torch.tensor(float(places)))))
     gram = weight.new_zeros(groups, inputs + 1, inputs + 1, dtype=torch.float64)
     cross = weight.new_zeros(groups, inputs + 1, outputs, dtype=torch.float64)
     for x, y in zip(sight.inputs, sight.wanted, strict=True):

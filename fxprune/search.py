@@ -28,6 +28,8 @@ STRIDE = 0.05
 """Share of what a step of ``"greedy"`` finds that it removes; a budget takes as many such steps as it needs."""
 TRIES = 24
 """Plans whose loss ``"search"`` takes."""
+SAMPLE = 64
+"""Images that plans are mended and judged on; scores, and the mending of what is chosen, see all."""
 DRAWS = 8
 """How often it draws anew to come to a plan that it has not tried."""
 NOISE = 0.05
@@ -91,23 +93,22 @@ def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> lis
 def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Remove a little, mend, score what is left, and so on."""
     steps = max(1, math.ceil(math.log(1 - search.budget) / math.log(1 - STRIDE) - 1e-9))
-    judge = Judge(model, calibration, search)
+    sample = calibration.some(SAMPLE)
+    judge = Judge(model, sample, search.loss, search.seed)
     plans: list[Plan] = []
     now, whole = model, None
     search.progress("greedy", 0, steps)
     try:
         for step in range(1, steps + 1):
             analysis = search.analyze(now, calibration)
-            whole = whole or analysis.before
-            lacking = 1 - _left(whole, analysis.before, search.budget, search.cost)
-            if lacking <= 0:  # a block more went than was needed
-                break
-            analysis.plan(lacking, search.cost)  # can it be met?
+            if whole is None:
+                whole = analysis.before
+                analysis.plan(search.budget, search.cost)  # raises now rather than later where it is out of reach
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
             if share <= 0:
                 continue
             plan = analysis.plan(share, search.cost)
-            now = search.mended(apply(now, plan), model, calibration)
+            now = search.mended(apply(now, plan), model, sample)
             plans.append(_noted(plan, strategy="greedy", step=f"{step} of {steps}", loss_increase=judge.worse(now)))
             search.progress("greedy", step, steps)
     except KeyboardInterrupt:
@@ -126,7 +127,8 @@ def _left(whole: Totals, now: Totals, budget: float, cost: str) -> float:
 def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Let scores propose whole plans, take the loss of each once mended, and learn from it what scores are worth."""
     analysis = search.analyze(model, calibration)
-    judge = Judge(model, calibration, search)
+    sample = calibration.some(SAMPLE)
+    judge = Judge(model, sample, search.loss, search.seed)
     beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     search.progress("search", 0, search.tries)
@@ -135,7 +137,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
             plan = _proposed(analysis, beliefs, found, search)
             if plan is None:
                 break
-            loss = judge.worse(search.mended(apply(model, plan), model, calibration))
+            loss = judge.worse(search.mended(apply(model, plan), model, sample))
             found[_taken(plan)] = loss, plan
             beliefs.learn(_taken(plan), loss)
             search.progress("search", number, search.tries)
@@ -213,19 +215,19 @@ class Beliefs:
 class Judge:
     """Takes the loss of pruned versions of a model on its calibration images."""
 
-    def __init__(self, model: nn.Module, calibration: Calibration, search: Search) -> None:
-        self.calibration, self.search = calibration, search
+    def __init__(self, model: nn.Module, calibration: Calibration, loss: Loss | None, seed: int) -> None:
+        self.calibration, self.loss, self.seed = calibration, loss, seed
         self.whole = self.parts(model)
 
     def parts(self, model: nn.Module) -> torch.Tensor:
         """Parts (P,) of the loss, the mean over the images."""
         network = private_copy(network_of(model))
-        adapter: Adapter = choose_adapter(network, self.calibration.first_raw, self.search.loss)
+        adapter: Adapter = choose_adapter(network, self.calibration.first_raw, self.loss)
         adapter.prepare(network)
         total, images = torch.zeros(()), 0
         with untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
             for index, batch in enumerate(self.calibration.batches(network, adapter)):
-                total = total + batch.count * take_loss(network, adapter, batch, index, self.search.seed).cpu()
+                total = total + batch.count * take_loss(network, adapter, batch, index, self.seed).cpu()
                 images += batch.count
         return total / images
 

@@ -1,0 +1,180 @@
+"""Deeper cuts: what each strategy and each healing keeps of a trained detector, and how long it takes.
+
+    python -m benchmarks.bench_deeper [MODEL ...]                   # composed digits; train with benchmarks.train first
+    python -m benchmarks.bench_deeper --cost latency [MODEL ...]    # budgets of milliseconds, on a quiet machine
+    python -m benchmarks.bench_deeper --render                      # the table alone
+
+The images come without labels: the detector labels them itself. Rows go to ``results/bench_deeper.jsonl``, one a
+detector, strategy, healing, cost and budget; those that are there are not made again. The table is
+``results/deeper.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import fxprune
+from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
+from benchmarks.subjects import Subject, add_options, subjects
+from fxprune.calibration import Calibration
+from fxprune.compilation import read_once
+from fxprune.healing import HEALERS
+from fxprune.latency import backend_for
+from fxprune.plan import Plan
+from fxprune.search import STRATEGIES, TRIES, Search
+
+NAME = "bench_deeper"
+BUDGETS = (0.1, 0.2, 0.3, 0.4)
+GOALS = {0.1: 0.002, 0.2: 0.005, 0.3: 0.015, 0.4: 0.05}
+"""What a budget may cost of mAP."""
+
+console = Console(stderr=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure what the results lack of the detectors asked for, and render the table."""
+    parser = argparse.ArgumentParser(description="mAP of deeper cuts by strategy and healing.")
+    add_options(parser)
+    parser.set_defaults(calibration=256)
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--heals", nargs="+", default=list(HEALERS), choices=list(HEALERS))
+    parser.add_argument("--cost", default="flops", choices=("flops", "latency"))
+    parser.add_argument("--tries", type=int, default=TRIES)
+    parser.add_argument("--steps", type=int, default=400, help="of mimic")
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in () if options.render else subjects(options):
+        measure(subject, options)
+    (RESULTS / "deeper.md").write_text("\n".join(table(read_rows(NAME))) + "\n", encoding="utf-8")
+
+
+def measure(subject: Subject, options: argparse.Namespace) -> None:
+    """Make the rows of one detector that are not there yet; each is written as soon as it is known."""
+    images = subject.unlabelled()
+    calibration = Calibration(images)
+    read_once(subject.model, calibration, None)
+    for budget in options.budgets:
+        for strategy in options.strategies:
+            wanted = [heal for heal in options.heals if not known(subject, strategy, heal, budget, options.cost)]
+            if wanted:
+                cut(subject, calibration, strategy, wanted, budget, options)
+
+
+def cut(
+    subject: Subject,
+    calibration: Calibration,
+    strategy: str,
+    heals: Sequence[str],
+    budget: float,
+    options: argparse.Namespace,
+) -> None:
+    """Find the plans of one strategy and heal what they leave in several ways."""
+    started = time.perf_counter()
+    search = Search(
+        strategy=strategy,
+        budget=budget,
+        cost=options.cost,
+        criterion="fisher",
+        mend="affine",
+        loss=None,
+        shapes="proved",
+        seed=0,
+        latency_backend=backend_for(options.cost, None),
+        tries=options.tries,
+        progress=lambda stage, done, total: None,
+    )
+    try:
+        plans = search.run(subject.model, calibration)
+    except fxprune.BudgetError as error:
+        console.print(f"{subject.name}: {strategy}, {budget}: {error}")
+        return
+    searched = time.perf_counter() - started
+    pruned = subject.model
+    for plan in plans:
+        pruned = fxprune.apply(pruned, plan)
+    for heal in heals:
+        started = time.perf_counter()
+        healed = fxprune.heal(pruned, subject.model, calibration, heal, steps=options.steps)
+        row = row_of(subject, strategy, heal, budget, options, plans, healed)
+        row |= {"search_seconds": searched, "heal_seconds": time.perf_counter() - started - row["val_seconds"]}
+        append_row(NAME, row)
+        console.print(
+            f"{subject.name}: {options.cost} {budget}, {strategy}, {heal}: mAP {row['mAP']:.3f},"
+            f" {searched:.0f} + {row['heal_seconds']:.0f} s"
+        )
+
+
+def known(subject: Subject, strategy: str, heal: str, budget: float, cost: str) -> bool:
+    """Whether the results have a row already."""
+    wanted = {"model": subject.name, "strategy": strategy, "heal": heal, "budget": budget, "cost": cost}
+    return any(wanted.items() <= row.items() for row in read_rows(NAME))
+
+
+def row_of(
+    subject: Subject,
+    strategy: str,
+    heal: str,
+    budget: float,
+    options: argparse.Namespace,
+    plans: Sequence[Plan],
+    healed: nn.Module,
+) -> Row:
+    """Evaluate a healed model."""
+    started = time.perf_counter()
+    scores = subject.evaluate(healed.eval())
+    first, last = plans[0].before, plans[-1].after
+    return {
+        "model": subject.name,
+        "criterion": "fisher",
+        "strategy": strategy,
+        "heal": heal,
+        "cost": options.cost,
+        "budget": budget,
+        "mAP": scores["mAP"],
+        "mAP50": scores["mAP50"],
+        "flops_cut": 1 - last.flops / first.flops,
+        "predicted_latency_cut": latency_cut(plans),
+        "regions": [sorted(region.name for region in plan.removed) for plan in plans],
+        "tries": options.tries,
+        "steps": options.steps,
+        "images": len(subject.calibration),
+        "val_images": len(subject.val),
+        "val_seconds": time.perf_counter() - started,
+        "machine": machine(),
+    }
+
+
+def latency_cut(plans: Sequence[Plan]) -> float | None:
+    """What share of the milliseconds the plans count off, where they were measured."""
+    first, last = plans[0].before.latency_ms, plans[-1].after.latency_ms
+    return None if first is None or last is None else 1 - last / first
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """One line a detector, cost, budget and strategy; the mAP that each healing loses, and the seconds it took."""
+    whole = {row["model"]: row["mAP"] for row in read_rows("bench_paper") if row["criterion"] == "none"}
+    yield f"| model (mAP) | budget | strategy | {' | '.join(HEALERS)} | goal | search + heal, s |"
+    yield "|---|--:|---|" + "--:|" * (len(HEALERS) + 2)
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["cost"], row["budget"], row["strategy"]), {})[row["heal"]] = row
+    for (model, cost, budget, strategy), found in sorted(groups.items(), key=str):
+        base = whole.get(model, float("nan"))
+        losses = [f"{base - found[heal]['mAP']:.3f}" if heal in found else "" for heal in HEALERS]
+        seconds = [f"{row['heal_seconds']:.0f}" for row in found.values()]
+        searched = max(row["search_seconds"] for row in found.values())
+        cells = [f"{model} ({base:.3f})", f"{budget:.0%} {cost}", strategy, *losses, str(GOALS.get(budget, ""))]
+        yield f"| {' | '.join(cells)} | {searched:.0f} + {' / '.join(seconds)} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Strategies: what they ask for, what they find, and that they can be stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.calibration import Calibration
+from fxprune.compilation import read_once
+from fxprune.errors import BudgetError, FxpruneWarning, SettingError
+from fxprune.plan import Plan
+from fxprune.search import STRATEGIES, STRIDE, Beliefs, Judge
+from tests.hostile import Unread, assert_refused, assert_unchanged
+from tests.models import labelled, pixels, tiny
+
+
+def plans_on(model: nn.Module) -> list[dict[str, Any]]:
+    return [plan.to_dict() for plan in fxprune.report(model).plans]
+
+
+def unlabelled() -> list[torch.Tensor]:
+    return [pixels(2, 3, 16, 16, seed=seed) for seed in range(3)]
+
+
+# Beliefs -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_criterion_has_the_first_word() -> None:
+    beliefs = Beliefs([4.0, 1.0, -2.0], seed=0)
+    assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 0.0]]
+
+
+def test_trials_outweigh_scores() -> None:
+    beliefs = Beliefs([1.0, 4.0, 9.0, 16.0], seed=0)
+    truth = np.array([0.9, 0.1, 0.2, 0.3])  # the one that scores least does most damage
+    for taken in ((1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 0, 1, 0)):
+        beliefs.learn(tuple(map(bool, taken)), math.expm1(float(truth @ np.array(taken))))
+    mean, covariance = beliefs.posterior()
+    np.testing.assert_allclose(mean, truth, atol=0.05)
+    assert np.all(np.linalg.eigvalsh(covariance) > -1e-9)
+
+
+def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
+    beliefs = Beliefs([1.0, 4.0, 9.0], seed=0)
+    before = None
+    for number in range(3):
+        beliefs.learn((True, False, False), 0.5)
+        _, covariance = beliefs.posterior()
+        before = before or covariance[2, 2]
+        assert covariance[2, 2] == pytest.approx(before)
+        assert covariance[0, 0] < covariance[1, 1]
+        assert len(beliefs.trials) == number + 1
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    def drawn(seed: int) -> list[list[float]]:
+        beliefs = Beliefs([1.0, 2.0], seed)
+        beliefs.learn((True, False), 0.3)
+        return [scores.tolist() for scores in beliefs.draws()]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+# Strategies ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_shot_is_analyze_plan_apply() -> None:
+    model = tiny()
+    made = fxprune.analyze(model, labelled()).plan(0.3)
+    assert plans_on(fxprune.compile(model, labelled(), 0.3)) == [made.to_dict()]
+
+
+def test_greedy_goes_in_geometric_steps_and_scores_what_is_left() -> None:
+    model = tiny()
+    pruned = fxprune.compile(model, labelled(), 0.5, strategy="greedy")
+    plans = fxprune.report(pruned).plans
+    whole = plans[0].before.flops
+    steps = math.ceil(math.log(0.5) / math.log(1 - STRIDE))
+    assert 1 < len(plans) <= steps
+    for plan, later in zip(plans, [*plans[1:], None], strict=True):
+        step, of = (int(number) for number in plan.settings["step"].split(" of "))
+        assert of == steps
+        assert plan.after.flops <= whole * 0.5 ** (step / steps) * (1 + 1e-9)
+        assert later is None or later.before.flops == pytest.approx(plan.after.flops)
+    assert plans[-1].after.flops <= 0.5 * whole
+    left = {region.name for region in plans[-1].regions if not region.removed}
+    assert left.isdisjoint(region.name for plan in plans for region in plan.removed)
+    assert {type(plan.settings["loss_increase"]) for plan in plans} == {float}
+
+
+def test_greedy_says_at_once_that_a_budget_is_out_of_reach() -> None:
+    seen: list[str] = []
+    with pytest.raises(BudgetError, match="cannot be removed"):
+        fxprune.compile(tiny(), labelled(), 0.99, strategy="greedy", progress=lambda stage, *_: seen.append(stage))
+    assert "greedy" not in seen
+
+
+def test_search_takes_the_plan_of_least_loss_among_those_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[frozenset[str], float]] = []
+    worse = Judge.worse
+
+    def noted(self: Judge, pruned: nn.Module) -> float:
+        loss = worse(self, pruned)
+        tried.append((frozenset(region.name for region in fxprune.report(pruned).removed), loss))
+        return loss
+
+    monkeypatch.setattr(Judge, "worse", noted)
+    pruned = fxprune.compile(tiny(), labelled(), 0.4, strategy="search", tries=6)
+    (plan,) = fxprune.report(pruned).plans
+    assert len(tried) == len({regions for regions, _ in tried}) == plan.settings["tried"] <= 6
+    best, loss = min(tried, key=lambda pair: pair[1])
+    assert {region.name for region in plan.removed} == best
+    assert plan.settings["loss_increase"] == loss
+    scores = fxprune.analyze(tiny(), labelled()).regions
+    assert [region.score for region in plan.regions] == [region.score for region in scores]  # as measured, not believed
+
+
+def test_a_small_model_has_fewer_plans_than_tries() -> None:
+    pruned = fxprune.compile(tiny(), labelled(), 0.8, strategy="search", tries=100)
+    (plan,) = fxprune.report(pruned).plans
+    assert plan.settings["tried"] < 20
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_every_strategy_meets_every_budget_and_changes_nothing(strategy: str) -> None:
+    model = tiny()
+    for cost in ("flops", "params", "blocks"):
+        with assert_unchanged(model):
+            pruned = fxprune.compile(
+                model, unlabelled(), 0.3, cost=cost, strategy=strategy, heal="affine", tries=2, seed=1
+            )
+        plans = fxprune.report(pruned).plans
+        assert getattr(plans[-1].after, cost) <= 0.7 * getattr(plans[0].before, cost) + 1e-9
+        assert pruned(pixels(2, 3, 16, 16)).shape == (2, 5)
+
+
+def test_the_loader_is_read_once_and_labelled_by_the_model_as_it_was() -> None:
+    batches = iter(unlabelled())
+    fxprune.compile(tiny(), batches, 0.5, strategy="greedy", heal="mimic")
+    assert list(batches) == []
+
+
+def test_the_judge_knows_what_the_loss_was() -> None:
+    model = tiny()
+    calibration = Calibration(labelled())
+    pruned = fxprune.compile(model, labelled(), 0.3)
+    read_once(model, calibration, None)
+    judge = Judge(model, calibration, None, seed=0)
+    assert judge.worse(model) == 0.0
+    losses = [
+        float(np.mean([float(nn.functional.cross_entropy(version(x), y)) for x, y in labelled()]))
+        for version in (pruned, model)
+    ]
+    assert judge.worse(pruned) == pytest.approx(losses[0] - losses[1], rel=1e-4)
+
+
+# Interruption --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("strategy", "words"), [("greedy", "1 of 14 steps"), ("search", "1 of 24 plans")])
+def test_interrupted_it_gives_the_best_so_far(strategy: str, words: str) -> None:
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if stage == strategy:
+            raise KeyboardInterrupt
+
+    with pytest.warns(FxpruneWarning, match=f"interrupted after {words}; this is the best so far"):
+        pruned = fxprune.compile(tiny(), labelled(), 0.5, strategy=strategy, progress=stop)
+    assert fxprune.report(pruned).removed
+
+
+def test_interrupted_before_anything_was_found_it_ends() -> None:
+    def stop(stage: str, done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    model = tiny()
+    with assert_unchanged(model), pytest.raises(KeyboardInterrupt):
+        fxprune.compile(model, labelled(), 0.5, strategy="search", progress=stop)
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"strategy": "luck"}, "strategy 'luck' is not known; known: one_shot, greedy, search"),
+        ({"heal": "luck"}, "heal 'luck' is not known"),
+        ({"tries": 0}, "tries is 0; give a number of plans to try"),
+        ({"tries": True}, "tries is True"),
+        ({"cost": "luck"}, "cost 'luck' is not known"),
+    ],
+)
+def test_unknown_settings_are_refused_before_anything_is_read(setting: dict[str, Any], words: str) -> None:
+    model = tiny()
+    with assert_refused(model, SettingError, words):
+        fxprune.compile(model, Unread(), 0.3, **setting)
+
+
+def test_plans_of_a_search_are_plans(tmp_path: Any) -> None:
+    model = tiny()
+    pruned = fxprune.compile(model, labelled(), 0.4, strategy="search", tries=2)
+    (plan,) = fxprune.report(pruned).plans
+    plan.save(tmp_path / "plan.json")
+    again = fxprune.apply(model, Plan.load(tmp_path / "plan.json"))
+    x = pixels(2, 3, 16, 16)
+    assert torch.equal(again(x), pruned(x))
+    assert json.loads(json.dumps(plan.to_dict(), allow_nan=False)) == plan.to_dict()
