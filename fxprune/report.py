@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -16,7 +16,9 @@ from fxprune.driver import plans_carried_out
 from fxprune.plan import Candidate, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.report_html import html
-from fxprune.report_sections import Section, change, describe
+from fxprune.report_making import Step, steps_of
+from fxprune.report_parts import Section, change
+from fxprune.report_sections import describe
 from fxprune.report_text import markdown, terminal
 
 
@@ -53,8 +55,12 @@ class Report:
     @property
     def after(self) -> Totals:
         """The same of the model as it is now."""
-        gone = sum(plan.before.blocks - plan.after.blocks for plan in self.plans)
-        return replace(self.plans[-1].after, blocks=self.before.blocks - gone)
+        return self.steps[-1].after
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What went one after the other, what the model cost then, and how much its loss had grown."""
+        return steps_of(self.plans)
 
     @property
     def regions(self) -> tuple[Candidate, ...]:
@@ -90,6 +96,7 @@ class Report:
             "applied": self.applied,
             "before": asdict(self.before),
             "after": asdict(self.after),
+            "steps": [asdict(step) for step in self.steps],
             "regions": [asdict(region) for region in self.regions],
             "rejections": [asdict(rejection) for rejection in self.rejections],
             "settings": self.settings,

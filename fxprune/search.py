@@ -92,7 +92,7 @@ def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> lis
 
 def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Remove a little, mend, score what is left, and so on."""
-    steps = max(1, math.ceil(math.log(1 - search.budget) / math.log(1 - STRIDE) - 1e-9))
+    steps = steps_to(search.budget)
     sample = calibration.some(SAMPLE)
     judge = Judge(model, sample, search.loss, search.seed)
     plans: list[Plan] = []
@@ -105,17 +105,22 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
                 whole = analysis.before
                 analysis.plan(search.budget, search.cost)  # raises now rather than later where it is out of reach
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
-            if share <= 0:
-                continue
-            plan = analysis.plan(share, search.cost)
-            now = search.mended(apply(now, plan), model, sample)
-            plans.append(_noted(plan, strategy="greedy", step=f"{step} of {steps}", loss_increase=judge.worse(now)))
+            if share > 0:
+                plan = analysis.plan(share, search.cost)
+                now = search.mended(apply(now, plan), model, sample)
+                facts = {"step": f"{step} of {steps}", "asked": search.budget, "mended": search.mend}
+                plans.append(_noted(plan, strategy="greedy", **facts, loss_increase=judge.worse(now)))
             search.progress("greedy", step, steps)
     except KeyboardInterrupt:
         if not plans:
             raise
         _warn_of_interruption(f"after {len(plans)} of {steps} steps")
     return plans
+
+
+def steps_to(budget: float) -> int:
+    """How many steps ``"greedy"`` takes at most."""
+    return max(1, math.ceil(math.log(1 - budget) / math.log(1 - STRIDE) - 1e-9))
 
 
 def _left(whole: Totals, now: Totals, budget: float, cost: str) -> float:
@@ -146,7 +151,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
             raise
         _warn_of_interruption(f"after {len(found)} of {search.tries} plans")
     loss, plan = min(found.values(), key=lambda pair: pair[0])
-    return [_noted(plan, strategy="search", tried=len(found), loss_increase=loss)]
+    return [_noted(plan, strategy="search", tried=len(found), mended=search.mend, loss_increase=loss)]
 
 
 def _proposed(analysis: Analysis, beliefs: Beliefs, found: Iterable[Any], search: Search) -> Plan | None:

@@ -14,7 +14,8 @@ from torch import nn
 
 import fxprune
 from fxprune.report import Report
-from fxprune.report_sections import MOST, change, quantity
+from fxprune.report_parts import change, quantity
+from fxprune.report_sections import MOST
 from tests.hostile import removed
 from tests.plans import HOSTILE, block, plan_of
 
