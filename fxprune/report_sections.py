@@ -121,9 +121,9 @@ def _row(region: Candidate, mark: str, scale: Scale, whole: Totals, timed: bool 
 
 def _legend(plan: Plan, scale: Scale, rows: Sequence[Row]) -> Iterator[str]:
     choice = "of all choices that meet the budget, the one with the least summed importance."
-    if plan.settings.get("strategy") == "search":
-        tried = counted(plan.settings.get("tried"), "plan")
-        choice = f"of {tried} that meet the budget, proposed by importance, the one whose loss grew least."
+    tried = plan.settings.get("tried", 1)
+    if tried != 1:
+        choice = f"of {tried} plans that meet the budget, proposed by importance, the one whose loss grew least."
     yield f"{REMOVED} goes: {choice}"
     if any(row.cells[0] == RIVAL for row in rows):
         yield f"{RIVAL} overlaps with one that goes; only one of them can."

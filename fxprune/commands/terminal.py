@@ -27,7 +27,14 @@ from fxprune.rendering import finite
 
 Tell = Callable[[str, int, int | None], None]
 """``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
-UNITS = {"ablation": "regions", "compile": "regions", "latency": "rounds", "greedy": "steps", "search": "plans"}
+UNITS = {
+    "capture": "steps",
+    "ablation": "regions",
+    "compile": "regions",
+    "latency": "rounds",
+    "greedy": "steps",
+    "search": "plans",
+}
 UNITS |= {"norms": "layers", "affine": "layers", "mimic": "steps"}
 """What a stage counts, if not images."""
 ANALYSIS = ("capture", "attribution", "ablation", "compile", "latency")
@@ -141,5 +148,6 @@ class _Pace(ProgressColumn):
         if task.total is None or task.total <= 1:
             return Text("")
         seconds, unit = task.finished_time or task.elapsed, UNITS.get(task.description.split()[0], "img")
-        rate = f", {task.completed / seconds:.3g} {unit}/s" if seconds and task.completed else ""
-        return Text(f"{task.completed:g}/{task.total:g} {unit}{rate}", style="progress.data.speed")
+        rate = task.completed / seconds if seconds else 0.0
+        pace = f", {rate:.3g} {unit}/s" if rate >= 1 else f", {1 / rate:.3g} s each" if rate else ""
+        return Text(f"{task.completed:g}/{task.total:g} {unit}{pace}", style="progress.data.speed")
