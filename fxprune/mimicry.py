@@ -23,7 +23,7 @@ HELD_OUT = 8
 """Of so many calibration batches one is held out."""
 CHECKS = 10
 """How often the held-out batches are looked at."""
-PATIENCE = 3
+PATIENCE = 6
 """Looks without a better one, after which it ends."""
 WARM_UP = 0.05
 """Share of the steps over which the learning rate grows to its full height; then it falls as a cosine does."""

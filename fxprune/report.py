@@ -6,13 +6,14 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
-from fxprune.driver import plans_carried_out
+from fxprune.detectors.choice import network_of
+from fxprune.driver import SPARED, plans_carried_out
 from fxprune.plan import Candidate, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.report_html import html
@@ -34,6 +35,8 @@ class Report:
         What was carried out, oldest first.
     applied : bool
         Whether it was; False for the report of a plan.
+    spared : mapping of str to float
+        ``flops`` and ``params`` that layers save which became narrower since they read one tensor twice.
 
     Examples
     --------
@@ -46,6 +49,7 @@ class Report:
 
     plans: tuple[Plan, ...]
     applied: bool = True
+    spared: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def before(self) -> Totals:
@@ -60,7 +64,9 @@ class Report:
     @property
     def steps(self) -> tuple[Step, ...]:
         """What went one after the other, what the model cost then, and how much its loss had grown."""
-        return steps_of(self.plans)
+        *others, last = steps_of(self.plans)
+        less = {name: getattr(last.after, name) - count for name, count in self.spared.items()}
+        return (*others, replace(last, after=replace(last.after, **less)))
 
     @property
     def regions(self) -> tuple[Candidate, ...]:
@@ -154,7 +160,7 @@ def report(pruned: nn.Module | Plan) -> Report:
     """
     if isinstance(pruned, Plan):
         return Report((pruned,), applied=False)
-    return Report(plans_carried_out(pruned))
+    return Report(plans_carried_out(pruned), spared=getattr(network_of(pruned), SPARED, {}))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -61,9 +61,10 @@ def steps_of(plans: Sequence[Plan]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def step_by_step(plans: Sequence[Plan]) -> Section:
-    """What went in which step, and what was gone by then."""
-    steps, before, cost = steps_of(plans), plans[0].before, plans[-1].cost
+def step_by_step(plans: Sequence[Plan], after: Totals) -> Section:
+    """What went in which step, and what was gone by then; `after` is the model after the last."""
+    *steps, last = steps_of(plans)
+    steps, before, cost = [*steps, replace(last, after=after)], plans[0].before, plans[-1].cost
     costs = {"flops": "FLOPs", cost: COST_NAMES.get(cost, cost)}
     measured = any(step.loss_increase is not None for step in steps)
     rows = []

@@ -52,7 +52,7 @@ def describe(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals
     steps = f" in {len(plans)} steps" if len(plans) > 1 else ""
     sections = (
         _costs(title + steps, before, after, plans),
-        step_by_step(plans) if len(plans) > 1 else None,
+        step_by_step(plans, after) if len(plans) > 1 else None,
         healed(plans) if applied else None,
         _chart(last, before, f" before step {len(plans)}" if len(plans) > 1 else ""),
         _refused(last.rejections) if last.rejections else None,
