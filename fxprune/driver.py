@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,7 +148,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         pruned = shell.get_submodule("root")
     verify_weights(network, pruned, plan, narrowed)
     saved = spared({node.name: node.flops for node in plan.nodes}, network.state_dict(), narrowed)
-    remember(pruned, [*plans_of(network), plan.to_dict()], alterations(network), saved)
+    unhealed = {key: value for key, value in plan.settings.items() if key != "heal"}
+    plans = [*plans_of(network), replace(plan, settings=unhealed).to_dict()]
+    remember(pruned, plans, alterations(network), saved)
     return like_the_model(model, pruned)
 
 
@@ -179,8 +182,11 @@ def alterations(network: nn.Module) -> list[str]:
     return [] if layout is None else [*layout["altered"], *differences(layout["parts"], network)]
 
 
-def remember(network: nn.Module, plans: list[dict[str, Any]], altered: list[str], saved: dict[str, Any]) -> None:
+def remember(
+    network: nn.Module, plans: list[dict[str, Any]], altered: list[str], saved: dict[str, Any] | None = None
+) -> None:
     """Leave notes on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
+    saved = getattr(network, SPARED, {}) if saved is None else saved
     notes = {PLANS: plans, LAYOUT: {"parts": inventory(network), "altered": altered}, SPARED: saved}
     for name, value in notes.items():
         setattr(network, name, value)

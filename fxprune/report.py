@@ -17,7 +17,9 @@ from fxprune.driver import SPARED, plans_carried_out
 from fxprune.plan import Candidate, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.report_html import html
-from fxprune.report_sections import Section, change, describe
+from fxprune.report_making import Step, steps_of
+from fxprune.report_parts import Section, change
+from fxprune.report_sections import describe
 from fxprune.report_text import markdown, terminal
 
 
@@ -57,10 +59,14 @@ class Report:
     @property
     def after(self) -> Totals:
         """The same of the model as it is now."""
-        gone = sum(plan.before.blocks - plan.after.blocks for plan in self.plans)
-        after = self.plans[-1].after
-        less = {name: getattr(after, name) - count for name, count in self.spared.items()}
-        return replace(after, blocks=self.before.blocks - gone, **less)
+        return self.steps[-1].after
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What went one after the other, what the model cost then, and how much its loss had grown."""
+        *others, last = steps_of(self.plans)
+        less = {name: getattr(last.after, name) - count for name, count in self.spared.items()}
+        return (*others, replace(last, after=replace(last.after, **less)))
 
     @property
     def regions(self) -> tuple[Candidate, ...]:
@@ -96,6 +102,7 @@ class Report:
             "applied": self.applied,
             "before": asdict(self.before),
             "after": asdict(self.after),
+            "steps": [asdict(step) for step in self.steps],
             "regions": [asdict(region) for region in self.regions],
             "rejections": [asdict(rejection) for rejection in self.rejections],
             "settings": self.settings,
