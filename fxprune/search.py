@@ -24,7 +24,7 @@ from fxprune.healing import Loss, mend
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.plan import Plan, Totals
 from fxprune.ranks import by_first, failing_together, gathered, on_device, rank_and_world, summed
-from fxprune.study import Progress
+from fxprune.study import Progress, Study
 
 STRIDE = 0.05
 """Share of what a step of ``"greedy"`` finds that it removes; a budget takes as many such steps as it needs."""
@@ -61,6 +61,7 @@ class Search:
     progress: Progress
 
     def __post_init__(self) -> None:
+        Study(self.criterion, self.loss, self.shapes, self.seed)  # checks these
         if self.strategy not in STRATEGIES:
             raise SettingError(f"strategy {self.strategy!r} is not known; known: {', '.join(STRATEGIES)}")
         if not isinstance(self.tries, int) or isinstance(self.tries, bool) or self.tries < 1:
