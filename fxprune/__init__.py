@@ -18,6 +18,7 @@ from fxprune.errors import (
     StorageError,
 )
 from fxprune.evaluation import evaluate
+from fxprune.folding import fold_norms
 from fxprune.healing import heal
 from fxprune.loading import batches
 from fxprune.plan import Plan
@@ -46,6 +47,7 @@ __all__ = [
     "compile",
     "draw",
     "evaluate",
+    "fold_norms",
     "heal",
     "load",
     "report",

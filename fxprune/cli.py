@@ -12,11 +12,19 @@ from fxprune import drawing
 from fxprune.commands import options as o
 from fxprune.commands import output, tables, work
 from fxprune.commands.data import check_data, open_pictures
-from fxprune.commands.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions
+from fxprune.commands.options import (
+    BudgetOptions,
+    DataOptions,
+    ModelOptions,
+    OutputOptions,
+    ScoreOptions,
+    SearchOptions,
+)
 from fxprune.commands.running import EXIT_STATUS, Command, keep_stdout, runnable, told, version_line
 from fxprune.commands.terminal import Result, Terminal, open_terminal
 from fxprune.criteria import CRITERIA
 from fxprune.demo import DEMO_CRITERIA, run_demo
+from fxprune.driver import plans_carried_out
 from fxprune.picture import Drawable
 from fxprune.plan import Plan
 from fxprune.report import report
@@ -111,7 +119,9 @@ def analyze(
 ) -> Result:
     """Score every block that could go; mark those a budget takes."""
     with terminal.progress() as tell:
-        _, analysis, plan = work.planned(model, data, scores, budget, out, tell)
+        network = work.checked(model, data, budget, out, tell)
+        analysis = work.analyzed(network, work.calibrating(network, data, tell), scores, budget.cost)
+        plan = analysis.plan(budget.budget, budget.cost)
 
         def fill(draft: Path) -> None:
             plan.save(draft / "plan.json")
@@ -142,6 +152,7 @@ def sweep(
     out: OutputOptions,
     budgets: Annotated[str, o.option(o.SCORES, "Fractions of the cost, with commas between.")] = "0.1,0.2,0.3",
     cost: o.CostName = "flops",
+    heal: o.HealName = "none",
 ) -> Result:
     """Prune by several budgets; show mAP and cost of each."""
     check_data(model, data, boxes=True)
@@ -149,11 +160,13 @@ def sweep(
     output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
         network = work.opened(model, data.device, tell)
-        analysis = work.analyzed(network, data, scores, tell, cost)
-        points, plans = work.swept(network, analysis, fractions, cost, data, tell)
+        images = work.calibrating(network, data, tell, heal)
+        analysis = work.analyzed(network, images, scores, cost)
+        points, plans = work.swept(network, analysis, fractions, cost, data, images, heal)
         document = {
             "model": model.model,
             "cost": cost,
+            "heal": heal,
             "settings": dict(analysis.settings),
             "points": [point.to_dict() for point in points],
         }
@@ -187,7 +200,8 @@ def draw(
         elif model.pruned is not None:
             what = work.opened(model, data.device, tell)
         else:
-            what = work.analyzed(work.opened(model, data.device, tell), data, scores, tell)
+            network = work.opened(model, data.device, tell)
+            what = work.analyzed(network, work.calibrating(network, data, tell), scores)
         tell("draw", 0, 1)
         output.check_file(picture, force)  # again: it may have appeared meanwhile
         drawing.draw(what, picture)
@@ -201,12 +215,18 @@ def prune(
     data: DataOptions,
     scores: ScoreOptions,
     budget: BudgetOptions,
+    search: SearchOptions,
     out: OutputOptions,
 ) -> Result:
-    """Analyze, remove, and save the smaller model."""
+    """Analyze, remove, mend if asked to, and save the smaller model."""
     with terminal.progress() as tell:
-        network, analysis, plan = work.planned(model, data, scores, budget, out, tell)
-        return work.finished(network, plan, analysis, out, tell)
+        network = work.checked(model, data, budget, out, tell)
+        images = work.calibrating(network, data, tell, search.heal)
+        if remark := work.effort(images.images, budget.budget, search):
+            terminal.say(remark, head=f"{search.strategy}:")
+        pruned, analysis = work.cut(network, images, scores, budget, search)
+        shown = plans_carried_out(pruned)[-1] if analysis else None
+        return work.finished(pruned, analysis or pruned, shown, out, tell)
 
 
 @command("Cut")
@@ -220,4 +240,5 @@ def apply(
     output.check_folder(out.out, out.force)
     made = Plan.load(plan)
     with terminal.progress() as tell:
-        return work.finished(work.opened(model, "cpu", tell), made, None, out, tell)
+        pruned = work.rewritten(work.opened(model, "cpu", tell), made, tell)
+        return work.finished(pruned, made, None, out, tell)

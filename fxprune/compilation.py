@@ -17,6 +17,7 @@ from fxprune.driver import apply
 from fxprune.healing import Loss, check_heal, heal
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.latency import backend_for
+from fxprune.mimicry import Schedule
 from fxprune.ranks import failing_together, on_device
 from fxprune.search import TRIES, Search
 from fxprune.selection import check_budget
@@ -37,6 +38,7 @@ def compile(
     latency_backend: str | None = None,
     seed: int = 0,
     tries: int = TRIES,
+    steps: int = 400,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Remove a fraction of a model's cost, and mend what that broke.
@@ -54,7 +56,7 @@ def compile(
         each. ``"search"``: up to `tries` plans, proposed by the scores and judged by the loss once mended, each with
         about five forward passes over 64 images. Interrupted (Ctrl-C), both give the best so far.
     heal : str
-        How the result is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"`` or ``"mimic"``.
+        How it is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"``, ``"mimic"`` (`steps` batches).
 
     Returns
     -------
@@ -78,6 +80,7 @@ def compile(
     check_budget(budget)
     check_cost(cost)
     check_heal(heal)
+    Schedule(steps)
     quick, timed = ("affine" if heal == "mimic" else heal), backend_for(cost, latency_backend)
     say = progress or _silent
     search = Search(strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, say)
@@ -85,10 +88,15 @@ def compile(
         calibration = Calibration.of(calib_loader)
         if strategy != "one_shot" or heal != "none":
             read_once(model, calibration, loss)
-        pruned = model
-        for plan in search.run(model, calibration):
-            pruned = apply(pruned, plan)
-        return _healed(pruned, model, calibration, search, heal)
+        pruned = _pruned(model, calibration, search)
+        return pruned if heal == "none" else _healed(pruned, model, calibration, search, heal, steps)
+
+
+def _pruned(model: nn.Module, calibration: Calibration, search: Search) -> nn.Module:
+    pruned = model
+    for plan in search.run(model, calibration):
+        pruned = apply(pruned, plan)
+    return pruned
 
 
 def read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
@@ -101,10 +109,11 @@ def read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> 
         calibration.keep(twin, adapter)
 
 
-def _healed(pruned: nn.Module, model: nn.Module, calibration: Calibration, search: Search, method: str) -> nn.Module:
-    if method == "none":
-        return pruned
-    return heal(pruned, model, calibration, method, loss=search.loss, seed=search.seed, progress=search.progress)
+def _healed(
+    pruned: nn.Module, model: nn.Module, calibration: Calibration, search: Search, method: str, steps: int
+) -> nn.Module:
+    say = search.progress
+    return heal(pruned, model, calibration, method, loss=search.loss, steps=steps, seed=search.seed, progress=say)
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.graph import dotted, parameters_read
@@ -113,3 +114,33 @@ def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModul
 def count_params(model: nn.Module) -> int:
     """Number of values in all parameters of a model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def spared(
+    flops: Mapping[str, float], before: Mapping[str, Tensor], narrowed: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Count what narrower layers save.
+
+    Parameters
+    ----------
+    flops : mapping of str to float
+        By path, operations of each layer as it was.
+    before : mapping of str to Tensor
+        Weights as they were, by path.
+    narrowed : mapping of str to tuple of int
+        Shapes since, of those that became narrower.
+
+    Returns
+    -------
+    dict
+        ``flops`` and ``params``.
+
+    Examples
+    --------
+    >>> spared({"conv": 200.0}, {"conv.weight": torch.ones(4, 5)}, {"conv.weight": (4, 3)})
+    {'flops': 80.0, 'params': 8}
+    """
+    saved = {key: before[key].numel() - math.prod(shape) for key, shape in narrowed.items()}
+    layers = {key: max((path for path in flops if key.startswith(f"{path}.")), key=len, default="") for key in saved}
+    shares = {key: saved[key] / before[key].numel() for key in saved}
+    return {"flops": sum(flops.get(layers[key], 0.0) * shares[key] for key in saved), "params": sum(saved.values())}

@@ -19,7 +19,7 @@ from fxprune.driver import analyze, apply
 from fxprune.evaluation import evaluate
 from fxprune.loading import batches
 from fxprune.plan import Plan
-from fxprune.report_sections import change, quantity
+from fxprune.report_parts import change, quantity
 from fxprune.selection import check_budget
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
 

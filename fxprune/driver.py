@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,15 +13,17 @@ from torch import Tensor, fx, nn
 
 from fxprune.analysis import Analysis
 from fxprune.capture import install, trace_island
+from fxprune.channels import channels_of
+from fxprune.costs import spared
 from fxprune.criteria import RegionScore
 from fxprune.detectors.batch import device_of
 from fxprune.detectors.choice import like_the_model, network_of
 from fxprune.errors import FxpruneWarning, ModelError, PlanError
-from fxprune.graph import fingerprint
+from fxprune.graph import dotted, fingerprint
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.passes.bypass import bypass_regions
-from fxprune.passes.cleanup import remove_dead_code
-from fxprune.passes.functional import overwrite_again
+from fxprune.passes.leftovers import clean_up
+from fxprune.passes.narrowing import NARROWED
 from fxprune.plan import Candidate, IslandRecord, Plan
 from fxprune.ranks import on_device
 from fxprune.study import Progress, Study
@@ -30,6 +33,8 @@ PLANS = "fxprune_plans"
 """Attribute of a pruned network: the plans applied to it, oldest first, as plain data."""
 LAYOUT = "fxprune_layout"
 """Attribute of a pruned network: what it was made of when its last plan had been carried out, as plain data."""
+SPARED = "fxprune_spared"
+"""Attribute of a pruned network: what narrower layers save on top of its last plan, by cost."""
 
 
 def analyze(
@@ -65,8 +70,8 @@ def analyze(
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
     latency_backend : str, optional
-        ``"eager"`` or ``"inductor"`` (`torch.compile`): measure milliseconds there, of one call in float32 on the
-        first batch, with the model's device and torch's threads as they are. Let nothing else run meanwhile.
+        ``"eager"`` or ``"inductor"`` (``torch.compile(dynamic=False)``): measure milliseconds there, of one
+        call in float32 on the first batch, with the model's device and torch's threads. Let nothing else run meanwhile.
     progress : callable, optional
         ``progress(stage, done, total)``; `total` is None where it is not known.
 
@@ -111,7 +116,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     -------
     Module
         The same kind of model, its mode, device and dtype kept, the plan's regions gone from its graphs, its
-        parameters and its `state_dict`. A model that is one graph as a whole comes back as a `GraphModule`.
+        parameters and its `state_dict`. A model that is one graph as a whole comes back as a `GraphModule`. A
+        convolution that would read one tensor twice reads it once, the weights of both added up.
 
     Raises
     ------
@@ -136,11 +142,15 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     with torch.inference_mode(False):
         shell = nn.Module()
         shell.add_module("root", private_copy(network, keep_precision=True))
+        narrowed: dict[str, tuple[int, ...]] = {}
         for record in plan.islands:
-            _rewrite(shell, record, plan)
+            narrowed |= _rewrite(shell, record, plan)
         pruned = shell.get_submodule("root")
-    verify_weights(network, pruned, plan)
-    remember(pruned, [*plans_of(network), plan.to_dict()], alterations(network))
+    verify_weights(network, pruned, plan, narrowed)
+    saved = spared({node.name: node.flops for node in plan.nodes}, network.state_dict(), narrowed)
+    unhealed = {key: value for key, value in plan.settings.items() if key != "heal"}
+    plans = [*plans_of(network), replace(plan, settings=unhealed).to_dict()]
+    remember(pruned, plans, alterations(network), saved)
     return like_the_model(model, pruned)
 
 
@@ -172,9 +182,12 @@ def alterations(network: nn.Module) -> list[str]:
     return [] if layout is None else [*layout["altered"], *differences(layout["parts"], network)]
 
 
-def remember(network: nn.Module, plans: list[dict[str, Any]], altered: list[str]) -> None:
-    """Leave plans and layout on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
-    notes = {PLANS: plans, LAYOUT: {"parts": inventory(network), "altered": altered}}
+def remember(
+    network: nn.Module, plans: list[dict[str, Any]], altered: list[str], saved: dict[str, Any] | None = None
+) -> None:
+    """Leave notes on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
+    saved = getattr(network, SPARED, {}) if saved is None else saved
+    notes = {PLANS: plans, LAYOUT: {"parts": inventory(network), "altered": altered}, SPARED: saved}
     for name, value in notes.items():
         setattr(network, name, value)
     if isinstance(network, fx.GraphModule):
@@ -214,19 +227,20 @@ def _other_versions(plan: Plan) -> str:
     return f" (it was made with {' and '.join(others)})" if others else ""
 
 
-def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> None:
-    """Take the plan's regions out of one island of a model."""
+def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Take the plan's regions out of one island of a model, and what is spare then; give the weights' new shapes."""
     path = ".".join(filter(None, ("root", record.name)))
     gm = traced_island(shell.get_submodule("root"), record, plan)
     _warn_of_hooks(record.name, shell.get_submodule(path), gm)
     removed = [region for region in plan.removed if region.island == record.name]
     _check_nodes(removed, gm)
     arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    channels = channels_of(gm)
     bypass_regions(gm, {region.exit: region.stand_in for region in removed})
-    remove_dead_code(gm)
-    overwrite_again(gm)
+    clean_up(gm, channels, shell)
     verify_graph(record.name, arguments, gm, {node for region in removed for node in region.nodes})
     install(shell, path, gm, functional=False)
+    return {dotted(record.name, key): shape for key, shape in gm.meta[NARROWED].items()}
 
 
 def _check_nodes(removed: list[Candidate], gm: fx.GraphModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -96,6 +97,13 @@ def is_weighted(gm: fx.GraphModule, node: fx.Node) -> bool:
     Scales and shifts (norms, layer scale) have one dimension longer than 1 and do not count.
     """
     return any(sum(size > 1 for size in parameter.shape) >= 2 for _, parameter in parameters_read(gm, node))
+
+
+def tied_tensors(model: nn.Module) -> set[int]:
+    """Which parameters and buffers of a model lie under more than one name, by `id`."""
+    names = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
+    names += Counter(id(value) for _, value in model.named_buffers(remove_duplicate=False))
+    return {key for key, count in names.items() if count > 1}
 
 
 def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:

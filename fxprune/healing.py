@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,27 +15,33 @@ from torch import Tensor, nn
 from fxprune.calibration import Calibration, check_same
 from fxprune.detectors.batch import Batch, device_of
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
-from fxprune.driver import plans_carried_out, traced_island
+from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, remember, traced_island
 from fxprune.errors import SettingError
 from fxprune.fits import fit_affine, fit_statistics
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
-from fxprune.mimicry import Schedule, check_images, copied, judge, mimic, points_of
+from fxprune.mimicry import Schedule, can_be_shared, check_images, copied, judge, mimic, points_of
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
-from fxprune.ranks import check_shareable, failing_together, on_device, overwrite_by_first, own_share
+from fxprune.ranks import by_first, check_shareable, failing_together, on_device, overwrite_by_first, own_share
 from fxprune.refitting import refit
+from fxprune.rendering import finite
 from fxprune.study import Progress
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Care:
-    """What a healing method works with: its settings, and where progress goes."""
+    """What a healing method works with: its settings, where progress goes, whether to measure and note what it did."""
 
-    schedule: Schedule
-    checkpoint: Path | None
-    progress: Progress
+    schedule: Schedule = field(default_factory=Schedule)
+    checkpoint: Path | None = None
+    progress: Progress = _silent
+    noted: bool = False
 
     def told(self, stage: str, total: int | None) -> Callable[..., None]:
         """A function that counts: each call is one more done of a stage."""
@@ -81,7 +88,8 @@ def heal(
     Returns
     -------
     Module
-        A healed copy; mode, device, dtype, graphs and the shapes of weights are those of `pruned`.
+        A healed copy; mode, device, dtype, graphs and the shapes of weights are those of `pruned`. Its last plan's
+        ``settings["heal"]`` says how, and how far its features were and are from those of `original` on these images.
 
     Raises
     ------
@@ -98,7 +106,20 @@ def heal(
     >>> healed = fxprune.heal(fxprune.apply(model, plan), model, loader, "affine")   # doctest: +SKIP
     """
     check_heal(method)
-    care = Care(Schedule(steps, learning_rate, seed), Path(checkpoint) if checkpoint else None, progress or _silent)
+    schedule = Schedule(steps, learning_rate, seed)
+    care = Care(schedule, Path(checkpoint) if checkpoint else None, progress or _silent, noted=method != "none")
+    return mend(pruned, original, calib_loader, method, loss, care)
+
+
+def mend(
+    pruned: nn.Module,
+    original: nn.Module,
+    calib_loader: Iterable[Any],
+    method: str,
+    loss: Loss | None = None,
+    care: Care = Care(),
+) -> nn.Module:
+    """As `heal`; measures and notes nothing unless asked to, which saves two runs of each model over the images."""
     network, before, plans = network_of(pruned), network_of(original), plans_carried_out(pruned)
     device = device_of(network)
     with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
@@ -110,10 +131,30 @@ def heal(
         for model in (before, network):
             check_same_weights(model)
         check_same(batches)
-        HEALERS[method](pair, batches, care)
+        note = _carried_out(pair, batches, method, care)
         healed.load_state_dict(pair.pruned.state_dict())
         overwrite_by_first([*healed.parameters(), *healed.buffers()])
+        if care.noted:
+            *others, last = plans_of(healed)
+            last = {**last, "settings": {**last["settings"], "heal": note}}
+            remember(healed, [*others, last], alterations(healed), getattr(healed, SPARED, {}))
     return like_the_model(pruned, healed)
+
+
+def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) -> dict[str, Any]:
+    """Heal, and say what was done and how far features were and are from the original's, over all batches."""
+    begin, points = perf_counter(), points_of(pair)
+    judged = care.noted and all(map(can_be_shared, batches))
+    before = judge(pair, points, batches) if judged else None
+    HEALERS[method](pair, batches, care)
+    after = judge(pair, points, batches) if judged else None
+    return {
+        "method": method,
+        "images": sum(batch.count for batch in batches),
+        **({"steps": care.schedule.steps} if method == "mimic" else {}),
+        "distance": finite({"before": before, "after": after}),
+        "seconds": by_first(lambda: round(perf_counter() - begin, 1)),
+    }
 
 
 def _paired(
@@ -134,10 +175,6 @@ def check_heal(method: object) -> None:
     """Raise `SettingError` unless a method is known."""
     if method not in HEALERS:
         raise SettingError(f"heal {method!r} is not known; known: {', '.join(HEALERS)}")
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass
 
 
 def _norms(pair: Pair, batches: Sequence[Batch], care: Care) -> None:

@@ -139,8 +139,9 @@ def _begun(
 
 
 def points_of(pair: Pair) -> list[str]:
-    """Modules whose outputs are compared: the captured parts, and the norms in them."""
-    return sorted({*filter(None, pair.graphs), *(name for name, layer in pair.layers() if is_norm_layer(layer))})
+    """Modules whose outputs are compared: the captured parts, and the norms in them; else the model as a whole."""
+    norms = (name for name, layer in pair.layers() if is_norm_layer(layer))
+    return sorted({*filter(None, pair.graphs), *norms}) or [""]
 
 
 def distance(pair: Pair, points: Sequence[str], batch: Batch) -> Tensor:
@@ -199,6 +200,12 @@ def check_images(batches: Sequence[Batch]) -> None:
                 f"batch {index}: its {batch.count} images cannot be shared by {world} processes; give larger batches"
                 " (a DataLoader leaves out a small last one with drop_last=True)"
             )
+
+
+def can_be_shared(batch: Batch) -> bool:
+    """Whether every process can have images of a batch."""
+    world = rank_and_world()[1]
+    return world == 1 or (_has_images(batch) and batch.count >= world)
 
 
 def _own_images(batch: Batch) -> Batch:

@@ -6,17 +6,20 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
-from fxprune.driver import plans_carried_out
+from fxprune.detectors.choice import network_of
+from fxprune.driver import SPARED, plans_carried_out
 from fxprune.plan import Candidate, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.report_html import html
-from fxprune.report_sections import Section, change, describe
+from fxprune.report_making import Step, steps_of
+from fxprune.report_parts import Section, change
+from fxprune.report_sections import describe
 from fxprune.report_text import markdown, terminal
 
 
@@ -32,6 +35,8 @@ class Report:
         What was carried out, oldest first.
     applied : bool
         Whether it was; False for the report of a plan.
+    spared : mapping of str to float
+        ``flops`` and ``params`` that layers save which became narrower since they read one tensor twice.
 
     Examples
     --------
@@ -44,6 +49,7 @@ class Report:
 
     plans: tuple[Plan, ...]
     applied: bool = True
+    spared: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def before(self) -> Totals:
@@ -53,8 +59,14 @@ class Report:
     @property
     def after(self) -> Totals:
         """The same of the model as it is now."""
-        gone = sum(plan.before.blocks - plan.after.blocks for plan in self.plans)
-        return replace(self.plans[-1].after, blocks=self.before.blocks - gone)
+        return self.steps[-1].after
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What went one after the other, what the model cost then, and how much its loss had grown."""
+        *others, last = steps_of(self.plans)
+        less = {name: getattr(last.after, name) - count for name, count in self.spared.items()}
+        return (*others, replace(last, after=replace(last.after, **less)))
 
     @property
     def regions(self) -> tuple[Candidate, ...]:
@@ -90,6 +102,7 @@ class Report:
             "applied": self.applied,
             "before": asdict(self.before),
             "after": asdict(self.after),
+            "steps": [asdict(step) for step in self.steps],
             "regions": [asdict(region) for region in self.regions],
             "rejections": [asdict(rejection) for rejection in self.rejections],
             "settings": self.settings,
@@ -147,7 +160,7 @@ def report(pruned: nn.Module | Plan) -> Report:
     """
     if isinstance(pruned, Plan):
         return Report((pruned,), applied=False)
-    return Report(plans_carried_out(pruned))
+    return Report(plans_carried_out(pruned), spared=getattr(network_of(pruned), SPARED, {}))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

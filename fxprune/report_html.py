@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from fxprune.report_sections import Bar, Column, Row, Section
+from fxprune.report_parts import Bar, Column, Row, Section
 
 STAYS, GOES, TRACK, LINE = "#4a8fd9", "#e0562f", "rgba(128,128,128,.16)", "rgba(128,128,128,.35)"
 """Colours that stand out from white and from black; all else has the page's own."""

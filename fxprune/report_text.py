@@ -13,7 +13,7 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from fxprune.report_sections import Column, Row, Section
+from fxprune.report_parts import Column, Row, Section
 
 WIDEST, NARROW = 120, 90
 NUMBERS = 23

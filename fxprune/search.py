@@ -20,7 +20,7 @@ from fxprune.detectors.batch import Adapter, device_of
 from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import analyze, apply
 from fxprune.errors import FxpruneWarning, SettingError
-from fxprune.healing import Loss, heal
+from fxprune.healing import Loss, mend
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.plan import Plan, Totals
 from fxprune.ranks import by_first, failing_together, gathered, on_device, rank_and_world, summed
@@ -85,7 +85,7 @@ class Search:
 
     def mended(self, pruned: nn.Module, model: nn.Module, calibration: Calibration) -> nn.Module:
         """A pruned model after the quick healing."""
-        return heal(pruned, model, calibration, self.mend, loss=self.loss) if self.mend != "none" else pruned
+        return mend(pruned, model, calibration, self.mend, self.loss) if self.mend != "none" else pruned
 
 
 def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
@@ -94,11 +94,12 @@ def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> lis
 
 def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Remove a little, mend, score what is left, and so on."""
-    steps = max(1, math.ceil(math.log(1 - search.budget) / math.log(1 - STRIDE) - 1e-9))
+    steps = steps_to(search.budget)
     sample = calibration.some(SAMPLE)
     judge = Judge(model, sample, search.loss, search.seed)
     plans: list[Plan] = []
     now, whole = model, None
+    search.progress("greedy", 0, steps)
     try:
         for step in range(1, steps + 1):
             analysis = search.analyze(now, calibration)
@@ -106,17 +107,22 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
                 whole = analysis.before
                 analysis.plan(search.budget, search.cost)  # raises now rather than later where it is out of reach
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
-            if share <= 0:
-                continue
-            plan = by_first(partial(analysis.plan, share, search.cost))
-            now = search.mended(apply(now, plan), model, sample)
-            plans.append(_noted(plan, strategy="greedy", step=f"{step} of {steps}", loss_increase=judge.worse(now)))
+            if share > 0:
+                plan = by_first(partial(analysis.plan, share, search.cost))
+                now = search.mended(apply(now, plan), model, sample)
+                facts = {"step": f"{step} of {steps}", "asked": search.budget, "mended": search.mend}
+                plans.append(_noted(plan, strategy="greedy", **facts, loss_increase=judge.worse(now)))
             search.progress("greedy", step, steps)
     except KeyboardInterrupt:
         if not plans or rank_and_world()[1] > 1:
             raise
         _warn_of_interruption(f"after {len(plans)} of {steps} steps")
     return plans
+
+
+def steps_to(budget: float) -> int:
+    """How many steps ``"greedy"`` takes at most."""
+    return max(1, math.ceil(math.log(1 - budget) / math.log(1 - STRIDE) - 1e-9))
 
 
 def _left(whole: Totals, now: Totals, budget: float, cost: str) -> float:
@@ -132,6 +138,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
     judge = Judge(model, sample, search.loss, search.seed)
     beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
+    search.progress("search", 0, search.tries)
     try:
         for number in range(1, search.tries + 1):
             plan = by_first(partial(_proposed, analysis, beliefs, found, search))
@@ -146,7 +153,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
             raise
         _warn_of_interruption(f"after {len(found)} of {search.tries} plans")
     loss, plan = by_first(lambda: min(found.values(), key=lambda pair: pair[0]))
-    return [_noted(plan, strategy="search", tried=len(found), loss_increase=loss)]
+    return [_noted(plan, strategy="search", tried=len(found), mended=search.mend, loss_increase=loss)]
 
 
 def _proposed(analysis: Analysis, beliefs: Beliefs, found: Iterable[Any], search: Search) -> Plan | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fxprune.detectors.choice import network_of
 from fxprune.drafts import drafted
-from fxprune.driver import alterations, apply, plans_of
+from fxprune.driver import alterations, apply, plans_of, remember
 from fxprune.errors import ModelError, PlanError, SettingError, StorageError
 from fxprune.manifest import NAME, WEIGHTS, Entry, Manifest, foreign, parse_json, plan_names, read_files, read_manifest
 from fxprune.plan import Plan, encode
@@ -114,6 +114,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
             raise PlanError(f"{path}: {error}. It was saved from a {manifest.network}; {FRESH}") from error
     with torch.inference_mode(False), torch.no_grad():
         fill(network_of(model), values, manifest, folder / WEIGHTS)
+        remember(network_of(model), [plan.to_dict() for plan in plans.values()], alterations(network_of(model)))
     for name, module in network_of(model).named_modules():
         module.training = manifest.training != (name in manifest.exceptions)
     return model

@@ -42,17 +42,27 @@ def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str
         raise PlanError(f"island {name or '<model>'!r}: its arguments changed from {before} to {after}")
 
 
-def verify_weights(original: nn.Module, pruned: nn.Module, plan: Plan) -> None:
+def verify_weights(original: nn.Module, pruned: nn.Module, plan: Plan, narrowed: Mapping[str, tuple[int, ...]]) -> None:
     """Check that what is left of the weights is the original's, under its names, and that the removed ones are gone.
+
+    Parameters
+    ----------
+    original, pruned : Module
+        Before and after.
+    plan : Plan
+        What was carried out, for the message.
+    narrowed : mapping of str to tuple of int
+        Shapes of the weights that are meant to have a new one.
 
     Raises
     ------
     PlanError
-        If a key is new or a tensor changed its shape.
+        If a key is new, or a tensor has another shape than it should.
     """
-    shapes = {key: value.shape for key, value in original.state_dict().items() if isinstance(value, torch.Tensor)}
+    shapes = {key: tuple(value.shape) for key, value in original.state_dict().items() if hasattr(value, "shape")}
+    expected = shapes | {key: shape for key, shape in narrowed.items() if key in shapes}
     for key, value in pruned.state_dict().items():
-        if isinstance(value, torch.Tensor) and shapes.get(key) != value.shape:
+        if isinstance(value, torch.Tensor) and expected.get(key) != tuple(value.shape):
             raise PlanError(f"the plan for {len(plan.removed)} regions changed weight {key!r}; report this as a bug")
 
 

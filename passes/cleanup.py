@@ -28,6 +28,7 @@ def remove_dead_code(gm: fx.GraphModule) -> PassResult:
     """
     before = (len(gm.graph.nodes), len(gm.state_dict()))
     gm.graph.eliminate_dead_code(is_impure_node=has_effect)
+    gm.delete_all_unused_submodules()  # before their tensors: other graphs may call them
     called = {f"{node.target}." for node in gm.graph.nodes if node.op == "call_module"}
     read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     tensors = [name for name, _ in gm.named_parameters(remove_duplicate=False)]
@@ -36,7 +37,6 @@ def remove_dead_code(gm: fx.GraphModule) -> PassResult:
         if name not in read and not any(name.startswith(prefix) for prefix in called):
             owner, _, leaf = name.rpartition(".")
             delattr(gm.get_submodule(owner), leaf)
-    gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, before != (len(gm.graph.nodes), len(gm.state_dict())))

@@ -44,11 +44,12 @@ def tiny_plan(model: nn.Module, budget: float = 0.2) -> Plan:
     ("name", "region"), [(name, region) for name, specimen in ZOO.items() for region in specimen.swaps]
 )
 def test_every_region_of_the_zoo(name: str, region: str) -> None:
-    model = ZOO[name].build().eval()
+    model = ZOO[name].build().eval().double()
     plan = plan_for(fxprune.analyze(model, [image_batch()], loss=mean_loss), {region})
-    compiled, pruned = compiled_by(model, plan), fxprune.apply(model, plan)
+    compiled, pruned, x = compiled_by(model, plan), fxprune.apply(model, plan), image_batch().double()
+    rounding = 1e-12 if name == "split_concat" else 0  # there `apply` adds weights up
     for _ in range(2):  # the second call is when regions that were not met are complained of
-        torch.testing.assert_close(compiled(image_batch()), pruned(image_batch()), rtol=0, atol=0)
+        torch.testing.assert_close(compiled(x), pruned(x), rtol=0, atol=rounding)
 
 
 def test_the_inner_backend_never_sees_what_was_removed() -> None:

@@ -30,7 +30,7 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
 
 def test_surface() -> None:
     errors = {name for name, value in vars(fxprune.errors).items() if isinstance(value, type)}
-    data = {"CocoDataset", "batches", "draw", "evaluate", "load", "save"}
+    data = {"CocoDataset", "batches", "draw", "evaluate", "fold_norms", "heal", "load", "save"}
     assert set(fxprune.__all__) == errors | data | {"analyze", "apply", "compile", "report", "Plan", "__version__"}
     for name in errors - {"FxpruneWarning"}:
         assert issubclass(getattr(fxprune, name), fxprune.FxpruneError)

@@ -91,7 +91,7 @@ def test_reports_of_one_model_are_equal(pruned_tiny: nn.Module, report: Report) 
 def test_to_dict_is_plain_data(report: Report) -> None:
     data = report.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
-    assert set(data) == {"applied", "before", "after", "regions", "rejections", "settings"}
+    assert set(data) == {"applied", "before", "after", "steps", "regions", "rejections", "settings"}
     assert data["before"] == {
         "flops": report.before.flops,
         "params": report.before.params,

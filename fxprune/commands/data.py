@@ -25,8 +25,8 @@ from fxprune.labels import categories_of, names_of
 from fxprune.loading import batches
 
 Split = Literal["calibration", "val"]
-CALIBRATION_IMAGES = 64
-"""How many images are enough to calibrate, unless --limit says otherwise."""
+CALIBRATION_IMAGES, HEALING_IMAGES = 64, 256
+"""How many images are enough to score by, and to heal by, unless --limit says otherwise."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of the pixels that torchvision's classifiers were trained on."""
 _CLASS_COUNTS = (
@@ -79,7 +79,7 @@ def check_data(model: ModelOptions, data: DataOptions, boxes: bool = False) -> N
         )
 
 
-def open_pictures(model: nn.Module, options: DataOptions, split: Split) -> Pictures:
+def open_pictures(model: nn.Module, options: DataOptions, split: Split, heal: str = "none") -> Pictures:
     """Open the images that the options name, and hold the model's classes to theirs.
 
     Raises
@@ -99,7 +99,8 @@ def open_pictures(model: nn.Module, options: DataOptions, split: Split) -> Pictu
         dataset = ImageFolder(options.images)
     else:
         dataset = load_dataset(split)
-    most = options.limit or (CALIBRATION_IMAGES if split == "calibration" else len(dataset))
+    enough = CALIBRATION_IMAGES if heal == "none" else HEALING_IMAGES
+    most = options.limit or (enough if split == "calibration" else len(dataset))
     labels = _numbered(network, dataset) if isinstance(dataset, YoloDataset) else None
     _check_classes(network, dataset, 0 if labels is None else 1)
     return Pictures(_spread(dataset, most), not isinstance(dataset, ImageFolder), labels)

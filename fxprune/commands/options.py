@@ -13,7 +13,9 @@ import typer
 
 from fxprune.analysis import COSTS
 from fxprune.criteria import CRITERIA
+from fxprune.healing import HEALERS
 from fxprune.latency import BACKENDS
+from fxprune.search import STRATEGIES, TRIES
 
 MODEL, DATA, SCORES, RESULT = "Model", "Data", "What goes", "Result"
 
@@ -86,7 +88,7 @@ class DataOptions:
         int | None,
         option(
             DATA,
-            "Use so many images, evenly spread; by default 64 to calibrate and all to evaluate.",
+            "Use so many images, evenly spread; by default 64 to calibrate, 256 with --heal, and all to evaluate.",
             min=1,
             metavar="N",
         ),
@@ -121,6 +123,22 @@ class BudgetOptions:
         float, option(SCORES, "Fraction of the cost to remove, in (0, 1).", "--budget", "-b", metavar="SHARE")
     ] = 0.1
     cost: CostName = "flops"
+
+
+HealName = Annotated[str, choice(SCORES, "Mend what the cut broke, without labels", HEALERS)]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How what goes is found, and what is left mended."""
+
+    strategy: Annotated[
+        str,
+        choice(SCORES, "One plan by score, small steps scored anew, or the best of many plans by loss", STRATEGIES),
+    ] = "one_shot"
+    tries: Annotated[int, option(SCORES, "Plans that --strategy search tries.", min=1, metavar="N")] = TRIES
+    heal: HealName = "none"
+    steps: Annotated[int, option(SCORES, "Batches that --heal mimic trains on at most.", min=1, metavar="N")] = 400
 
 
 JsonFlag = Annotated[bool, option(RESULT, "One JSON document on stdout.", "--json", metavar="")]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxprune.plan import Totals
-from fxprune.report_sections import change, milliseconds, quantity
+from fxprune.report_parts import change, milliseconds, quantity
 
 HEIGHT = 12
 

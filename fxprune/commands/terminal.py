@@ -11,15 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
 
 from fxprune.rendering import finite
 
 Tell = Callable[[str, int, int | None], None]
 """``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
-UNITS = {"ablation": "regions", "compile": "regions", "latency": "rounds"}
+UNITS = {"capture": "steps", "ablation": "regions", "compile": "regions", "latency": "rounds"}
+UNITS |= {"greedy": "steps", "search": "plans", "norms": "layers", "affine": "layers", "mimic": "steps"}
 """What a stage counts, if not images."""
+ANALYSIS = ("capture", "attribution", "ablation", "compile", "latency")
+"""Stages that come in every step of ``"greedy"``; a bar counts all steps."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,18 @@ class Terminal:
             _Pace(),
         )
         with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as bars:
-            tasks: dict[str, Any] = {}
+            stages: dict[str, _Stage] = {}
+            steps = 1
 
-            def tell(stage: str, done: int, total: int | None) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=None)
-                bars.update(tasks[stage], completed=done, total=None if total == 1 and not done else total)
+            def tell(name: str, done: int, total: int | None) -> None:
+                nonlocal steps
+                if name not in stages:
+                    for other in stages.values():
+                        other.end()
+                    stages[name] = _Stage(bars, bars.add_task(name, total=None))
+                if name == "greedy":
+                    steps = total or 1
+                stages[name].tell(done, total, steps if name in ANALYSIS else 1)
 
             yield tell
 
@@ -71,6 +89,32 @@ class Terminal:
     def say(self, text: str, style: str = "", head: str = "fxprune:") -> None:
         """Print a remark or an error as one paragraph on stderr."""
         self.err.print(Text.assemble((head, style), " ", text), soft_wrap=not self.err.is_terminal)
+
+
+@dataclass
+class _Stage:
+    """A bar; of a stage that comes in each of several steps, it counts all of them."""
+
+    bars: Progress
+    task: TaskID
+    done: int = 0
+    before: int = 0
+    step: int = 1
+    endless: bool = True
+
+    def tell(self, done: int, total: int | None, steps: int) -> None:
+        """Move on; less than before is the next step."""
+        if done < self.done:
+            self.before, self.step = self.before + self.done, self.step + 1
+        self.done = done
+        whole = None if total is None else self.before + total * max(steps - self.step + 1, 1)
+        self.endless = whole is None
+        self.bars.update(self.task, completed=self.before + done, total=None if (done, whole) == (0, 1) else whole)
+
+    def end(self) -> None:
+        """Fill the bar of a stage that does not know how much there is to do: another one has begun."""
+        if self.endless:
+            self.bars.update(self.task, total=self.done)
 
 
 def open_terminal() -> Terminal:
@@ -96,6 +140,7 @@ class _Pace(ProgressColumn):
         """How much of how much, and how fast on the whole; nothing for a stage of one step."""
         if task.total is None or task.total <= 1:
             return Text("")
-        seconds, unit = task.finished_time or task.elapsed, UNITS.get(task.description, "img")
-        rate = f", {task.completed / seconds:.3g} {unit}/s" if seconds and task.completed else ""
-        return Text(f"{task.completed:g}/{task.total:g} {unit}{rate}", style="progress.data.speed")
+        seconds, unit = task.finished_time or task.elapsed, UNITS.get(task.description.split()[0], "img")
+        rate = task.completed / seconds if seconds else 0.0
+        pace = f", {rate:.3g} {unit}/s" if rate >= 1 else f", {1 / rate:.3g} s each" if rate else ""
+        return Text(f"{task.completed:g}/{task.total:g} {unit}{pace}", style="progress.data.speed")

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fxprune import drawing
+from fxprune import compilation, drawing
 from fxprune.analysis import Analysis
 from fxprune.commands.data import Pictures, calibration_batches, check_data, check_size, open_pictures
 from fxprune.commands.models import open_model
-from fxprune.commands.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions
+from fxprune.commands.options import (
+    BudgetOptions,
+    DataOptions,
+    ModelOptions,
+    OutputOptions,
+    ScoreOptions,
+    SearchOptions,
+)
 from fxprune.commands.output import PICTURE, REPORT, check_folder, write_folder, write_report
 from fxprune.commands.tables import Point
 from fxprune.commands.terminal import Result, Tell, to_json
@@ -20,9 +29,12 @@ from fxprune.detectors.choice import network_of
 from fxprune.driver import analyze, apply
 from fxprune.errors import BudgetError
 from fxprune.evaluation import evaluate
+from fxprune.healing import heal
 from fxprune.latency import backend_for
+from fxprune.picture import Drawable
 from fxprune.plan import Plan
 from fxprune.report import report
+from fxprune.search import SAMPLE, steps_to
 from fxprune.selection import check_budget
 from fxprune.storage import save
 
@@ -35,39 +47,97 @@ def opened(options: ModelOptions, device: str, tell: Tell) -> nn.Module:
     return model
 
 
-def analyzed(model: nn.Module, data: DataOptions, scores: ScoreOptions, tell: Tell, cost: str = "flops") -> Analysis:
-    """Analyze a model on its calibration images."""
-    pictures = open_pictures(model, data, "calibration")
-    loader, images = calibration_batches(model, pictures, data), len(pictures.dataset)
+@dataclass(frozen=True)
+class Calibrating:
+    """The batches to calibrate by, and progress that counts their images."""
 
-    def counted(stage: str, done: int, total: int | None) -> None:
+    loader: Sequence[Any]
+    images: int
+    batch: int
+    tell: Tell
+
+    def counted(self, stage: str, done: int, total: int | None) -> None:
+        """Tell a stage; batches scored as images."""
         if stage == "attribution":
-            done, total = min(done * data.batch, images), images
-        tell(stage, done, total)
+            done, total = min(done * self.batch, self.images), self.images
+        self.tell(stage, done, total)
         if (stage, done) == ("capture", 1):
-            tell("attribution", 0, images)
+            self.tell("attribution", 0, self.images)
 
+
+def calibrating(model: nn.Module, data: DataOptions, tell: Tell, heal: str = "none") -> Calibrating:
+    """Open the calibration images."""
+    pictures = open_pictures(model, data, "calibration", heal)
+    return Calibrating(calibration_batches(model, pictures, data), len(pictures.dataset), data.batch, tell)
+
+
+def analyzed(model: nn.Module, images: Calibrating, scores: ScoreOptions, cost: str = "flops") -> Analysis:
+    """Analyze a model on its calibration images."""
     return analyze(
         model,
-        loader,
+        images.loader,
         criterion=scores.criterion,
         shapes=scores.shapes,
         seed=scores.seed,
         latency_backend=backend_for(cost, scores.latency_backend),
-        progress=counted,
+        progress=images.counted,
     )
 
 
-def planned(
-    model: ModelOptions, data: DataOptions, scores: ScoreOptions, budget: BudgetOptions, out: OutputOptions, tell: Tell
-) -> tuple[nn.Module, Analysis, Plan]:
-    """Refuse what cannot be done, then open a model, analyze it and make its plan."""
+def checked(model: ModelOptions, data: DataOptions, budget: BudgetOptions, out: OutputOptions, tell: Tell) -> nn.Module:
+    """Refuse what cannot be done, then open a model."""
     check_data(model, data)
     check_budget(budget.budget)
     check_folder(out.out, out.force)
-    network = opened(model, data.device, tell)
-    analysis = analyzed(network, data, scores, tell, budget.cost)
-    return network, analysis, analysis.plan(budget.budget, budget.cost)
+    return opened(model, data.device, tell)
+
+
+def cut(
+    model: nn.Module, images: Calibrating, scores: ScoreOptions, budget: BudgetOptions, search: SearchOptions
+) -> tuple[nn.Module, Analysis | None]:
+    """Prune and heal a model; with one plan by score also what it was chosen from."""
+    if search.strategy == "one_shot":
+        analysis = analyzed(model, images, scores, budget.cost)
+        pruned = rewritten(model, analysis.plan(budget.budget, budget.cost), images.tell)
+        return healed(pruned, model, images, search.heal, search.steps, scores.seed), analysis
+    pruned = compilation.compile(
+        model,
+        images.loader,
+        budget.budget,
+        criterion=scores.criterion,
+        cost=budget.cost,
+        strategy=search.strategy,
+        heal=search.heal,
+        shapes=scores.shapes,
+        latency_backend=scores.latency_backend,
+        seed=scores.seed,
+        tries=search.tries,
+        steps=search.steps,
+        progress=images.counted,
+    )
+    return pruned, None
+
+
+def healed(
+    pruned: nn.Module, model: nn.Module, images: Calibrating, method: str, steps: int = 400, seed: int = 0
+) -> nn.Module:
+    """Heal a pruned model, if that is asked for."""
+    if method == "none":
+        return pruned
+    return heal(pruned, model, images.loader, method, steps=steps, seed=seed, progress=images.tell)
+
+
+def effort(images: int, budget: float, search: SearchOptions) -> str:
+    """Say what a search will cost at most; empty if there is none."""
+    sample, each = min(images, SAMPLE), 1 if search.heal == "none" else 4
+    passes = "forward passes over {} of them at most. Ctrl-C takes the best so far"
+    if search.strategy == "search":
+        tried = f"scores {images} images, then tries up to {search.tries} plans: {1 + each * search.tries}"
+        return f"{tried} {passes.format(sample)}"
+    if search.strategy == "greedy":
+        steps = steps_to(budget)
+        return f"scores {images} images up to {steps} times, and {1 + each * steps} {passes.format(sample)}"
+    return ""
 
 
 def evaluated(model: nn.Module, pictures: Pictures, data: DataOptions, stage: str, tell: Tell) -> dict[str, float]:
@@ -93,22 +163,19 @@ def rewritten(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
     return pruned
 
 
-def finished(model: nn.Module, plan: Plan, analysis: Analysis | None, output: OutputOptions, tell: Tell) -> Result:
-    """Carry out a plan, write the pruned model with report and picture, and say what was done."""
-    pruned = rewritten(model, plan, tell)
+def finished(pruned: nn.Module, what: Drawable, shown: Plan | None, output: OutputOptions, tell: Tell) -> Result:
+    """Write a pruned model with report and picture, and say what was done."""
     found = report(pruned)
 
     def fill(draft: Path) -> None:
         save(pruned, draft)
         write_report(found, draft / REPORT)
 
-    remark = written(output, fill, analysis or plan, plan if analysis else None, tell)
+    remark = written(output, fill, what, shown, tell)
     return Result(found.to_dict(), found, remark or "nothing was saved; --out FOLDER saves the pruned model")
 
 
-def written(
-    output: OutputOptions, fill: Callable[[Path], None], what: Analysis | Plan, shown: Plan | None, tell: Tell
-) -> str:
+def written(output: OutputOptions, fill: Callable[[Path], None], what: Drawable, shown: Plan | None, tell: Tell) -> str:
     """Write the folder of results with a picture, if one is asked for, and return a remark on it."""
     if output.out is None:
         return ""
@@ -124,10 +191,16 @@ def written(
 
 
 def swept(
-    model: nn.Module, analysis: Analysis, budgets: Sequence[float], cost: str, data: DataOptions, tell: Tell
+    model: nn.Module,
+    analysis: Analysis,
+    budgets: Sequence[float],
+    cost: str,
+    data: DataOptions,
+    images: Calibrating,
+    method: str,
 ) -> tuple[list[Point], dict[float, Plan]]:
     """Evaluate the model as it is and at every budget; a budget that cannot be met is a point that says so."""
-    pictures = open_pictures(model, data, "val")
+    pictures, tell = open_pictures(model, data, "val"), images.tell
     points = [Point(0.0, analysis.before, (), evaluated(model, pictures, data, "unpruned", tell))]
     plans = {}
     for budget in budgets:
@@ -136,10 +209,16 @@ def swept(
         except BudgetError as error:
             points.append(Point(budget, None, refusal=str(error)))
             continue
-        scores = evaluated(apply(model, plan), pictures, data, f"budget {budget:g}", tell)
+        named = replace(images, tell=partial(_named, tell, f" {budget:g}"))
+        pruned = healed(apply(model, plan), model, named, method)
+        scores = evaluated(pruned, pictures, data, f"budget {budget:g}", tell)
         points.append(Point(budget, plan.after, tuple(region.name for region in plan.removed), scores))
         plans[budget] = plan
     return points, plans
+
+
+def _named(tell: Tell, which: str, stage: str, done: int, total: int | None) -> None:
+    tell(f"{stage}{which}", done, total)
 
 
 def save_sweep(document: Any, plans: dict[float, Plan], draft: Path) -> None:

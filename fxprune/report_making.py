@@ -1,0 +1,203 @@
+"""How a pruning came about: step by step, by which strategy, healed how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from fxprune.plan import Plan, Totals
+from fxprune.report_parts import Column, Kind, Row, Section, change, counted, listed, quantity, share_of
+from fxprune.report_scale import scale_of
+
+COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
+FIELDS = {"latency": "latency_ms"}
+"""Fields of `Totals` and `Candidate` that hold a cost, if not named as it is."""
+
+SAID = ("images", "batches", "targets", "strategy", "step", "tried", "mended", "asked", "loss_increase", "heal")
+"""Settings that are told in words."""
+HEALINGS = {
+    "norms": "norms: batch norms got the statistics of what now reaches them.",
+    "affine": "affine: what layers hold was fitted, one after the other, to give what they gave.",
+    "mimic": "mimic: what layers hold was fitted to give what they gave, then trained to, for at most so many steps.",
+}
+LOSS = (
+    "loss: how much it has grown on the calibration images, part by part and each relative to its own size: 0 is not at"
+    " all, 1 is as if one part had doubled."
+)
+DISTANCE = (
+    "Distance: how far features are from the unpruned model's on these images; 0 is the same, 0.69 is off by as much as"
+    " they vary."
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of several prunings.
+
+    Attributes
+    ----------
+    removed : tuple of str
+        Names of the regions that went, least important first.
+    after : Totals
+        The model after it; `blocks` are those left of the model as first given.
+    loss_increase : float or None
+        How much the loss had grown then, where a search measured it.
+    """
+
+    removed: tuple[str, ...]
+    after: Totals
+    loss_increase: float | None
+
+
+def steps_of(plans: Sequence[Plan]) -> tuple[Step, ...]:
+    """Add up plans, oldest first."""
+    steps, blocks = [], plans[0].before.blocks
+    for plan in plans:
+        blocks -= plan.before.blocks - plan.after.blocks
+        names = tuple(region.name for region in sorted(plan.removed, key=lambda region: region.score))
+        steps.append(Step(names, replace(plan.after, blocks=blocks), _number(plan.settings.get("loss_increase"))))
+    return tuple(steps)
+
+
+def step_by_step(plans: Sequence[Plan], after: Totals) -> Section:
+    """What went in which step, and what was gone by then; `after` is the model after the last."""
+    *steps, last = steps_of(plans)
+    steps, before, cost = [*steps, replace(last, after=after)], plans[0].before, plans[-1].cost
+    costs = {"flops": "FLOPs", cost: COST_NAMES.get(cost, cost)}
+    measured = any(step.loss_increase is not None for step in steps)
+    rows = []
+    for number, step in enumerate(steps, 1):
+        gone = [_gone(before, step.after, name) for name in costs]
+        loss = [signed(step.loss_increase)] if measured else []
+        rows.append(Row((str(number), listed(step.removed), *gone, *loss)))
+    heads = [f"{name} so far" for name in costs.values()] + (["loss"] if measured else [])
+    columns = (Column("step", "number"), Column("what went", "words"), *(Column(head, "number") for head in heads))
+    notes = (*_ways(plans), *([LOSS] if measured else []))
+    return Section("Step by step", columns, tuple(rows), notes, _each(plans))
+
+
+def _gone(before: Totals, after: Totals, cost: str) -> str:
+    field = FIELDS.get(cost, cost)
+    first, last = getattr(before, field, None), getattr(after, field, None)
+    return "" if first is None or last is None else change(first, last)
+
+
+def _ways(plans: Sequence[Plan]) -> Iterator[str]:
+    """What was asked for, by which criterion and on which images: a line for all steps in which that was the same."""
+
+    def way(numbered: tuple[int, Plan]) -> str:
+        plan = numbered[1]
+        asked = "a little at a time" if plan.settings.get("strategy") == "greedy" else _asked(plan)
+        return f"{asked}; by {plan.settings.get('criterion')}; {_calibration(plan)}"
+
+    for text, some in groupby(enumerate(plans, 1), way):
+        numbers = [number for number, _ in some]
+        yield f"{numbers[0]}{f' to {numbers[-1]}' if len(numbers) > 1 else ''}: {text}"
+
+
+def _each(plans: Sequence[Plan]) -> Section:
+    titles = ("step", "block", "criterion", "score", "FLOPs", "params")
+    kinds: tuple[Kind, ...] = ("number", "name", "words", "number", "number", "number")
+    rows = []
+    for number, plan in enumerate(plans, 1):
+        scale, criterion = scale_of(region.score for region in plan.regions), str(plan.settings.get("criterion"))
+        for region in sorted(plan.removed, key=lambda region: region.score):
+            costs = share_of(region.flops, plans[0].before.flops), quantity(region.params)
+            rows.append(Row((str(number), region.name, criterion, scale.write(region.score), *costs), removed=True))
+    columns = tuple(Column(title, kind) for title, kind in zip(titles, kinds, strict=True))
+    return Section(f"Each of the {len(rows)} with its score: report.regions", columns, tuple(rows))
+
+
+def healed(plans: Sequence[Plan]) -> Section | None:
+    """How a model was healed, and what that did to its features; None if it was not."""
+    notes = [plan.settings.get("heal") for plan in plans]
+    known = [note for note in notes if isinstance(note, Mapping)]
+    if not known:
+        return None
+    trained = any("steps" in note for note in known)
+    titles = ("images", *(["steps"] if trained else []), "distance before", "after", "change")
+    columns = (Column("method", "words"), *(Column(title, "number") for title in titles))
+    rows = tuple(_healing(note, trained) for note in known)
+    methods = dict.fromkeys(note.get("method") for note in known)
+    words = [HEALINGS[name] for name in methods if name in HEALINGS]
+    return Section("Healed", columns, rows, (*words, DISTANCE))
+
+
+def _healing(note: Mapping[str, Any], trained: bool) -> Row:
+    distance = note.get("distance")
+    first, last = (_number(distance.get(key)) if isinstance(distance, Mapping) else None for key in ("before", "after"))
+    ends = ("?", "?", "") if first is None or last is None else (f"{first:.3g}", f"{last:.3g}", change(first, last))
+    steps = [str(note.get("steps", ""))] if trained else []
+    return Row((str(note.get("method")), str(note.get("images", "?")), *steps, *ends))
+
+
+def making(plans: Sequence[Plan]) -> Section:
+    """What the last of some plans was made by."""
+    plan = plans[-1]
+    settings = {key: value for key, value in plan.settings.items() if key not in SAID}
+    versions = settings.pop("versions", {})
+    share = plan.settings.get("asked")
+    asked = "" if share is None else f"{100 * share:.3g}% in all; in the last step, of what was left, "
+    rows = {
+        "budget": asked + _asked(plan),
+        "criterion": settings.pop("criterion", ""),
+        "calibration": _calibration(plan),
+    }
+    if "strategy" in plan.settings:
+        rows["strategy"] = _strategy(plan)
+    if isinstance(settings.get("latency"), Mapping):
+        settings["latency"] = _timing(plan)
+    rows |= settings
+    if isinstance(versions, Mapping) and versions:
+        rows["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    columns = (Column("", "words"), Column("", "words"))
+    return Section("How it was decided", columns, tuple(Row((key, str(value))) for key, value in rows.items()))
+
+
+def _strategy(plan: Plan) -> str:
+    name, tried = plan.settings["strategy"], plan.settings.get("tried")
+    mended = " once mended" if plan.settings.get("mended", "none") != "none" else ""
+    if name == "search":
+        grown = signed(_number(plan.settings.get("loss_increase")))
+        return f"search: {counted(tried, 'plan')} tried, each judged by its loss{mended}; growth of the best: {grown}"
+    most = str(plan.settings.get("step")).rpartition(" ")[2]
+    return f"greedy: up to {most} steps, what was left scored anew before each"
+
+
+def _asked(plan: Plan) -> str:
+    """Say what was asked for, and what came of it."""
+    field = FIELDS.get(plan.cost, plan.cost)
+    before, after = getattr(plan.before, field, None), getattr(plan.after, field, None)
+    what = COST_NAMES.get(plan.cost, plan.cost)
+    got = f", {share_of(before - after, before)} went" if before is not None and after is not None else ""
+    return f"at least {100 * plan.budget:.3g}% of the {what}{got}"
+
+
+def _calibration(plan: Plan) -> str:
+    images, batches, targets = (plan.settings.get(key, "?") for key in ("images", "batches", "targets"))
+    return f"{counted(images, 'image')} in {counted(batches, 'batch', 'batches')}; targets: {targets}"
+
+
+def timed_on(plan: Plan) -> dict[str, Any]:
+    """What the plan's milliseconds are of; figures that differ in it do not compare."""
+    settings = plan.settings.get("latency")
+    known = settings if isinstance(settings, Mapping) else {}
+    return {key: known.get(key, "?") for key in ("backend", "device", "images", "threads")}
+
+
+def _timing(plan: Plan) -> str:
+    backend, device, images, threads = timed_on(plan).values()
+    floor = plan.settings["latency"].get("floor")
+    noise = f"; the model strays from itself by {floor:.1%}" if isinstance(floor, float) else ""
+    return f"{backend} on {device}, {counted(threads, 'thread')}, {counted(images, 'image')} a call{noise}"
+
+
+def signed(value: float | None) -> str:
+    """Write a growth with its sign: ``signed(-0.0123) == "−0.0123"``."""
+    return "" if value is None else f"{'−' if value < 0 else '+'}{abs(value):.3g}"
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,0 +1,185 @@
+"""Strategies and healing on the command line: what they write, what they say, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import fxprune
+from fxprune.bundled import load_detector
+from fxprune.cli import main
+from fxprune.commands.data import open_pictures
+from fxprune.commands.options import DataOptions, SearchOptions
+from fxprune.commands.terminal import Terminal
+from fxprune.commands.work import effort
+from fxprune.healing import HEALERS
+from fxprune.search import STRATEGIES, Judge
+from tests.commands import FEW, VAL, Captured, refusal
+
+PRUNE = ("prune", "bundled", *FEW, "--budget", "0.2")
+
+
+def notes(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = fxprune.report(fxprune.load(load_detector(), folder)).to_dict()["settings"]
+    return settings
+
+
+def test_a_search_is_announced_carried_out_healed_and_saved(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    assert main([*PRUNE, "--strategy", "search", "--tries", "2", "--heal", "norms", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("search: scores 8 images, then tries up to 2 plans: 9 forward passes")
+    assert "search: 2 plans tried" in captured.out
+    found = notes(out)
+    assert (found["strategy"], found["tried"], found["heal"]["method"]) == ("search", 2, "norms")
+    assert "### Healed" in (out / "report.md").read_text(encoding="utf-8")
+    assert "<html" in (out / "picture.html").read_text(encoding="utf-8")
+
+
+def test_small_steps_are_saved_each_as_a_plan(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    assert main([*PRUNE, "--strategy", "greedy", "--criterion", "l1", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("greedy: scores 8 images up to 5 times, and 6 forward passes")
+    assert "Step by step" in captured.out
+    assert len(list(out.glob("plan-*.json"))) == notes(out)["prunings"] > 1
+
+
+def test_one_plan_by_score_can_be_healed_by_imitation(capsys: Captured) -> None:
+    assert main([*PRUNE, "--criterion", "l1", "--heal", "mimic", "--steps", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    heal = json.loads(captured.out)["settings"]["heal"]
+    assert (heal["method"], heal["steps"], heal["images"]) == ("mimic", 2, 8)
+    assert heal["distance"]["after"] < heal["distance"]["before"]
+    assert captured.err.splitlines() == ["fxprune: nothing was saved; --out FOLDER saves the pruned model"]
+
+
+def test_a_sweep_can_heal_its_points(capsys: Captured) -> None:
+    arguments = ["sweep", "bundled", *FEW, "--budgets", "0.3", "--json"]
+    found = []
+    for method in ("none", "affine"):
+        assert main([*arguments, "--heal", method]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    plain, healed = found
+    assert (plain["heal"], healed["heal"]) == ("none", "affine")
+    assert plain["points"][1]["removed"] == healed["points"][1]["removed"]
+    assert plain["points"][0]["scores"] == healed["points"][0]["scores"]
+    assert plain["points"][1]["scores"] != healed["points"][1]["scores"]
+
+
+# Ctrl-C --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the second plan is judged."""
+    worse, judged = Judge.worse, []
+
+    def stop(self: Judge, pruned: Any) -> float:
+        judged.append(pruned)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return worse(self, pruned)
+
+    monkeypatch.setattr(Judge, "worse", stop)
+
+
+@pytest.mark.usefixtures("interrupted")
+@pytest.mark.filterwarnings("default::fxprune.FxpruneWarning")
+@pytest.mark.parametrize(("strategy", "where"), [("search", "1 of 5 plans"), ("greedy", "1 of 5 steps")])
+def test_ctrl_c_saves_the_best_so_far(strategy: str, where: str, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    assert main([*PRUNE, "--strategy", strategy, "--tries", "5", "--criterion", "l1", "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"note: the search was interrupted after {where}; this is the best so far" in said
+    assert said.endswith(f"fxprune: wrote {out}")
+    assert (notes(out)["strategy"], notes(out)["prunings"]) == (strategy, 1)
+
+
+@pytest.mark.usefixtures("interrupted")
+@pytest.mark.filterwarnings("default::fxprune.FxpruneWarning")
+def test_a_second_ctrl_c_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(HEALERS, "mimic", stop)
+    out = tmp_path / "out"
+    assert main([*PRUNE, "--strategy", "search", "--criterion", "l1", "--heal", "mimic", "--out", str(out)]) == 130
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1] == "fxprune: interrupted"
+    assert not list(tmp_path.iterdir())
+
+
+# Images, effort, options ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heal", "limit", "count"), [("none", None, 64), ("affine", None, 200), ("mimic", 9, 9)])
+def test_healing_reads_more_images(heal: str, limit: int | None, count: int) -> None:
+    options = DataOptions(images=VAL / "images", limit=limit)
+    assert len(open_pictures(load_detector(), options, "calibration", heal).dataset) == count
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        (SearchOptions("one_shot", heal="mimic"), ""),
+        (SearchOptions("search", 24, "none"), "tries up to 24 plans: 25 forward passes over 64 of them at most"),
+        (SearchOptions("search", 3, "mimic"), "tries up to 3 plans: 13 forward passes over 64 of them at most"),
+        (SearchOptions("greedy", heal="affine"), "200 images up to 7 times, and 29 forward passes over 64 of them"),
+    ],
+)
+def test_the_effort_is_said(search: SearchOptions, said: str) -> None:
+    found = effort(200, 0.3, search)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+@pytest.mark.parametrize("option", ["--strategy", "--heal"])
+def test_unknown_names_are_refused(option: str, capsys: Captured) -> None:
+    known = STRATEGIES if option == "--strategy" else HEALERS
+    text = refusal(capsys, "prune", "bundled", option, "luck", status=2)
+    assert f"'luck' is not known; known: {', '.join(known)}" in text
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+def frames(*told: tuple[str, int, int | None]) -> str:
+    """What a terminal is sent of the bars, the last frame as it is after what was told."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system=None, width=80)
+    with Terminal(console, console).progress() as tell:
+        for stage, done, total in told:
+            tell(stage, done, total)
+    return file.getvalue()
+
+
+ROUND: list[tuple[str, int, int | None]] = [("capture", 0, 1), ("capture", 1, 1)]
+ROUND += [("attribution", 0, 16), ("attribution", 8, 16), ("attribution", 16, 16)]
+
+
+def test_stages_of_every_step_count_all_steps() -> None:
+    once = [("greedy", 0, 2), *ROUND, ("greedy", 1, 2)]
+    begun = frames(*once)
+    assert "16/32 img" in begun
+    assert "1/2 steps" in begun
+    done = frames(*once, *ROUND, ("greedy", 2, 2))
+    assert "32/32 img" in done
+    assert "16/16 img" not in done
+
+
+def test_a_stage_of_unknown_length_is_full_when_another_begins() -> None:
+    told = [("affine", 1, None), ("affine", 2, None)]
+    assert "layers" not in frames(*told)
+    assert "2/2 layers" in frames(*told, ("mimic", 1, 4))
+    assert "1/4 steps" in frames(*told, ("mimic", 1, 4))
+
+
+def test_one_analysis_counts_as_before() -> None:
+    assert "16/16 img" in frames(*ROUND)
