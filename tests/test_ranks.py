@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from torch.utils._pytree import tree_map
 
 import fxprune
 from fxprune.attribution import Record, merged
+from fxprune.bundled import load_dataset, load_detector
 from tests import processes
 from tests.processes import Job, analyze, heal, prune
+from tests.test_recipes import README, blocks_under
 
 pytestmark = pytest.mark.distributed
 
@@ -183,3 +187,19 @@ def _told(text: str, culprit: int | None) -> str:
     if hasattr(fxprune.errors, kind):
         return f"{kind}: process {culprit}: {message}"
     return f"FxpruneError: process {culprit}: {text}"
+
+
+@pytest.mark.slow
+def test_the_recipe_in_the_readme(tmp_path: Path) -> None:
+    (program,) = blocks_under("## Several processes", README.read_text(encoding="utf-8"))
+    (tmp_path / "prune.py").write_text(program)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "prune.py"]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fxprune removed 4 of 31 candidates") == 1
+    alone = fxprune.compile(load_detector(), _loader(), 0.2, heal="affine")
+    assert_close(fxprune.load(load_detector(), tmp_path / "pruned").state_dict(), alone.state_dict(), 1e-5)
+
+
+def _loader() -> Any:
+    return fxprune.batches(load_detector(), load_dataset("calibration"), batch_size=8)
