@@ -17,11 +17,14 @@ from fxprune.driver import apply
 from fxprune.healing import Loss, check_heal, heal
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.latency import backend_for
-from fxprune.mimicry import Schedule
 from fxprune.ranks import failing_together, on_device
+from fxprune.schedules import Schedule
 from fxprune.search import TRIES, Search
 from fxprune.selection import check_budget
 from fxprune.study import Progress
+
+QUICK = {"mimic": "affine"}
+"""How plans are mended while they are compared, where the result is mended in a way that takes long."""
 
 
 def compile(
@@ -61,17 +64,13 @@ def compile(
     Returns
     -------
     Module
-        The same kind of model, smaller; see `fxprune.apply`. `fxprune.report` says what went.
+        The same kind of model, smaller; see `fxprune.apply`. `fxprune.report` says what went. The same in all
+        processes (`torch.distributed`) if all call it with the same model and loader; an interruption ends them.
 
     Raises
     ------
     FxpruneError
         As `analyze`, `Analysis.plan`, `apply` and `heal` do.
-
-    Notes
-    -----
-    In several processes (`torch.distributed`) all call it, with the same model and loader, and get the same model. An
-    interruption ends them.
 
     Examples
     --------
@@ -81,8 +80,7 @@ def compile(
     check_cost(cost)
     check_heal(heal)
     Schedule(steps)
-    quick, timed = ("affine" if heal == "mimic" else heal), backend_for(cost, latency_backend)
-    say = progress or _silent
+    quick, timed, say = QUICK.get(heal, heal), backend_for(cost, latency_backend), progress or _silent
     search = Search(strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, say)
     with on_device(device_of(network_of(model))):
         calibration = Calibration.of(calib_loader)

@@ -78,6 +78,8 @@ def analyze(
     Returns
     -------
     Analysis
+        The same in all processes (`torch.distributed`), which share out the batches: call it in each, with the same
+        model and loader. One alone measures milliseconds.
 
     Raises
     ------
@@ -85,11 +87,6 @@ def analyze(
         If the model cannot be analyzed, or has nothing to remove.
     BatchError, LossError, SettingError
         If a batch, its loss (names the batch) or an option cannot be used.
-
-    Notes
-    -----
-    In several processes (`torch.distributed`) all call it, with the same model and loader, and get the same analysis:
-    they share out the batches; one alone measures milliseconds.
 
     Examples
     --------

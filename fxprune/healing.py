@@ -19,12 +19,13 @@ from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, rem
 from fxprune.errors import SettingError
 from fxprune.fits import fit_affine, fit_statistics
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
-from fxprune.mimicry import Schedule, can_be_shared, check_images, copied, judge, mimic, points_of
+from fxprune.mimicry import can_be_shared, check_images, judge, mimic, points_of
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
 from fxprune.ranks import by_first, check_shareable, failing_together, on_device, overwrite_by_first, own_share
 from fxprune.refitting import refit
 from fxprune.rendering import finite
+from fxprune.schedules import Schedule, copied
 from fxprune.study import Progress
 
 Loss = Callable[[nn.Module, Any], Tensor]

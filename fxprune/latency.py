@@ -193,20 +193,14 @@ def measure_latency(
     ----------
     backend : Backend
         What it runs on.
-    model : Module
-        As it will be used, see `ready_twin`.
-    captured : Module
-        The same with its graphs in place.
-    graphs
-        Island names and graphs.
-    regions : sequence of Region
-        What is asked for.
+    model, captured : Module
+        As it will be used, see `ready_twin`, and with its graphs in place.
+    graphs, regions
+        Island names and graphs, and what is asked for.
     adapter, batch : Adapter, Batch
         How to call them, and on what.
-    rounds : int
-        How often everything is timed, after some rounds to warm up.
-    clock : callable
-        Gives the time in seconds.
+    rounds, clock
+        How often everything is timed, after some rounds to warm up, and what gives the time in seconds.
     tell : callable
         ``tell(stage, done, total)`` as work goes on.
 
@@ -234,14 +228,9 @@ def measure_latency(
         progress = {"progress": lambda: tell("latency", max(next(done), 0), rounds)}
         functions: dict[str, Callable[[], Any]] = {WHOLE: whole, AGAIN: whole, **probe.functions, **progress}
         timings = interleave(functions, rounds=rounds, warmup=WARMUP, device=device, clock=clock)
-    again = ratio_of(timings[AGAIN], timings[WHOLE])
-    settings = {
-        "device": str(device),
-        "images": batch.count,
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-        "floor": max(abs(again.median - 1), again.error),
-    }
+    again, threads = ratio_of(timings[AGAIN], timings[WHOLE]), torch.get_num_threads()
+    settings = {"device": str(device), "images": batch.count, "threads": threads, "rounds": rounds}
+    settings["floor"] = max(abs(again.median - 1), again.error)
     regions_ms = {name: beyond_chance(values) for name, values in probe.regions_ms(timings).items()}
     return Latency(timings[WHOLE].median_ms, regions_ms, settings)
 

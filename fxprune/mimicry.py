@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxprune.detectors.batch import Batch
-from fxprune.drafts import drafted
-from fxprune.errors import BatchError, SettingError
+from fxprune.errors import BatchError
 from fxprune.operations import is_norm_layer
 from fxprune.pairs import Features, Pair, channels_last, with_gradients
 from fxprune.ranks import by_first, is_own, rank_and_world, summed
+from fxprune.schedules import Schedule, State, copied
 
 HELD_OUT = 8
 """Of so many calibration batches one is held out."""
@@ -26,39 +23,8 @@ CHECKS = 10
 """How often the held-out batches are looked at."""
 PATIENCE = 6
 """Looks without a better one, after which it ends."""
-WARM_UP = 0.05
-"""Share of the steps over which the learning rate grows to its full height; then it falls as a cosine does."""
 LONGEST = 1.0
 """Norm that a step's gradient is cut to."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast: `steps` of one batch each, `learning_rate` at its height, `seed` of order and mirroring.
-
-    Raises
-    ------
-    SettingError
-        If one of them is no such number.
-    """
-
-    steps: int = 400
-    learning_rate: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise SettingError(f"steps is {self.steps!r}; give a number of batches to train on, from 1")
-        rate = self.learning_rate
-        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < math.inf:
-            raise SettingError(f"learning_rate is {rate!r}; give a positive number such as 1e-3")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise SettingError(f"seed is {self.seed!r}; give a whole number from 0")
-
-    def height(self, step: int) -> float:
-        """Learning rate at a step, from 1 to `steps`."""
-        rise = min(1.0, step / max(1.0, WARM_UP * self.steps))
-        return self.learning_rate * rise * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
 
 
 def mimic(
@@ -128,11 +94,11 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 def _begun(
     pair: Pair, found: float, optimizer: torch.optim.Optimizer, schedule: Schedule, checkpoint: Path | None
-) -> _State:
+) -> State:
     """Where a training starts: as the model is, or as the checkpoint has it."""
-    state = by_first(lambda: _State.read(checkpoint, schedule, pair.pruned))
+    state = by_first(lambda: State.read(checkpoint, schedule, pair.pruned))
     if state is None:
-        return _State(0, found, found, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
+        return State(0, found, found, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
     pair.pruned.load_state_dict(state.weights)
     optimizer.load_state_dict(state.optimizer)
     return state
@@ -252,55 +218,3 @@ def _share_gradients(weights: Sequence[nn.Parameter]) -> None:
     for weight in weights:
         weight.grad = flat[start : start + weight.numel()].view_as(weight)
         start += weight.numel()
-
-
-@dataclass(frozen=True)
-class _State:
-    """Where a training stands: the steps done, losses on held-out batches, looks without a better one, weights."""
-
-    step: int
-    first: float
-    best: float
-    stale: int
-    best_weights: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
-
-    def after(self, step: int, found: float, model: nn.Module, optimizer: torch.optim.Optimizer) -> _State:
-        better = found < self.best
-        weights = copied(model)
-        return _State(
-            step,
-            self.first,
-            min(found, self.best),
-            0 if better else self.stale + 1,
-            weights if better else self.best_weights,
-            weights,
-            optimizer.state_dict(),
-        )
-
-    def write(self, path: Path, schedule: Schedule) -> None:
-        with drafted(path) as draft, draft.open("wb") as file:
-            torch.save({"schedule": asdict(schedule), **vars(self)}, file)
-
-    @staticmethod
-    def read(path: Path | None, schedule: Schedule, model: nn.Module) -> _State | None:
-        if path is None or not path.exists():
-            return None
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            then = Schedule(**found.pop("schedule"))
-            state = _State(**found)
-        except Exception as error:  # whatever a file that is no checkpoint makes of it
-            raise SettingError(f"{path} is no checkpoint of a healing ({error}); remove it or name another") from error
-        if then != schedule:
-            raise SettingError(f"{path} is of {then}, not of {schedule}; remove it or name another")
-        shapes = {key: value.shape for key, value in model.state_dict().items()}
-        if shapes != {key: value.shape for key, value in state.weights.items()}:
-            raise SettingError(f"{path} is of another model; remove it or name another")
-        return state
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state, apart from it."""
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}

@@ -1,0 +1,98 @@
+"""How a training goes on, and where it stands."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.drafts import drafted
+from fxprune.errors import SettingError
+
+WARM_UP = 0.05
+"""Share of the steps over which the learning rate grows to its full height; then it falls as a cosine does."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: `steps` of one batch each, `learning_rate` at its height, `seed` of order and mirroring.
+
+    Raises
+    ------
+    SettingError
+        If one of them is no such number.
+    """
+
+    steps: int = 400
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise SettingError(f"steps is {self.steps!r}; give a number of batches to train on, from 1")
+        rate = self.learning_rate
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < math.inf:
+            raise SettingError(f"learning_rate is {rate!r}; give a positive number such as 1e-3")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise SettingError(f"seed is {self.seed!r}; give a whole number from 0")
+
+    def height(self, step: int) -> float:
+        """Learning rate at a step, from 1 to `steps`."""
+        rise = min(1.0, step / max(1.0, WARM_UP * self.steps))
+        return self.learning_rate * rise * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a training stands: the steps done, losses on held-out batches, looks without a better one, weights."""
+
+    step: int
+    first: float
+    best: float
+    stale: int
+    best_weights: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+    def after(self, step: int, found: float, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+        better = found < self.best
+        weights = copied(model)
+        return State(
+            step,
+            self.first,
+            min(found, self.best),
+            0 if better else self.stale + 1,
+            weights if better else self.best_weights,
+            weights,
+            optimizer.state_dict(),
+        )
+
+    def write(self, path: Path, schedule: Schedule) -> None:
+        with drafted(path) as draft, draft.open("wb") as file:
+            torch.save({"schedule": asdict(schedule), **vars(self)}, file)
+
+    @staticmethod
+    def read(path: Path | None, schedule: Schedule, model: nn.Module) -> State | None:
+        if path is None or not path.exists():
+            return None
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            then = Schedule(**found.pop("schedule"))
+            state = State(**found)
+        except Exception as error:  # whatever a file that is no checkpoint makes of it
+            raise SettingError(f"{path} is no checkpoint of a healing ({error}); remove it or name another") from error
+        if then != schedule:
+            raise SettingError(f"{path} is of {then}, not of {schedule}; remove it or name another")
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        if shapes != {key: value.shape for key, value in state.weights.items()}:
+            raise SettingError(f"{path} is of another model; remove it or name another")
+        return state
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state, apart from it."""
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
