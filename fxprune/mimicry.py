@@ -18,7 +18,7 @@ from fxprune.drafts import drafted
 from fxprune.errors import BatchError, SettingError
 from fxprune.operations import is_norm_layer
 from fxprune.pairs import Features, Pair, channels_last, with_gradients
-from fxprune.ranks import by_first, is_own, rank_and_world, summed
+from fxprune.ranks import by_first, is_own, rank_and_world, share_gradients, summed
 
 HELD_OUT = 8
 """Of so many calibration batches one is held out."""
@@ -106,7 +106,7 @@ def mimic(
                 group["lr"] = schedule.height(step)
             optimizer.zero_grad()
             distance(pair, points, _drawn(learnt, schedule, step)).backward()  # type: ignore[no-untyped-call]
-            _share_gradients(weights)
+            share_gradients(weights)
             nn.utils.clip_grad_norm_(weights, LONGEST)
             optimizer.step()
             tell(step, schedule.steps)
@@ -237,21 +237,6 @@ def _drawn(batches: Sequence[Batch], schedule: Schedule, step: int) -> Batch:
 
 def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.default_rng(numbers).integers(2**62)))
-
-
-def _share_gradients(weights: Sequence[nn.Parameter]) -> None:
-    """Sum gradients over all processes."""
-    if rank_and_world()[1] == 1:
-        return
-    flat = summed(
-        torch.cat(
-            [(weight.grad if weight.grad is not None else torch.zeros_like(weight)).flatten() for weight in weights]
-        )
-    )
-    start = 0
-    for weight in weights:
-        weight.grad = flat[start : start + weight.numel()].view_as(weight)
-        start += weight.numel()
 
 
 @dataclass(frozen=True)
