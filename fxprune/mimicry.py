@@ -14,7 +14,7 @@ from fxprune.detectors.batch import Batch
 from fxprune.errors import BatchError
 from fxprune.operations import is_norm_layer
 from fxprune.pairs import Features, Pair, channels_last, with_gradients
-from fxprune.ranks import by_first, is_own, rank_and_world, summed
+from fxprune.ranks import by_first, is_own, rank_and_world, share_gradients, summed
 from fxprune.schedules import Schedule, State, copied
 
 HELD_OUT = 8
@@ -72,7 +72,7 @@ def mimic(
                 group["lr"] = schedule.height(step)
             optimizer.zero_grad()
             distance(pair, points, _drawn(learnt, schedule, step)).backward()  # type: ignore[no-untyped-call]
-            _share_gradients(weights)
+            share_gradients(weights)
             nn.utils.clip_grad_norm_(weights, LONGEST)
             optimizer.step()
             tell(step, schedule.steps)
@@ -203,18 +203,3 @@ def _drawn(batches: Sequence[Batch], schedule: Schedule, step: int) -> Batch:
 
 def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.default_rng(numbers).integers(2**62)))
-
-
-def _share_gradients(weights: Sequence[nn.Parameter]) -> None:
-    """Sum gradients over all processes."""
-    if rank_and_world()[1] == 1:
-        return
-    flat = summed(
-        torch.cat(
-            [(weight.grad if weight.grad is not None else torch.zeros_like(weight)).flatten() for weight in weights]
-        )
-    )
-    start = 0
-    for weight in weights:
-        weight.grad = flat[start : start + weight.numel()].view_as(weight)
-        start += weight.numel()

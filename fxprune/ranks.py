@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from fxprune.errors import BatchError, FxpruneError
 
@@ -61,6 +61,16 @@ def summed(value: Tensor) -> Tensor:
         distributed.all_reduce(total)
         value = total.to(value.device)
     return value
+
+
+def share_gradients(weights: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over all processes; one that has none there adds nothing."""
+    if rank_and_world()[1] == 1:
+        return
+    own = [weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights]
+    flat = summed(torch.cat([part.flatten() for part in own]))
+    for weight, part in zip(weights, torch.split(flat, [weight.numel() for weight in weights]), strict=True):
+        weight.grad = part.view_as(weight)
 
 
 def gathered(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import start_processes
 import fxprune
 from fxprune.calibration import Calibration
 from fxprune.driver import plans_carried_out
-from fxprune.healing import _paired
+from fxprune.healing import _paired, mend
 from fxprune.mimicry import judge, points_of
 from fxprune.ranks import by_first, rank_and_world
 from tests.models import pixels, tiny
@@ -114,6 +114,12 @@ def analyze(folder: Path, loader: Loader = batches, **options: Any) -> dict[str,
 def heal(folder: Path, method: str, loader: Loader = batches, seed: int = 0, **options: Any) -> dict[str, Tensor]:
     model, pruned = _pruned(seed)
     return dict(fxprune.heal(pruned, model, loader(), method, **options).state_dict())
+
+
+def fit_unlooked(folder: Path) -> None:
+    """Fits the layers by batches of which no other process has seen that one cannot be run."""
+    model, pruned = _pruned(0)
+    mend(pruned, model, four_channels(), "affine")
 
 
 def stop_early(folder: Path) -> tuple[list[int], dict[str, Tensor]]:

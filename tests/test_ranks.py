@@ -54,9 +54,10 @@ BAD: dict[str, tuple[Job, int | None, str]] = {
     ),
     "one cannot analyze": (partial(analyze, loader=processes.four_channels), 1, "BatchError: batch 1: the classifier"),
     "one cannot ablate": (partial(analyze, criterion=processes.broken_criterion), 2, "KeyError: 'blocks.1'"),
-    "one cannot heal": (
+    "one cannot heal": (processes.fit_unlooked, 1, "RuntimeError: Given groups=1, weight of size [8, 3, 3, 3]"),
+    "none can heal": (
         partial(heal, method="affine", loader=processes.four_channels),
-        1,
+        None,
         "RuntimeError: Given groups=1, weight of size [8, 3, 3, 3]",
     ),
     "one cannot read": (partial(analyze, loader=processes.broken_disk), 1, "OSError: the disk is gone"),
