@@ -154,7 +154,7 @@ class Captive:
         self.adapter.prepare(model)
         first = calibration.first(model, self.adapter)
         self.captured = Study("grad_delta", None, "proved", 0).capture(model, self.adapter, first)
-        self.batches = list(calibration.batches(self.captured.model, self.adapter))
+        self.batches = [batch for _, batch in calibration.own(self.captured.model, self.adapter)]
 
     def collect(self, taken: Pass) -> dict[str, Sums]:
         """Sums of every region over the calibration images, from one forward and backward pass a batch."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -86,7 +87,7 @@ def milliseconds(
     if known.probe is PROBES[probe]:
         assert analysis.before.latency_ms is not None
         return analysis.before.latency_ms, {region.name: region.latency_ms or 0.0 for region in analysis.regions}
-    other = Backend(known.ready, PROBES[probe])
+    other = replace(known, probe=PROBES[probe])
     model, islands = captured(subject.model, batch.images, adapter.root_is_function)
     graphs = [(island.name, island.gm) for island in islands]
     twin = ready_twin(subject.model, other)
@@ -110,7 +111,7 @@ def time_all(
     """Every pruned version, and the unpruned model again, over the unpruned model; and that in milliseconds."""
     named = {UNPRUNED: model, **{str(budget): version for budget, version in versions.items()}}
     twins = {name: ready_twin(one, backend) for name, one in named.items()}
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.no_grad(), backend.during(), ExitStack() as stack:
         for twin in twins.values():
             stack.enter_context(settled(twin))
         functions = {name: partial(adapter.predict, twin, batch) for name, twin in twins.items()}

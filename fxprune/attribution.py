@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,10 @@ class Record:
     images: int = 0
     _pending: dict[tuple[str, Any], list[Tensor]] = field(default_factory=dict)
     _room: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it found; its room for products stays behind."""
+        return {**vars(self), "_pending": {}, "_room": None}
 
     def add(self, kind: str, key: NodeName | str, value: Tensor) -> None:
         """Note one term of the batch under way: ``nodes`` of a node, ``deltas`` or ``fishers`` of a region.
@@ -83,6 +87,26 @@ class Record:
             factor = weight * images if kind == "fishers" else weight
             known[kind][key] = known[kind].get(key, 0.0) + factor * value
         self.images += images
+
+
+def merged(records: Sequence[Record]) -> Record:
+    """Join records of different batches of one model; expectations count by their images."""
+    images = sum(record.images for record in records)
+
+    def joined(kind: Callable[[Record], dict[Any, float]]) -> dict[Any, float]:
+        sums: dict[Any, float] = {}
+        for record in records:
+            for key, value in kind(record).items():
+                sums[key] = sums.get(key, 0.0) + value * (record.images / images)
+        return sums
+
+    return Record(
+        joined(lambda record: record.nodes),
+        joined(lambda record: record.deltas),
+        joined(lambda record: record.fishers),
+        {key: shape for record in reversed(records) for key, shape in record.shapes.items()},
+        images,
+    )
 
 
 class RecordingInterpreter(fx.Interpreter):

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.detectors.batch import Adapter, Batch
 from fxprune.errors import BatchError, FxpruneError, LossError
 from fxprune.graph import map_tensors
+from fxprune.ranks import alike, check_shareable, gathered, is_own, rank_and_world
 
 
 class Calibration:
@@ -23,7 +25,14 @@ class Calibration:
     Parameters
     ----------
     loader : iterable
-        Any iterable of batches; a generator is read once.
+        Any iterable of batches; a generator is read once. Several processes are all given the same.
+
+    Attributes
+    ----------
+    first_raw
+        The first batch as it was given.
+    count : int
+        Batches of the loader, those of other processes too, that `own` has come by.
     """
 
     @classmethod
@@ -44,7 +53,8 @@ class Calibration:
         self.first_raw: Any = first
         self._first: Batch | None = None
         self._kept: list[Batch] | None = None
-        self._with_labels: list[bool] = []
+        self._with_labels: set[bool] = set()
+        self.count = 0
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that `keep` has read."""
@@ -58,26 +68,52 @@ class Calibration:
         own = "the model's own confident outputs"
         return f"labels given for some batches, {own} for the rest" if any(self._with_labels) else own
 
-    def batches(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
-        """Yield every batch once; batches without labels get the model's own confident outputs."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        yield self.first(model, adapter)
-        for index, raw in enumerate(self._rest, 1):
-            yield self._read(model, adapter, raw, index)
+    def own(self, model: nn.Module, adapter: Adapter) -> Iterator[tuple[int, Batch]]:
+        """Yield this process's share of the batches, each once and with its number among all.
+
+        Batches without labels get the model's own confident outputs.
+
+        Raises
+        ------
+        BatchError
+            At the end, if there were fewer batches than processes.
+        """
+        self.count = 0
+        for index, raw in enumerate(chain([self.first_raw], self._rest) if self._kept is None else self._kept):
+            self.count += 1
+            if is_own(index):
+                yield index, raw if self._kept is not None else self._labelled(model, adapter, raw, index)
+        check_shareable(self.count)
 
     def keep(self, model: nn.Module, adapter: Adapter) -> None:
-        """Read everything now, labelled by this model if need be; it can be gone through again and again then."""
-        self._kept = list(self.batches(model, adapter))
+        """Read everything now, its own share labelled by this model if need be; it can be gone through again then."""
+        self._kept = [
+            self._labelled(model, adapter, raw, index)
+            if is_own(index) or not index
+            else normalized(model, adapter, raw, index)
+            for index, raw in enumerate(chain([self.first_raw], self._rest))
+        ]
+
+    def settle(self) -> None:
+        """Learn of the other processes where the targets of their batches came from.
+
+        Raises
+        ------
+        BatchError
+            If they read more batches, or fewer.
+        """
+        self._with_labels = set().union(*gathered(self._with_labels))
+        counts = gathered(self.count)
+        if len({*counts}) > 1:
+            raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER}")
 
     def some(self, images: int) -> Calibration:
-        """The first batches of those kept, as many as hold so many images."""
+        """The first batches of those kept, as many as hold so many images; no fewer than there are processes."""
         kept, found = self._kept or [], 0
         part = copy.copy(self)
         part._kept = []
         for batch in kept:
-            if found < images:
+            if found < images or len(part._kept) < rank_and_world()[1]:
                 part._kept.append(batch)
                 found += batch.count
         return part
@@ -92,18 +128,29 @@ class Calibration:
             yield Batch(batch.images, None, batch.count)
 
     def first(self, model: nn.Module, adapter: Adapter) -> Batch:
-        """Return the first batch, which `batches` gives again; read, and labelled if need be, when first asked for."""
+        """Return the first batch, which `own` gives again; read, and labelled if need be, when first asked for."""
         if self._first is None:
             self._first = self._read(model, adapter, self.first_raw, 0)
         return self._first
 
+    def _labelled(self, model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
+        return self._read(model, adapter, raw, index) if index else self.first(model, adapter)
+
     def _read(self, model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
         batch, labelled = read_batch(model, adapter, raw, index)
-        self._with_labels.append(labelled)
+        self._with_labels.add(labelled)
         return batch
 
 
 _END = object()
+SAME_LOADER = "give all the same loader in the same order, one that does not share out images by itself"
+
+
+def check_same(batches: Iterable[Batch]) -> None:
+    """Raise `BatchError` unless all processes hold the same batches."""
+    leaves = [leaf for batch in batches for leaf in tree_leaves(batch.images) if isinstance(leaf, Tensor)]
+    if not alike(lambda: sum(float(leaf.double().sum()) for leaf in leaves)):
+        raise BatchError(f"the processes hold different batches; {SAME_LOADER}")
 
 
 def read_batch(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> tuple[Batch, bool]:

@@ -11,12 +11,14 @@ from torch import nn
 from fxprune.analysis import check_cost
 from fxprune.calibration import Calibration
 from fxprune.criteria import RegionScore
+from fxprune.detectors.batch import device_of
 from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import apply
 from fxprune.healing import Loss, check_heal, heal
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.latency import backend_for
 from fxprune.mimicry import Schedule
+from fxprune.ranks import failing_together, on_device
 from fxprune.search import TRIES, Search
 from fxprune.selection import check_budget
 from fxprune.study import Progress
@@ -66,6 +68,11 @@ def compile(
     FxpruneError
         As `analyze`, `Analysis.plan`, `apply` and `heal` do.
 
+    Notes
+    -----
+    In several processes (`torch.distributed`) all call it, with the same model and loader, and get the same model. An
+    interruption ends them.
+
     Examples
     --------
     >>> pruned = fxprune.compile(model, loader, budget=0.3, strategy="search", heal="mimic")   # doctest: +SKIP
@@ -77,11 +84,12 @@ def compile(
     quick, timed = ("affine" if heal == "mimic" else heal), backend_for(cost, latency_backend)
     say = progress or _silent
     search = Search(strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, say)
-    calibration = Calibration.of(calib_loader)
-    if strategy != "one_shot" or heal != "none":
-        read_once(model, calibration, loss)
-    pruned = _pruned(model, calibration, search)
-    return pruned if heal == "none" else _healed(pruned, model, calibration, search, heal, steps)
+    with on_device(device_of(network_of(model))):
+        calibration = Calibration.of(calib_loader)
+        if strategy != "one_shot" or heal != "none":
+            read_once(model, calibration, loss)
+        pruned = _pruned(model, calibration, search)
+        return pruned if heal == "none" else _healed(pruned, model, calibration, search, heal, steps)
 
 
 def _pruned(model: nn.Module, calibration: Calibration, search: Search) -> nn.Module:
@@ -94,7 +102,7 @@ def _pruned(model: nn.Module, calibration: Calibration, search: Search) -> nn.Mo
 def read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
     """Keep the batches, labelled by the model as it was if need be."""
     network = network_of(model)
-    with untouched_randomness(network), torch.inference_mode(False):
+    with failing_together(), untouched_randomness(network), torch.inference_mode(False):
         twin = private_copy(network)
         adapter = choose_adapter(twin, calibration.first_raw, loss)
         adapter.prepare(twin)

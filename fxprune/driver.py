@@ -16,6 +16,7 @@ from fxprune.capture import install, trace_island
 from fxprune.channels import channels_of
 from fxprune.costs import spared
 from fxprune.criteria import RegionScore
+from fxprune.detectors.batch import device_of
 from fxprune.detectors.choice import like_the_model, network_of
 from fxprune.errors import FxpruneWarning, ModelError, PlanError
 from fxprune.graph import dotted, fingerprint
@@ -24,6 +25,7 @@ from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.leftovers import clean_up
 from fxprune.passes.narrowing import NARROWED
 from fxprune.plan import Candidate, IslandRecord, Plan
+from fxprune.ranks import on_device
 from fxprune.study import Progress, Study
 from fxprune.verification import differences, inventory, verify_graph, verify_weights
 
@@ -68,8 +70,8 @@ def analyze(
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
     latency_backend : str, optional
-        ``"eager"`` or ``"inductor"`` (`torch.compile`): measure milliseconds there, of one call in float32 on the
-        first batch, with the model's device and torch's threads as they are. Let nothing else run meanwhile.
+        ``"eager"`` or ``"inductor"`` (``torch.compile(dynamic=False)``): measure milliseconds there, of one
+        call in float32 on the first batch, with the model's device and torch's threads. Let nothing else run meanwhile.
     progress : callable, optional
         ``progress(stage, done, total)``; `total` is None where it is not known.
 
@@ -84,13 +86,19 @@ def analyze(
     BatchError, LossError, SettingError
         If a batch, its loss (names the batch) or an option cannot be used.
 
+    Notes
+    -----
+    In several processes (`torch.distributed`) all call it, with the same model and loader, and get the same analysis:
+    they share out the batches; one alone measures milliseconds.
+
     Examples
     --------
     >>> plan = fxprune.analyze(model, loader).plan(budget=0.1)     # doctest: +SKIP
     """
     study = Study(criterion, loss, shapes, seed, progress, latency_backend)
     network = network_of(model)
-    with untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():
+    device = device_of(network)
+    with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():
         return study.run(private_copy(network), calib_loader)
 
 

@@ -110,9 +110,9 @@ def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight, bias = layer.weight.data, layer.bias
     outputs, inputs = len(weight) // groups, weight[0].numel()
-    places = sum(value.numel() // len(weight) for value in sight.wanted)
+    places = weight.new_tensor(sum(value.numel() // len(weight) for value in sight.wanted), dtype=torch.float64)
     rows = max(ROWS * inputs, min(MOST, WORK / inputs**2))
-    share = min(1.0, rows / float(summed(torch.tensor(float(places)))))
+    share = min(1.0, rows / float(summed(places)))
     gram = weight.new_zeros(groups, inputs + 1, inputs + 1, dtype=torch.float64)
     cross = weight.new_zeros(groups, inputs + 1, outputs, dtype=torch.float64)
     for x, y in zip(sight.inputs, sight.wanted, strict=True):

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.calibration import Calibration
-from fxprune.detectors.batch import Batch
+from fxprune.calibration import Calibration, check_same
+from fxprune.detectors.batch import Batch, device_of
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
-from fxprune.driver import alterations, plans_carried_out, plans_of, remember, traced_island
-from fxprune.errors import BatchError, SettingError
+from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, remember, traced_island
+from fxprune.errors import SettingError
 from fxprune.fits import fit_affine, fit_statistics
-from fxprune.isolation import private_copy, untouched_randomness
-from fxprune.mimicry import Schedule, can_be_shared, copied, judge, mimic, points_of
+from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
+from fxprune.mimicry import Schedule, can_be_shared, check_images, copied, judge, mimic, points_of
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
-from fxprune.ranks import own_share, rank_and_world
+from fxprune.ranks import by_first, check_shareable, failing_together, on_device, overwrite_by_first, own_share
 from fxprune.refitting import refit
 from fxprune.rendering import finite
 from fxprune.study import Progress
@@ -121,17 +121,23 @@ def mend(
 ) -> nn.Module:
     """As `heal`; measures and notes nothing unless asked to, which saves two runs of each model over the images."""
     network, before, plans = network_of(pruned), network_of(original), plans_carried_out(pruned)
-    with untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
+    device = device_of(network)
+    with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
         healed = private_copy(network, keep_precision=True)
-        for record in plans[0].islands:
-            traced_island(before, record, plans[0])  # held to its fingerprint
-        pair, batches = _paired(before, network, plans, Calibration.of(calib_loader), loss)
+        with failing_together():
+            for record in plans[0].islands:
+                traced_island(before, record, plans[0])  # held to its fingerprint
+            pair, batches = _paired(before, network, plans, Calibration.of(calib_loader), loss)
+        for model in (before, network):
+            check_same_weights(model)
+        check_same(batches)
         note = _carried_out(pair, batches, method, care)
         healed.load_state_dict(pair.pruned.state_dict())
+        overwrite_by_first([*healed.parameters(), *healed.buffers()])
         if care.noted:
             *others, last = plans_of(healed)
             last = {**last, "settings": {**last["settings"], "heal": note}}
-            remember(healed, [*others, last], alterations(healed))
+            remember(healed, [*others, last], alterations(healed), getattr(healed, SPARED, {}))
     return like_the_model(pruned, healed)
 
 
@@ -147,7 +153,7 @@ def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) 
         "images": sum(batch.count for batch in batches),
         **({"steps": care.schedule.steps} if method == "mimic" else {}),
         "distance": finite({"before": before, "after": after}),
-        "seconds": round(perf_counter() - begin, 1),
+        "seconds": by_first(lambda: round(perf_counter() - begin, 1)),
     }
 
 
@@ -159,9 +165,8 @@ def _paired(
     old, new = private_copy(before), private_copy(network)
     for twin in (old, new):
         adapter.prepare(twin)
-    batches, (_, world) = list(calibration.images(old, adapter)), rank_and_world()
-    if len(batches) < world:
-        raise BatchError(f"{len(batches)} batches cannot be shared by {world} processes; give more")
+    batches = list(calibration.images(old, adapter))
+    check_shareable(len(batches))
     islands = {node.island for plan in plans for node in plan.nodes}
     return pair_up(old, new, adapter, batches[0], islands), batches
 
@@ -181,6 +186,7 @@ def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
 
 
 def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+    check_images(batches)
     points, before = points_of(pair), copied(pair.pruned)
     found = judge(pair, points, batches)
     _affine(pair, batches, care)

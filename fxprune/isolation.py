@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import ModelError
+from fxprune.ranks import alike
 
 
 def private_copy(network: nn.Module, keep_precision: bool = False) -> nn.Module:
@@ -36,6 +37,16 @@ def private_copy(network: nn.Module, keep_precision: bool = False) -> nn.Module:
             " Detach tensors the model keeps from its last run, or build it anew"
         ) from error
     return twin if keep_precision else twin.float().requires_grad_(False)
+
+
+def check_same_weights(network: nn.Module) -> None:
+    """Raise `ModelError` unless all processes hold the same weights."""
+    values = (*network.parameters(), *network.buffers())
+    if not alike(lambda: sum(float(value.detach().double().abs().sum()) for value in values)):
+        raise ModelError(
+            f"the processes hold {type(network).__name__} with different weights; load one file in all of them, or"
+            " set one seed before it is built"
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,7 +78,7 @@ class Watched:
     run: Callable[[], Any]
     graphs: Graphs
     regions: Sequence[Region]
-    ready: Callable[..., None]
+    ready: Callable[[nn.Module], None]
     device: torch.device
     clock: Callable[[], float]
     tell: Tell
@@ -116,7 +116,7 @@ def by_pieces(watched: Watched) -> Probe:
         watched.tell("compile", done, len(kinds))
         for times in (1, 2):
             module, values = piece.in_a_row(times)
-            watched.ready(module, dynamic=False)
+            watched.ready(module)
             functions[f"{times} x {kind}"] = partial(module, *values)
             _try(functions[f"{times} x {kind}"])
     watched.tell("compile", len(kinds), len(kinds))
@@ -135,15 +135,22 @@ def by_pieces(watched: Watched) -> Probe:
 
 @dataclass(frozen=True)
 class Backend:
-    """What makes a module run on it, in place, and what finds the regions' part."""
+    """What makes a module run on it, in place; what finds the regions' part; and a context to run in meanwhile."""
 
-    ready: Callable[..., None]
+    ready: Callable[[nn.Module], None]
     probe: Callable[[Watched], Probe]
+    during: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def _compiling() -> AbstractContextManager[Any]:
+    """Models of one class share code, each compiles it anew, and after some times Dynamo goes on in eager mode."""
+    patched: AbstractContextManager[Any] = torch._dynamo.config.patch(recompile_limit=256)
+    return patched
 
 
 BACKENDS = {
-    "eager": Backend(lambda module, **_: None, by_nodes),
-    "inductor": Backend(nn.Module.compile, by_pieces),
+    "eager": Backend(lambda module: None, by_nodes),
+    "inductor": Backend(partial(nn.Module.compile, dynamic=False), by_pieces, _compiling),
 }
 """Backends by name; each with the probe that predicts measured cuts best (`benchmarks.bench_latency`)."""
 
@@ -220,7 +227,7 @@ def measure_latency(
     """
     device, done = device_of(model), iter(range(1 - WARMUP, rounds + 1))
     whole, run = partial(adapter.predict, model, batch), partial(adapter.predict, captured, batch)
-    with torch.no_grad(), settled(model), settled(captured):
+    with torch.no_grad(), backend.during(), settled(model), settled(captured):
         tell("latency", 0, rounds)
         _try(whole)
         probe = backend.probe(Watched(run, graphs, regions, backend.ready, device, clock, tell))

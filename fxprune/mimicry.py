@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fxprune.drafts import drafted
 from fxprune.errors import BatchError, SettingError
 from fxprune.operations import is_norm_layer
 from fxprune.pairs import Features, Pair, channels_last, with_gradients
-from fxprune.ranks import rank_and_world, summed
+from fxprune.ranks import by_first, is_own, rank_and_world, summed
 
 HELD_OUT = 8
 """Of so many calibration batches one is held out."""
@@ -111,8 +112,8 @@ def mimic(
             tell(step, schedule.steps)
             if step % max(1, schedule.steps // CHECKS) == 0 or step == schedule.steps:
                 state = state.after(step, judge(pair, points, held), pair.pruned, optimizer)
-                if checkpoint is not None and rank_and_world()[0] == 0:
-                    state.write(checkpoint, schedule)
+                if checkpoint is not None:
+                    by_first(partial(state.write, checkpoint, schedule))
                 if state.stale == PATIENCE:
                     break
         pair.pruned.load_state_dict(state.best_weights)
@@ -129,9 +130,9 @@ def _begun(
     pair: Pair, found: float, optimizer: torch.optim.Optimizer, schedule: Schedule, checkpoint: Path | None
 ) -> _State:
     """Where a training starts: as the model is, or as the checkpoint has it."""
-    if checkpoint is None or not checkpoint.exists():
+    state = by_first(lambda: _State.read(checkpoint, schedule, pair.pruned))
+    if state is None:
         return _State(0, found, found, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
-    state = _State.read(checkpoint, schedule, pair.pruned)
     pair.pruned.load_state_dict(state.weights)
     optimizer.load_state_dict(state.optimizer)
     return state
@@ -160,9 +161,9 @@ def distance(pair: Pair, points: Sequence[str], batch: Batch) -> Tensor:
             )
     flat = summed(torch.cat([part.flatten() for parts in sums.values() for part in parts]).double())
     spread = _spread(flat, {name: [part.shape[1] for part in parts] for name, parts in sums.items()})
-    error = torch.stack([errors[name] for name in sums])
-    others = summed(error.detach()) - error.detach()
-    return torch.log1p((error + others) / spread.to(error.dtype)).mean()
+    error = torch.stack([errors[name] for name in sums]).double()
+    total = summed(error.detach()) + (error - error.detach())  # the same number in all processes, to the last bit
+    return torch.log1p(total / spread).mean()
 
 
 def _spread(flat: Tensor, widths: dict[str, list[int]]) -> Tensor:
@@ -185,6 +186,22 @@ def judge(pair: Pair, points: Sequence[str], batches: Sequence[Batch]) -> float:
     return sum(parts) / sum(batch.count for batch in batches)
 
 
+def check_images(batches: Sequence[Batch]) -> None:
+    """Raise `BatchError` unless all processes can share out the images of every batch."""
+    world = rank_and_world()[1]
+    for index, batch in enumerate(batches if world > 1 else ()):
+        if not _has_images(batch):
+            raise BatchError(
+                f"batch {index}: training in several processes needs batches that are a tensor (N, C, H, W) or a list"
+                " of images"
+            )
+        if batch.count < world:
+            raise BatchError(
+                f"batch {index}: its {batch.count} images cannot be shared by {world} processes; give larger batches"
+                " (a DataLoader leaves out a small last one with drop_last=True)"
+            )
+
+
 def can_be_shared(batch: Batch) -> bool:
     """Whether every process can have images of a batch."""
     world = rank_and_world()[1]
@@ -192,18 +209,11 @@ def can_be_shared(batch: Batch) -> bool:
 
 
 def _own_images(batch: Batch) -> Batch:
-    """This process's share of a batch; the whole of it where images cannot be told apart."""
-    rank, world = rank_and_world()
-    if world == 1:
+    """This process's share of a batch."""
+    if rank_and_world()[1] == 1:
         return batch
-    if not _has_images(batch):
-        raise BatchError(
-            "healing in several processes needs batches that are a tensor (N, C, H, W) or a list of images"
-        )
-    if batch.count < world:
-        raise BatchError(f"a batch of {batch.count} images cannot be shared by {world} processes; give larger ones")
-    images = batch.images[rank::world]
-    return Batch(images, None, len(images))
+    own = [image for index, image in enumerate(batch.images) if is_own(index)]
+    return Batch(torch.stack(own) if isinstance(batch.images, Tensor) else own, None, len(own))
 
 
 def _has_images(batch: Batch) -> bool:
@@ -274,7 +284,9 @@ class _State:
             torch.save({"schedule": asdict(schedule), **vars(self)}, file)
 
     @staticmethod
-    def read(path: Path, schedule: Schedule, model: nn.Module) -> _State:
+    def read(path: Path | None, schedule: Schedule, model: nn.Module) -> _State | None:
+        if path is None or not path.exists():
+            return None
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
             then = Schedule(**found.pop("schedule"))

@@ -20,7 +20,7 @@ from fxprune.detectors.batch import Batch
 from fxprune.fits import Fit, Sight
 from fxprune.lockstep import Meet, run_in_step
 from fxprune.pairs import Pair, hooked
-from fxprune.ranks import summed
+from fxprune.ranks import failing_together, summed
 from fxprune.residuals import terms_of
 
 SAME = 1e-5
@@ -58,7 +58,8 @@ def refit(
         for model in (pair.original, pair.pruned):
             hooks.enter_context(hooked(model, work.layers, work.see))
             hooks.enter_context(hooked(model, pair.decisions, work.obey))
-        run_in_step(runs, work.decide)
+        with failing_together() as work.meet:
+            run_in_step(runs, work.decide)
         for finish in work.last:
             finish()
     return work.fitted
@@ -78,6 +79,7 @@ class _Work:
         self.here = local()
         self.fitted: list[str] = []
         self.last: list[Callable[[], None]] = []
+        self.meet: Callable[[], None] = lambda: None
 
     def run(self, model: nn.Module, batch: Batch) -> Callable[[Meet], None]:
         def work(meet: Meet) -> None:
@@ -106,6 +108,7 @@ class _Work:
         name, numbers = point[0], [index for role, index in values if role == "pruned"]
         if name in self.pair.decisions:
             return {("pruned", index): values["original", index] for index in numbers}
+        self.meet()
         self.tell(name)
         if any(name == term.seen_at for term in self.terms.values()):
             self.seen[name] = values

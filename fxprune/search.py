@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from torch import nn
 from fxprune.analysis import Analysis
 from fxprune.calibration import Calibration, take_loss
 from fxprune.criteria import RegionScore, part_sizes
-from fxprune.detectors.batch import Adapter
+from fxprune.detectors.batch import Adapter, device_of
 from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import analyze, apply
 from fxprune.errors import FxpruneWarning, SettingError
 from fxprune.healing import Loss, mend
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.plan import Plan, Totals
+from fxprune.ranks import by_first, failing_together, gathered, on_device, rank_and_world, summed
 from fxprune.study import Progress
 
 STRIDE = 0.05
@@ -87,7 +89,7 @@ class Search:
 
 
 def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
-    return [search.analyze(model, calibration).plan(search.budget, search.cost)]
+    return [by_first(partial(search.analyze(model, calibration).plan, search.budget, search.cost))]
 
 
 def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
@@ -106,13 +108,13 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
                 analysis.plan(search.budget, search.cost)  # raises now rather than later where it is out of reach
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
             if share > 0:
-                plan = analysis.plan(share, search.cost)
+                plan = by_first(partial(analysis.plan, share, search.cost))
                 now = search.mended(apply(now, plan), model, sample)
                 facts = {"step": f"{step} of {steps}", "asked": search.budget, "mended": search.mend}
                 plans.append(_noted(plan, strategy="greedy", **facts, loss_increase=judge.worse(now)))
             search.progress("greedy", step, steps)
     except KeyboardInterrupt:
-        if not plans:
+        if not plans or rank_and_world()[1] > 1:
             raise
         _warn_of_interruption(f"after {len(plans)} of {steps} steps")
     return plans
@@ -139,7 +141,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
     search.progress("search", 0, search.tries)
     try:
         for number in range(1, search.tries + 1):
-            plan = _proposed(analysis, beliefs, found, search)
+            plan = by_first(partial(_proposed, analysis, beliefs, found, search))
             if plan is None:
                 break
             loss = judge.worse(search.mended(apply(model, plan), model, sample))
@@ -147,10 +149,10 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
             beliefs.learn(_taken(plan), loss)
             search.progress("search", number, search.tries)
     except KeyboardInterrupt:
-        if not found:
+        if not found or rank_and_world()[1] > 1:
             raise
         _warn_of_interruption(f"after {len(found)} of {search.tries} plans")
-    loss, plan = min(found.values(), key=lambda pair: pair[0])
+    loss, plan = by_first(lambda: min(found.values(), key=lambda pair: pair[0]))
     return [_noted(plan, strategy="search", tried=len(found), mended=search.mend, loss_increase=loss)]
 
 
@@ -229,12 +231,14 @@ class Judge:
         network = private_copy(network_of(model))
         adapter: Adapter = choose_adapter(network, self.calibration.first_raw, self.loss)
         adapter.prepare(network)
-        total, images = torch.zeros(()), 0
-        with untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
-            for index, batch in enumerate(self.calibration.batches(network, adapter)):
-                total = total + batch.count * take_loss(network, adapter, batch, index, self.seed).cpu()
-                images += batch.count
-        return total / images
+        total, images = torch.zeros((), dtype=torch.float64), 0
+        with on_device(device_of(network)), untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
+            with failing_together():
+                for index, batch in self.calibration.own(network, adapter):
+                    parts = take_loss(network, adapter, batch, index, self.seed)
+                    total, images = total + batch.count * parts.double().cpu(), images + batch.count
+            mean: torch.Tensor = summed(total) / sum(gathered(images))
+            return mean
 
     def worse(self, pruned: nn.Module) -> float:
         """How much the parts of the loss have grown, each relative to its own size, summed."""

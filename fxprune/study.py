@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,19 +13,22 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from fxprune.analysis import Analysis
-from fxprune.attribution import AblationInterpreter, Record, RecordingInterpreter
-from fxprune.calibration import Calibration, take_loss
+from fxprune.attribution import AblationInterpreter, Record, RecordingInterpreter, merged
+from fxprune.calibration import Calibration, check_same, take_loss
+from fxprune.candidates import candidates, node_records
 from fxprune.capture import Island, capture
-from fxprune.costs import ParameterGroup, count_flops, count_params, group_parameters
-from fxprune.criteria import Evidence, RegionScore, absolute_weights, criterion_named, part_sizes
+from fxprune.costs import count_flops, count_params, group_parameters
+from fxprune.criteria import Evidence, RegionScore, criterion_named, part_sizes
 from fxprune.detectors.batch import Adapter, Batch, narrower
 from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import LossError, ModelError, NoRegionError, SettingError
-from fxprune.graph import dotted, fingerprint, operation_name
+from fxprune.graph import fingerprint
 from fxprune.interpreting import interpreted, record_sizes
+from fxprune.isolation import check_same_weights
 from fxprune.latency import BACKENDS, UNMEASURED, Latency, check_backend, measure_latency, ready_twin
 from fxprune.links import follow
-from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Totals
+from fxprune.plan import IslandRecord, Link, Totals
+from fxprune.ranks import by_first, failing_together, gathered, summed
 from fxprune.regions import Region, Rejection, find_regions
 from fxprune.shapes import propagate
 from fxprune.version import __version__
@@ -65,7 +68,7 @@ class Study:
     seed: int
     progress: Progress | None = None
     latency_backend: str | None = None
-    _kept: list[tuple[Batch, Tensor]] = field(default_factory=list, repr=False)
+    _kept: list[tuple[int, Batch, Tensor]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         criterion_named(self.criterion)
@@ -75,19 +78,22 @@ class Study:
 
     def run(self, model: nn.Module, calib_loader: Any) -> Analysis:
         """Analyze a private copy of a model; it is changed."""
-        calibration = Calibration.of(calib_loader)
-        adapter = choose_adapter(model, calibration.first_raw, self.loss)
-        adapter.prepare(model)
-        first = calibration.first(model, adapter)
-        twin = ready_twin(model, BACKENDS[self.latency_backend]) if self.latency_backend else None
-        self._say("capture", 0, 1)
-        captured = self.capture(model, adapter, first)
-        self._say("capture", 1, 1)
-        total, nodes = count_flops(lambda: adapter.predict(captured.model, first), captured.graphs)
-        flops = {key: value / first.count for key, value in nodes.items()}
-        captured = _without_cost(captured, flops)
+        check_same_weights(model)
+        with failing_together():
+            calibration = Calibration.of(calib_loader)
+            adapter = choose_adapter(model, calibration.first_raw, self.loss)
+            adapter.prepare(model)
+            first = calibration.first(model, adapter)
+            twin = ready_twin(model, BACKENDS[self.latency_backend]) if self.latency_backend else None
+            self._say("capture", 0, 1)
+            captured = self.capture(model, adapter, first)
+            self._say("capture", 1, 1)
+            total, nodes = count_flops(lambda: adapter.predict(captured.model, first), captured.graphs)
+            flops = {key: value / first.count for key, value in nodes.items()}
+            captured = _without_cost(captured, flops)
+        check_same([first])
         latency = UNMEASURED if twin is None else self._latency(twin, captured, adapter, first)
-        record, batches, links = self._record(captured, adapter, calibration)
+        record, links = self._record(captured, adapter, calibration)
         name, criterion = criterion_named(self.criterion)
         evidence = Evidence(
             regions=captured.regions,
@@ -96,9 +102,11 @@ class Study:
             loss_increase=lambda region: self._loss_increase(captured, adapter, region),
             seed=self.seed,
         )
-        scores = criterion.score(evidence)
+        with failing_together():
+            scores = criterion.score(evidence)
+        scores = by_first(lambda: scores)
         groups = group_parameters(captured.model, captured.graphs)
-        regions, unscored = _candidates(captured.regions, scores, flops, groups, latency)
+        regions, unscored = candidates(captured.regions, scores, flops, groups, latency)
         blocks = sum(region.block for region in regions)
         settings = {
             "model": type(model).__name__,
@@ -107,7 +115,7 @@ class Study:
             "seed": self.seed,
             "family": adapter.family,
             "images": record.images,
-            "batches": batches,
+            "batches": calibration.count,
             "targets": calibration.targets,
             "versions": _versions(),
             **({"latency": {"backend": self.latency_backend, **latency.settings}} if twin else {}),
@@ -115,7 +123,7 @@ class Study:
         return Analysis(
             regions=regions,
             rejections=(*captured.rejections, *unscored),
-            nodes=tuple(_node_records(captured, record, flops)),
+            nodes=tuple(node_records(captured.graphs, record, flops)),
             links=links,
             islands=tuple(IslandRecord(i.name, fingerprint(i.gm), i.opaque) for i in captured.islands),
             before=Totals(total / first.count, count_params(captured.model), blocks, latency.whole_ms),
@@ -151,9 +159,9 @@ class Study:
 
     def _record(
         self, captured: Captured, adapter: Adapter, calibration: Calibration
-    ) -> tuple[Record, int, tuple[Link, ...]]:
+    ) -> tuple[Record, tuple[Link, ...]]:
         """One forward and one backward pass per batch, every node recorded; and what the first one links."""
-        record, batches = Record(), 0
+        record = Record()
         links: tuple[Link, ...] = ()
         criterion = criterion_named(self.criterion)[1]
 
@@ -161,38 +169,42 @@ class Study:
             own = [region for region in captured.regions if region.island == island]
             return RecordingInterpreter(gm, island, record, own, criterion.gate)
 
-        with interpreted(captured.graphs, make):
-            for index, batch in enumerate(calibration.batches(captured.model, adapter)):
+        with failing_together(), interpreted(captured.graphs, make):
+            for index, batch in calibration.own(captured.model, adapter):
                 run = partial(take_loss, captured.model, adapter, batch, index, self.seed)
-                parts, links = (run(), links) if batches else follow(run, captured.graphs)
+                parts, links = (run(), links) if record.images else follow(run, captured.graphs)
                 if not parts.requires_grad:
                     raise LossError(f"batch {index}: the loss does not depend on the model's captured layers")
                 criterion.loss(parts).backward()  # type: ignore[no-untyped-call]
                 record.close_batch(index, batch.count)
                 if criterion.keeps_batches:
-                    self._kept.append((batch, parts.detach()))
-                batches += 1
-                self._say("attribution", batches, None)
+                    self._kept.append((index, batch, parts.detach()))
+                self._say("attribution", index + 1, None)
+        calibration.settle()
+        record = merged(gathered(record))
         if not record.nodes:
             raise LossError("no gradient reached any captured layer: the loss does not depend on the model")
-        return record, batches, links
+        return record, by_first(lambda: links)
 
     def _loss_increase(self, captured: Captured, adapter: Adapter, region: Region) -> float:
         """How much the parts of the loss grow with a region bypassed, each relative to its own size."""
         graph = [(name, gm) for name, gm in captured.graphs if name == region.island]
-        images = sum(batch.count for batch, _ in self._kept)
-        before, after = torch.zeros(()), torch.zeros(())
-        with interpreted(graph, lambda _, gm: AblationInterpreter(gm, [region])), torch.no_grad():
-            for index, (batch, parts) in enumerate(self._kept):
-                share = batch.count / images
-                before = before + share * parts
-                after = after + share * take_loss(captured.model, adapter, batch, index, self.seed)
+        bypassed = interpreted(graph, lambda _, gm: AblationInterpreter(gm, [region]))
+        sums = torch.zeros((), dtype=torch.float64)
+        with failing_together(), bypassed, torch.no_grad():
+            for index, batch, before in self._kept:
+                after = take_loss(captured.model, adapter, batch, index, self.seed)
+                sums = sums + batch.count * torch.stack([before, after]).double().cpu()
+        before, after = summed(sums) / sum(gathered(sum(batch.count for _, batch, _ in self._kept)))
         self._say("ablation", list(captured.regions).index(region) + 1, len(captured.regions))
         return float(((after - before) / part_sizes(before)).sum())
 
     def _latency(self, twin: nn.Module, captured: Captured, adapter: Adapter, first: Batch) -> Latency:
-        backend, graphs = BACKENDS[str(self.latency_backend)], captured.graphs
-        return measure_latency(backend, twin, captured.model, graphs, captured.regions, adapter, first, tell=self._say)
+        """Measured by one process alone."""
+        backend, graphs, regions = BACKENDS[str(self.latency_backend)], captured.graphs, captured.regions
+        return by_first(
+            lambda: measure_latency(backend, twin, captured.model, graphs, regions, adapter, first, tell=self._say)
+        )
 
     def _say(self, stage: str, done: int, total: int | None) -> None:
         if self.progress is not None:
@@ -232,56 +244,6 @@ def _no_region(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionErr
     rows = [f"  {rejection.name}: {rejection.reason}" for rejection in rejections[:20]]
     more = [f"  ... and {len(rejections) - 20} more"] if len(rejections) > 20 else []
     return NoRegionError("\n".join([f"nothing in {type(model).__name__} can be removed:", *rows, *more]))
-
-
-def _candidates(
-    regions: Sequence[Region],
-    scores: dict[str, float],
-    flops: dict[tuple[str, str], float],
-    groups: Sequence[ParameterGroup],
-    latency: Latency,
-) -> tuple[tuple[Candidate, ...], list[Rejection]]:
-    """Join regions with scores and costs; those without a score are refused, never taken for unimportant."""
-    wrong = next((region.name for region in regions if not abs(scores.get(region.name, 0.0)) < float("inf")), None)
-    if wrong is not None:
-        raise SettingError(f"the criterion gave {scores[wrong]} for region {wrong!r}; scores must be finite numbers")
-    scored = [region for region in regions if region.name in scores]
-    reason = "no gradient reached it on any calibration batch, so its importance is not known"
-    refused = [Rejection(region.name, reason) for region in regions if region.name not in scores]
-    if not scored:
-        raise LossError("no region received a gradient: the loss does not depend on what could be removed")
-    members = {region.name: {(region.island, node) for node in region.nodes} for region in scored}
-    rows = [
-        Candidate(
-            **region.__dict__,
-            score=scores[region.name],
-            flops=sum(flops.get(key, 0.0) for key in members[region.name]),
-            params=sum(group.params for group in groups if members[region.name].issuperset(group.readers)),
-            block=not any(members[region.name] < other for other in members.values()),
-            latency_ms=latency.regions_ms.get(region.name),
-        )
-        for region in scored
-    ]
-    return tuple(rows), refused
-
-
-def _node_records(captured: Captured, record: Record, flops: dict[tuple[str, str], float]) -> Iterator[NodeRecord]:
-    for island, gm in captured.graphs:
-        for node in gm.graph.nodes:
-            if node.op == "get_attr":
-                continue
-            key, called = (island, node.name), node.op == "call_module"
-            yield NodeRecord(
-                name=dotted(island, str(node.target) if called else node.name),
-                island=island,
-                node=node.name,
-                op=operation_name(gm, node),
-                reads=tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
-                shape=record.shapes.get(key),
-                grad_act=record.nodes.get(key),
-                l1=(absolute_weights([gm.get_submodule(str(node.target))]) or None) if called else None,
-                flops=flops.get(key, 0.0),
-            )
 
 
 def _versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ def test_each_batch_without_labels_is_labelled_once() -> None:
 
     model, adapter, calibration = tiny(), replace(classifier.ADAPTER, label=label), Calibration(draw())
     first = calibration.first(model, adapter)
-    batches = list(calibration.batches(model, adapter))
+    batches = [batch for _, batch in calibration.own(model, adapter)]
     assert batches[0] is first
     assert [len(images) for images in seen] == [2, 2, 2]
     assert calibration.targets == "the model's own confident outputs"

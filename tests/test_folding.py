@@ -16,8 +16,8 @@ from torchvision.ops import FrozenBatchNorm2d
 import fxprune
 from fxprune import ModelError, Plan, StorageError
 from fxprune.passes.absorbing import absorb_norms
+from tests.concatenations import traced
 from tests.models import Detector, build, pixels
-from tests.test_cleanups import traced
 
 EXACT = 1e-12
 

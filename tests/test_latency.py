@@ -75,7 +75,7 @@ def measured(model: nn.Module, clock: FakeClock, backend: Backend = BACKENDS["ea
     )
 
 
-def on(probe: Callable[..., Any], ready: Callable[..., None] = lambda module, **_: None) -> Backend:
+def on(probe: Callable[..., Any], ready: Callable[[nn.Module], None] = lambda module: None) -> Backend:
     return Backend(ready, probe)
 
 
@@ -106,7 +106,7 @@ def test_what_the_interpreter_itself_takes_is_nobodys(
 
 
 def test_a_backend_that_is_twice_as_fast_in_the_graphs_halves_their_regions(model: nn.Module, clock: FakeClock) -> None:
-    def halve(module: nn.Module, **_: Any) -> None:
+    def halve(module: nn.Module) -> None:
         for name in [*CONVS, "body.0"]:
             layer: Any = module.get_submodule(name)
             layer.milliseconds = [one / 2 for one in layer.milliseconds]
@@ -117,9 +117,8 @@ def test_a_backend_that_is_twice_as_fast_in_the_graphs_halves_their_regions(mode
 
 
 def test_what_a_call_of_its_own_costs_a_piece_is_not_the_regions(model: nn.Module, clock: FakeClock) -> None:
-    def pay_for_a_call(module: nn.Module, **options: Any) -> None:
+    def pay_for_a_call(module: nn.Module) -> None:
         if isinstance(module, fx.GraphModule):
-            assert options == {"dynamic": False}
             clock.slow_down(module, 7.0)
 
     assert measured(model, clock, on(by_pieces, pay_for_a_call)).regions_ms == pytest.approx(REGIONS)
@@ -131,7 +130,7 @@ def test_equal_regions_are_compiled_once(clock: FakeClock) -> None:
     model = nn.Sequential(mixed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
     for index, milliseconds in ((1, 3.0), (2, 3.0), (3, 3.0), (5, 1.0)):
         clock.slow_down(model.get_submodule(f"0.{index}.conv"), milliseconds)
-    latency = measured(model, clock, on(by_pieces, lambda module, **_: ready.append(module)))
+    latency = measured(model, clock, on(by_pieces, lambda module: ready.append(module)))
     assert len(ready) == 1 + 2 * 2
     assert latency.regions_ms == pytest.approx({"0.1": 3.0, "0.2": 3.0, "0.3": 3.0, "0.5": 1.0})
 
@@ -209,6 +208,11 @@ def test_a_region_that_is_lost_in_noise_saves_nothing(
     assert latency.regions_ms["body.1"] > 0
 
 
+def test_what_warms_up_does_not_count(model: nn.Module, clock: FakeClock) -> None:
+    clock.slow_down(model.get_submodule("body.1.norm"), *[300.0] * 4, *[0.0] * 100)  # two calls capture, two warm up
+    assert measured(model, clock, rounds=2).regions_ms == pytest.approx(REGIONS)
+
+
 def test_the_floor_is_how_far_the_whole_strays_from_itself(model: nn.Module, clock: FakeClock) -> None:
     steady = measured(model, clock).settings["floor"]
     clock.slow_down(model.get_submodule(""), 0.0, 2.0, 1.0, 0.0, 4.0)
@@ -220,7 +224,7 @@ def test_the_floor_is_how_far_the_whole_strays_from_itself(model: nn.Module, clo
 
 def test_a_twin_shares_weights_and_nothing_else() -> None:
     model = build(Detector)
-    twin = ready_twin(model, Backend(lambda module, **_: setattr(module, "mark", 1), by_nodes))
+    twin = ready_twin(model, Backend(lambda module: setattr(module, "mark", 1), by_nodes))
     pairs = zip(model.state_dict(keep_vars=True).values(), twin.state_dict(keep_vars=True).values(), strict=True)
     assert all(one is other for one, other in pairs)
     assert not {id(part) for part in model.modules()} & {id(part) for part in twin.modules()}
@@ -244,7 +248,7 @@ def test_a_backend_that_fails_is_said_with_a_way_out(
     def fail(*_: Any) -> None:
         raise RuntimeError("no C++ compiler\nfound here")
 
-    def refuse(module: nn.Module, **_: Any) -> None:
+    def refuse(module: nn.Module) -> None:
         if isinstance(module, fx.GraphModule) or probe is by_nodes:
             module.register_forward_pre_hook(fail)
 
@@ -377,6 +381,20 @@ def test_a_model_that_was_measured_is_as_it_was(detector: nn.Module) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forget_compiled_code")
+def test_no_model_of_many_is_left_in_eager_mode() -> None:
+    frames = torch._dynamo.utils.counters["frames"]
+    limit = torch._dynamo.config.recompile_limit
+    backend = BACKENDS["inductor"]
+    for width in range(1, limit + 3):
+        twin, before = ready_twin(build(Detector, width=width), backend), frames["ok"]
+        with torch.no_grad(), backend.during():
+            twin(X)
+        assert frames["ok"] > before
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forget_compiled_code")
 def test_inductor_compiles_the_whole_and_one_of_five_equal_blocks(detector: nn.Module) -> None:
     told: list[Any] = []
     analysis = fxprune.analyze(
@@ -391,7 +409,7 @@ def test_inductor_compiles_the_whole_and_one_of_five_equal_blocks(detector: nn.M
 def test_the_twin_is_what_is_timed_as_a_whole(model: nn.Module, clock: FakeClock) -> None:
     called: list[str] = []
 
-    def mark(module: nn.Module, **_: Any) -> None:
+    def mark(module: nn.Module) -> None:
         module.register_forward_pre_hook(lambda *_: called.append("twin"))
 
     measured(model, clock, on(by_nodes, mark), rounds=4)

@@ -17,9 +17,9 @@ from benchmarks.systems import SIX
 from fxprune import Plan
 from fxprune.passes.cleanup import remove_dead_code
 from fxprune.passes.narrowing import NARROWED
+from tests.concatenations import Joining, narrow, traced
 from tests.conftest import SMALL, give_values
 from tests.models import params_of, pixels
-from tests.test_cleanups import Joining, narrow, traced
 from tests.test_systems import flops_of
 
 pytest.importorskip("ultralytics")

@@ -1,0 +1,66 @@
+"""What was found of a model, put together: a row a region, a row a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fxprune.attribution import Record
+from fxprune.costs import ParameterGroup
+from fxprune.criteria import absolute_weights
+from fxprune.errors import LossError, SettingError
+from fxprune.graph import dotted, operation_name
+from fxprune.interpreting import Graphs, NodeName
+from fxprune.latency import Latency
+from fxprune.plan import Candidate, NodeRecord
+from fxprune.regions import Region, Rejection
+
+
+def candidates(
+    regions: Sequence[Region],
+    scores: dict[str, float],
+    flops: dict[NodeName, float],
+    groups: Sequence[ParameterGroup],
+    latency: Latency,
+) -> tuple[tuple[Candidate, ...], list[Rejection]]:
+    """Join regions with scores and costs; those without a score are refused, never taken for unimportant."""
+    wrong = next((region.name for region in regions if not abs(scores.get(region.name, 0.0)) < float("inf")), None)
+    if wrong is not None:
+        raise SettingError(f"the criterion gave {scores[wrong]} for region {wrong!r}; scores must be finite numbers")
+    scored = [region for region in regions if region.name in scores]
+    reason = "no gradient reached it on any calibration batch, so its importance is not known"
+    refused = [Rejection(region.name, reason) for region in regions if region.name not in scores]
+    if not scored:
+        raise LossError("no region received a gradient: the loss does not depend on what could be removed")
+    members = {region.name: {(region.island, node) for node in region.nodes} for region in scored}
+    rows = [
+        Candidate(
+            **region.__dict__,
+            score=scores[region.name],
+            flops=sum(flops.get(key, 0.0) for key in members[region.name]),
+            params=sum(group.params for group in groups if members[region.name].issuperset(group.readers)),
+            block=not any(members[region.name] < other for other in members.values()),
+            latency_ms=latency.regions_ms.get(region.name),
+        )
+        for region in scored
+    ]
+    return tuple(rows), refused
+
+
+def node_records(graphs: Graphs, record: Record, flops: dict[NodeName, float]) -> Iterator[NodeRecord]:
+    """Say of every node what it is and what was found of it."""
+    for island, gm in graphs:
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                continue
+            key, called = (island, node.name), node.op == "call_module"
+            yield NodeRecord(
+                name=dotted(island, str(node.target) if called else node.name),
+                island=island,
+                node=node.name,
+                op=operation_name(gm, node),
+                reads=tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
+                shape=record.shapes.get(key),
+                grad_act=record.nodes.get(key),
+                l1=(absolute_weights([gm.get_submodule(str(node.target))]) or None) if called else None,
+                flops=flops.get(key, 0.0),
+            )
