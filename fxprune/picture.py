@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +30,8 @@ def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
     Parameters
     ----------
     what : Analysis, Plan or Module
-        An analysis has plans for every budget in whole percents; a plan, or the last one of a pruned model, is one.
+        An analysis has plans for every budget in whole percents, a model that was pruned in steps one for each step,
+        with all that went by then.
     shown : Plan, optional
         A plan of the analysis to show first; the others are by its cost.
 
@@ -62,7 +63,7 @@ def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
         "before": vars(network.before),
         "cost": plans[0].cost if plans else "flops",
         "plans": [_plan_row(plan) for plan in plans],
-        "initial": _position(plans, shown) if isinstance(what, Analysis) else 0,
+        "initial": _position(plans, shown) if isinstance(what, Analysis) else len(plans) - 1,
         "regions": [
             {**_region_row(region, names), "rank": ranks[index]} for index, region in enumerate(network.regions)
         ],
@@ -86,7 +87,22 @@ def _plans(what: Drawable, shown: Plan | None) -> list[Plan]:
         cost, own = (shown.cost, [shown]) if shown else ("flops", [])
         others = [plan for plan in _plans_by_percent(what, cost) if not shown or plan.budget != shown.budget]
         return sorted([*own, *others], key=lambda plan: plan.budget)
-    return [plans_carried_out(what)[-1]]
+    return _added_up(plans_carried_out(what))
+
+
+def _added_up(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans of the first network, each with all that went by then; the last one alone if that network lacks a block."""
+    first, gone, found, blocks = plans[0], set[str](), [], plans[0].before.blocks
+    field = {"latency": "latency_ms"}.get(first.cost, first.cost)
+    for plan in plans if len(plans) > 1 else ():
+        gone |= {region.name for region in plan.removed}
+        blocks -= plan.before.blocks - plan.after.blocks
+        after = replace(plan.after, blocks=blocks)
+        regions = tuple(replace(region, removed=region.name in gone) for region in first.regions)
+        share = 1 - (getattr(after, field) or 0.0) / (getattr(first.before, field) or 1.0)
+        settings = {key: value for key, value in first.settings.items() if key not in ("step", "loss_increase")}
+        found.append(replace(first, settings=settings, regions=regions, after=after, budget=share))
+    return found if found and gone <= {region.name for region in first.regions} else [plans[-1]]
 
 
 def _position(plans: Sequence[Plan], shown: Plan | None) -> int | None:

@@ -43,9 +43,9 @@ def test_a_search_is_announced_carried_out_healed_and_saved(tmp_path: Path, caps
 
 def test_small_steps_are_saved_each_as_a_plan(tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out"
-    assert main([*PRUNE, "--strategy", "greedy", "--criterion", "l1", "--out", str(out)]) == 0
+    assert main([*PRUNE[:-1], "0.1", "--strategy", "greedy", "--criterion", "l1", "--out", str(out)]) == 0
     captured = capsys.readouterr()
-    assert captured.err.startswith("greedy: scores 8 images up to 5 times, and 6 forward passes")
+    assert captured.err.startswith("greedy: scores 8 images up to 3 times, and 4 forward passes")
     assert "Step by step" in captured.out
     assert len(list(out.glob("plan-*.json"))) == notes(out)["prunings"] > 1
 
@@ -59,6 +59,7 @@ def test_one_plan_by_score_can_be_healed_by_imitation(capsys: Captured) -> None:
     assert captured.err.splitlines() == ["fxprune: nothing was saved; --out FOLDER saves the pruned model"]
 
 
+@pytest.mark.slow
 def test_a_sweep_can_heal_its_points(capsys: Captured) -> None:
     arguments = ["sweep", "bundled", *FEW, "--budgets", "0.3", "--json"]
     found = []
@@ -91,7 +92,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("interrupted")
 @pytest.mark.filterwarnings("default::fxprune.FxpruneWarning")
-@pytest.mark.parametrize(("strategy", "where"), [("search", "1 of 5 plans"), ("greedy", "1 of 5 steps")])
+@pytest.mark.parametrize(
+    ("strategy", "where"), [("search", "1 of 5 plans"), pytest.param("greedy", "1 of 5 steps", marks=pytest.mark.slow)]
+)
 def test_ctrl_c_saves_the_best_so_far(strategy: str, where: str, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out"
     assert main([*PRUNE, "--strategy", strategy, "--tries", "5", "--criterion", "l1", "--out", str(out)]) == 0

@@ -242,3 +242,10 @@ def test_on_paper_the_whole_picture_is_there(page: Any) -> None:
     page.execute_script("window.dispatchEvent(new Event('afterprint'))")
     assert page.find_element(By.ID, "picture").get_dom_attribute("viewBox") is None
     assert page.find_element(By.ID, "drawing").get_dom_attribute("transform")
+
+
+def test_the_footer_tells_how_it_was_healed(browser: Any, tmp_path: Path) -> None:
+    heal = {"method": "mimic", "images": 256, "distance": {"before": 0.4812, "after": 0.12}, "seconds": 93.0}
+    page = opened(browser, {**PICTURE, "settings": {"criterion": "fisher", "heal": heal}}, tmp_path)
+    said = page.find_element(By.ID, "settings").text
+    assert said == "criterion fisher · method mimic, images 256, distance 0.481 → 0.120, seconds 93"

@@ -16,9 +16,10 @@ import fxprune
 from benchmarks.systems import SIX, Sizes, System
 from fxprune import ModelError, Plan
 from fxprune.analysis import Analysis
+from fxprune.driver import remember
 from fxprune.picture import FIRST, LAST, make_picture
 from fxprune.plan import IMAGES, RESULTS, Link
-from tests.models import Block, Detector, build, finite, labelled
+from tests.models import Block, Detector, build, finite, labelled, tiny
 
 
 def labels(picture: dict[str, Any]) -> list[str]:
@@ -208,6 +209,27 @@ def test_a_plan_and_a_pruned_model_show_what_went(
     assert [picture["regions"][index]["name"] for index in row["removed"]] == [r.name for r in plan.removed]
     assert picture["title"] == "Tiny"
     assert sorted(region["rank"] for region in picture["regions"]) == [1, 2, 3, 4]
+
+
+def test_a_model_pruned_in_steps_shows_all_that_went(pruned_twice: nn.Module, analysis: Analysis) -> None:
+    picture, report = make_picture(pruned_twice), fxprune.report(pruned_twice)
+    assert labels(picture) == labels(make_picture(analysis))
+    assert picture["initial"] == 1
+    names = [{picture["regions"][index]["name"] for index in row["removed"]} for row in picture["plans"]]
+    assert names == [set(report.steps[0].removed), {region.name for region in report.removed}]
+    assert [row["after"] for row in picture["plans"]] == [vars(step.after) for step in report.steps]
+    assert picture["plans"][1]["budget"] == pytest.approx(1 - report.after.flops / report.before.flops)
+
+
+def test_a_step_that_takes_what_the_first_network_lacks_is_shown_alone() -> None:
+    network = tiny()
+    once = fxprune.compile(network, labelled(), 0.1)
+    twice = fxprune.compile(once, labelled(), 0.1)
+    first, second = fxprune.report(twice).plans
+    foreign = [replace(region, name=f"{region.name}, joined") for region in second.regions]
+    remember(twice, [first.to_dict(), replace(second, regions=tuple(foreign)).to_dict()], [])
+    (row,) = make_picture(twice)["plans"]
+    assert len(row["removed"]) == len(second.removed)
 
 
 BRACKETS = str.maketrans("()", "[]", ",")

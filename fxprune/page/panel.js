@@ -215,6 +215,14 @@
     ]);
   };
 
+  /** A plain value, or how a pair of numbers went. */
+  function told(value) {
+    if (typeof value !== "object" || value === null) return value;
+    return Object.values(value)
+      .map((one) => (one === null ? "?" : Number(one).toPrecision(3)))
+      .join(" \u2192 ");
+  }
+
   api.settingsText = function (picture) {
     const words = [];
     for (const [name, value] of Object.entries(picture.settings)) {
@@ -223,7 +231,7 @@
       words.push(
         nested
           ? Object.entries(value)
-              .map(([key, one]) => `${key} ${one}`)
+              .map(([key, one]) => `${key} ${told(one)}`)
               .join(", ")
           : `${name} ${value}`,
       );
