@@ -69,8 +69,7 @@ def compile(
 
     Raises
     ------
-    FxpruneError
-        As `analyze`, `Analysis.plan`, `apply` and `heal` do.
+    FxpruneError : as `analyze`, `Analysis.plan`, `apply` and `heal` do.
 
     Examples
     --------
