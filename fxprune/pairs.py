@@ -37,7 +37,7 @@ class Pair:
     decisions : tuple of str
         Modules between the graphs whose outputs carry no gradient although what they are given does.
     calls : mapping of str to int
-        How often the original called each module that both have, on the batch it was looked at with.
+        How often each module is called that both versions call, and as often, on the batch they were looked at with.
     graphs : tuple of str
         Parts that were captured as one graph, outermost ones, whether anything was removed from them or not; "" is the
         whole model.
@@ -94,7 +94,15 @@ def pair_up(original: nn.Module, pruned: nn.Module, adapter: Adapter, batch: Bat
     shared = [name for name, _ in original.named_modules() if name in known or name in between]
     with hooked(original, shared, look), torch.enable_grad(), with_gradients(original):
         adapter.predict(original, batch)
-    return Pair(original, pruned, adapter, tuple(decisions), calls, outermost)
+    again: Counter[str] = Counter()
+
+    def count(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        again[name] += 1
+
+    with hooked(pruned, [name for name in shared if name in known], count), torch.no_grad():
+        adapter.predict(pruned, batch)  # a graph calls fewer modules than the program it was traced from
+    both = Counter({name: times for name, times in calls.items() if again[name] == times})
+    return Pair(original, pruned, adapter, tuple(decisions), both, outermost)
 
 
 @contextmanager

@@ -239,6 +239,23 @@ def test_a_model_with_a_loss_of_its_own() -> None:
     assert functional.mse_loss(healed(x), model(x)) < functional.mse_loss(pruned(x), model(x))
 
 
+class Scaled(nn.LayerNorm):
+    """A layer whose inside is traced: the pruned model's graph does not call it, the model as it was does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.permute(0, 2, 3, 1)
+        return functional.layer_norm(rows, self.normalized_shape, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def test_layers_that_only_one_of_them_calls_are_left_alone() -> None:
+    model = build(Chain)
+    model.first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), Scaled(6))
+    pruned = fxprune.compile(model, labelled(), 0.01, criterion=lambda region, _: float(region.name != "middle"))
+    healed = fxprune.heal(pruned, model, images(), "mimic", steps=2)
+    x = torch.cat(images())
+    assert functional.mse_loss(healed(x), model(x)) < functional.mse_loss(pruned(x), model(x)) / 10
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
