@@ -5,8 +5,10 @@
 For each trained detector: plans by ``fisher`` that take a tenth and more of its latency, the cut that both ways to find
 a region's part predict (the shares of its nodes under an interpreter; itself cut out, once and twice in a row), and
 the cut that is measured, the unpruned detector and itself again (the A/A floor) in turn with it, all on the first
-calibration batch. The plan is by the way that the backend has in `fxprune.latency.BACKENDS`, bold in the table. Rows go
-to ``results/bench_latency.jsonl``, the table to ``results/latency.md``.
+calibration batch. The plan is by the way that the backend has in `fxprune.latency.BACKENDS`, bold in the table.
+Detectors are made to find nothing (``--boxes`` leaves them as they are): one that a cut has broken finds boxes
+everywhere, and suppressing those takes longer than what the cut saves. Rows go to ``results/bench_latency.jsonl``, the
+table to ``results/latency.md``.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def test_each_plan_is_predicted_both_ways_and_measured(
 )
 def test_the_table_says_whether_the_goal_is_met(backend: str, predicted: float, error: float, end: list[str]) -> None:
     row = {"detector": "d", "backend": backend, "images": 8, "ms": 50.0, "budget": 0.1, "flops_cut": 0.2,
-           "nodes": predicted, "pieces": 0.1, "latency_cut": 0.1, "latency_cut_low": 0.09, "latency_cut_high": 0.11,
+           "nodes": predicted, "pieces": 0.1, "latency_cut": 0.1, "latency_cut_low": 0.09,
+           "latency_cut_high": 0.11,
            "floor": 1.0, "floor_low": 0.99, "floor_high": 1.01, "error": error}  # fmt: skip
     cells = list(bench_latency.cells(row))
     assert cells[-2:] == end
