@@ -46,14 +46,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["eager"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.2, 0.3])
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--boxes", action="store_true", help="leave score thresholds as they are")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     for subject in subjects(options):
+        if not options.boxes:
+            silence(subject.model)
         for backend in options.backends:
-            key = f"{subject.name}, {backend}"
+            key = f"{subject.name}, {backend}{', with boxes' if options.boxes else ''}"
             replace_rows("bench_latency", key, [row | {"model": key} for row in measure(subject, backend, options)])
             torch._dynamo.reset()
     (RESULTS / "latency.md").write_text("\n".join(table()) + "\n", encoding="utf-8")
+
+
+def silence(model: nn.Module) -> None:
+    """Raise the score thresholds of torchvision's detectors above every score; ultralytics' networks have none."""
+    for part in model.modules():
+        if hasattr(part, "score_thresh"):
+            part.score_thresh = 2.0  # type: ignore[assignment]
 
 
 def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -73,7 +83,8 @@ def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iter
             "flops_cut": 1 - plan.after.flops / plan.before.flops, "latency_cut": 1 - ratio.median,
             "latency_cut_low": 1 - ratio.high, "latency_cut_high": 1 - ratio.low,
             "floor": floor.median, "floor_low": floor.low, "floor_high": floor.high, "error": ratio.error,
-            "removed": [region.name for region in plan.removed], "rounds": options.rounds, "machine": machine(),
+            "boxes": options.boxes, "removed": [region.name for region in plan.removed],
+            "rounds": options.rounds, "machine": machine(),
         }  # fmt: skip
         for name, (whole, own) in predicted.items():
             row[name] = sum(own[region.name] for region in plan.removed) / whole
@@ -134,7 +145,7 @@ def table() -> Iterator[str]:
 def cells(row: Mapping[str, Any]) -> Iterator[str]:
     """One line of the table."""
     own = next(name for name, probe in PROBES.items() if probe is BACKENDS[row["backend"]].probe)
-    yield row["detector"]
+    yield row["detector"] + (", with boxes" if row["boxes"] else "")
     yield row["backend"]
     yield str(row["images"])
     yield f"{row['ms']:.1f}"

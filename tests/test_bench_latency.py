@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import bench_latency, results
 from benchmarks.subjects import Subject
+from fxprune.bundled import load_detector
 from fxprune.latency import Backend, Latency, by_nodes
 from tests.test_bench_peers import make_subject
 
@@ -67,9 +69,18 @@ def test_each_plan_is_predicted_both_ways_and_measured(
 )
 def test_the_table_says_whether_the_goal_is_met(backend: str, predicted: float, error: float, end: list[str]) -> None:
     row = {"detector": "d", "backend": backend, "images": 8, "ms": 50.0, "budget": 0.1, "flops_cut": 0.2,
-           "nodes": predicted, "pieces": 0.1, "latency_cut": 0.1, "latency_cut_low": 0.09,
-           "latency_cut_high": 0.11,
-           "floor": 1.0, "floor_low": 0.99, "floor_high": 1.01, "error": error}  # fmt: skip
+           "boxes": False, "nodes": predicted, "pieces": 0.1, "latency_cut": 0.1, "latency_cut_low": 0.09,
+           "latency_cut_high": 0.11, "floor": 1.0, "floor_low": 0.99, "floor_high": 1.01, "error": error}  # fmt: skip
     cells = list(bench_latency.cells(row))
     assert cells[-2:] == end
     assert cells[6 if backend == "eager" else 7].startswith("**")
+
+
+def test_a_silenced_detector_finds_nothing() -> None:
+    detector = load_detector()
+    images = [torch.rand(3, 160, 160)]
+    with torch.no_grad():
+        detector.score_thresh = -1.0
+        assert len(detector(images)[0]["boxes"])
+        bench_latency.silence(detector)
+        assert not len(detector(images)[0]["boxes"])
