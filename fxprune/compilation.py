@@ -21,7 +21,7 @@ from fxprune.ranks import failing_together, on_device
 from fxprune.schedules import Schedule
 from fxprune.search import TRIES, Search
 from fxprune.selection import check_budget
-from fxprune.study import Progress
+from fxprune.study import Progress, unheard
 
 QUICK = {"mimic": "affine"}
 """How plans are mended while they are compared, where the result is mended in a way that takes long."""
@@ -79,7 +79,7 @@ def compile(
     check_cost(cost)
     check_heal(heal)
     Schedule(steps)
-    quick, timed, say = QUICK.get(heal, heal), backend_for(cost, latency_backend), progress or _silent
+    quick, timed, say = QUICK.get(heal, heal), backend_for(cost, latency_backend), progress or unheard
     search = Search(strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, say)
     with on_device(device_of(network_of(model))):
         calibration = Calibration.of(calib_loader)
@@ -111,7 +111,3 @@ def _healed(
 ) -> nn.Module:
     say = search.progress
     return heal(pruned, model, calibration, method, loss=search.loss, steps=steps, seed=search.seed, progress=say)
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass

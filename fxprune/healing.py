@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -26,13 +27,9 @@ from fxprune.ranks import by_first, check_shareable, failing_together, on_device
 from fxprune.refitting import refit
 from fxprune.rendering import finite
 from fxprune.schedules import Schedule, copied
-from fxprune.study import Progress
+from fxprune.study import Progress, unheard
 
 Loss = Callable[[nn.Module, Any], Tensor]
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Care:
 
     schedule: Schedule = field(default_factory=Schedule)
     checkpoint: Path | None = None
-    progress: Progress = _silent
+    progress: Progress = unheard
     noted: bool = False
 
     def told(self, stage: str, total: int | None) -> Callable[..., None]:
@@ -108,7 +105,7 @@ def heal(
     """
     check_heal(method)
     schedule = Schedule(steps, learning_rate, seed)
-    care = Care(schedule, Path(checkpoint) if checkpoint else None, progress or _silent, noted=method != "none")
+    care = Care(schedule, Path(checkpoint) if checkpoint else None, progress or unheard, noted=method != "none")
     return mend(pruned, original, calib_loader, method, loss, care)
 
 
@@ -146,9 +143,9 @@ def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) 
     """Heal, and say what was done and how far features were and are from the original's, over all batches."""
     begin, points = perf_counter(), points_of(pair)
     judged = care.noted and all(map(can_be_shared, batches))
-    before = judge(pair, points, batches) if judged else None
-    HEALERS[method](pair, batches, care)
-    after = judge(pair, points, batches) if judged else None
+    before = judge(pair, points, batches) if judged else math.nan
+    HEALERS[method](pair, batches, care, before)
+    after = judge(pair, points, batches) if judged else math.nan
     return {
         "method": method,
         "images": sum(batch.count for batch in batches),
@@ -178,28 +175,27 @@ def check_heal(method: object) -> None:
         raise SettingError(f"heal {method!r} is not known; known: {', '.join(HEALERS)}")
 
 
-def _norms(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+def _norms(pair: Pair, batches: Sequence[Batch], care: Care, before: float) -> None:
     refit(pair, own_share(batches), fit_statistics, care.told("norms", None))
 
 
-def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+def _affine(pair: Pair, batches: Sequence[Batch], care: Care, before: float) -> None:
     refit(pair, own_share(batches), fit_affine, care.told("affine", None))
 
 
-def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+def _mimic(pair: Pair, batches: Sequence[Batch], care: Care, before: float) -> None:
     check_images(batches)
-    points, before = points_of(pair), copied(pair.pruned)
-    found = judge(pair, points, batches)
-    _affine(pair, batches, care)
-    if not judge(pair, points, batches) < found:
-        pair.pruned.load_state_dict(before)
+    start = copied(pair.pruned)
+    _affine(pair, batches, care, before)
+    if not judge(pair, points_of(pair), batches) < before:
+        pair.pruned.load_state_dict(start)
     mimic(pair, batches, care.schedule, care.checkpoint, lambda step, steps: care.progress("mimic", step, steps))
 
 
-HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], None]] = {
-    "none": lambda pair, batches, care: None,
+HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care, float], None]] = {
+    "none": lambda pair, batches, care, before: None,
     "norms": _norms,
     "affine": _affine,
     "mimic": _mimic,
 }
-"""Methods of healing by name."""
+"""Methods of healing by name: ``(pair, batches, care, before)``, the latter how far off features are at the start."""

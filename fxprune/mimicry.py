@@ -33,7 +33,7 @@ def mimic(
     schedule: Schedule,
     checkpoint: Path | None = None,
     tell: Callable[[int, int], None] = lambda step, steps: None,
-) -> tuple[float, float]:
+) -> None:
     """Train a pruned model to give the features of the model as it was, without labels.
 
     The loss is the mean over the points compared (`points_of`) of ``log(1 + e)``, e the mean squared error over the
@@ -51,11 +51,6 @@ def mimic(
         File to go on from if it is there, and to write to at every look at the held-out batches.
     tell : callable
         ``tell(step, steps)``.
-
-    Returns
-    -------
-    before, after : float
-        The loss on the held-out batches, or on all where there is one batch only.
 
     Raises
     ------
@@ -83,7 +78,6 @@ def mimic(
                 if state.stale == PATIENCE:
                     break
         pair.pruned.load_state_dict(state.best_weights)
-    return state.first, state.best
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -98,7 +92,7 @@ def _begun(
     """Where a training starts: as the model is, or as the checkpoint has it."""
     state = by_first(lambda: State.read(checkpoint, schedule, pair.pruned))
     if state is None:
-        return State(0, found, found, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
+        return State(0, found, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
     pair.pruned.load_state_dict(state.weights)
     optimizer.load_state_dict(state.optimizer)
     return state

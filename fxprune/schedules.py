@@ -48,10 +48,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class State:
-    """Where a training stands: the steps done, losses on held-out batches, looks without a better one, weights."""
+    """Where a training stands: steps done, the best loss on held-out batches, looks without a better one, weights."""
 
     step: int
-    first: float
     best: float
     stale: int
     best_weights: dict[str, Tensor]
@@ -63,7 +62,6 @@ class State:
         weights = copied(model)
         return State(
             step,
-            self.first,
             min(found, self.best),
             0 if better else self.stale + 1,
             weights if better else self.best_weights,

@@ -19,11 +19,12 @@ from fxprune.criteria import RegionScore, part_sizes
 from fxprune.detectors.batch import Adapter, device_of
 from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import analyze, apply
-from fxprune.errors import FxpruneWarning, SettingError
+from fxprune.errors import FxpruneWarning, LossError, SettingError
 from fxprune.healing import Loss, mend
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.plan import Plan, Totals
 from fxprune.ranks import by_first, failing_together, gathered, on_device, rank_and_world, summed
+from fxprune.rendering import finite
 from fxprune.study import Progress, Study
 
 STRIDE = 0.05
@@ -36,6 +37,9 @@ DRAWS = 8
 """How often it draws anew to come to a plan that it has not tried."""
 NOISE = 0.05
 """Standard deviation of what sums of single damages leave unexplained, in the logarithm of the loss."""
+
+BROKEN = 1e6
+"""Growth of the loss that stands for any greater one, and for a loss that is infinite or no number."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ class Beliefs:
     def learn(self, taken: tuple[bool, ...], loss: float) -> None:
         """Take in what a plan led to."""
         self.trials.append(taken)
-        self.losses.append(math.log1p(max(loss, -0.5)))
+        self.losses.append(math.log1p(min(max(loss, -0.5), BROKEN)))
 
     def posterior(self) -> tuple[Any, Any]:
         """Mean (R,) and covariance (R, R) after the trials."""
@@ -242,12 +246,15 @@ class Judge:
             return mean
 
     def worse(self, pruned: nn.Module) -> float:
-        """How much the parts of the loss have grown, each relative to its own size, summed."""
-        return float(((self.parts(pruned) - self.whole) / part_sizes(self.whole)).sum())
+        """How much the parts of the loss have grown, relative to their own sizes, summed; infinite where one breaks."""
+        try:
+            return float(((self.parts(pruned) - self.whole) / part_sizes(self.whole)).sum())
+        except LossError:
+            return math.inf
 
 
 def _noted(plan: Plan, **facts: Any) -> Plan:
-    return replace(plan, settings={**plan.settings, **facts})
+    return replace(plan, settings={**plan.settings, **finite(facts)})
 
 
 def _warn_of_interruption(where: str) -> None:

@@ -37,6 +37,10 @@ Progress = Callable[[str, int, int | None], None]
 """``progress(stage, done, total)``; `total` is None where it is not known."""
 
 
+def unheard(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody asked for."""
+
+
 @dataclass(frozen=True)
 class Captured:
     """A model with its islands in place, its regions, and what does not depend on the criterion."""

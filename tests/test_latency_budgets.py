@@ -14,19 +14,10 @@ from torch import nn
 import fxprune
 from fxprune import BudgetError, Plan, SettingError
 from fxprune.analysis import Analysis
-from fxprune.latency import (
-    BACKENDS,
-    Backend,
-    Latency,
-    ready_twin,
-)
+from fxprune.latency import BACKENDS, Backend, Latency, ready_twin
 from tests.models import Detector, build, labelled, pixels
 
 X = pixels(2, 3, 16, 16)
-CONVS = {"body.1.conv": 4.0, "body.2.conv": 3.0, "body.3.conv": 2.0, "body.4.conv": 1.0, "head.0.conv": 0.5}
-STEM, OUTSIDE = 2.0, 5.0
-WHOLE = sum(CONVS.values()) + STEM + OUTSIDE
-REGIONS = {name.removesuffix(".conv"): milliseconds for name, milliseconds in CONVS.items()}
 
 
 # Analyses and plans --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from fxprune.errors import BudgetError, FxpruneWarning, SettingError
 from fxprune.plan import Plan
 from fxprune.search import STRATEGIES, STRIDE, Beliefs, Judge
 from tests.hostile import Unread, assert_refused, assert_unchanged
-from tests.models import labelled, pixels, tiny
+from tests.models import build, labelled, pixels, tiny
 
 
 def plans_on(model: nn.Module) -> list[dict[str, Any]]:
@@ -157,10 +157,40 @@ def test_the_judge_knows_what_the_loss_was() -> None:
     judge = Judge(model, calibration, None, seed=0)
     assert judge.worse(model) == 0.0
     losses = [
-        float(np.mean([float(nn.functional.cross_entropy(version(x), y)) for x, y in labelled()]))
+        float(np.mean([float(nn.functional.cross_entropy(version(x), y).detach()) for x, y in labelled()]))
         for version in (pruned, model)
     ]
     assert judge.worse(pruned) == pytest.approx(losses[0] - losses[1], rel=1e-4)
+
+
+class Brittle(nn.Module):
+    """Its loss is no number without the block that makes everything positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.positive = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Softplus())
+        self.rest = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.log(self.positive(self.stem(x)))
+        for layer in self.rest:
+            x = x + layer(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("strategy", "heal"), [("search", "none"), ("search", "affine"), ("greedy", "affine")])
+def test_a_plan_that_breaks_the_loss_is_the_worst_of_all(strategy: str, heal: str) -> None:
+    def first(region: Any, _: object) -> float:
+        return 0.0 if region.name == "positive" else 1.0
+
+    pruned = fxprune.compile(build(Brittle), labelled(), 0.03, strategy=strategy, heal=heal, criterion=first)
+    plans = fxprune.report(pruned).plans
+    assert strategy == "greedy" or plans[0].settings["tried"] > 1
+    for plan in plans:
+        json.dumps(plan.to_dict(), allow_nan=False)
+    assert ("positive" in {region.name for plan in plans for region in plan.removed}) == (strategy == "greedy")
 
 
 # Interruption --------------------------------------------------------------------------------------------------------
