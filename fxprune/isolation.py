@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxprune.errors import ModelError
 from fxprune.ranks import alike
@@ -36,6 +36,11 @@ def private_copy(network: nn.Module, keep_precision: bool = False) -> nn.Module:
             f"{type(network).__name__} cannot be copied ({type(error).__name__}: {error}); fxprune works on a copy."
             " Detach tensors the model keeps from its last run, or build it anew"
         ) from error
+    copies = dict(twin.named_modules())
+    for name, old in network.named_modules():
+        new = copies.get(name)
+        if isinstance(old, fx.GraphModule) and isinstance(new, fx.GraphModule):
+            type(new).__name__ = type(old).__name__  # which torch forgets; every graph module has a class of its own
     return twin if keep_precision else twin.float().requires_grad_(False)
 
 

@@ -220,6 +220,7 @@ def test_dtype_mode_and_plans_are_kept(model: nn.Module, cut: nn.Module) -> None
     healed = fxprune.heal(half, model, images(), "norms")
     assert {value.dtype for value in healed.parameters()} == {torch.float16}
     assert healed.training
+    assert type(healed).__name__ == type(cut).__name__ == "Tiny"
     assert fxprune.report(healed).removed == fxprune.report(cut).removed
 
 

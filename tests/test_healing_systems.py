@@ -1,0 +1,47 @@
+"""Healing of the six systems, from images without labels: nearer to what they were, and still what pruning left."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxprune
+from fxprune.detectors.choice import network_of
+from tests.conftest import Case
+from tests.hostile import assert_unchanged
+
+pytestmark = pytest.mark.slow
+
+
+def mirrored(images: Any) -> Any:
+    return images.flip(-1) if isinstance(images, Tensor) else [image.flip(-1) for image in images]
+
+
+def unlabelled(case: Case) -> list[Any]:
+    """Two batches of the case's images."""
+    ways = (case.x, mirrored(case.x))
+    return [{"img": images} for images in ways] if isinstance(case.batch, dict) else list(ways)
+
+
+@pytest.mark.parametrize("method", ["affine", "mimic"])
+def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str) -> None:
+    with assert_unchanged(case.model), assert_unchanged(case.pruned):
+        healed = fxprune.heal(case.pruned, case.model, unlabelled(case), method, steps=4)
+    report = fxprune.report(healed)
+    distance: Any = report.settings["heal"]["distance"]
+    assert distance["after"] < 0.8 * distance["before"]
+
+    state, before = network_of(healed).state_dict(), network_of(case.pruned).state_dict()
+    assert {key: (value.shape, value.dtype) for key, value in state.items()} == {
+        key: (value.shape, value.dtype) for key, value in before.items()
+    }
+    assert any(not torch.equal(state[key], before[key]) for key in state)
+    assert (report.after, report.removed) == (fxprune.report(case.pruned).after, fxprune.report(case.pruned).removed)
+    assert type(healed).__name__ == type(case.pruned).__name__
+    assert not network_of(healed).training
+    with torch.no_grad():
+        copy.deepcopy(healed)(case.x)
