@@ -61,7 +61,7 @@ def heal(
     *,
     loss: Loss | None = None,
     steps: int = 400,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     progress: Progress | None = None,

@@ -13,16 +13,21 @@ from torch import Tensor, nn
 from fxprune.detectors.batch import Batch
 from fxprune.errors import BatchError
 from fxprune.operations import is_norm_layer
+from fxprune.optimizers import Optimizers
 from fxprune.pairs import Features, Pair, channels_last, with_gradients
 from fxprune.ranks import by_first, is_own, rank_and_world, share_gradients, summed
 from fxprune.schedules import Schedule, State, copied
 
 HELD_OUT = 8
 """Of so many calibration batches one is held out."""
-CHECKS = 10
+CHECKS = 16
 """How often the held-out batches are looked at."""
-PATIENCE = 6
+PATIENCE = 12
 """Looks without a better one, after which it ends."""
+FIRST = 1 / 16
+"""Share of the learning rate to begin with; every look doubles it, up to all of it or until it proves too much."""
+WORSE = 1.2
+"""That is where the loss has grown to so many times the best: it goes back to those weights, at half the rate."""
 LONGEST = 1.0
 """Norm that a step's gradient is cut to."""
 
@@ -60,19 +65,22 @@ def mimic(
     held, learnt = split(batches)
     points = points_of(pair)
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
-        optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+        optimizer = Optimizers(weights)
         state = _begun(pair, judge(pair, points, held), optimizer, schedule, checkpoint)
         for step in range(state.step + 1, schedule.steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.height(step)
-            optimizer.zero_grad()
+            for weight in weights:
+                weight.grad = None
             distance(pair, points, _drawn(learnt, schedule, step)).backward()  # type: ignore[no-untyped-call]
             share_gradients(weights)
             nn.utils.clip_grad_norm_(weights, LONGEST)
-            optimizer.step()
+            optimizer.step(schedule.height(step) * state.pace)
             tell(step, schedule.steps)
             if step % max(1, schedule.steps // CHECKS) == 0 or step == schedule.steps:
-                state = state.after(step, judge(pair, points, held), pair.pruned, optimizer)
+                found = judge(pair, points, held)
+                if found > WORSE * state.best:
+                    pair.pruned.load_state_dict(state.best_weights)
+                    optimizer = Optimizers(weights)
+                state = state.after(step, found, pair.pruned, optimizer, found > WORSE * state.best)
                 if checkpoint is not None:
                     by_first(partial(state.write, checkpoint, schedule))
                 if state.stale == PATIENCE:
@@ -86,13 +94,11 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return held, [batch for batch in batches if all(batch is not other for other in held)] or held
 
 
-def _begun(
-    pair: Pair, found: float, optimizer: torch.optim.Optimizer, schedule: Schedule, checkpoint: Path | None
-) -> State:
+def _begun(pair: Pair, found: float, optimizer: Optimizers, schedule: Schedule, checkpoint: Path | None) -> State:
     """Where a training starts: as the model is, or as the checkpoint has it."""
     state = by_first(lambda: State.read(checkpoint, schedule, pair.pruned))
     if state is None:
-        return State(0, found, 0, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
+        return State(0, found, 0, FIRST, True, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
     pair.pruned.load_state_dict(state.weights)
     optimizer.load_state_dict(state.optimizer)
     return state

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from fxprune.drafts import drafted
 from fxprune.errors import SettingError
-
-WARM_UP = 0.05
-"""Share of the steps over which the learning rate grows to its full height; then it falls as a cosine does."""
+from fxprune.optimizers import Optimizers
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Schedule:
     """
 
     steps: int = 400
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -41,29 +39,35 @@ class Schedule:
             raise SettingError(f"seed is {self.seed!r}; give a whole number from 0")
 
     def height(self, step: int) -> float:
-        """Learning rate at a step, from 1 to `steps`."""
-        rise = min(1.0, step / max(1.0, WARM_UP * self.steps))
-        return self.learning_rate * rise * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
+        """Learning rate at a step, from 1 to `steps`: it falls as a cosine does."""
+        return self.learning_rate * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a training stands: steps done, the best loss on held-out batches, looks without a better one, weights."""
+    """Where a training stands: steps done, the best loss on held-out batches, looks since then, weights.
+
+    `pace` is the share of the schedule's learning rate that it goes on with, `rising` whether more was never too much.
+    """
 
     step: int
     best: float
     stale: int
+    pace: float
+    rising: bool
     best_weights: dict[str, Tensor]
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
 
-    def after(self, step: int, found: float, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-        better = found < self.best
+    def after(self, step: int, found: float, model: nn.Module, optimizer: Optimizers, astray: bool) -> State:
+        better, rising = found < self.best, self.rising and not astray
         weights = copied(model)
         return State(
             step,
             min(found, self.best),
             0 if better else self.stale + 1,
+            self.pace / 2 if astray else min(1.0, 2 * self.pace) if rising else self.pace,
+            rising,
             weights if better else self.best_weights,
             weights,
             optimizer.state_dict(),
