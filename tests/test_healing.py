@@ -23,8 +23,6 @@ from fxprune.plan import Plan
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import Eager, build, labelled, pixels, squared, tiny
 
-LONG: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3}
-
 
 def images(batches: int = 3, count: int = 4) -> list[Tensor]:
     return [pixels(count, 3, 16, 16, seed=seed) for seed in range(batches)]
@@ -66,6 +64,14 @@ def pair_of(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> tuple
 def far(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> float:
     pair, read = pair_of(model, pruned, batches)
     return judge(pair, points_of(pair), read)
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    return list(model.state_dict().values())
+
+
+def equal(first: nn.Module, second: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(state(first), state(second), strict=True))
 
 
 # What each method gives ----------------------------------------------------------------------------------------------
@@ -147,63 +153,6 @@ def test_what_comes_before_a_removed_block_is_left_as_it_is(method: str, model: 
     early = {key for key in pruned.state_dict() if key.startswith(("stem.", "blocks.0.", "blocks.1."))}
     assert early <= same
     assert "blocks.3.norm.running_mean" in same if method == "affine" else "blocks.3.norm.running_mean" not in same
-
-
-def test_a_training_that_only_harms_gives_back_where_it_began(model: nn.Module, cut: nn.Module) -> None:
-    best = fxprune.heal(cut, model, images(9), "affine")
-    healed = fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0)
-    held = images(9)[7:8]
-    assert far(model, healed, held) <= min(far(model, best, held), far(model, cut, held)) + 1e-6
-
-
-# Seeds and checkpoints -----------------------------------------------------------------------------------------------
-
-
-def state(model: nn.Module) -> list[Tensor]:
-    return list(model.state_dict().values())
-
-
-def equal(first: nn.Module, second: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(state(first), state(second), strict=True))
-
-
-def test_seeds_decide(model: nn.Module, cut: nn.Module) -> None:
-    one, again, other = (fxprune.heal(cut, model, images(9), seed=seed, **LONG) for seed in (0, 0, 1))
-    assert equal(one, again)
-    assert not equal(one, other)
-
-
-def test_a_training_goes_on_where_it_was_stopped(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
-    whole = fxprune.heal(cut, model, images(9), **LONG)
-
-    def stop(stage: str, done: int, total: int | None) -> None:
-        if (stage, done) == ("mimic", 11):
-            raise KeyboardInterrupt
-
-    place = tmp_path / "healing"
-    with pytest.raises(KeyboardInterrupt):
-        fxprune.heal(cut, model, images(9), checkpoint=place, progress=stop, **LONG)
-    seen: list[int] = []
-    resumed = fxprune.heal(
-        cut,
-        model,
-        images(9),
-        **LONG,
-        checkpoint=place,
-        progress=lambda stage, done, total: seen.append(done) if stage == "mimic" else None,
-    )
-    assert seen == list(range(11, 21))
-    assert equal(resumed, whole)
-
-
-def test_foreign_checkpoints_are_refused(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
-    place = tmp_path / "healing"
-    fxprune.heal(cut, model, images(), steps=2, checkpoint=place)
-    with pytest.raises(SettingError, match=r"healing is of Schedule\(steps=2.*, not of Schedule\(steps=3"):
-        fxprune.heal(cut, model, images(), steps=3, checkpoint=place)
-    place.write_text("something else")
-    with pytest.raises(SettingError, match="healing is no checkpoint of a healing"):
-        fxprune.heal(cut, model, images(), steps=2, checkpoint=place)
 
 
 # What comes back, and what does not change ---------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""Healing by training: how fast it goes, what decides, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.errors import SettingError
+from fxprune.mimicry import FIRST
+from fxprune.optimizers import ROWS, Optimizers
+from fxprune.schedules import State, copied
+from tests.models import pixels
+from tests.test_healing import cut, equal, far, images, model
+
+__all__ = ["cut", "model"]
+
+LONG: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3}
+
+
+def test_a_training_that_only_harms_gives_back_where_it_began(model: nn.Module, cut: nn.Module) -> None:
+    best = fxprune.heal(cut, model, images(9), "affine")
+    healed = fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0)
+    held = images(9)[7:8]
+    assert far(model, healed, held) <= min(far(model, best, held), far(model, cut, held)) + 1e-6
+
+
+def test_a_learning_rate_that_is_too_high_is_halved_until_it_does_good(
+    model: nn.Module, cut: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxprune.mimicry.WORSE", 1.0)  # noise as images cannot be told apart, whatever the weights
+    before = fxprune.heal(cut, model, images(9), "affine")
+    place = tmp_path / "healing"
+    healed = fxprune.heal(cut, model, images(9), steps=64, learning_rate=0.5, checkpoint=place)
+    assert torch.load(place)["pace"] < FIRST
+    held = images(9)[7:8]
+    assert far(model, healed, held) < far(model, before, held)
+
+
+def test_it_grows_until_it_harms_and_never_again() -> None:
+    layer = nn.Linear(2, 2)
+    weights = copied(layer)
+    now = State(0, 1.0, 0, 1 / 16, True, weights, weights, {})
+    paces = []
+    for astray in (False, False, True, False, True, False):
+        now = now.after(1, 2.0, layer, Optimizers([*layer.parameters()]), astray)
+        paces.append(now.pace)
+    assert paces == [1 / 8, 1 / 4, 1 / 8, 1 / 8, 1 / 16, 1 / 16]
+    assert now.stale == 6
+
+
+def test_optimizers_move_matrices_along_orthogonal_directions_and_all_memory_is_the_weights() -> None:
+    weights = [nn.Parameter(pixels(*shape)) for shape in ((200, 8, 3, 3), (4, 1, 3, 3), (5,))]
+    weights[0].data = weights[0].data.contiguous(memory_format=torch.channels_last)
+    before = [weight.detach().clone() for weight in weights]
+    optimizers = Optimizers(weights)
+    for weight in weights:
+        weight.grad = pixels(*weight.shape, seed=1) - 0.5
+    optimizers.step(1e-2)
+    moved = [(weight - old).detach() for weight, old in zip(weights, before, strict=True)]
+    for block in torch.split(moved[0].flatten(1), ROWS):
+        sizes = torch.linalg.svdvals(block) / (1e-2 * 0.2 * max(block.shape) ** 0.5)
+        assert 0.4 < float(sizes.min()) <= float(sizes.max()) < 1.3
+    for part in moved[1:]:
+        torch.testing.assert_close(part.abs(), torch.full_like(part, 1e-2), rtol=1e-3, atol=0.0)
+    assert all(torch.equal(weight.sign(), (-pixels(*weight.shape, seed=1) + 0.5).sign()) for weight in moved[1:])
+
+
+# Seeds and checkpoints -----------------------------------------------------------------------------------------------
+
+
+def test_seeds_decide(model: nn.Module, cut: nn.Module) -> None:
+    one, again, other = (fxprune.heal(cut, model, images(9), seed=seed, **LONG) for seed in (0, 0, 1))
+    assert equal(one, again)
+    assert not equal(one, other)
+
+
+def test_a_training_goes_on_where_it_was_stopped(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
+    whole = fxprune.heal(cut, model, images(9), **LONG)
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if (stage, done) == ("mimic", 11):
+            raise KeyboardInterrupt
+
+    place = tmp_path / "healing"
+    with pytest.raises(KeyboardInterrupt):
+        fxprune.heal(cut, model, images(9), checkpoint=place, progress=stop, **LONG)
+    seen: list[int] = []
+    resumed = fxprune.heal(
+        cut,
+        model,
+        images(9),
+        **LONG,
+        checkpoint=place,
+        progress=lambda stage, done, total: seen.append(done) if stage == "mimic" else None,
+    )
+    assert seen == list(range(11, 21))
+    assert equal(resumed, whole)
+
+
+def test_foreign_checkpoints_are_refused(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
+    place = tmp_path / "healing"
+    fxprune.heal(cut, model, images(), steps=2, checkpoint=place)
+    with pytest.raises(SettingError, match=r"healing is of Schedule\(steps=2.*, not of Schedule\(steps=3"):
+        fxprune.heal(cut, model, images(), steps=3, checkpoint=place)
+    place.write_text("something else")
+    with pytest.raises(SettingError, match="healing is no checkpoint of a healing"):
+        fxprune.heal(cut, model, images(), steps=2, checkpoint=place)
