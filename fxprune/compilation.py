@@ -59,7 +59,7 @@ def compile(
         each. ``"search"``: up to `tries` plans, proposed by the scores and judged by the loss once mended, each with
         about five forward passes over 64 images. Interrupted (Ctrl-C), both give the best so far.
     heal : str
-        How it is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"``, ``"mimic"`` (`steps` batches).
+        How it is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"``, ``"mimic"`` (`steps`).
 
     Returns
     -------

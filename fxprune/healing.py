@@ -79,7 +79,8 @@ def heal(
         and shifts are fitted in closed form, layer after layer, to give what they gave; ``"mimic"``: that, then a short
         training. See `fxprune.fits` and `fxprune.mimicry`.
     steps, learning_rate, seed
-        Of the training: AdamW, a batch a step. An eighth of the batches is held out to choose the weights by.
+        Of the training: four images a step, `learning_rate` at most, less where that would harm. An eighth of the
+        batches is held out to choose the weights by.
     checkpoint, progress : optional
         File that the training is kept in and, if it is there, goes on from; ``progress(stage, done, total)``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from fxprune.schedules import Schedule, State, copied
 
 HELD_OUT = 8
 """Of so many calibration batches one is held out."""
+FEW = 4
+"""Images a step: in the same time many small steps go further than few large ones."""
 CHECKS = 16
 """How often the held-out batches are looked at."""
 PATIENCE = 12
@@ -62,7 +65,8 @@ def mimic(
     SettingError
         If the checkpoint is of another model or schedule.
     """
-    held, learnt = split(batches)
+    held, others = split(batches)
+    learnt = [piece for batch in others for piece in pieces(batch)]
     points = points_of(pair)
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
         optimizer = Optimizers(weights)
@@ -92,6 +96,15 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Part batches into some that are held out and the rest; a single one is both."""
     held = list(batches[HELD_OUT - 1 :: HELD_OUT]) or list(batches[1:2]) or list(batches)
     return held, [batch for batch in batches if all(batch is not other for other in held)] or held
+
+
+def pieces(batch: Batch) -> list[Batch]:
+    """Part a batch into some of few images each, enough for all processes; what cannot be parted stays whole."""
+    count = max(1, batch.count // max(FEW, rank_and_world()[1])) if _has_images(batch) else 1
+    if count == 1:
+        return [batch]
+    ends = [round(batch.count * number / count) for number in range(count + 1)]
+    return [Batch(batch.images[start:end], None, end - start) for start, end in itertools.pairwise(ends)]
 
 
 def _begun(pair: Pair, found: float, optimizer: Optimizers, schedule: Schedule, checkpoint: Path | None) -> State:

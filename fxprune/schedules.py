@@ -17,7 +17,7 @@ from fxprune.optimizers import Optimizers
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `steps` of one batch each, `learning_rate` at its height, `seed` of order and mirroring.
+    """How long and how fast: `steps`, `learning_rate` at most, `seed` of order and mirroring.
 
     Raises
     ------
@@ -31,7 +31,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise SettingError(f"steps is {self.steps!r}; give a number of batches to train on, from 1")
+            raise SettingError(f"steps is {self.steps!r}; give a number of steps to train for, from 1")
         rate = self.learning_rate
         if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < math.inf:
             raise SettingError(f"learning_rate is {rate!r}; give a positive number such as 1e-3")

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.detectors.batch import Batch
 from fxprune.errors import SettingError
-from fxprune.mimicry import FIRST
+from fxprune.mimicry import FIRST, pieces
 from fxprune.optimizers import ROWS, Optimizers
 from fxprune.schedules import State, copied
 from tests.models import pixels
@@ -51,6 +52,17 @@ def test_it_grows_until_it_harms_and_never_again() -> None:
         paces.append(now.pace)
     assert paces == [1 / 8, 1 / 4, 1 / 8, 1 / 8, 1 / 16, 1 / 16]
     assert now.stale == 6
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (7, [7]), (8, [4, 4]), (14, [5, 4, 5]), (16, [4, 4, 4, 4])])
+def test_a_step_takes_few_images_and_all_are_taken(count: int, sizes: list[int]) -> None:
+    whole = pixels(count, 3, 4, 4)
+    for form in (whole, list(whole)):
+        parts = pieces(Batch(form, None, count))
+        assert [part.count for part in parts] == [len(part.images) for part in parts] == sizes
+        assert torch.equal(torch.cat([torch.stack([*part.images]) for part in parts]), whole)
+    tokens = Batch({"x": whole}, None, count)
+    assert pieces(tokens) == [tokens]
 
 
 def test_optimizers_move_matrices_along_orthogonal_directions_and_all_memory_is_the_weights() -> None:

@@ -138,7 +138,9 @@ class SearchOptions:
     ] = "one_shot"
     tries: Annotated[int, option(SCORES, "Plans that --strategy search tries.", min=1, metavar="N")] = TRIES
     heal: HealName = "none"
-    steps: Annotated[int, option(SCORES, "Batches that --heal mimic trains on at most.", min=1, metavar="N")] = 400
+    steps: Annotated[
+        int, option(SCORES, "Steps, of 4 images each, that --heal mimic trains for at most.", min=1, metavar="N")
+    ] = 400
 
 
 JsonFlag = Annotated[bool, option(RESULT, "One JSON document on stdout.", "--json", metavar="")]
