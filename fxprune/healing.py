@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
@@ -20,10 +21,18 @@ from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, rem
 from fxprune.errors import SettingError
 from fxprune.fits import fit_affine, fit_statistics
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
-from fxprune.mimicry import can_be_shared, check_images, judge, mimic, points_of
+from fxprune.mimicry import can_be_shared, check_images, judge, mimic, pieces, points_of, split
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
-from fxprune.ranks import by_first, check_shareable, failing_together, on_device, overwrite_by_first, own_share
+from fxprune.ranks import (
+    by_first,
+    check_shareable,
+    failing_together,
+    on_device,
+    overwrite_by_first,
+    own_share,
+    rank_and_world,
+)
 from fxprune.refitting import refit
 from fxprune.rendering import finite
 from fxprune.schedules import Schedule, copied
@@ -80,7 +89,7 @@ def heal(
         training. See `fxprune.fits` and `fxprune.mimicry`.
     steps, learning_rate, seed
         Of the training: four images a step, `learning_rate` at most, less where that would harm. An eighth of the
-        batches is held out to choose the weights by.
+        images is held out to choose the weights by.
     checkpoint, progress : optional
         File that the training is kept in and, if it is there, goes on from; ``progress(stage, done, total)``.
 
@@ -145,7 +154,7 @@ def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) 
     begin, points = perf_counter(), points_of(pair)
     judged = care.noted and all(map(can_be_shared, batches))
     before = judge(pair, points, batches) if judged else math.nan
-    HEALERS[method](pair, batches, care, before)
+    HEALERS[method](pair, batches, care)
     after = judge(pair, points, batches) if judged else math.nan
     return {
         "method": method,
@@ -176,27 +185,30 @@ def check_heal(method: object) -> None:
         raise SettingError(f"heal {method!r} is not known; known: {', '.join(HEALERS)}")
 
 
-def _norms(pair: Pair, batches: Sequence[Batch], care: Care, before: float) -> None:
+def _norms(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
     refit(pair, own_share(batches), fit_statistics, care.told("norms", None))
 
 
-def _affine(pair: Pair, batches: Sequence[Batch], care: Care, before: float) -> None:
+def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
     refit(pair, own_share(batches), fit_affine, care.told("affine", None))
 
 
-def _mimic(pair: Pair, batches: Sequence[Batch], care: Care, before: float) -> None:
+def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
     check_images(batches)
-    start = copied(pair.pruned)
-    _affine(pair, batches, care, before)
-    if not judge(pair, points_of(pair), batches) < before:
+    held, learnt = split([piece for batch in batches for piece in pieces(batch)])
+    points, start = points_of(pair), copied(pair.pruned)
+    before = judge(pair, points, held)
+    _affine(pair, learnt if len(learnt) >= rank_and_world()[1] else batches, care)  # fits look good on what they saw
+    if not judge(pair, points, held) < before:
         pair.pruned.load_state_dict(start)
-    mimic(pair, batches, care.schedule, care.checkpoint, lambda step, steps: care.progress("mimic", step, steps))
+    tell = partial(care.progress, "mimic")
+    mimic(pair, learnt, held, care.schedule, care.checkpoint, tell)
 
 
-HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care, float], None]] = {
-    "none": lambda pair, batches, care, before: None,
+HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], None]] = {
+    "none": lambda pair, batches, care: None,
     "norms": _norms,
     "affine": _affine,
     "mimic": _mimic,
 }
-"""Methods of healing by name: ``(pair, batches, care, before)``, the latter how far off features are at the start."""
+"""Methods of healing by name."""

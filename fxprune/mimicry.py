@@ -20,7 +20,7 @@ from fxprune.ranks import by_first, is_own, rank_and_world, share_gradients, sum
 from fxprune.schedules import Schedule, State, copied
 
 HELD_OUT = 8
-"""Of so many calibration batches one is held out."""
+"""Of so many pieces of calibration batches one is held out."""
 FEW = 4
 """Images a step: in the same time many small steps go further than few large ones."""
 CHECKS = 16
@@ -37,7 +37,8 @@ LONGEST = 1.0
 
 def mimic(
     pair: Pair,
-    batches: Sequence[Batch],
+    learnt: Sequence[Batch],
+    held: Sequence[Batch],
     schedule: Schedule,
     checkpoint: Path | None = None,
     tell: Callable[[int, int], None] = lambda step, steps: None,
@@ -51,9 +52,9 @@ def mimic(
     Parameters
     ----------
     pair : Pair
-        Its pruned model is changed: it gets the weights that did best on held-out batches, its own if none did better.
-    batches : sequence of Batch
-        All calibration batches, the same in all processes; each takes its share of the images of every batch.
+        Its pruned model is changed: it gets the weights that did best on what is held out, its own if none did better.
+    learnt, held : sequence of Batch
+        See `pieces` and `split`; the same in all processes, each takes its share of the images of every one.
     schedule : Schedule
     checkpoint : path, optional
         File to go on from if it is there, and to write to at every look at the held-out batches.
@@ -65,8 +66,6 @@ def mimic(
     SettingError
         If the checkpoint is of another model or schedule.
     """
-    held, others = split(batches)
-    learnt = [piece for batch in others for piece in pieces(batch)]
     points = points_of(pair)
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
         optimizer = Optimizers(weights)

@@ -24,7 +24,8 @@ LONG: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3}
 
 
 def test_a_training_that_only_harms_gives_back_where_it_began(model: nn.Module, cut: nn.Module) -> None:
-    best = fxprune.heal(cut, model, images(9), "affine")
+    learnt = [batch for index, batch in enumerate(images(9)) if index != 7]
+    best = fxprune.heal(cut, model, learnt, "affine")
     healed = fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0)
     held = images(9)[7:8]
     assert far(model, healed, held) <= min(far(model, best, held), far(model, cut, held)) + 1e-6
