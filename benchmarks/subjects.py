@@ -20,8 +20,6 @@ from fxprune import CocoDataset
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
 BATCH_SIZE = 8
-FEW = 4
-"""Images a batch where a detector is healed: a step of the training takes one, and small steps go further."""
 OFFICIAL = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "yolov8n.pt")
 """Detectors with released COCO weights that ``--coco`` runs if none is named."""
 
@@ -82,7 +80,7 @@ class Subject:
     def unlabelled(self) -> list[Any]:
         """The calibration images alone."""
         pictures = fxprune.batches(
-            self.model, self.calibration, batch_size=FEW, image_size=self.image_size, targets=False
+            self.model, self.calibration, batch_size=BATCH_SIZE, image_size=self.image_size, targets=False
         )
         return list(pictures)
 

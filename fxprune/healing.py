@@ -199,10 +199,11 @@ def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
     points, start = points_of(pair), copied(pair.pruned)
     before = judge(pair, points, held)
     _affine(pair, learnt if len(learnt) >= rank_and_world()[1] else batches, care)  # fits look good on what they saw
-    if not judge(pair, points, held) < before:
+    fitted = judge(pair, points, held)
+    if not fitted < before:
         pair.pruned.load_state_dict(start)
-    tell = partial(care.progress, "mimic")
-    mimic(pair, learnt, held, care.schedule, care.checkpoint, tell)
+        fitted = before
+    mimic(pair, learnt, held, fitted, care.schedule, care.checkpoint, partial(care.progress, "mimic"))
 
 
 HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], None]] = {

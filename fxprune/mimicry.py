@@ -39,6 +39,7 @@ def mimic(
     pair: Pair,
     learnt: Sequence[Batch],
     held: Sequence[Batch],
+    begin: float,
     schedule: Schedule,
     checkpoint: Path | None = None,
     tell: Callable[[int, int], None] = lambda step, steps: None,
@@ -55,6 +56,8 @@ def mimic(
         Its pruned model is changed: it gets the weights that did best on what is held out, its own if none did better.
     learnt, held : sequence of Batch
         See `pieces` and `split`; the same in all processes, each takes its share of the images of every one.
+    begin : float
+        What `judge` finds of `held` at the start.
     schedule : Schedule
     checkpoint : path, optional
         File to go on from if it is there, and to write to at every look at the held-out batches.
@@ -69,7 +72,7 @@ def mimic(
     points = points_of(pair)
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
         optimizer = Optimizers(weights)
-        state = _begun(pair, judge(pair, points, held), optimizer, schedule, checkpoint)
+        state = _begun(pair, begin, optimizer, schedule, checkpoint)
         for step in range(state.step + 1, schedule.steps + 1):
             for weight in weights:
                 weight.grad = None
@@ -80,10 +83,11 @@ def mimic(
             tell(step, schedule.steps)
             if step % max(1, schedule.steps // CHECKS) == 0 or step == schedule.steps:
                 found = judge(pair, points, held)
-                if found > WORSE * state.best:
+                astray = not found <= WORSE * state.best  # also if it is no number
+                if astray:
                     pair.pruned.load_state_dict(state.best_weights)
                     optimizer = Optimizers(weights)
-                state = state.after(step, found, pair.pruned, optimizer, found > WORSE * state.best)
+                state = state.after(step, found, pair.pruned, optimizer, astray)
                 if checkpoint is not None:
                     by_first(partial(state.write, checkpoint, schedule))
                 if state.stale == PATIENCE:

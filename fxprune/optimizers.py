@@ -27,12 +27,12 @@ class Optimizers:
     """
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
-        self.wide = [weight for weight in weights if weight.ndim > 1 and weight[0].numel() >= FEWEST]
+        self.wide = [weight for weight in weights if _is_matrix(weight)]
         for weight in self.wide:
             weight.data = weight.data.contiguous()
         blocks = [block for weight in self.wide for block in torch.split(weight.detach().flatten(1), ROWS)]
         self.matrices = [nn.Parameter(block) for block in blocks]  # the same memory
-        others = [weight for weight in weights if all(weight is not one for one in self.wide)]
+        others = [weight for weight in weights if not _is_matrix(weight)]
         self.parts: list[torch.optim.Optimizer] = []
         if self.matrices:
             self.parts += [torch.optim.Muon(self.matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
@@ -57,6 +57,10 @@ class Optimizers:
         """Go on from what `state_dict` gave."""
         for part in self.parts:
             part.load_state_dict(state[type(part).__name__])
+
+
+def _is_matrix(weight: nn.Parameter) -> bool:
+    return weight.ndim > 1 and weight[0].numel() >= FEWEST
 
 
 def _gradient(weight: nn.Parameter) -> torch.Tensor:

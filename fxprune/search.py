@@ -37,7 +37,6 @@ DRAWS = 8
 """How often it draws anew to come to a plan that it has not tried."""
 NOISE = 0.05
 """Standard deviation of what sums of single damages leave unexplained, in the logarithm of the loss."""
-
 BROKEN = 1e6
 """Growth of the loss that stands for any greater one, and for a loss that is infinite or no number."""
 

@@ -43,6 +43,18 @@ def test_a_learning_rate_that_is_too_high_is_halved_until_it_does_good(
     assert far(model, healed, held) < far(model, before, held)
 
 
+def test_a_loss_that_is_no_number_goes_back_too(
+    model: nn.Module, cut: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxprune.mimicry.judge", lambda *_: float("nan"))
+    place = tmp_path / "healing"
+    healed = fxprune.heal(cut, model, images(9), steps=1, checkpoint=place)
+    state = torch.load(place)
+    assert (state["pace"], state["rising"]) == (FIRST / 2, False)
+    assert all(torch.equal(state["weights"][key], state["best_weights"][key]) for key in state["weights"])
+    assert all(bool(value.isfinite().all()) for value in healed.state_dict().values())
+
+
 def test_it_grows_until_it_harms_and_never_again() -> None:
     layer = nn.Linear(2, 2)
     weights = copied(layer)
