@@ -130,7 +130,7 @@ def stop_early(folder: Path) -> tuple[list[int], dict[str, Tensor]]:
         if stage == "mimic":
             steps.append(done)
 
-    return steps, heal(folder, "mimic", steps=20, learning_rate=1e5, progress=note)
+    return steps, heal(folder, "mimic", steps=20, learning_rate=1e30, progress=note)
 
 
 def resume(folder: Path) -> dict[str, Tensor]:
