@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.detectors.batch import Adapter, Batch
+from fxprune.detectors.batch import Adapter, Batch, device_of
 from fxprune.errors import BatchError, FxpruneError, LossError
 from fxprune.graph import map_tensors
-from fxprune.ranks import alike, check_shareable, gathered, is_own, rank_and_world
+from fxprune.ranks import alike, check_shareable, failing_together, gathered, is_own, rank_and_world
 
 
 class Calibration:
@@ -86,12 +87,22 @@ class Calibration:
         check_shareable(self.count)
 
     def keep(self, model: nn.Module, adapter: Adapter) -> None:
-        """Read everything now, its own share labelled by this model if need be; it can be gone through again then."""
+        """Read everything now, labelled by this model if need be; it can be gone through again then, or in parts."""
+        read: dict[int, Batch] = {}
+        own: dict[int, Any] = {}
+        with failing_together():
+            for index, raw in enumerate(chain([self.first_raw], self._rest)):
+                mine = is_own(index)
+                read[index] = (self._labelled if mine or not index else normalized)(model, adapter, raw, index)
+                if mine:
+                    own[index] = map_tensors(read[index].targets, Tensor.cpu)
+        self.count = len(read)
+        self.settle()
+        labelled: dict[int, Any] = {index: targets for part in gathered(own) for index, targets in part.items()}
+        to = device_of(model)
         self._kept = [
-            self._labelled(model, adapter, raw, index)
-            if is_own(index) or not index
-            else normalized(model, adapter, raw, index)
-            for index, raw in enumerate(chain([self.first_raw], self._rest))
+            batch if is_own(index) else replace(batch, targets=map_tensors(labelled[index], lambda value: value.to(to)))
+            for index, batch in read.items()
         ]
 
     def settle(self) -> None:
@@ -107,12 +118,19 @@ class Calibration:
         if len({*counts}) > 1:
             raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER}")
 
-    def some(self, images: int) -> Calibration:
-        """The first batches of those kept, as many as hold so many images; no fewer than there are processes."""
-        kept, found = self._kept or [], 0
-        part = copy.copy(self)
+    def apart(self, images: int) -> tuple[Calibration, Calibration]:
+        """Two samples of the batches kept, no batch in both, each of as many as hold so many images.
+
+        Both of all batches where these are too few for every process to have some in each.
+        """
+        kept, world = self._kept or [], rank_and_world()[1]
+        one, other = (kept[::2], kept[1::2]) if len(kept) >= 2 * world else (kept, kept)
+        return self._some(one, images), self._some(other, images)
+
+    def _some(self, batches: Sequence[Batch], images: int) -> Calibration:
+        part, found = copy.copy(self), 0
         part._kept = []
-        for batch in kept:
+        for batch in batches:
             if found < images or len(part._kept) < rank_and_world()[1]:
                 part._kept.append(batch)
                 found += batch.count

@@ -32,7 +32,7 @@ STRIDE = 0.05
 TRIES = 24
 """Plans whose loss ``"search"`` takes."""
 SAMPLE = 64
-"""Images that plans are mended and judged on; scores, and the mending of what is chosen, see all."""
+"""Images that plans are mended on, and others that they are judged on; scores, and the last mending, see all."""
 DRAWS = 8
 """How often it draws anew to come to a plan that it has not tried."""
 NOISE = 0.05
@@ -99,8 +99,8 @@ def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> lis
 def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Remove a little, mend, score what is left, and so on."""
     steps = steps_to(search.budget)
-    sample = calibration.some(SAMPLE)
-    judge = Judge(model, sample, search.loss, search.seed)
+    mended_on, judged_on = calibration.apart(SAMPLE)
+    judge = Judge(model, judged_on, search.loss, search.seed)
     plans: list[Plan] = []
     now, whole = model, None
     search.progress("greedy", 0, steps)
@@ -113,7 +113,7 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
             if share > 0:
                 plan = by_first(partial(analysis.plan, share, search.cost))
-                now = search.mended(apply(now, plan), model, sample)
+                now = search.mended(apply(now, plan), model, mended_on)
                 facts = {"step": f"{step} of {steps}", "asked": search.budget, "mended": search.mend}
                 plans.append(_noted(plan, strategy="greedy", **facts, loss_increase=judge.worse(now)))
             search.progress("greedy", step, steps)
@@ -138,8 +138,8 @@ def _left(whole: Totals, now: Totals, budget: float, cost: str) -> float:
 def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
     """Let scores propose whole plans, take the loss of each once mended, and learn from it what scores are worth."""
     analysis = search.analyze(model, calibration)
-    sample = calibration.some(SAMPLE)
-    judge = Judge(model, sample, search.loss, search.seed)
+    mended_on, judged_on = calibration.apart(SAMPLE)
+    judge = Judge(model, judged_on, search.loss, search.seed)
     beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     search.progress("search", 0, search.tries)
@@ -148,7 +148,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
             plan = by_first(partial(_proposed, analysis, beliefs, found, search))
             if plan is None:
                 break
-            loss = judge.worse(search.mended(apply(model, plan), model, sample))
+            loss = judge.worse(search.mended(apply(model, plan), model, mended_on))
             found[_taken(plan)] = loss, plan
             beliefs.learn(_taken(plan), loss)
             search.progress("search", number, search.tries)

@@ -150,7 +150,7 @@ def resume(folder: Path) -> dict[str, Tensor]:
 
 
 def prune(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    pruned = fxprune.compile(tiny(), partly_labelled(), **options)
+    pruned = fxprune.compile(tiny(), [*partly_labelled(), *batches()[:2]], **options)
     return [plan.to_dict() for plan in plans_carried_out(pruned)], dict(pruned.state_dict())
 
 

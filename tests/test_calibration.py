@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import pytest
 from torch import Tensor, nn
 
+from fxprune import calibration as calibrations
 from fxprune.calibration import Calibration
 from fxprune.detectors import classifier
 from fxprune.detectors.batch import Batch
@@ -29,3 +31,27 @@ def test_each_batch_without_labels_is_labelled_once() -> None:
     assert batches[0] is first
     assert [len(images) for images in seen] == [2, 2, 2]
     assert calibration.targets == "the model's own confident outputs"
+
+
+@pytest.mark.parametrize(
+    ("batches", "images", "world", "one", "other"),
+    [
+        (8, 99, 1, [0, 2, 4, 6], [1, 3, 5, 7]),
+        (8, 3, 1, [0, 2], [1, 3]),  # as many batches of two as hold three images
+        (1, 3, 1, [0], [0]),
+        (9, 99, 2, [0, 2, 4, 6, 8], [1, 3, 5, 7]),
+        (9, 1, 2, [0, 2], [1, 3]),  # one for each process
+        (3, 99, 2, [0, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_two_samples_have_no_image_in_common(
+    batches: int, images: int, world: int, one: list[int], other: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calibration = tiny(), Calibration([pixels(2, 3, 16, 16, seed=seed) for seed in range(batches)])
+    calibration.keep(model, classifier.ADAPTER)
+    kept = list(calibration)
+    monkeypatch.setattr(calibrations, "rank_and_world", lambda: (0, world))
+    found = [
+        [next(i for i, own in enumerate(kept) if own is batch) for batch in part] for part in calibration.apart(images)
+    ]
+    assert found == [one, other]

@@ -14,9 +14,10 @@ from torch import nn
 import fxprune
 from fxprune.calibration import Calibration
 from fxprune.compilation import read_once
+from fxprune.detectors.batch import Batch
 from fxprune.errors import BudgetError, FxpruneWarning, SettingError
 from fxprune.plan import Plan
-from fxprune.search import STRATEGIES, STRIDE, Beliefs, Judge
+from fxprune.search import STRATEGIES, STRIDE, Beliefs, Judge, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
 
@@ -161,6 +162,32 @@ def test_the_judge_knows_what_the_loss_was() -> None:
         for version in (pruned, model)
     ]
     assert judge.worse(pruned) == pytest.approx(losses[0] - losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "search"])
+def test_plans_are_judged_on_other_images_than_they_were_mended_on(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mended: list[list[Batch]] = []
+    judged: list[list[Batch]] = []
+    mend, worse = Search.mended, Judge.worse
+
+    def noted_mend(self: Search, pruned: nn.Module, model: nn.Module, images: Calibration) -> nn.Module:
+        mended.append(list(images))
+        return mend(self, pruned, model, images)
+
+    def noted_worse(self: Judge, pruned: nn.Module) -> float:
+        judged.append(list(self.calibration))
+        return worse(self, pruned)
+
+    monkeypatch.setattr(Search, "mended", noted_mend)
+    monkeypatch.setattr(Judge, "worse", noted_worse)
+    fxprune.compile(tiny(), unlabelled(), 0.3, strategy=strategy, heal="affine", tries=2)
+    assert len(mended) == len(judged) > 1
+    for some, others in zip(mended, judged, strict=True):
+        assert some
+        assert others
+        assert all(one is not other for one in some for other in others)
 
 
 class Brittle(nn.Module):
