@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ ROWS = 4
 """Places of the feature maps that a fit looks at, at least, per weight of one output channel."""
 MOST, WORK = 65536, 2.5e10
 """Places that it looks at, at most, and products a group that it takes to do so."""
+UNALIKE = 0.1
+"""Correlation of what a channel gives and what it gave below which its spread is not restored in full."""
 WIDEST = 5000
 """Weights of one output channel beyond which a layer is fitted as a scale and shift a channel."""
 
@@ -72,11 +74,13 @@ def fit_statistics(layer: nn.Module, sight: Sight) -> Callable[[], None] | None:
 
 
 def fit_affine(layer: nn.Module, sight: Sight) -> None:
-    """Fit what a layer applies, a matrix or a scale and shift a channel, by least squares: ``"affine"``.
+    """Fit what a layer applies, a matrix or a scale and shift a channel, in closed form: ``"affine"``.
 
-    Convolutions and linear layers get the weights, and the bias if they have one, norms the scale and shift, that come
-    nearest to the outputs of the model as it was: ``min |W u - y|^2 + r |W - W_now|^2``, u what now reaches the layer.
-    A linear map of what leaves a removed region's place is part of that, folded into the layer that reads it.
+    Convolutions and linear layers get the weights, and the bias if they have one, that come nearest to the outputs of
+    the model as it was: ``min |W u - y|^2 + r |W - W_now|^2``, u what now reaches the layer. A linear map of what
+    leaves a removed region's place is part of that, folded into the layer that reads it. Least squares give less than
+    was there wherever they cannot tell what it was, layer after layer less; so each channel then gets the scale and
+    shift by which its mean and variance are what they were (REPAIR, arXiv 2211.08403), and those of norms too.
     """
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if weight is None or not weight.is_floating_point():
@@ -84,25 +88,27 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
     matrix = isinstance(layer, (nn.Conv2d, nn.Linear))
     if isinstance(layer, (nn.Conv2d, nn.Linear)) and weight[0].numel() <= WIDEST:
         _fit_matrix(layer, sight)
-    elif bias is not None and (matrix or (weight.ndim == 1 and is_norm_layer(layer))):
+        sight = replace(sight, outputs=[layer.forward(value) for value in sight.inputs])
+    if bias is not None and (matrix or (weight.ndim == 1 and is_norm_layer(layer))):
         _fit_channels(weight, bias, sight)
 
 
 def _fit_channels(weight: Tensor, bias: Tensor, sight: Sight) -> None:
     pairs = zip(sight.outputs, sight.wanted, strict=True)
     sums = [_moments(channels_last(now).double(), channels_last(want).double()) for now, want in pairs]
-    count, x, y, xx, xy = summed(torch.stack(sums).sum(0))
-    x, y, xx, xy = x / count, y / count, xx / count, xy / count
-    variance = (xx - x * x).clamp_min(0)
-    known = variance > 1e-10 * (xx + 1e-30)
-    slope = torch.where(known, (xy - x * y + RIDGE * variance) / (variance * (1 + RIDGE)).clamp_min(1e-30), 1.0)
+    count, x, y, xx, yy, xy = summed(torch.stack(sums).sum(0))
+    x, y, xx, yy, xy = x / count, y / count, xx / count, yy / count, xy / count
+    now, want = ((square - mean * mean).clamp_min(0).sqrt() for square, mean in ((xx, x), (yy, y)))
+    alike = (xy - x * y) / (now * want).clamp_min(1e-30)
+    known = now.square() > 1e-10 * (xx + 1e-30)
+    slope = torch.where(known, want / now.clamp_min(1e-30) * (alike / UNALIKE).clamp(0, 1), 1.0)
     weight.data.mul_(slope.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1)))
     bias.data.copy_((slope * bias.double() + y - slope * x).to(bias.dtype))
 
 
 def _moments(x: Tensor, y: Tensor) -> Tensor:
     count = torch.full_like(x[0], len(x))
-    return torch.stack([count, x.sum(0), y.sum(0), (x * x).sum(0), (x * y).sum(0)])
+    return torch.stack([count, *(value.sum(0) for value in (x, y, x * x, y * y, x * y))])
 
 
 def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:

@@ -14,7 +14,7 @@ import fxprune
 from fxprune.analysis import Analysis
 from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
-from fxprune.fits import RIDGE
+from fxprune.fits import RIDGE, Sight, fit_affine
 from fxprune.healing import HEALERS
 from fxprune.isolation import private_copy
 from fxprune.mimicry import judge, points_of
@@ -105,7 +105,7 @@ class Chain(nn.Module):
         return self.last(self.middle(self.first(x))).mean((2, 3))
 
 
-def test_affine_finds_the_weights_of_least_squares() -> None:
+def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -> None:
     model: Any = build(Chain)
     pruned: Any = fxprune.compile(model, labelled(), 0.01, criterion=lambda region, _: float(region.name != "middle"))
     healed: Any = fxprune.heal(pruned, model, images(), "affine").double()
@@ -120,10 +120,28 @@ def test_affine_finds_the_weights_of_least_squares() -> None:
     least = torch.linalg.solve(
         bare.T @ bare + held * torch.eye(55, dtype=torch.float64), bare.T @ want + held * start.T
     )
-    torch.testing.assert_close(healed.last.weight.flatten(1), least[:-1].T, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(healed.last.bias, least[-1], rtol=1e-3, atol=1e-4)
+    given = bare @ least
+    slope = want.std(0) / given.std(0)
+    torch.testing.assert_close(healed.last.weight.flatten(1), (slope * least[:-1]).T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        healed.last.bias, slope * (least[-1] - given.mean(0)) + want.mean(0), rtol=1e-3, atol=1e-4
+    )
     before, after = (functional.mse_loss(version(x), model(x)) for version in (pruned, healed.float()))
     assert after < before / 100  # a linear map went, and the next layer can take it in
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3).eval(), nn.Conv2d(3, 3, 1)])
+def test_affine_keeps_the_spread_of_what_it_can_tell_in_part_only(layer: nn.Module) -> None:
+    x, noise = pixels(8, 3, 32, 32, seed=0) - 0.5, pixels(8, 3, 32, 32, seed=1) - 0.5
+    told = torch.tensor([1.0, 0.5, 0.0]).reshape(3, 1, 1)
+    wanted = 4 * (told * x + (1 - told) * noise) + 7
+    with torch.no_grad():
+        fit_affine(layer, Sight([x[:4], x[4:]], [layer(x[:4]), layer(x[4:])], [wanted[:4], wanted[4:]]))
+        given = layer(x)
+    torch.testing.assert_close(given.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
+    spread, was = given.std((0, 2, 3)), wanted.std((0, 2, 3))
+    torch.testing.assert_close(spread[:2], was[:2], rtol=2e-2, atol=0)
+    assert spread[2] < 0.5 * was[2]  # chance alone is not blown up
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
