@@ -6,7 +6,8 @@
 
 The images come without labels: the detector labels them itself. Rows go to ``results/bench_deeper.jsonl``, one a
 detector, strategy, healing, cost and budget; those that are there are not made again. Seconds are processor time, which
-other work on the machine hardly changes. The table is ``results/deeper.md``.
+other work on the machine hardly changes. The table is ``results/deeper.md``. What ``mimic`` leaves is kept in the cache
+folder (see `benchmarks.train`), for whoever compares it with something else.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import nn
 import fxprune
 from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
 from benchmarks.subjects import Subject, add_options, subjects
+from benchmarks.train import cache_folder
 from fxprune.calibration import Calibration
 from fxprune.compilation import read_once
 from fxprune.healing import HEALERS
@@ -105,12 +108,19 @@ def cut(
         started = time.process_time()
         healed = fxprune.heal(pruned, subject.model, calibration, heal, steps=options.steps)
         row = row_of(subject, strategy, heal, budget, options, plans, healed)
+        if heal == "mimic":
+            fxprune.save(healed, kept(subject.name, strategy, heal, budget, options.cost), overwrite=True)
         row |= {"search_seconds": searched, "heal_seconds": time.process_time() - started - row["val_seconds"]}
         append_row(NAME, row)
         console.print(
             f"{subject.name}: {options.cost} {budget}, {strategy}, {heal}: mAP {row['mAP']:.3f},"
             f" {searched:.0f} + {row['heal_seconds']:.0f} s"
         )
+
+
+def kept(model: str, strategy: str, heal: str, budget: float, cost: str) -> Path:
+    """Where a healed detector is kept."""
+    return cache_folder() / "deeper" / f"{model}-{strategy}-{heal}-{budget}-{cost}"
 
 
 def known(subject: Subject, strategy: str, heal: str, budget: float, cost: str) -> bool:
