@@ -1,9 +1,9 @@
-"""The short fine-tuning that every pruned version gets, whatever pruned it."""
+"""The fine-tuning that pruned versions get, whatever pruned them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,36 @@ from fxprune.detectors.choice import choose_adapter
 from fxprune.isolation import private_copy
 
 
+class Tuning:
+    """Trains a copy of a model by the adapter's own loss; norms keep their statistics.
+
+    Attributes
+    ----------
+    model : Module
+        The copy.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], learning_rate: float, seed: int) -> None:
+        self.model = private_copy(model, keep_precision=True)
+        self.batches, self.learning_rate, self.seed = batches, learning_rate, seed
+        self.adapter = choose_adapter(self.model, batches[0], None)
+        self.adapter.prepare(self.model)
+        self.weights = [value for value in self.model.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=1e-4)
+
+    def step(self, index: int, number: int, pace: float = 1.0) -> None:
+        """One step on one batch, at a share of the learning rate."""
+        batch, _ = read_batch(self.model, self.adapter, self.batches[index], index)
+        loss = take_loss(self.model, self.adapter, batch, index, seed=self.seed + number).sum()
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.weights, 10.0)
+        self.optimizer.param_groups[0]["lr"] = pace * self.learning_rate
+        self.optimizer.step()
+
+
 def finetune(model: nn.Module, batches: Sequence[Any], learning_rate: float, seed: int = 0) -> tuple[nn.Module, float]:
-    """Train a copy for one epoch by the adapter's own loss; norms keep their statistics.
+    """Train a copy for one epoch.
 
     Returns
     -------
@@ -24,17 +52,31 @@ def finetune(model: nn.Module, batches: Sequence[Any], learning_rate: float, see
     seconds : float
         That it took.
     """
-    twin = private_copy(model, keep_precision=True)
-    adapter = choose_adapter(twin, batches[0], None)
-    adapter.prepare(twin)
-    weights = [value for value in twin.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=1e-4)
+    tuning = Tuning(model, batches, learning_rate, seed)
     started = time.perf_counter()
     for index in range(len(batches)):
-        batch, _ = read_batch(twin, adapter, batches[index], index)
-        loss = take_loss(twin, adapter, batch, index, seed=seed + index).sum()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(weights, 10.0)
-        optimizer.step()
-    return twin.eval(), time.perf_counter() - started
+        tuning.step(index, index)
+    return tuning.model.eval(), time.perf_counter() - started
+
+
+def finetune_for(
+    seconds: float, model: nn.Module, batches: Sequence[Any], learning_rate: float, looks: int = 4, seed: int = 0
+) -> Iterator[nn.Module]:
+    """Train a copy for so much processor time, the rate falling to nothing; batches come in a random order.
+
+    Yields
+    ------
+    Module
+        The copy in eval mode, as it is after each of `looks` equal parts of the time.
+    """
+    tuning = Tuning(model, batches, learning_rate, seed)
+    random = torch.Generator().manual_seed(seed)
+    spent, number, order = 0.0, 0, list[int]()
+    for look in range(1, looks + 1):
+        while spent < seconds * look / looks:
+            started = time.process_time()
+            order = order or torch.randperm(len(batches), generator=random).tolist()
+            tuning.step(order.pop(), number, pace=1 - spent / seconds)
+            number += 1
+            spent += time.process_time() - started
+        yield tuning.model.eval()

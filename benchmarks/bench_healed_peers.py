@@ -1,0 +1,149 @@
+"""Blocks removed and healed against channels removed and fine-tuned: one latency, the same images, the same seconds.
+
+    python -m benchmarks.bench_healed_peers [MODEL ...]    # of what bench_deeper has made; on a quiet machine
+    python -m benchmarks.bench_healed_peers --render       # the table alone
+
+Ours is what `benchmarks.bench_deeper` found and healed without labels. Of Torch-Pruning's ratios the least is taken
+that is as fast, all timed in turn; what it leaves is fine-tuned on the same images, with their labels, for the
+processor time that search and healing took together, at each of several learning rates. It is looked at four times
+meanwhile, and its best look at the val images counts: whatever is unequal is in its favour. Rows go to
+``results/bench_healed_peers.jsonl``, the table is ``results/healed_peers.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import fxprune
+from benchmarks.bench_deeper import BUDGETS, kept
+from benchmarks.bench_deeper import NAME as OURS
+from benchmarks.bench_peers import PEERS
+from benchmarks.channels import first_line, first_working_way, prune_channels
+from benchmarks.finetune import finetune_for
+from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
+from benchmarks.subjects import Subject, add_options, subjects
+from fxprune.search import STRATEGIES
+
+NAME = "bench_healed_peers"
+PEER = "taylor"
+"""The best of Torch-Pruning's importances in ``results/peers.md``."""
+SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Its pruning ratios."""
+
+console = Console(stderr=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare the detectors asked for, write rows model by model, render."""
+    parser = argparse.ArgumentParser(description="Healed blocks against fine-tuned channels.")
+    add_options(parser)
+    parser.set_defaults(calibration=256)
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--sweep", nargs="+", type=float, default=list(SWEEP), help="pruning ratios of Torch-Pruning")
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-4, 5e-4], help="of its fine-tuning")
+    parser.add_argument("--rounds", type=int, default=31, help="of timing")
+    parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
+    parser.add_argument("--render", action="store_true")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in () if options.render else subjects(options):
+        replace_rows(NAME, subject.name, list(compare(subject, options)))
+    (RESULTS / "healed_peers.md").write_text("\n".join(table(read_rows(NAME))) + "\n", encoding="utf-8")
+
+
+def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
+    """The rows of one detector."""
+    ours = {row_key(row): row for row in read_rows(OURS) if asked(row, subject, options)}
+    models = {key: fxprune.load(subject.model, place_of(row)).eval() for key, row in ours.items()}
+    if not models:
+        console.print(f"{subject.name}: bench_deeper has kept none")
+        return
+    channels, error = peers(subject, options.sweep)
+    timed = subject.time_beside({**models, **channels}, options.rounds, options.timed_images)
+    for key, row in ours.items():
+        seconds, limit = row["search_seconds"] + row["heal_seconds"], timed.ratio(key).median
+        columns = timed.columns(key)
+        shared = {
+            "model": subject.name, "strategy": row["strategy"], "budget": row["budget"], "mAP": row["mAP"],
+            "seconds": seconds, **columns, "rounds": options.rounds, "timed_images": options.timed_images,
+            "images": row["images"], "val_images": row["val_images"], "machine": machine(), "error": error,
+        }  # fmt: skip
+        fast = [name for name in channels if timed.ratio(name).median <= limit]
+        peer = tuned(subject, channels[fast[0]], seconds, options.learning_rates) if fast else {}
+        if fast:
+            peer |= {"peer_ratio": float(fast[0]), "peer_latency_ratio": timed.ratio(fast[0]).median}
+        console.print(f"{subject.name}: {key}, mAP {row['mAP']:.3f}, at {limit:.2f} of the time; {peer or error}")
+        yield {**shared, **peer}
+
+
+def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
+    """Whether a row of `benchmarks.bench_deeper` is one to compare, and what it is of was kept."""
+    wanted = row["model"] == subject.name and row["heal"] == "mimic" and row["cost"] == "flops"
+    return (
+        wanted and row["strategy"] in options.strategies and row["budget"] in options.budgets and place_of(row).exists()
+    )
+
+
+def place_of(row: Row) -> Path:
+    """Where what a row is of was kept."""
+    return kept(row["model"], row["strategy"], row["heal"], row["budget"], row["cost"])
+
+
+def row_key(row: Row) -> str:
+    """Name of a version of ours."""
+    return f"{row['strategy']} {row['budget']:.0%}"
+
+
+def peers(subject: Subject, sweep: Sequence[float]) -> tuple[dict[str, nn.Module], str | None]:
+    """What Torch-Pruning makes of a detector, by its ratio from little to much; or why it makes nothing."""
+    settings, batches = PEERS[PEER], subject.batches()
+    prepared, failures = first_working_way(subject.model, batches, settings)
+    if prepared is None:
+        return {}, failures[-1][1]
+    found: dict[str, nn.Module] = {}
+    for ratio in sorted(sweep):
+        try:
+            found[str(ratio)] = prune_channels(prepared, settings, ratio)[0]
+        except Exception as error:  # the peer's own code may fail in any way of its own
+            console.print(f"{subject.name}: Torch-Pruning at {ratio}: {first_line(error)}")
+    return found, None
+
+
+def tuned(subject: Subject, model: nn.Module, seconds: float, rates: Sequence[float]) -> Row:
+    """What fine-tuning brings it to: the best of all rates and looks."""
+    found: dict[str, float] = {}
+    for rate in rates:
+        try:
+            for look, now in enumerate(finetune_for(seconds, model, subject.batches(), rate), start=1):
+                found[f"{rate:g}, look {look}"] = subject.evaluate(now)["mAP"]
+        except fxprune.FxpruneError as error:
+            console.print(f"{subject.name}: at rate {rate}: {first_line(error)}")
+    found["as pruned"] = subject.evaluate(model)["mAP"]
+    best = max(found, key=found.__getitem__)
+    return {"peer_pruned_mAP": found["as pruned"], "peer_mAP": found[best], "peer_best": best, "looks": found}
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """One line a detector and cut."""
+    yield "| model | strategy | budget | latency | seconds | mAP | Torch-Pruning, as pruned | and tuned | its latency |"
+    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|"
+    for row in sorted(rows, key=lambda row: (row["model"], row["strategy"], row["budget"])):
+        if row.get("peer_mAP") is None:
+            theirs = ["fails" if row["error"] else "never that fast", "", ""]
+        else:
+            theirs = [f"{row['peer_pruned_mAP']:.3f}", f"{row['peer_mAP']:.3f}", f"{row['peer_latency_ratio']:.2f}"]
+        spread = f"{row['latency_ratio']:.2f} [{row['latency_ratio_low']:.2f}, {row['latency_ratio_high']:.2f}]"
+        ours = [row["model"], row["strategy"], f"{row['budget']:.0%}", spread]
+        ours += [f"{row['seconds']:.0f}", f"{row['mAP']:.3f}"]
+        yield f"| {' | '.join([*ours, *theirs])} |"
+
+
+if __name__ == "__main__":
+    main()

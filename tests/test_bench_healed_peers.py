@@ -1,0 +1,84 @@
+"""Healed blocks against fine-tuned channels: who gets how long, and what counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from benchmarks import bench_deeper, bench_healed_peers, results
+from benchmarks.finetune import finetune_for
+from benchmarks.subjects import TWIN, UNPRUNED, Latencies, Subject
+from fxprune.costs import count_params
+from fxprune.timing import Timing
+from tests.test_bench_peers import make_items, make_subject, needs_peer
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for module in (bench_deeper, bench_healed_peers):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+
+
+def test_training_for_a_time_takes_about_that_long_and_changes_a_copy() -> None:
+    subject = make_subject()
+    batches = fxprune.batches(subject.model, make_items(4), batch_size=2)
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    started = time.process_time()
+    seen = []
+    for model in finetune_for(0.5, subject.model, batches, 1e-3, looks=3):
+        assert not model.training
+        seen.append(model.get_parameter("head.weight").detach().clone())
+    assert time.process_time() - started >= 0.5
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+    assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
+
+
+def by_weights(self: Subject, models: Mapping[str, nn.Module], rounds: int, images: int) -> Latencies:
+    """As though a model took the longer the more weights it has."""
+    versions = {UNPRUNED: self.model, TWIN: self.model, **models}
+    return Latencies({name: Timing(name, (float(count_params(model)),) * rounds) for name, model in versions.items()})
+
+
+@needs_peer
+def test_what_was_healed_is_held_against_what_is_as_fast(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject, given = make_subject(), ["tiny", "--rounds", "2", "--timed-images", "2", "--learning-rates", "1e-3"]
+    for module in (bench_deeper, bench_healed_peers):
+        monkeypatch.setattr(module, "subjects", lambda options: [subject])
+    monkeypatch.setattr(Subject, "time_beside", by_weights)
+    monkeypatch.setattr(Subject, "unlabelled", Subject.batches)  # by its images alone it is not known as a detector
+    bench_healed_peers.main(given)
+    assert "bench_deeper has kept none" in capsys.readouterr().err
+    bench_deeper.main(
+        ["tiny", "--budgets", ".2", "--strategies", "one_shot", "--heals", "none", "mimic", "--steps", "2"]
+    )
+    (ours,) = [row for row in results.read_rows("bench_deeper") if row["heal"] == "mimic"]
+    bench_healed_peers.main([*given, "--sweep", "0.9", "0.6", "0.02"])
+    (row,) = results.read_rows("bench_healed_peers")
+    assert (row["strategy"], row["budget"], row["mAP"]) == ("one_shot", 0.2, ours["mAP"])
+    assert row["seconds"] == ours["search_seconds"] + ours["heal_seconds"]
+    assert (row["peer_ratio"], row["peer_latency_ratio"] <= row["latency_ratio"]) == (0.6, True)
+    assert set(row["looks"]) == {"as pruned", *(f"0.001, look {look}" for look in (1, 2, 3, 4))}
+    assert row["peer_mAP"] == max(row["looks"].values()) >= row["peer_pruned_mAP"]
+    (line,) = (tmp_path / "healed_peers.md").read_text().splitlines()[2:]
+    assert line.startswith("| tiny | one_shot | 20% | ")
+
+
+def test_a_peer_that_fails_or_is_never_that_fast_is_said_so() -> None:
+    shared = {"model": "m", "strategy": "search", "seconds": 9.0, "mAP": 0.5, "latency_ratio": 0.8}
+    shared |= {"latency_ratio_low": 0.7, "latency_ratio_high": 0.9, "error": None}
+    rows = [shared | {"budget": 0.2}, shared | {"budget": 0.3, "error": "ValueError: no"}]
+    first, second = list(bench_healed_peers.table(rows))[2:]
+    assert first == "| m | search | 20% | 0.80 [0.70, 0.90] | 9 | 0.500 | never that fast |  |  |"
+    assert "| fails |" in second
