@@ -15,7 +15,7 @@ import fxprune
 from fxprune.calibration import Calibration
 from fxprune.compilation import read_once
 from fxprune.detectors.batch import Batch
-from fxprune.errors import BudgetError, FxpruneWarning, SettingError
+from fxprune.errors import BudgetError, FxpruneWarning, LossError, SettingError
 from fxprune.plan import Plan
 from fxprune.search import STRATEGIES, STRIDE, Beliefs, Judge, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
@@ -218,6 +218,15 @@ def test_a_plan_that_breaks_the_loss_is_the_worst_of_all(strategy: str, heal: st
     for plan in plans:
         json.dumps(plan.to_dict(), allow_nan=False)
     assert ("positive" in {region.name for plan in plans for region in plan.removed}) == (strategy == "greedy")
+
+
+def test_where_greedy_has_broken_the_loss_it_says_by_what() -> None:
+    model = build(Brittle)
+    words = "without positive, which went in the last of 1 steps, the loss is no number"
+    with assert_unchanged(model), pytest.raises(LossError, match=words):
+        fxprune.compile(
+            model, labelled(), 0.055, strategy="greedy", criterion=lambda region, _: float(region.name != "positive")
+        )
 
 
 # Interruption --------------------------------------------------------------------------------------------------------
