@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_deeper import BUDGETS, kept
+from benchmarks.bench_deeper import BUDGETS, KEYS, kept
 from benchmarks.bench_deeper import NAME as OURS
 from benchmarks.bench_peers import PEERS
 from benchmarks.channels import first_line, first_working_way, prune_channels
@@ -93,7 +93,7 @@ def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
 
 def place_of(row: Row) -> Path:
     """Where what a row is of was kept."""
-    return kept(row["model"], row["strategy"], row["heal"], row["budget"], row["cost"])
+    return kept(*(row[key] for key in KEYS))
 
 
 def row_key(row: Row) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,35 @@ def by_weights(self: Subject, models: Mapping[str, nn.Module], rounds: int, imag
     """As though a model took the longer the more weights it has."""
     versions = {UNPRUNED: self.model, TWIN: self.model, **models}
     return Latencies({name: Timing(name, (float(count_params(model)),) * rounds) for name, model in versions.items()})
+
+
+def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, healed = make_subject(), []
+    heal = fxprune.heal
+
+    def noted(*args: Any, **options: Any) -> nn.Module:
+        healed.append(args[3])
+        return heal(*args, **options)
+
+    monkeypatch.setattr(fxprune, "heal", noted)
+    monkeypatch.setattr(bench_deeper, "subjects", lambda options: [subject])
+    monkeypatch.setattr(Subject, "unlabelled", Subject.batches)
+    asked = ["tiny", "--strategies", "one_shot", "--heals", "norms", "mimic", "--steps", "2", "--budgets", ".2", ".21"]
+    bench_deeper.main(asked)
+    bench_deeper.main(asked)
+    assert healed == ["norms", "mimic"]
+    rows = results.read_rows("bench_deeper")
+    assert [(row["budget"], row["heal"]) for row in rows] == [
+        (0.2, "norms"),
+        (0.2, "mimic"),
+        (0.21, "norms"),
+        (0.21, "mimic"),
+    ]
+    assert rows[0]["regions"] == rows[2]["regions"]
+    assert rows[1]["mAP"] == rows[3]["mAP"]
+    places = [bench_deeper.kept(*(row[key] for key in bench_deeper.KEYS)) for row in (rows[1], rows[3])]
+    first, second = (fxprune.load(subject.model, place).state_dict() for place in places)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @needs_peer
