@@ -21,6 +21,7 @@ from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, rem
 from fxprune.errors import SettingError
 from fxprune.fits import fit_affine, fit_statistics
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
+from fxprune.judging import Judge
 from fxprune.mimicry import can_be_shared, check_images, judge, mimic, pieces, points_of, split
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
@@ -28,6 +29,7 @@ from fxprune.ranks import (
     by_first,
     check_shareable,
     failing_together,
+    is_own,
     on_device,
     overwrite_by_first,
     own_share,
@@ -40,15 +42,18 @@ from fxprune.study import Progress, unheard
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
+BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""How far to go from the weights as they were to those that were fitted or trained; held-out images decide."""
+
 
 @dataclass(frozen=True)
 class Care:
-    """What a healing method works with: its settings, where progress goes, whether to measure and note what it did."""
+    """What a healing method works with: its settings, where progress goes, whether to judge and note what it did."""
 
     schedule: Schedule = field(default_factory=Schedule)
     checkpoint: Path | None = None
     progress: Progress = unheard
-    noted: bool = False
+    thorough: bool = False
 
     def told(self, stage: str, total: int | None) -> Callable[..., None]:
         """A function that counts: each call is one more done of a stage."""
@@ -86,10 +91,10 @@ def heal(
     method : str
         ``"none"``; ``"norms"``: batch norms get the statistics of what now reaches them; ``"affine"``: weights, scales
         and shifts are fitted in closed form, layer after layer, to give what they gave; ``"mimic"``: that, then a short
-        training. See `fxprune.fits` and `fxprune.mimicry`.
+        training. See `fxprune.fits` and `fxprune.mimicry`. The last two hold out an eighth of the images: how far to go
+        from the weights as they were, if at all, is decided by whose loss there is nearest to the original's.
     steps, learning_rate, seed
-        Of the training: four images a step, `learning_rate` at most, less where that would harm. An eighth of the
-        images is held out to choose the weights by.
+        Of the training: four images a step, `learning_rate` at most, less where that would harm.
     checkpoint, progress : optional
         File that the training is kept in and, if it is there, goes on from; ``progress(stage, done, total)``.
 
@@ -115,7 +120,7 @@ def heal(
     """
     check_heal(method)
     schedule = Schedule(steps, learning_rate, seed)
-    care = Care(schedule, Path(checkpoint) if checkpoint else None, progress or unheard, noted=method != "none")
+    care = Care(schedule, Path(checkpoint) if checkpoint else None, progress or unheard, thorough=method != "none")
     return mend(pruned, original, calib_loader, method, loss, care)
 
 
@@ -127,7 +132,7 @@ def mend(
     loss: Loss | None = None,
     care: Care = Care(),
 ) -> nn.Module:
-    """As `heal`; measures and notes nothing unless asked to, which saves two runs of each model over the images."""
+    """As `heal`; unless it is to be thorough, no images are held out, nothing is judged and nothing noted."""
     network, before, plans = network_of(pruned), network_of(original), plans_carried_out(pruned)
     device = device_of(network)
     with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
@@ -142,7 +147,7 @@ def mend(
         note = _carried_out(pair, batches, method, care)
         healed.load_state_dict(pair.pruned.state_dict())
         overwrite_by_first([*healed.parameters(), *healed.buffers()])
-        if care.noted:
+        if care.thorough:
             *others, last = plans_of(healed)
             last = {**last, "settings": {**last["settings"], "heal": note}}
             remember(healed, [*others, last], alterations(healed), getattr(healed, SPARED, {}))
@@ -152,7 +157,7 @@ def mend(
 def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) -> dict[str, Any]:
     """Heal, and say what was done and how far features were and are from the original's, over all batches."""
     begin, points = perf_counter(), points_of(pair)
-    judged = care.noted and all(map(can_be_shared, batches))
+    judged = care.thorough and all(map(can_be_shared, batches))
     before = judge(pair, points, batches) if judged else math.nan
     HEALERS[method](pair, batches, care)
     after = judge(pair, points, batches) if judged else math.nan
@@ -190,20 +195,52 @@ def _norms(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
 
 
 def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
-    refit(pair, own_share(batches), fit_affine, care.told("affine", None))
+    if not care.thorough:
+        refit(pair, own_share(batches), fit_affine, care.told("affine", None))
+        return
+    learnt, held = _parted(batches)
+    start = copied(pair.pruned)
+    refit(pair, own_share(learnt), fit_affine, care.told("affine", None))
+    _blend(pair, start, _judge(pair, held, care))
 
 
 def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
     check_images(batches)
+    learnt, held = _parted(batches)
+    points, start, judge_of = points_of(pair), copied(pair.pruned), _judge(pair, held, care)
+    refit(pair, own_share(learnt), fit_affine, care.told("affine", None))
+    _blend(pair, start, judge_of)
+    mimic(
+        pair, learnt, held, judge(pair, points, held), care.schedule, care.checkpoint, partial(care.progress, "mimic")
+    )
+    _blend(pair, start, judge_of)
+
+
+def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """What is learnt from and what is held out to judge by; all in both where there are too few."""
     held, learnt = split([piece for batch in batches for piece in pieces(batch)])
-    points, start = points_of(pair), copied(pair.pruned)
-    before = judge(pair, points, held)
-    _affine(pair, learnt if len(learnt) >= rank_and_world()[1] else batches, care)  # fits look good on what they saw
-    fitted = judge(pair, points, held)
-    if not fitted < before:
-        pair.pruned.load_state_dict(start)
-        fitted = before
-    mimic(pair, learnt, held, fitted, care.schedule, care.checkpoint, partial(care.progress, "mimic"))
+    return (learnt if len(learnt) >= rank_and_world()[1] else list(batches)), held
+
+
+def _judge(pair: Pair, held: Sequence[Batch], care: Care) -> Judge:
+    own = [(index, pair.adapter.label(pair.original, batch)) for index, batch in enumerate(held) if is_own(index)]
+    return Judge(pair.original, pair.adapter, own, care.schedule.seed)
+
+
+def _blend(pair: Pair, start: dict[str, Tensor], judge: Judge) -> None:
+    """Give the pruned model the weights between some it had and those it has whose loss is nearest to what it was."""
+    end, losses = copied(pair.pruned), {}
+    for share in BLENDS:
+        pair.pruned.load_state_dict(_between(start, end, share))
+        losses[share] = judge.astray(pair.pruned)
+    pair.pruned.load_state_dict(_between(start, end, min(BLENDS, key=losses.__getitem__)))
+
+
+def _between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    return {
+        name: torch.lerp(start[name], value, share) if value.is_floating_point() else value
+        for name, value in end.items()
+    }
 
 
 HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], None]] = {

@@ -10,20 +10,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from fxprune.analysis import Analysis
-from fxprune.calibration import Calibration, take_loss
-from fxprune.criteria import RegionScore, part_sizes
-from fxprune.detectors.batch import Adapter, device_of
+from fxprune.calibration import Calibration
+from fxprune.criteria import RegionScore
 from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import analyze, apply
 from fxprune.errors import FxpruneWarning, LossError, SettingError
 from fxprune.healing import Loss, mend
-from fxprune.isolation import private_copy, untouched_randomness
+from fxprune.judging import Judge
 from fxprune.plan import Plan, Totals
-from fxprune.ranks import by_first, failing_together, gathered, on_device, rank_and_world, summed
+from fxprune.ranks import by_first, rank_and_world
 from fxprune.rendering import finite
 from fxprune.study import Progress, Study
 
@@ -100,7 +98,7 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
     """Remove a little, mend, score what is left, and so on."""
     steps = steps_to(search.budget)
     mended_on, judged_on = calibration.apart(SAMPLE)
-    judge = Judge(model, judged_on, search.loss, search.seed)
+    judge = _judge(model, judged_on, search)
     plans: list[Plan] = []
     now, whole = model, None
     search.progress("greedy", 0, steps)
@@ -151,7 +149,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
     """Let scores propose whole plans, take the loss of each once mended, and learn from it what scores are worth."""
     analysis = search.analyze(model, calibration)
     mended_on, judged_on = calibration.apart(SAMPLE)
-    judge = Judge(model, judged_on, search.loss, search.seed)
+    judge = _judge(model, judged_on, search)
     beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     search.progress("search", 0, search.tries)
@@ -235,33 +233,9 @@ class Beliefs:
             yield np.maximum(self.random.multivariate_normal(mean, covariance, check_valid="ignore"), 0.0)
 
 
-class Judge:
-    """Takes the loss of pruned versions of a model on its calibration images."""
-
-    def __init__(self, model: nn.Module, calibration: Calibration, loss: Loss | None, seed: int) -> None:
-        self.calibration, self.loss, self.seed = calibration, loss, seed
-        self.whole = self.parts(model)
-
-    def parts(self, model: nn.Module) -> torch.Tensor:
-        """Parts (P,) of the loss, the mean over the images."""
-        network = private_copy(network_of(model))
-        adapter: Adapter = choose_adapter(network, self.calibration.first_raw, self.loss)
-        adapter.prepare(network)
-        total, images = torch.zeros((), dtype=torch.float64), 0
-        with on_device(device_of(network)), untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
-            with failing_together():
-                for index, batch in self.calibration.own(network, adapter):
-                    parts = take_loss(network, adapter, batch, index, self.seed)
-                    total, images = total + batch.count * parts.double().cpu(), images + batch.count
-            mean: torch.Tensor = summed(total) / sum(gathered(images))
-            return mean
-
-    def worse(self, pruned: nn.Module) -> float:
-        """How much the parts of the loss have grown, relative to their own sizes, summed; infinite where one breaks."""
-        try:
-            return float(((self.parts(pruned) - self.whole) / part_sizes(self.whole)).sum())
-        except LossError:
-            return math.inf
+def _judge(model: nn.Module, calibration: Calibration, search: Search) -> Judge:
+    adapter = choose_adapter(network_of(model), calibration.first_raw, search.loss)
+    return Judge(model, adapter, list(calibration.own(model, adapter)), search.seed)
 
 
 def _noted(plan: Plan, **facts: Any) -> Plan:

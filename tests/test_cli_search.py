@@ -18,7 +18,8 @@ from fxprune.commands.options import DataOptions, SearchOptions
 from fxprune.commands.terminal import Terminal
 from fxprune.commands.work import effort
 from fxprune.healing import HEALERS
-from fxprune.search import STRATEGIES, Judge
+from fxprune.judging import Judge
+from fxprune.search import STRATEGIES
 from tests.commands import FEW, VAL, Captured, refusal
 
 PRUNE = ("prune", "bundled", *FEW, "--budget", "0.2")

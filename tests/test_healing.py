@@ -15,11 +15,14 @@ from fxprune.analysis import Analysis
 from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
 from fxprune.fits import RIDGE, Sight, fit_affine
-from fxprune.healing import HEALERS
+from fxprune.healing import BLENDS, HEALERS, mend
 from fxprune.isolation import private_copy
+from fxprune.judging import Judge
 from fxprune.mimicry import judge, points_of
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
+from fxprune.refitting import refit
+from fxprune.schedules import copied
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import Eager, build, labelled, pixels, squared, tiny
 
@@ -108,7 +111,7 @@ class Chain(nn.Module):
 def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -> None:
     model: Any = build(Chain)
     pruned: Any = fxprune.compile(model, labelled(), 0.01, criterion=lambda region, _: float(region.name != "middle"))
-    healed: Any = fxprune.heal(pruned, model, images(), "affine").double()
+    healed: Any = mend(pruned, model, images(), "affine").double()
     with torch.no_grad():
         x = torch.cat(images())
         now = model.first(x).double()
@@ -142,6 +145,35 @@ def test_affine_keeps_the_spread_of_what_it_can_tell_in_part_only(layer: nn.Modu
     spread, was = given.std((0, 2, 3)), wanted.std((0, 2, 3))
     torch.testing.assert_close(spread[:2], was[:2], rtol=2e-2, atol=0)
     assert spread[2] < 0.5 * was[2]  # chance alone is not blown up
+
+
+@pytest.mark.parametrize("best", BLENDS)
+def test_how_far_to_go_is_decided_by_the_loss_on_images_that_nothing_was_fitted_to(
+    best: float, model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[dict[str, Tensor]] = []
+    judged: list[Tensor] = []
+    fitted: list[Tensor] = []
+
+    def astray(self: Judge, pruned: nn.Module) -> float:
+        tried.append(copied(pruned))
+        judged.extend(batch.images for _, batch in self.batches)
+        return abs(BLENDS[len(tried) - 1] - best)
+
+    def fit(pair: Pair, batches: Any, *rest: Any) -> list[str]:
+        fitted.extend(batch.images for batch in batches)
+        return refit(pair, batches, *rest)
+
+    monkeypatch.setattr(Judge, "astray", astray)
+    monkeypatch.setattr("fxprune.healing.refit", fit)
+    healed = fxprune.heal(cut, model, images(), "affine").state_dict()
+    assert len(tried) == len(BLENDS)
+    assert not any(torch.equal(one, other) for one in judged for other in fitted)
+    start, end = cut.state_dict(), tried[0]
+    for name, value in healed.items():
+        whole = torch.lerp(start[name], end[name], best) if value.is_floating_point() else value
+        torch.testing.assert_close(value, whole)
+    assert any(not torch.equal(value, start[name]) for name, value in healed.items()) == (best > 0)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

@@ -15,9 +15,11 @@ import fxprune
 from fxprune.calibration import Calibration
 from fxprune.compilation import read_once
 from fxprune.detectors.batch import Batch
+from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import BudgetError, FxpruneWarning, LossError, SettingError
+from fxprune.judging import Judge
 from fxprune.plan import Plan
-from fxprune.search import STRATEGIES, STRIDE, Beliefs, Judge, Search
+from fxprune.search import STRATEGIES, STRIDE, Beliefs, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
 
@@ -155,7 +157,8 @@ def test_the_judge_knows_what_the_loss_was() -> None:
     calibration = Calibration(labelled())
     pruned = fxprune.compile(model, labelled(), 0.3)
     read_once(model, calibration, None)
-    judge = Judge(model, calibration, None, seed=0)
+    adapter = choose_adapter(model, calibration.first_raw, None)
+    judge = Judge(model, adapter, list(calibration.own(model, adapter)), seed=0)
     assert judge.worse(model) == 0.0
     losses = [
         float(np.mean([float(nn.functional.cross_entropy(version(x), y).detach()) for x, y in labelled()]))
@@ -177,7 +180,7 @@ def test_plans_are_judged_on_other_images_than_they_were_mended_on(
         return mend(self, pruned, model, images)
 
     def noted_worse(self: Judge, pruned: nn.Module) -> float:
-        judged.append(list(self.calibration))
+        judged.append([batch for _, batch in self.batches])
         return worse(self, pruned)
 
     monkeypatch.setattr(Search, "mended", noted_mend)

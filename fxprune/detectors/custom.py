@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.detectors.batch import Adapter, Batch, device_of, refuse_boxes
-from fxprune.errors import BatchError, LossError
+from fxprune.errors import LossError
 from fxprune.graph import map_tensors
 
 FORMS = "whatever the given loss(model, batch) takes"
@@ -31,8 +31,8 @@ def adapter_of(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
             raise LossError(f"the loss has shape {tuple(value.shape)}; return a scalar, e.g. loss.mean()")
         return value.reshape(1)
 
-    def refuse(model: nn.Module, batch: Batch) -> Batch:
-        raise BatchError("batches without labels need a known kind of model; let the loss make its own targets")
+    def label(model: nn.Module, batch: Batch) -> Batch:
+        return Batch(batch.images, batch.images, batch.count)  # the loss makes its own targets of what it is given
 
     return Adapter(
         family="model with the caller's loss",
@@ -42,7 +42,7 @@ def adapter_of(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
         normalize=normalize,
         loss=compute,
         predict=compute,
-        label=refuse,
+        label=label,
         detect=refuse_boxes,
         collate=refuse_boxes,
         root_is_function=True,
