@@ -41,6 +41,7 @@ from fxprune.schedules import Schedule, copied
 from fxprune.study import Progress, unheard
 
 Loss = Callable[[nn.Module, Any], Tensor]
+Note = dict[str, Any]
 
 BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """How far to go from the weights as they were to those that were fitted or trained; held-out images decide."""
@@ -159,12 +160,12 @@ def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) 
     begin, points = perf_counter(), points_of(pair)
     judged = care.thorough and all(map(can_be_shared, batches))
     before = judge(pair, points, batches) if judged else math.nan
-    HEALERS[method](pair, batches, care)
+    done = HEALERS[method](pair, batches, care)
     after = judge(pair, points, batches) if judged else math.nan
     return {
         "method": method,
         "images": sum(batch.count for batch in batches),
-        **({"steps": care.schedule.steps} if method == "mimic" else {}),
+        **done,
         "distance": finite({"before": before, "after": after}),
         "seconds": by_first(lambda: round(perf_counter() - begin, 1)),
     }
@@ -190,30 +191,33 @@ def check_heal(method: object) -> None:
         raise SettingError(f"heal {method!r} is not known; known: {', '.join(HEALERS)}")
 
 
-def _norms(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+def _norms(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     refit(pair, own_share(batches), fit_statistics, care.told("norms", None))
+    return {}
 
 
-def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     if not care.thorough:
-        refit(pair, own_share(batches), fit_affine, care.told("affine", None))
-        return
+        _fit(pair, batches, care)
+        return {}
     learnt, held = _parted(batches)
     start = copied(pair.pruned)
-    refit(pair, own_share(learnt), fit_affine, care.told("affine", None))
-    _blend(pair, start, _judge(pair, held, care))
+    _fit(pair, learnt, care)
+    return {"share": _blend(pair, start, _judge(pair, held, care))}
 
 
-def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     check_images(batches)
     learnt, held = _parted(batches)
-    points, start, judge_of = points_of(pair), copied(pair.pruned), _judge(pair, held, care)
-    refit(pair, own_share(learnt), fit_affine, care.told("affine", None))
-    _blend(pair, start, judge_of)
-    mimic(
-        pair, learnt, held, judge(pair, points, held), care.schedule, care.checkpoint, partial(care.progress, "mimic")
-    )
-    _blend(pair, start, judge_of)
+    start, judge = copied(pair.pruned), _judge(pair, held, care)
+    _fit(pair, learnt, care)
+    _blend(pair, start, judge)
+    mimic(pair, learnt, held, care.schedule, care.checkpoint, partial(care.progress, "mimic"))
+    return {"share": _blend(pair, start, judge), "steps": care.schedule.steps}
+
+
+def _fit(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
+    refit(pair, own_share(batches), fit_affine, care.told("affine", None))
 
 
 def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -227,13 +231,15 @@ def _judge(pair: Pair, held: Sequence[Batch], care: Care) -> Judge:
     return Judge(pair.original, pair.adapter, own, care.schedule.seed)
 
 
-def _blend(pair: Pair, start: dict[str, Tensor], judge: Judge) -> None:
-    """Give the pruned model the weights between some it had and those it has whose loss is nearest to what it was."""
+def _blend(pair: Pair, start: dict[str, Tensor], judge: Judge) -> float:
+    """Go from some weights to those that the pruned model has as far as brings its loss nearest to what it was."""
     end, losses = copied(pair.pruned), {}
     for share in BLENDS:
         pair.pruned.load_state_dict(_between(start, end, share))
         losses[share] = judge.astray(pair.pruned)
-    pair.pruned.load_state_dict(_between(start, end, min(BLENDS, key=losses.__getitem__)))
+    best = min(BLENDS, key=losses.__getitem__)
+    pair.pruned.load_state_dict(_between(start, end, best))
+    return best
 
 
 def _between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -243,8 +249,8 @@ def _between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> 
     }
 
 
-HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], None]] = {
-    "none": lambda pair, batches, care: None,
+HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], Note]] = {
+    "none": lambda pair, batches, care: {},
     "norms": _norms,
     "affine": _affine,
     "mimic": _mimic,

@@ -39,7 +39,6 @@ def mimic(
     pair: Pair,
     learnt: Sequence[Batch],
     held: Sequence[Batch],
-    begin: float,
     schedule: Schedule,
     checkpoint: Path | None = None,
     tell: Callable[[int, int], None] = lambda step, steps: None,
@@ -56,8 +55,6 @@ def mimic(
         Its pruned model is changed: it gets the weights that did best on what is held out, its own if none did better.
     learnt, held : sequence of Batch
         See `pieces` and `split`; the same in all processes, each takes its share of the images of every one.
-    begin : float
-        What `judge` finds of `held` at the start.
     schedule : Schedule
     checkpoint : path, optional
         File to go on from if it is there, and to write to at every look at the held-out batches.
@@ -72,7 +69,7 @@ def mimic(
     points = points_of(pair)
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
         optimizer = Optimizers(weights)
-        state = _begun(pair, begin, optimizer, schedule, checkpoint)
+        state = _begun(pair, partial(judge, pair, points, held), optimizer, schedule, checkpoint)
         for step in range(state.step + 1, schedule.steps + 1):
             for weight in weights:
                 weight.grad = None
@@ -110,11 +107,13 @@ def pieces(batch: Batch) -> list[Batch]:
     return [Batch(batch.images[start:end], None, end - start) for start, end in itertools.pairwise(ends)]
 
 
-def _begun(pair: Pair, found: float, optimizer: Optimizers, schedule: Schedule, checkpoint: Path | None) -> State:
+def _begun(
+    pair: Pair, found: Callable[[], float], optimizer: Optimizers, schedule: Schedule, checkpoint: Path | None
+) -> State:
     """Where a training starts: as the model is, or as the checkpoint has it."""
     state = by_first(lambda: State.read(checkpoint, schedule, pair.pruned))
     if state is None:
-        return State(0, found, 0, FIRST, True, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
+        return State(0, found(), 0, FIRST, True, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
     pair.pruned.load_state_dict(state.weights)
     optimizer.load_state_dict(state.optimizer)
     return state

@@ -122,7 +122,15 @@ def healed(plans: Sequence[Plan]) -> Section | None:
     rows = tuple(_healing(note, trained) for note in known)
     methods = dict.fromkeys(note.get("method") for note in known)
     words = [HEALINGS[name] for name in methods if name in HEALINGS]
-    return Section("Healed", columns, rows, (*words, DISTANCE))
+    return Section("Healed", columns, rows, (*words, *filter(None, map(_share, known)), DISTANCE))
+
+
+def _share(note: Mapping[str, Any]) -> str:
+    """Say how far a healing went, where that was not all the way."""
+    share = _number(note.get("share"))
+    if share is None or share == 1:
+        return ""
+    return f"It went {share:.0%} of the way: there the loss on images that were held out is nearest to what it was."
 
 
 def _healing(note: Mapping[str, Any], trained: bool) -> Row:

@@ -166,7 +166,9 @@ def test_how_far_to_go_is_decided_by_the_loss_on_images_that_nothing_was_fitted_
 
     monkeypatch.setattr(Judge, "astray", astray)
     monkeypatch.setattr("fxprune.healing.refit", fit)
-    healed = fxprune.heal(cut, model, images(), "affine").state_dict()
+    found = fxprune.heal(cut, model, images(), "affine")
+    assert fxprune.report(found).settings["heal"]["share"] == best
+    healed = found.state_dict()
     assert len(tried) == len(BLENDS)
     assert not any(torch.equal(one, other) for one in judged for other in fitted)
     start, end = cut.state_dict(), tried[0]

@@ -114,6 +114,15 @@ def test_healing_is_a_row_with_what_it_did(monkeypatch: pytest.MonkeyPatch) -> N
     assert "trained" in " ".join(notes[0])
 
 
+@pytest.mark.parametrize(("share", "said"), [(1.0, False), (0.25, True), (0.0, True), ("strange", False)])
+def test_healing_says_how_far_it_went_where_that_is_not_all_the_way(
+    share: Any, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = text(steps(None, heal=HEAL | {"share": share}), monkeypatch)
+    assert ("of the way" in words) == said
+    assert not said or f"It went {share:.0%} of the way" in words
+
+
 def test_healing_without_training_has_no_steps_and_may_have_no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     note = {"method": "norms", "images": 8, "distance": {"before": None, "after": None}}
     head, row, *_ = rows(steps(None, heal=note), "Healed", monkeypatch)
