@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
+from benchmarks.bench_paper import removing
 from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
 from benchmarks.subjects import Subject, add_options, subjects
 from benchmarks.train import cache_folder
@@ -84,31 +85,17 @@ def cut(
     options: argparse.Namespace,
 ) -> None:
     """Find the plans of one strategy and heal what they leave in several ways."""
-    started = time.process_time()
-    search = Search(
-        strategy=strategy,
-        budget=budget,
-        cost=options.cost,
-        criterion="fisher",
-        mend="affine",
-        loss=None,
-        shapes="proved",
-        seed=0,
-        latency_backend=backend_for(options.cost, None),
-        tries=options.tries,
-        progress=lambda stage, done, total: None,
-    )
     try:
-        plans = search.run(subject.model, calibration)
+        known_before = found_before(subject, strategy, budget, options)
+        plans, cost = known_before or find(subject, calibration, strategy, budget, options)
     except fxprune.BudgetError as error:
         console.print(f"{subject.name}: {strategy}, {budget}: {error}")
         return
-    searched = time.process_time() - started
     pruned = subject.model
     for plan in plans:
         pruned = fxprune.apply(pruned, plan)
     for heal in heals:
-        row = facts(subject, strategy, heal, budget, options, plans) | {"search_seconds": searched}
+        row = facts(subject, strategy, heal, budget, options, plans) | cost
         place = kept(subject.name, strategy, heal, budget, options.cost)
         twin = same_cut(row)
         if twin is None:
@@ -124,8 +111,58 @@ def cut(
         append_row(NAME, row)
         console.print(
             f"{subject.name}: {options.cost} {budget}, {strategy}, {heal}: mAP {row['mAP']:.3f},"
-            f" {searched:.0f} + {row['heal_seconds']:.0f} s"
+            f" {row['search_seconds']:.0f} + {row['heal_seconds']:.0f} s"
         )
+
+
+def find(
+    subject: Subject, calibration: Calibration, strategy: str, budget: float, options: argparse.Namespace
+) -> tuple[list[Plan], Row]:
+    """The plans of a strategy, what they save, and the seconds that it took."""
+    started = time.process_time()
+    search = Search(
+        strategy=strategy,
+        budget=budget,
+        cost=options.cost,
+        criterion="fisher",
+        mend="affine",
+        loss=None,
+        shapes="proved",
+        seed=0,
+        latency_backend=backend_for(options.cost, None),
+        tries=options.tries,
+        progress=lambda stage, done, total: None,
+    )
+    plans = search.run(subject.model, calibration)
+    cost = {
+        "flops_cut": 1 - plans[-1].after.flops / plans[0].before.flops,
+        "predicted_latency_cut": latency_cut(plans),
+        "search_seconds": time.process_time() - started,
+    }
+    return plans, cost
+
+
+def found_before(
+    subject: Subject, strategy: str, budget: float, options: argparse.Namespace
+) -> tuple[list[Plan], Row] | None:
+    """The same of a row that there is already."""
+    wanted = {
+        "model": subject.name,
+        "strategy": strategy,
+        "budget": budget,
+        "cost": options.cost,
+        "tries": options.tries,
+    }
+    row = next((row for row in read_rows(NAME) if wanted.items() <= row.items()), None)
+    if row is None:
+        return None
+    plans: list[Plan] = []
+    model = subject.model
+    for names in row["regions"]:
+        analysis = fxprune.analyze(model, subject.unlabelled()[:1], criterion="random")
+        plans.append(removing(analysis, set(names)))
+        model = fxprune.apply(model, plans[-1])
+    return plans, {key: row[key] for key in ("flops_cut", "predicted_latency_cut", "search_seconds")}
 
 
 def kept(model: str, strategy: str, heal: str, budget: float, cost: str) -> Path:
@@ -149,7 +186,6 @@ def facts(
     subject: Subject, strategy: str, heal: str, budget: float, options: argparse.Namespace, plans: Sequence[Plan]
 ) -> Row:
     """What is known of a row before anything is healed."""
-    first, last = plans[0].before, plans[-1].after
     return {
         "model": subject.name,
         "criterion": "fisher",
@@ -157,8 +193,6 @@ def facts(
         "heal": heal,
         "cost": options.cost,
         "budget": budget,
-        "flops_cut": 1 - last.flops / first.flops,
-        "predicted_latency_cut": latency_cut(plans),
         "regions": [sorted(region.name for region in plan.removed) for plan in plans],
         "tries": options.tries,
         "steps": options.steps,

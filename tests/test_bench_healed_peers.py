@@ -63,9 +63,12 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Subject, "unlabelled", Subject.batches)
     asked = ["tiny", "--strategies", "one_shot", "--heals", "norms", "mimic", "--steps", "2", "--budgets", ".2", ".21"]
     bench_deeper.main(asked)
+    monkeypatch.setattr(bench_deeper, "find", None)  # nor are its plans looked for again
     bench_deeper.main(asked)
-    assert healed == ["norms", "mimic"]
-    rows = results.read_rows("bench_deeper")
+    bench_deeper.main(["tiny", "--strategies", "one_shot", "--heals", "affine", "--steps", "2", "--budgets", ".2"])
+    assert healed == ["norms", "mimic", "affine"]
+    *rows, last = results.read_rows("bench_deeper")
+    assert all(last[key] == rows[0][key] for key in ("regions", "flops_cut", "search_seconds"))
     assert [(row["budget"], row["heal"]) for row in rows] == [
         (0.2, "norms"),
         (0.2, "mimic"),
