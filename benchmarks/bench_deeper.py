@@ -225,7 +225,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     for (model, cost, budget, strategy), found in sorted(groups.items(), key=str):
         base = whole.get(model, float("nan"))
         losses = [f"{base - found[heal]['mAP']:.3f}" if heal in found else "" for heal in HEALERS]
-        seconds = [f"{row['heal_seconds']:.0f}" for row in found.values()]
+        seconds = [f"{found[heal]['heal_seconds']:.0f}" for heal in HEALERS if heal in found]
         searched = max(row["search_seconds"] for row in found.values())
         cells = [f"{model} ({base:.3f})", f"{budget:.0%} {cost}", strategy, *losses, str(GOALS.get(budget, ""))]
         yield f"| {' | '.join(cells)} | {searched:.0f} + {' / '.join(seconds)} |"
