@@ -13,7 +13,7 @@ import fxprune
 from fxprune.detectors.batch import Batch
 from fxprune.errors import SettingError
 from fxprune.mimicry import FIRST, pieces
-from fxprune.optimizers import ROWS, Optimizers
+from fxprune.optimizers import ITERATIONS, QUINTIC, ROWS, Optimizers, orthogonal
 from fxprune.schedules import State, copied
 from tests.models import pixels
 from tests.test_healing import cut, equal, far, images, model
@@ -78,7 +78,7 @@ def test_a_step_takes_few_images_and_all_are_taken(count: int, sizes: list[int])
     assert pieces(tokens) == [tokens]
 
 
-def test_optimizers_move_matrices_along_orthogonal_directions_and_all_memory_is_the_weights() -> None:
+def test_optimizers_move_matrices_along_orthogonal_directions() -> None:
     weights = [nn.Parameter(pixels(*shape)) for shape in ((200, 8, 3, 3), (4, 1, 3, 3), (5,))]
     weights[0].data = weights[0].data.contiguous(memory_format=torch.channels_last)
     before = [weight.detach().clone() for weight in weights]
@@ -93,6 +93,44 @@ def test_optimizers_move_matrices_along_orthogonal_directions_and_all_memory_is_
     for part in moved[1:]:
         torch.testing.assert_close(part.abs(), torch.full_like(part, 1e-2), rtol=1e-3, atol=0.0)
     assert all(torch.equal(weight.sign(), (-pixels(*weight.shape, seed=1) + 0.5).sign()) for weight in moved[1:])
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 64), (64, 64)])
+def test_muon_is_that_of_torch_but_for_its_rounding(shape: tuple[int, int]) -> None:
+    ours, theirs = (nn.Parameter(pixels(*shape)) for _ in range(2))
+    other = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    own = Optimizers([ours])
+    for seed in range(3):
+        ours.grad = theirs.grad = pixels(*shape, seed=seed) - 0.5
+        before = ours.detach().clone()
+        own.step(1e-2)
+        other.step()  # type: ignore[no-untyped-call]
+        move, wanted = ours.detach() - before, theirs.detach() - before
+        assert (move - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_orthogonal_multiplies_as_newton_schulz_does() -> None:
+    """Squares are iterated on: what comes out is what iterating on the matrix itself in float64 gives."""
+    for shape in ((5, 70), (70, 5), (32, 32)):
+        matrix = pixels(*shape) - 0.5
+        wanted = matrix.double() / matrix.double().norm()
+        for _ in range(ITERATIONS):
+            square = wanted @ wanted.T
+            wanted = QUINTIC[0] * wanted + (QUINTIC[1] * square + QUINTIC[2] * square @ square) @ wanted
+        assert (orthogonal(matrix) - wanted).norm() < 1e-4 * wanted.norm()
+    assert torch.equal(orthogonal(torch.zeros(4, 8)), torch.zeros(4, 8))
+
+
+def test_a_weight_without_a_gradient_moves_as_with_zeros() -> None:
+    ours, zeros = (nn.Parameter(pixels(4, 20)) for _ in range(2))
+    for weight, gradient in ((ours, None), (zeros, torch.zeros(4, 20))):
+        optimizers = Optimizers([weight])
+        weight.grad = pixels(4, 20, seed=1) - 0.5
+        optimizers.step(1e-2)
+        weight.grad = gradient
+        optimizers.step(1e-2)
+    assert torch.equal(ours, zeros)
+    assert not torch.equal(ours, pixels(4, 20))
 
 
 # Seeds and checkpoints -----------------------------------------------------------------------------------------------
