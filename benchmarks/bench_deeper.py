@@ -48,20 +48,25 @@ console = Console(stderr=True)
 def main(argv: list[str] | None = None) -> None:
     """Measure what the results lack of the detectors asked for, and render the table."""
     parser = argparse.ArgumentParser(description="mAP of deeper cuts by strategy and healing.")
-    add_options(parser)
-    parser.set_defaults(calibration=256)
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    add_cut_options(parser)
     parser.add_argument("--heals", nargs="+", default=list(HEALERS), choices=list(HEALERS))
     parser.add_argument("--cost", default="flops", choices=("flops", "latency"))
     parser.add_argument("--tries", type=int, default=TRIES)
     parser.add_argument("--steps", type=int, default=400, help="of mimic")
-    parser.add_argument("--render", action="store_true")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     for subject in () if options.render else subjects(options):
         measure(subject, options)
     (RESULTS / "deeper.md").write_text("\n".join(table(read_rows(NAME))) + "\n", encoding="utf-8")
+
+
+def add_cut_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which of the cuts are meant."""
+    add_options(parser)
+    parser.set_defaults(calibration=256)
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--render", action="store_true")
 
 
 def measure(subject: Subject, options: argparse.Namespace) -> None:
@@ -158,8 +163,9 @@ def found_before(
         return None
     plans: list[Plan] = []
     model = subject.model
+    images = subject.unlabelled()[:1]
     for names in row["regions"]:
-        analysis = fxprune.analyze(model, subject.unlabelled()[:1], criterion="random")
+        analysis = fxprune.analyze(model, images, criterion="random")
         plans.append(removing(analysis, set(names)))
         model = fxprune.apply(model, plans[-1])
     return plans, {key: row[key] for key in ("flops_cut", "predicted_latency_cut", "search_seconds")}

@@ -21,14 +21,13 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_deeper import BUDGETS, KEYS, kept
+from benchmarks.bench_deeper import KEYS, add_cut_options, kept
 from benchmarks.bench_deeper import NAME as OURS
 from benchmarks.bench_peers import PEERS
 from benchmarks.channels import first_line, first_working_way, prune_channels
 from benchmarks.finetune import finetune_for
-from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
-from benchmarks.subjects import Subject, add_options, subjects
-from fxprune.search import STRATEGIES
+from benchmarks.results import RESULTS, Row, machine, read_rows, write_all
+from benchmarks.subjects import Subject, subjects
 
 NAME = "bench_healed_peers"
 PEER = "taylor"
@@ -40,21 +39,19 @@ console = Console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare the detectors asked for, write rows model by model, render."""
+    """Compare the detectors asked for, write rows model by model in place of those of the same cuts, render."""
     parser = argparse.ArgumentParser(description="Healed blocks against fine-tuned channels.")
-    add_options(parser)
-    parser.set_defaults(calibration=256)
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    add_cut_options(parser)
     parser.add_argument("--sweep", nargs="+", type=float, default=list(SWEEP), help="pruning ratios of Torch-Pruning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-4, 5e-4], help="of its fine-tuning")
     parser.add_argument("--rounds", type=int, default=31, help="of timing")
     parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
-    parser.add_argument("--render", action="store_true")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     for subject in () if options.render else subjects(options):
-        replace_rows(NAME, subject.name, list(compare(subject, options)))
+        rows = list(compare(subject, options))
+        made = [cut_of(row) for row in rows]
+        write_all(NAME, [*(row for row in read_rows(NAME) if cut_of(row) not in made), *rows])
     (RESULTS / "healed_peers.md").write_text("\n".join(table(read_rows(NAME))) + "\n", encoding="utf-8")
 
 
@@ -94,6 +91,11 @@ def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
 def place_of(row: Row) -> Path:
     """Where what a row is of was kept."""
     return kept(*(row[key] for key in KEYS))
+
+
+def cut_of(row: Row) -> tuple[str, str, float]:
+    """What tells rows apart: of the same they are replaced, others stay."""
+    return row["model"], row["strategy"], row["budget"]
 
 
 def row_key(row: Row) -> str:

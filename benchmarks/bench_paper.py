@@ -226,7 +226,8 @@ def removing(analysis: Analysis, names: set[str]) -> fxprune.Plan:
     regions = tuple(replace(region, removed=region.name in names) for region in analysis.regions)
     touched = {region.island for region in regions if region.removed}
     islands = tuple(island for island in analysis.islands if island.name in touched)
-    return replace(analysis.plan(budget=1e-9), regions=regions, islands=islands)
+    after = analysis.totals_after(regions)
+    return replace(analysis.plan(budget=1e-9), regions=regions, islands=islands, after=after)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Analysis:
             cost=cost,
             settings=self.settings,
             before=self.before,
-            after=self._after(regions),
+            after=self.totals_after(regions),
             islands=tuple(island for island in self.islands if island.name in touched),
             regions=regions,
             rejections=self.rejections,
@@ -137,7 +137,8 @@ class Analysis:
         nodes = [(node, holders.get((node.island, node.node))) for node in self.nodes]
         return [Item(node.flops, (held,)) for node, held in nodes if held]
 
-    def _after(self, regions: tuple[Candidate, ...]) -> Totals:
+    def totals_after(self, regions: tuple[Candidate, ...]) -> Totals:
+        """What the model costs without those of its regions that are marked as removed."""
         removed = [region for region in regions if region.removed]
         gone = {(region.island, node) for region in removed for node in region.nodes}
         whole = self.before.latency_ms

@@ -209,11 +209,11 @@ def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
 def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     check_images(batches)
     learnt, held = _parted(batches)
-    start, judge = copied(pair.pruned), _judge(pair, held, care)
+    start, by = copied(pair.pruned), _judge(pair, held, care)
     _fit(pair, learnt, care)
-    _blend(pair, start, judge)
+    _blend(pair, start, by)
     mimic(pair, learnt, held, care.schedule, care.checkpoint, partial(care.progress, "mimic"))
-    return {"share": _blend(pair, start, judge), "steps": care.schedule.steps}
+    return {"share": _blend(pair, start, by), "steps": care.schedule.steps}
 
 
 def _fit(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
@@ -231,12 +231,12 @@ def _judge(pair: Pair, held: Sequence[Batch], care: Care) -> Judge:
     return Judge(pair.original, pair.adapter, own, care.schedule.seed)
 
 
-def _blend(pair: Pair, start: dict[str, Tensor], judge: Judge) -> float:
+def _blend(pair: Pair, start: dict[str, Tensor], by: Judge) -> float:
     """Go from some weights to those that the pruned model has as far as brings its loss nearest to what it was."""
     end, losses = copied(pair.pruned), {}
     for share in BLENDS:
         pair.pruned.load_state_dict(_between(start, end, share))
-        losses[share] = judge.astray(pair.pruned)
+        losses[share] = by.astray(pair.pruned)
     best = min(BLENDS, key=losses.__getitem__)
     pair.pruned.load_state_dict(_between(start, end, best))
     return best

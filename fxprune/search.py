@@ -104,7 +104,7 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
     search.progress("greedy", 0, steps)
     try:
         for step in range(1, steps + 1):
-            analysis = search.analyze(now, calibration) if not plans else _analyzed_on(search, now, calibration, plans)
+            analysis = _analyzed_after(plans, search, now, calibration)
             if whole is None:
                 whole = analysis.before
                 analysis.plan(search.budget, search.cost)  # raises now rather than later where it is out of reach
@@ -122,15 +122,17 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
     return plans
 
 
-def _analyzed_on(search: Search, now: nn.Module, calibration: Calibration, plans: Sequence[Plan]) -> Analysis:
+def _analyzed_after(plans: Sequence[Plan], search: Search, now: nn.Module, calibration: Calibration) -> Analysis:
     """Score what the steps so far have left; a loss that they have broken is no fault of the batches."""
     try:
         return search.analyze(now, calibration)
     except LossError as error:
+        if not plans:
+            raise
         gone = ", ".join(region.name for region in plans[-1].removed)
         raise LossError(
-            f"without {gone}, which went in the last of {len(plans)} steps, the loss is no number, and what is left"
-            " cannot be scored; ask for less, or take strategy='search', which tries other blocks too"
+            f"without {gone}, which went last, there is no loss to score by what is left; ask for less, or take"
+            " strategy='search', which tries other blocks too"
         ) from error
 
 

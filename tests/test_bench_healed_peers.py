@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from benchmarks import bench_deeper, bench_healed_peers, results
 from benchmarks.finetune import finetune_for
 from benchmarks.subjects import TWIN, UNPRUNED, Latencies, Subject
 from fxprune.costs import count_params
+from fxprune.search import TRIES
 from fxprune.timing import Timing
 from tests.test_bench_peers import make_items, make_subject, needs_peer
 
@@ -76,6 +78,10 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
         (0.21, "mimic"),
     ]
     assert rows[0]["regions"] == rows[2]["regions"]
+    known = bench_deeper.found_before(subject, "one_shot", 0.2, Namespace(cost="flops", tries=TRIES))
+    assert known
+    ((plan,), _) = known
+    assert 1 - plan.after.flops / plan.before.flops == rows[0]["flops_cut"]
     assert rows[1]["mAP"] == rows[3]["mAP"]
     places = [bench_deeper.kept(*(row[key] for key in bench_deeper.KEYS)) for row in (rows[1], rows[3])]
     first, second = (fxprune.load(subject.model, place).state_dict() for place in places)
@@ -104,6 +110,8 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
     assert (row["peer_ratio"], row["peer_latency_ratio"] <= row["latency_ratio"]) == (0.6, True)
     assert set(row["looks"]) == {"as pruned", *(f"0.001, look {look}" for look in (1, 2, 3, 4))}
     assert row["peer_mAP"] == max(row["looks"].values()) >= row["peer_pruned_mAP"]
+    bench_healed_peers.main([*given, "--budgets", ".3"])  # of which there is nothing: what there is stays
+    assert results.read_rows("bench_healed_peers") == [row]
     (line,) = (tmp_path / "healed_peers.md").read_text().splitlines()[2:]
     assert line.startswith("| tiny | one_shot | 20% | ")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +135,9 @@ def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -
     assert after < before / 100  # a linear map went, and the next layer can take it in
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3).eval(), nn.Conv2d(3, 3, 1)])
-def test_affine_keeps_the_spread_of_what_it_can_tell_in_part_only(layer: nn.Module) -> None:
+@pytest.mark.parametrize("kind", [partial(nn.BatchNorm2d, 3), partial(nn.Conv2d, 3, 3, 1)], ids=["norm", "conv"])
+def test_affine_keeps_the_spread_of_what_it_can_tell_in_part_only(kind: Callable[[], nn.Module]) -> None:
+    layer = build(kind)
     x, noise = pixels(8, 3, 32, 32, seed=0) - 0.5, pixels(8, 3, 32, 32, seed=1) - 0.5
     told = torch.tensor([1.0, 0.5, 0.0]).reshape(3, 1, 1)
     wanted = 4 * (told * x + (1 - told) * noise) + 7

@@ -22,9 +22,9 @@ def mirrored(images: Any) -> Any:
 
 
 def unlabelled(case: Case) -> list[Any]:
-    """Two batches of the case's images."""
+    """Two batches of the case's images, four times over: of random weights nothing is learnt that holds for others."""
     ways = (case.x, mirrored(case.x))
-    return [{"img": images} for images in ways] if isinstance(case.batch, dict) else list(ways)
+    return [{"img": images} for images in ways] * 4 if isinstance(case.batch, dict) else [*ways] * 4
 
 
 @pytest.mark.parametrize("method", ["affine", "mimic"])
@@ -34,7 +34,7 @@ def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str, monke
         healed = fxprune.heal(case.pruned, case.model, unlabelled(case), method, steps=4)
     report = fxprune.report(healed)
     distance: Any = report.settings["heal"]["distance"]
-    assert distance["after"] < 0.9 * distance["before"]
+    assert distance["after"] < 0.6 * distance["before"]
 
     state, before = network_of(healed).state_dict(), network_of(case.pruned).state_dict()
     assert {key: (value.shape, value.dtype) for key, value in state.items()} == {

@@ -225,7 +225,7 @@ def test_a_plan_that_breaks_the_loss_is_the_worst_of_all(strategy: str, heal: st
 
 def test_where_greedy_has_broken_the_loss_it_says_by_what() -> None:
     model = build(Brittle)
-    words = "without positive, which went in the last of 1 steps, the loss is no number"
+    words = "without positive, which went last, there is no loss to score by what is left"
     with assert_unchanged(model), pytest.raises(LossError, match=words):
         fxprune.compile(
             model, labelled(), 0.055, strategy="greedy", criterion=lambda region, _: float(region.name != "positive")
