@@ -212,7 +212,8 @@ def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     start, by = copied(pair.pruned), _judge(pair, held, care)
     _fit(pair, learnt, care)
     _blend(pair, start, by)
-    mimic(pair, learnt, held, care.schedule, care.checkpoint, partial(care.progress, "mimic"))
+    aside = [piece for _, piece in held]
+    mimic(pair, learnt, aside, care.schedule, care.checkpoint, partial(care.progress, "mimic"))
     return {"share": _blend(pair, start, by), "steps": care.schedule.steps}
 
 
@@ -220,15 +221,17 @@ def _fit(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
     refit(pair, own_share(batches), fit_affine, care.told("affine", None))
 
 
-def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """What is learnt from and what is held out to judge by; all in both where there are too few."""
-    held, learnt = split([piece for batch in batches for piece in pieces(batch)])
-    return (learnt if len(learnt) >= rank_and_world()[1] else list(batches)), held
+def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[tuple[int, Batch]]]:
+    """What is learnt from (all where that is too little), and what is held out to judge by, with its batch's number."""
+    whole = [(index, piece) for index, batch in enumerate(batches) for piece in pieces(batch)]
+    held, learnt = split(whole)
+    return ([piece for _, piece in learnt] if len(learnt) >= rank_and_world()[1] else list(batches)), held
 
 
-def _judge(pair: Pair, held: Sequence[Batch], care: Care) -> Judge:
-    own = [(index, pair.adapter.label(pair.original, batch)) for index, batch in enumerate(held) if is_own(index)]
-    return Judge(pair.original, pair.adapter, own, care.schedule.seed)
+def _judge(pair: Pair, held: Sequence[tuple[int, Batch]], care: Care) -> Judge:
+    own = (numbered for place, numbered in enumerate(held) if is_own(place))
+    labelled = [(index, pair.adapter.label(pair.original, piece)) for index, piece in own]
+    return Judge(pair.original, pair.adapter, labelled, care.schedule.seed)
 
 
 def _blend(pair: Pair, start: dict[str, Tensor], by: Judge) -> float:

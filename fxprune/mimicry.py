@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from fxprune.optimizers import Optimizers
 from fxprune.pairs import Features, Pair, channels_last, with_gradients
 from fxprune.ranks import by_first, is_own, rank_and_world, share_gradients, summed
 from fxprune.schedules import Schedule, State, copied
+
+T = TypeVar("T")
 
 HELD_OUT = 8
 """Of so many pieces of calibration batches one is held out."""
@@ -92,10 +95,10 @@ def mimic(
         pair.pruned.load_state_dict(state.best_weights)
 
 
-def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Part batches into some that are held out and the rest; a single one is both."""
-    held = list(batches[HELD_OUT - 1 :: HELD_OUT]) or list(batches[1:2]) or list(batches)
-    return held, [batch for batch in batches if all(batch is not other for other in held)] or held
+def split(parts: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Choose some that are held out, and the rest; a single one is both."""
+    held = list(parts[HELD_OUT - 1 :: HELD_OUT]) or list(parts[1:2]) or list(parts)
+    return held, [part for part in parts if all(part is not other for other in held)] or held
 
 
 def pieces(batch: Batch) -> list[Batch]:

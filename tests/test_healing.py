@@ -15,7 +15,7 @@ from torch.nn import functional
 import fxprune
 from fxprune.analysis import Analysis
 from fxprune.detectors.choice import choose_adapter
-from fxprune.errors import BatchError, ModelError, PlanError, SettingError
+from fxprune.errors import BatchError, LossError, ModelError, PlanError, SettingError
 from fxprune.fits import RIDGE, Sight, fit_affine
 from fxprune.healing import BLENDS, HEALERS, mend
 from fxprune.isolation import private_copy
@@ -283,6 +283,13 @@ def test_another_model_is_refused(cut: nn.Module) -> None:
 def test_bad_batches_are_named(model: nn.Module, cut: nn.Module) -> None:
     with assert_refused(cut, BatchError, "batch 1: "):
         fxprune.heal(cut, model, [*images(1), "x"], "norms")
+
+
+@pytest.mark.parametrize("method", ["affine", "mimic"])
+def test_a_batch_that_breaks_the_loss_is_named_by_its_own_number(method: str, model: nn.Module, cut: nn.Module) -> None:
+    *batches, last = images(4, 8)  # in pieces of four, of which the eighth is held out
+    with pytest.raises(LossError, match="batch 3: the loss is nan"):
+        fxprune.heal(cut, model, [*batches, last + 9], method, loss=lambda net, x: (5 - x.max()).log() * net(x).sum())
 
 
 @pytest.mark.parametrize("setting", [{"steps": 0}, {"steps": 1.5}, {"learning_rate": 0.0}, {"learning_rate": "fast"}])
