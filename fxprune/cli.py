@@ -152,7 +152,7 @@ def sweep(
     out: OutputOptions,
     budgets: Annotated[str, o.option(o.SCORES, "Fractions of the cost, with commas between.")] = "0.1,0.2,0.3",
     cost: o.CostName = "flops",
-    heal: o.HealName = "none",
+    heal: o.HealName = "affine",
 ) -> Result:
     """Prune by several budgets; show mAP and cost of each."""
     check_data(model, data, boxes=True)
@@ -175,7 +175,7 @@ def sweep(
             work.save_sweep(document, plans, draft)
 
         remark = work.written(out, fill, analysis, None, tell)
-    return Result(document, tables.sweep_view(points, terminal.out.width, cost), remark)
+    return Result(document, tables.sweep_view(points, terminal.out.width, cost, heal), remark)
 
 
 @command("Look")

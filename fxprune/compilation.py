@@ -35,7 +35,7 @@ def compile(
     criterion: str | RegionScore = "fisher",
     cost: str = "flops",
     strategy: str = "one_shot",
-    heal: str = "none",
+    heal: str = "affine",
     loss: Loss | None = None,
     shapes: str = "proved",
     latency_backend: str | None = None,
@@ -59,7 +59,7 @@ def compile(
         each. ``"search"``: up to `tries` plans, proposed by the scores, mended on 64 images and judged by the loss on
         64 others: about five forward passes over 64 a plan. Interrupted (Ctrl-C), both give the best so far.
     heal : str
-        How it is mended, see `fxprune.heal`: ``"none"``, ``"norms"``, ``"affine"``, ``"mimic"`` (`steps`).
+        How it is mended, see `fxprune.heal`. All but ``"none"`` keep the batches in memory.
 
     Returns
     -------

@@ -18,7 +18,7 @@ from fxprune.calibration import Calibration, check_same
 from fxprune.detectors.batch import Batch, device_of
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
 from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, remember, traced_island
-from fxprune.errors import SettingError
+from fxprune.errors import ModelError, SettingError
 from fxprune.fits import fit_affine, fit_statistics
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
 from fxprune.judging import Judge
@@ -134,7 +134,8 @@ def mend(
     care: Care = Care(),
 ) -> nn.Module:
     """As `heal`; unless it is to be thorough, no images are held out, nothing is judged and nothing noted."""
-    network, before, plans = network_of(pruned), network_of(original), plans_carried_out(pruned)
+    network, before = network_of(pruned), network_of(original)
+    plans = _carried_out_since(before, network)
     device = device_of(network)
     with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
         healed = private_copy(network, keep_precision=True)
@@ -153,6 +154,17 @@ def mend(
             last = {**last, "settings": {**last["settings"], "heal": note}}
             remember(healed, [*others, last], alterations(healed), getattr(healed, SPARED, {}))
     return like_the_model(pruned, healed)
+
+
+def _carried_out_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...]:
+    """Plans that a network carries more than the one that was pruned, which may have been pruned before."""
+    plans = plans_carried_out(network)[len(plans_of(before)) :]
+    if not plans:
+        raise ModelError(
+            f"the {type(before).__name__} that was pruned carries as many plans as what is to be healed: give first"
+            " the pruned model, then the model as it was"
+        )
+    return plans
 
 
 def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) -> dict[str, Any]:
@@ -234,7 +246,7 @@ def _judge(pair: Pair, held: Sequence[tuple[int, Batch]], care: Care) -> Judge:
     return Judge(pair.original, pair.adapter, labelled, care.schedule.seed)
 
 
-def _blend(pair: Pair, start: dict[str, Tensor], by: Judge) -> float:
+def _blend(pair: Pair, start: dict[str, Any], by: Judge) -> float:
     """Go from some weights to those that the pruned model has as far as brings its loss nearest to what it was."""
     end, losses = copied(pair.pruned), {}
     for share in BLENDS:
@@ -245,11 +257,12 @@ def _blend(pair: Pair, start: dict[str, Tensor], by: Judge) -> float:
     return best
 
 
-def _between(start: dict[str, Tensor], end: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    return {
-        name: torch.lerp(start[name], value, share) if value.is_floating_point() else value
-        for name, value in end.items()
-    }
+def _between(start: dict[str, Any], end: dict[str, Any], share: float) -> dict[str, Any]:
+    return {name: torch.lerp(start[name], value, share) if _is_real(value) else value for name, value in end.items()}
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], Note]] = {

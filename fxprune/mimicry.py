@@ -125,7 +125,7 @@ def _begun(
 def points_of(pair: Pair) -> list[str]:
     """Modules whose outputs are compared: the captured parts, and the norms in them; else the model as a whole."""
     norms = (name for name, layer in pair.layers() if is_norm_layer(layer))
-    return sorted({*filter(None, pair.graphs), *norms}) or [""]
+    return sorted({*pair.graphs, *norms}) or [""]
 
 
 def distance(pair: Pair, points: Sequence[str], batch: Batch) -> Tensor:
@@ -139,11 +139,10 @@ def distance(pair: Pair, points: Sequence[str], batch: Batch) -> Tensor:
     for (name, call), values in wanted.values.items():
         for old, new in zip(values, given.values[name, call], strict=True):
             errors[name] = errors.get(name, 0.0) + (new - old).square().sum()
-            rows = channels_last(old)
-            sums.setdefault(name, []).append(
-                torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)])
-            )
-    flat = summed(torch.cat([part.flatten() for parts in sums.values() for part in parts]).double())
+            rows = channels_last(old).double()  # of channels that vary little beside their means too
+            count = rows.new_full(rows.shape[1:], len(rows))
+            sums.setdefault(name, []).append(torch.stack([count, rows.sum(0), rows.square().sum(0)]))
+    flat = summed(torch.cat([part.flatten() for parts in sums.values() for part in parts]))
     spread = _spread(flat, {name: [part.shape[1] for part in parts] for name, parts in sums.items()})
     error = torch.stack([errors[name] for name in sums]).double()
     total = summed(error.detach()) + (error - error.detach())  # the same number in all processes, to the last bit

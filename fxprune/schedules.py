@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxprune.drafts import drafted
 from fxprune.errors import SettingError
@@ -55,8 +56,8 @@ class State:
     stale: int
     pace: float
     rising: bool
-    best_weights: dict[str, Tensor]
-    weights: dict[str, Tensor]
+    best_weights: dict[str, Any]
+    weights: dict[str, Any]
     optimizer: dict[str, Any]
 
     def after(self, step: int, found: float, model: nn.Module, optimizer: Optimizers, astray: bool) -> State:
@@ -89,12 +90,15 @@ class State:
             raise SettingError(f"{path} is no checkpoint of a healing ({error}); remove it or name another") from error
         if then != schedule:
             raise SettingError(f"{path} is of {then}, not of {schedule}; remove it or name another")
-        shapes = {key: value.shape for key, value in model.state_dict().items()}
-        if shapes != {key: value.shape for key, value in state.weights.items()}:
+        if _shapes(model.state_dict()) != _shapes(state.weights):
             raise SettingError(f"{path} is of another model; remove it or name another")
         return state
 
 
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state, apart from it."""
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+def copied(model: nn.Module) -> dict[str, Any]:
+    """A model's state, apart from it: tensors, and what modules keep besides."""
+    return copy.deepcopy(model.state_dict())
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: getattr(value, "shape", None) for key, value in state.items()}

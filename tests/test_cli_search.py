@@ -46,7 +46,7 @@ def test_small_steps_are_saved_each_as_a_plan(tmp_path: Path, capsys: Captured) 
     out = tmp_path / "out"
     assert main([*PRUNE[:-1], "0.1", "--strategy", "greedy", "--criterion", "l1", "--out", str(out)]) == 0
     captured = capsys.readouterr()
-    assert captured.err.startswith("greedy: scores 8 images up to 3 times, and 4 forward passes")
+    assert captured.err.startswith("greedy: scores 8 images up to 3 times, and 13 forward passes")
     assert "Step by step" in captured.out
     assert len(list(out.glob("plan-*.json"))) == notes(out)["prunings"] > 1
 

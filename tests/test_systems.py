@@ -152,7 +152,7 @@ def test_a_pruned_system_is_what_it_was_only_smaller(name: str) -> None:
     network = network_of(model).eval()
     raw = system.batch(*system.sizes[0])
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    pruned = fxprune.compile(model, [raw], budget=0.1)
+    pruned = fxprune.compile(model, [raw], budget=0.1, heal="none")
     report = fxprune.report(pruned)
     smaller = network_of(pruned)
 
@@ -172,6 +172,12 @@ def test_a_pruned_system_is_what_it_was_only_smaller(name: str) -> None:
         torch.testing.assert_close(state[key].sum(1), before[key].sum(1), atol=1e-5, rtol=1e-5)
     assert report.after.params == sum(parameter.numel() for parameter in smaller.parameters())
     assert report.before.params > report.after.params
+
+    healed = network_of(fxprune.heal(pruned, model, [raw], "affine"))
+    assert type(healed) is type(smaller) or isinstance(healed, torch.fx.GraphModule)
+    assert {key: value.shape for key, value in healed.state_dict().items()} == {
+        key: value.shape for key, value in state.items()
+    }
 
     for size in system.sizes:
         images = images_of(system.batch(*size))

@@ -137,7 +137,7 @@ class SearchOptions:
         choice(SCORES, "One plan by score, small steps scored anew, or the best of many plans by loss", STRATEGIES),
     ] = "one_shot"
     tries: Annotated[int, option(SCORES, "Plans that --strategy search tries.", min=1, metavar="N")] = TRIES
-    heal: HealName = "none"
+    heal: HealName = "affine"
     steps: Annotated[
         int, option(SCORES, "Steps, of 4 images each, that --heal mimic trains for at most.", min=1, metavar="N")
     ] = 400

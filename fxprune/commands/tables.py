@@ -55,7 +55,7 @@ def scores_view(scores: Mapping[str, float], images: int) -> RenderableType:
     return table
 
 
-def sweep_view(points: Sequence[Point], width: int, cost: str = "flops") -> RenderableType:
+def sweep_view(points: Sequence[Point], width: int, cost: str, heal: str) -> RenderableType:
     """A line a budget, and the curve of mAP over the FLOPs that are left, or over the latency if that is the cost."""
     timed = points[0].cost is not None and points[0].cost.latency_ms is not None
     table = _table("budget", "mAP", "mAP50", "FLOPs", "params", *(["ms predicted"] if timed else []), "removed")
@@ -73,7 +73,9 @@ def sweep_view(points: Sequence[Point], width: int, cost: str = "flops") -> Rend
         table.add_row(budget, *scores, *costs, ", ".join(point.removed))
     field, what = ("latency_ms", "latency") if cost == "latency" else ("flops", "FLOPs")
     spots = [(getattr(p.cost, field) / getattr(before, field), p.scores["mAP"]) for p in points if p.cost and p.scores]
-    return Group(table, "", curve(spots, min(width, 100), what)) if len(spots) > 1 else table
+    said = [] if heal == "none" else [Text(f"Every cut was mended: --heal {heal}.")]
+    drawn: list[RenderableType] = ["", curve(spots, min(width, 100), what)] if len(spots) > 1 else []
+    return Group(table, *said, *drawn)
 
 
 def curve(spots: Sequence[tuple[float, float]], width: int, what: str = "FLOPs") -> Text:
