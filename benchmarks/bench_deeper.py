@@ -230,7 +230,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         groups.setdefault((row["model"], row["cost"], row["budget"], row["strategy"]), {})[row["heal"]] = row
     for (model, cost, budget, strategy), found in sorted(groups.items(), key=str):
         base = whole.get(model, float("nan"))
-        losses = [f"{base - found[heal]['mAP']:.3f}" if heal in found else "" for heal in HEALERS]
+        losses = [f"{round(base - found[heal]['mAP'], 3) + 0.0:.3f}" if heal in found else "" for heal in HEALERS]
         seconds = [f"{found[heal]['heal_seconds']:.0f}" for heal in HEALERS if heal in found]
         searched = max(row["search_seconds"] for row in found.values())
         cells = [f"{model} ({base:.3f})", f"{budget:.0%} {cost}", strategy, *losses, str(GOALS.get(budget, ""))]
