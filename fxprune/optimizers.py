@@ -15,6 +15,7 @@ ROWS = 128
 BETAS = 0.9, 0.99
 MOMENTUM = 0.95
 QUINTIC = 3.4445, -4.7750, 2.0315
+"""Coefficients of a Newton-Schulz iteration (Jordan et al., 2024), those of `torch.optim.Muon` as is its momentum."""
 ITERATIONS = 5
 
 
@@ -68,7 +69,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]
-                momentum = state.setdefault("momentum", torch.zeros_like(weight))
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"]
                 momentum.lerp_(weight.grad, 1 - MOMENTUM)
                 blocks = torch.split(torch.lerp(weight.grad, momentum, MOMENTUM).flatten(1), ROWS)
                 moves = [0.2 * max(block.shape) ** 0.5 * orthogonal(block) for block in blocks]

@@ -74,6 +74,14 @@ def test_a_sweep_can_heal_its_points(capsys: Captured) -> None:
     assert plain["points"][1]["scores"] != healed["points"][1]["scores"]
 
 
+@pytest.mark.parametrize(("chosen", "said"), [([], "--heal affine."), (["--heal", "none"], None)])
+def test_a_sweep_says_what_mended_its_points(chosen: list[str], said: str | None, capsys: Captured) -> None:
+    assert main(["sweep", "bundled", *FEW, "--budgets", "0.1", *chosen]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "mended" in line] == (
+        [f"Every cut was mended: {said}"] if said else []
+    )
+
+
 # Ctrl-C --------------------------------------------------------------------------------------------------------------
 
 
