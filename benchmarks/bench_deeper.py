@@ -100,7 +100,7 @@ def cut(
     for plan in plans:
         pruned = fxprune.apply(pruned, plan)
     for heal in heals:
-        row = facts(subject, strategy, heal, budget, options, plans) | cost
+        row = facts(subject, strategy, heal, budget, options, plans) | cost | {"unpruned_mAP": subject.unpruned["mAP"]}
         place = kept(subject.name, strategy, heal, budget, options.cost)
         twin = same_cut(row)
         if twin is None:
@@ -222,14 +222,13 @@ def latency_cut(plans: Sequence[Plan]) -> float | None:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """One line a detector, cost, budget and strategy; the mAP that each healing loses, and the seconds it took."""
-    whole = {row["model"]: row["mAP"] for row in read_rows("bench_paper") if row["criterion"] == "none"}
     yield f"| model (mAP) | budget | strategy | {' | '.join(HEALERS)} | goal | search + heal, s |"
     yield "|---|--:|---|" + "--:|" * (len(HEALERS) + 2)
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["cost"], row["budget"], row["strategy"]), {})[row["heal"]] = row
     for (model, cost, budget, strategy), found in sorted(groups.items(), key=str):
-        base = whole.get(model, float("nan"))
+        (base,) = {row["unpruned_mAP"] for row in found.values()}
         losses = [f"{round(base - found[heal]['mAP'], 3) + 0.0:.3f}" if heal in found else "" for heal in HEALERS]
         seconds = [f"{found[heal]['heal_seconds']:.0f}" for heal in HEALERS if heal in found]
         searched = max(row["search_seconds"] for row in found.values())

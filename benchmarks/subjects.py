@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,11 @@ class Subject:
         """COCO figures of a pruned version on the (first) val images."""
         val = self.val if images is None else Items(self.val.rows[:images], self.val.categories)
         return fxprune.evaluate(model, val, image_size=self.image_size)
+
+    @cached_property
+    def unpruned(self) -> dict[str, float]:
+        """COCO figures of the detector as it is."""
+        return self.evaluate(self.model)
 
     def timed_batch(self, images: int) -> Any:
         """Some val images in the form the model takes at inference."""

@@ -7,13 +7,15 @@ Data, checkpoints, weights and the log of every epoch go to the cache folder (``
 came out, with its sha256, goes into ``benchmarks/results/train.jsonl``.
 
 Many images and few epochs, for small networks learn 2,400 by heart. Two detectors start from the weights of
-``resnet50_ssdlite``, and what the results were measured on took more than one cycle::
+``resnet50_ssdlite``, and what the results were measured on took more than one cycle for some::
 
     python -m benchmarks.train resnet50_ssdlite --images 2400 --epochs 10
     python -m benchmarks.train resnet50_ssdlite --restart --start resnet50_ssdlite
     python -m benchmarks.train fasterrcnn_resnet50_fpn --images 4000
     python -m benchmarks.train retinanet_resnet50_fpn_v2 --images 4000
-    python -m benchmarks.train retinanet_resnet50_fpn_v2 --restart --start retinanet_resnet50_fpn_v2     # twice
+    python -m benchmarks.train retinanet_resnet50_fpn_v2 --restart --start retinanet_resnet50_fpn_v2
+    python -m benchmarks.train shufflenet_v2_ssdlite
+    python -m benchmarks.train shufflenet_v2_ssdlite --restart --start shufflenet_v2_ssdlite --epochs 4
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,7 @@ from fxprune.calibration import Calibration, check_same
 from fxprune.detectors.batch import Batch, device_of
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
 from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, remember, traced_island
-from fxprune.errors import ModelError, SettingError
+from fxprune.errors import FxpruneWarning, ModelError, SettingError
 from fxprune.fits import fit_affine, fit_statistics
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
 from fxprune.judging import Judge
@@ -45,6 +46,8 @@ Note = dict[str, Any]
 
 BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """How far to go from the weights as they were to those that were fitted or trained; held-out images decide."""
+LOST = 1.0
+"""How far off the loss on these is left that is told: as far as if one part of it had doubled."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def heal(
     -------
     Module
         A healed copy; mode, device, dtype, graphs and the shapes of weights are those of `pruned`. Its last plan's
-        ``settings["heal"]`` says how, and how far its features were and are from those of `original` on these images.
+        ``settings["heal"]`` says how, and how far its features and, on those held out, its loss were and are from those
+        of `original` on these images. `FxpruneWarning` where the loss stays as far off as if a part had doubled.
 
     Raises
     ------
@@ -152,8 +156,23 @@ def mend(
         if care.thorough:
             *others, last = plans_of(healed)
             last = {**last, "settings": {**last["settings"], "heal": note}}
+            _warn_of_loss(note)
             remember(healed, [*others, last], alterations(healed), getattr(healed, SPARED, {}))
     return like_the_model(pruned, healed)
+
+
+def _warn_of_loss(note: Note) -> None:
+    """Say so where healing has left a model far from what it did."""
+    loss = note.get("loss", {"after": 0.0})["after"]
+    if (loss is None or loss >= LOST) and rank_and_world()[0] == 0:
+        off = "no number" if loss is None else f"still off by {loss:.2g} (1: as if one part of it had doubled)"
+        more = "more steps" if note["method"] == "mimic" else "heal='mimic'"
+        warnings.warn(
+            f"after healing, the loss on images that were held out is {off}: remove less, or try {more};"
+            " fxprune.evaluate tells what the model still finds",
+            FxpruneWarning,
+            stacklevel=4,
+        )
 
 
 def _carried_out_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...]:
@@ -167,7 +186,7 @@ def _carried_out_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...
     return plans
 
 
-def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) -> dict[str, Any]:
+def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) -> Note:
     """Heal, and say what was done and how far features were and are from the original's, over all batches."""
     begin, points = perf_counter(), points_of(pair)
     judged = care.thorough and all(map(can_be_shared, batches))
@@ -215,7 +234,7 @@ def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     learnt, held = _parted(batches)
     start = copied(pair.pruned)
     _fit(pair, learnt, care)
-    return {"share": _blend(pair, start, _judge(pair, held, care))}
+    return _blend(pair, start, _judge(pair, held, care))
 
 
 def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
@@ -226,7 +245,7 @@ def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     _blend(pair, start, by)
     aside = [piece for _, piece in held]
     mimic(pair, learnt, aside, care.schedule, care.checkpoint, partial(care.progress, "mimic"))
-    return {"share": _blend(pair, start, by), "steps": care.schedule.steps}
+    return {**_blend(pair, start, by), "steps": care.schedule.steps}
 
 
 def _fit(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
@@ -246,15 +265,18 @@ def _judge(pair: Pair, held: Sequence[tuple[int, Batch]], care: Care) -> Judge:
     return Judge(pair.original, pair.adapter, labelled, care.schedule.seed)
 
 
-def _blend(pair: Pair, start: dict[str, Any], by: Judge) -> float:
-    """Go from some weights to those that the pruned model has as far as brings its loss nearest to what it was."""
+def _blend(pair: Pair, start: dict[str, Any], by: Judge) -> Note:
+    """Go from some weights to those that the pruned model has as far as brings its loss nearest to what it was.
+
+    Returns how far that is, and how far off the loss was and is then, see `Judge.astray`.
+    """
     end, losses = copied(pair.pruned), {}
     for share in BLENDS:
         pair.pruned.load_state_dict(_between(start, end, share))
         losses[share] = by.astray(pair.pruned)
     best = min(BLENDS, key=losses.__getitem__)
     pair.pruned.load_state_dict(_between(start, end, best))
-    return best
+    return {"share": best, "loss": finite({"before": losses[BLENDS[-1]], "after": losses[best]})}
 
 
 def _between(start: dict[str, Any], end: dict[str, Any], share: float) -> dict[str, Any]:

@@ -34,10 +34,14 @@ class Judge:
     def __init__(self, model: nn.Module, adapter: Adapter, batches: Sequence[tuple[int, Batch]], seed: int) -> None:
         self.adapter, self.batches, self.seed = adapter, batches, seed
         self.before = self.parts(model)
-        self.size = part_sizes(self._mean(self.before))
+        size = self._mean(self.before)
+        self.size = part_sizes(size) if len(size) > 1 else size.abs().clamp_min(1.0)
 
     def worse(self, pruned: nn.Module) -> float:
-        """How much the parts of the loss have grown, relative to their own sizes, summed; infinite where one breaks."""
+        """How much the parts of the loss have grown, relative to their own sizes, summed; infinite where one breaks.
+
+        A loss of a single part is relative to 1 at least: that of a model sure of its own labels is next to nothing.
+        """
         return self._compared(pruned, lambda change: change)
 
     def astray(self, pruned: nn.Module) -> float:

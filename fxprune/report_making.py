@@ -26,6 +26,10 @@ LOSS = (
     "loss: how much it has grown on the calibration images, part by part and each relative to its own size: 0 is not at"
     " all, 1 is as if one part had doubled."
 )
+OFF = (
+    "Loss: how far it is off on images that were held out, part by part and each relative to its own size (to 1 at"
+    " least if there is a single one): 1 is as if one part had doubled."
+)
 DISTANCE = (
     "Distance: how far features are from the unpruned model's on these images; 0 is the same, 0.69 is off by as much as"
     " they vary."
@@ -116,13 +120,15 @@ def healed(plans: Sequence[Plan]) -> Section | None:
     known = [note for note in notes if isinstance(note, Mapping)]
     if not known:
         return None
-    trained = any("steps" in note for note in known)
-    titles = ("images", *(["steps"] if trained else []), "distance before", "after", "change")
+    trained, judged = (any(key in note for note in known) for key in ("steps", "loss"))
+    titles = ["images", *(["steps"] if trained else []), "distance before", "after", "change"]
+    titles += ["loss before", "after"] if judged else []
     columns = (Column("method", "words"), *(Column(title, "number") for title in titles))
-    rows = tuple(_healing(note, trained) for note in known)
+    rows = tuple(_healing(note, trained, judged) for note in known)
     methods = dict.fromkeys(note.get("method") for note in known)
     words = [HEALINGS[name] for name in methods if name in HEALINGS]
-    return Section("Healed", columns, rows, (*words, *filter(None, map(_share, known)), DISTANCE))
+    said = (*words, *filter(None, map(_share, known)), DISTANCE, *([OFF] if judged else []))
+    return Section("Healed", columns, rows, said)
 
 
 def _share(note: Mapping[str, Any]) -> str:
@@ -133,12 +139,19 @@ def _share(note: Mapping[str, Any]) -> str:
     return f"It went {share:.0%} of the way: there the loss on images that were held out is nearest to what it was."
 
 
-def _healing(note: Mapping[str, Any], trained: bool) -> Row:
-    distance = note.get("distance")
-    first, last = (_number(distance.get(key)) if isinstance(distance, Mapping) else None for key in ("before", "after"))
+def _healing(note: Mapping[str, Any], trained: bool, judged: bool) -> Row:
+    first, last = _ends(note, "distance")
     ends = ("?", "?", "") if first is None or last is None else (f"{first:.3g}", f"{last:.3g}", change(first, last))
     steps = [str(note.get("steps", ""))] if trained else []
-    return Row((str(note.get("method")), str(note.get("images", "?")), *steps, *ends))
+    losses = ["?" if loss is None else f"{loss:.2g}" for loss in _ends(note, "loss")] if judged else []
+    return Row((str(note.get("method")), str(note.get("images", "?")), *steps, *ends, *losses))
+
+
+def _ends(note: Mapping[str, Any], what: str) -> tuple[float | None, float | None]:
+    """What it was before and after a healing, where that is known."""
+    found = note.get(what)
+    known = found if isinstance(found, Mapping) else {}
+    return _number(known.get("before")), _number(known.get("after"))
 
 
 def making(plans: Sequence[Plan]) -> Section:

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._pytree import tree_map_only
 
 from fxprune.graph import map_tensors
+from fxprune.interrupts import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class _SignatureInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n.name
-        value = super().run_node(n)
+        with uninterrupted():
+            value = super().run_node(n)
         if isinstance(value, FakeTensor):
             sizes = [self._shortened(size) for size in value.shape]
             if any(new is not old for new, old in zip(sizes, value.shape, strict=True)):

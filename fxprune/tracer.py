@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from fxprune.graph import class_names
+from fxprune.interrupts import uninterrupted
 
 LEAVES: dict[str, str] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": "one normalization, not seven arithmetic nodes",
@@ -111,6 +112,11 @@ class StructureTracer(fx.Tracer):
         self.called: dict[str, None] = {}
         self._active = [""]
         self._overwritten: dict[fx.Node, fx.Node] = {}
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace to the end, whatever is pressed meanwhile."""
+        with uninterrupted():
+            return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node: opaque, in `LEAVES`, or a layer of torch.nn itself."""

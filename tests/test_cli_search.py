@@ -57,7 +57,9 @@ def test_one_plan_by_score_can_be_healed_by_imitation(capsys: Captured) -> None:
     heal = json.loads(captured.out)["settings"]["heal"]
     assert (heal["method"], heal["steps"], heal["images"]) == ("mimic", 2, 8)
     assert heal["distance"]["after"] < heal["distance"]["before"]
-    assert captured.err.splitlines() == ["fxprune: nothing was saved; --out FOLDER saves the pruned model"]
+    told, unsaved = captured.err.splitlines()
+    assert told.startswith("note: after healing, the loss on images that were held out is still off by")
+    assert unsaved == "fxprune: nothing was saved; --out FOLDER saves the pruned model"
 
 
 @pytest.mark.slow
@@ -80,6 +82,15 @@ def test_a_sweep_says_what_mended_its_points(chosen: list[str], said: str | None
     assert [line for line in capsys.readouterr().out.splitlines() if "mended" in line] == (
         [f"Every cut was mended: {said}"] if said else []
     )
+
+
+@pytest.mark.parametrize("command", ["sweep", "prune"])
+def test_a_loss_that_healing_leaves_is_told_where_nothing_is_measured(
+    command: str, capsys: Captured, tmp_path: Path
+) -> None:
+    measured = {"sweep": ["--budgets", "0.5"], "prune": ["--budget", "0.5", "--out", str(tmp_path / "out")]}[command]
+    assert main([command, "bundled", *FEW, *measured]) == 0
+    assert ("after healing, the loss" in capsys.readouterr().err) == (command == "prune")
 
 
 # Ctrl-C --------------------------------------------------------------------------------------------------------------

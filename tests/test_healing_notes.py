@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 import fxprune
 from fxprune.analysis import Analysis
 from fxprune.driver import alterations
-from fxprune.errors import SettingError, StorageError
+from fxprune.errors import FxpruneWarning, SettingError, StorageError
 from fxprune.isolation import private_copy
 from tests.hostile import Unread
 from tests.models import build, labelled, tiny
@@ -39,6 +40,28 @@ def test_a_note_says_what_was_done(method: str, model: nn.Module, cut: nn.Module
     assert note["distance"]["after"] == pytest.approx(far(model, healed, images(9)), rel=1e-4)
     assert note["seconds"] >= 0
     assert "heal" not in fxprune.report(cut).settings
+    if method == "norms":
+        assert not note.keys() & {"share", "loss"}
+    else:
+        assert 0 <= note["loss"]["after"] < note["loss"]["before"]
+
+
+def test_a_loss_that_stays_far_off_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: Any = fxprune.report(fxprune.heal(cut, model, images(9), "affine")).settings["heal"]
+    left = found["loss"]["after"]
+    monkeypatch.setattr("fxprune.healing.LOST", left)
+    with pytest.warns(FxpruneWarning, match=rf"off by {left:.2g} .*remove less, or try heal='mimic'") as caught:
+        fxprune.heal(cut, model, images(9), "affine")
+    assert caught[0].filename == __file__
+    monkeypatch.setattr("fxprune.healing.LOST", 1.001 * left)
+    fxprune.heal(cut, model, images(9), "affine")
+
+
+def test_a_loss_that_breaks_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxprune.judging.Judge.astray", lambda self, pruned: math.inf)
+    with pytest.warns(FxpruneWarning, match="is no number: remove less, or try more steps"):
+        healed = fxprune.heal(cut, model, images(9), "mimic", steps=2)
+    assert fxprune.report(healed).settings["heal"]["loss"] == {"before": None, "after": None}
 
 
 def test_the_note_survives_copies_and_saves(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:

@@ -123,6 +123,15 @@ def test_healing_says_how_far_it_went_where_that_is_not_all_the_way(
     assert not said or f"It went {share:.0%} of the way" in words
 
 
+def test_healing_has_the_loss_where_it_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = HEAL | {"loss": {"before": 1.234, "after": 0.0567}}
+    head, row, *notes = rows(steps(None, heal=judged), "Healed", monkeypatch)
+    assert " ".join(head[-3:]) == "loss before after"
+    assert row[-3:] == ["−75.0%", "1.2", "0.057"]
+    assert any(" ".join(note).startswith("Loss: how far it is off") for note in notes)
+    assert rows(steps(None, heal=HEAL | {"loss": {"after": None}}), "Healed", monkeypatch)[1][-2:] == ["?", "?"]
+
+
 def test_healing_without_training_has_no_steps_and_may_have_no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     note = {"method": "norms", "images": 8, "distance": {"before": None, "after": None}}
     head, row, *_ = rows(steps(None, heal=note), "Healed", monkeypatch)
@@ -138,14 +147,17 @@ def test_a_plan_that_was_not_carried_out_was_not_healed() -> None:
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_it_all_keeps_to_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = text(steps(0.01, 1e-9, 123.0, heal=HEAL, step="3 of 3", **GREEDY), monkeypatch, columns)
+    judged = HEAL | {"loss": {"before": 1.234, "after": 0.0567}}
+    said = text(steps(0.01, 1e-9, 123.0, heal=judged, step="3 of 3", **GREEDY), monkeypatch, columns)
     assert max(map(len, said.splitlines())) <= columns
     assert all(part in said for part in ("+1e-09", "+123", "−75.0%"))
 
 
 @pytest.mark.parametrize("strange", [None, "much", {"before": "x"}, [1]])
 def test_strange_notes_can_be_read(strange: Any) -> None:
-    report = steps(None, None, heal={"distance": strange}, loss_increase=strange, tried=strange, strategy=strange)
+    report = steps(
+        None, None, heal={"distance": strange, "loss": strange}, loss_increase=strange, tried=strange, strategy=strange
+    )
     Console(file=None, quiet=True).print(report)
     assert "Step by step" in report.to_markdown()
 

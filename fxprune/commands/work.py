@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from fxprune.commands.tables import Point
 from fxprune.commands.terminal import Result, Tell, to_json
 from fxprune.detectors.choice import network_of
 from fxprune.driver import analyze, apply
-from fxprune.errors import BudgetError
+from fxprune.errors import BudgetError, FxpruneWarning
 from fxprune.evaluation import evaluate
 from fxprune.healing import heal
 from fxprune.latency import backend_for
@@ -210,7 +211,9 @@ def swept(
             points.append(Point(budget, None, refusal=str(error)))
             continue
         named = replace(images, tell=partial(_named, tell, f" {budget:g}"))
-        pruned = healed(apply(model, plan), model, named, method)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "after healing", FxpruneWarning)  # what is left is measured next
+            pruned = healed(apply(model, plan), model, named, method)
         scores = evaluated(pruned, pictures, data, f"budget {budget:g}", tell)
         points.append(Point(budget, plan.after, tuple(region.name for region in plan.removed), scores))
         plans[budget] = plan

@@ -1,0 +1,91 @@
+"""Ctrl-C is never taken for something else: it waits where torch would make another error of it."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.interrupts import uninterrupted
+from fxprune.shapes import propagate, specs_of
+from fxprune.tracer import StructureTracer
+
+
+def interrupted(x: Tensor) -> Tensor:
+    """What torch does to a Ctrl-C in the midst of a fake tensor."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise TypeError("strange") from None
+    return x
+
+
+class Interrupted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return interrupted(x)
+
+
+def test_it_comes_at_the_end_of_the_block() -> None:
+    before, reached = signal.getsignal(signal.SIGINT), []
+
+    @uninterrupted()
+    def block() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        reached.append(signal.getsignal(signal.SIGINT) is before)
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+    assert reached == [False]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_blocks_own_error_is_not_lost() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    @uninterrupted()
+    def block(interrupt: bool) -> None:
+        if interrupt:
+            signal.raise_signal(signal.SIGINT)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        block(interrupt=False)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        block(interrupt=True)
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_whoever_ignores_it_goes_on_ignoring_it() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_go_on_without() -> None:
+    def block() -> str:
+        with uninterrupted():
+            return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(block).result() == "done"
+
+
+def test_a_proof_of_shapes_is_interrupted_not_refused() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(interrupted, (graph.placeholder("x"),)))
+    with pytest.raises(KeyboardInterrupt):
+        propagate(fx.GraphModule(nn.Module(), graph), specs_of((torch.zeros(2, 3, 4, 4),)), {})
+
+
+def test_tracing_is_interrupted_not_refused() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        StructureTracer().trace(Interrupted())
+    assert len(StructureTracer().trace(nn.Sequential(nn.ReLU())).nodes) == 3
