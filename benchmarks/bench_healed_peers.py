@@ -63,7 +63,9 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
         console.print(f"{subject.name}: bench_deeper has kept none")
         return
     channels, error = peers(subject, options.sweep)
+    console.print(f"{subject.name}: timing {len(models)} of ours beside {len(channels)} of theirs")
     timed = subject.time_beside({**models, **channels}, options.rounds, options.timed_images)
+    console.print(f"{subject.name}: timed, now fine-tuning")
     for key, row in ours.items():
         seconds, limit = row["search_seconds"] + row["heal_seconds"], timed.ratio(key).median
         columns = timed.columns(key)

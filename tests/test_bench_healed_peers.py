@@ -21,6 +21,8 @@ from fxprune.search import TRIES
 from fxprune.timing import Timing
 from tests.test_bench_peers import make_items, make_subject, needs_peer
 
+pytestmark = pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")
+
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
