@@ -143,6 +143,7 @@ def images_of(raw: Any) -> Any:
     return raw["img"] if isinstance(raw, Mapping) else raw[0]
 
 
+@pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")  # weights are random
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if system.slow else name for name, system in SYSTEMS.items()]
 )
