@@ -27,6 +27,7 @@ def unlabelled(case: Case) -> list[Any]:
     return [{"img": images} for images in ways] * 4 if isinstance(case.batch, dict) else [*ways] * 4
 
 
+@pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")  # weights are random
 @pytest.mark.parametrize("method", ["affine", "mimic"])
 def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxprune.healing.BLENDS", (1.0,))  # weights are random, their loss says little of how far to go

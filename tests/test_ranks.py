@@ -190,6 +190,7 @@ def _told(text: str, culprit: int | None) -> str:
     return f"FxpruneError: process {culprit}: {text}"
 
 
+@pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")
 @pytest.mark.slow
 def test_the_recipe_in_the_readme(tmp_path: Path) -> None:
     (program,) = blocks_under("## Several processes", README.read_text(encoding="utf-8"))
