@@ -100,14 +100,18 @@ def heal(
     steps, learning_rate, seed
         Of the training: four images a step, `learning_rate` at most, less where that would harm.
     checkpoint, progress : optional
-        File that the training is kept in and, if it is there, goes on from; ``progress(stage, done, total)``.
+        File the training is kept in and, if it is there, goes on from; ``progress(stage, done, total)``.
 
     Returns
     -------
     Module
         A healed copy; mode, device, dtype, graphs and the shapes of weights are those of `pruned`. Its last plan's
         ``settings["heal"]`` says how, and how far its features and, on those held out, its loss were and are from those
-        of `original` on these images. `FxpruneWarning` where the loss stays as far off as if a part had doubled.
+        of `original` on these images.
+
+    Warns
+    -----
+    FxpruneWarning : if that loss stays as far off as if one part of it had doubled.
 
     Raises
     ------

@@ -62,11 +62,15 @@ def test_the_blocks_own_error_is_not_lost() -> None:
 
 def test_whoever_ignores_it_goes_on_ignoring_it() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seen = []
     try:
         with uninterrupted():
             signal.raise_signal(signal.SIGINT)
+            seen.append(signal.getsignal(signal.SIGINT))
+        seen.append(signal.getsignal(signal.SIGINT))
     finally:
         signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_IGN, signal.SIG_IGN]
 
 
 def test_other_threads_go_on_without() -> None:
