@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("YOLO_OFFLINE", "1")
@@ -32,6 +33,14 @@ from tests.models import Detector, Eager, build, labelled, partly_labelled, squa
 def seeded() -> None:
     """Give every test the same random numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C interrupt, here and in the processes begun here: what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

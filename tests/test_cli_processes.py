@@ -50,6 +50,7 @@ def test_a_full_disk_behind_stdout_is_said() -> None:
     assert done.stderr.splitlines() == ["fxprune: stdout: No space left on device"]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_it_analyzes_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
     images = Path(__file__).parent.parent / "fxprune" / "data" / "calibration" / "images"

@@ -13,6 +13,8 @@ from fxprune.interrupts import uninterrupted
 from fxprune.shapes import propagate, specs_of
 from fxprune.tracer import StructureTracer
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 
 def interrupted(x: Tensor) -> Tensor:
     """What torch does to a Ctrl-C in the midst of a fake tensor."""
