@@ -32,7 +32,7 @@ from benchmarks.subjects import Subject, subjects
 NAME = "bench_healed_peers"
 PEER = "taylor"
 """The best of Torch-Pruning's importances in ``results/peers.md``."""
-SWEEP = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SWEEP = (*(step / 20 for step in range(1, 15)), 0.8, 0.9)
 """Its pruning ratios."""
 
 console = Console(stderr=True)
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     """Compare the detectors asked for, write rows model by model in place of those of the same cuts, render."""
     parser = argparse.ArgumentParser(description="Healed blocks against fine-tuned channels.")
     add_cut_options(parser)
+    parser.add_argument("--costs", nargs="+", default=["flops", "latency"], choices=["flops", "latency"])
     parser.add_argument("--sweep", nargs="+", type=float, default=list(SWEEP), help="pruning ratios of Torch-Pruning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-4, 5e-4], help="of its fine-tuning")
     parser.add_argument("--rounds", type=int, default=31, help="of timing")
@@ -70,9 +71,10 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
         seconds, limit = row["search_seconds"] + row["heal_seconds"], timed.ratio(key).median
         columns = timed.columns(key)
         shared = {
-            "model": subject.name, "strategy": row["strategy"], "budget": row["budget"], "mAP": row["mAP"],
-            "seconds": seconds, **columns, "rounds": options.rounds, "timed_images": options.timed_images,
-            "images": row["images"], "val_images": row["val_images"], "machine": machine(), "error": error,
+            "model": subject.name, "strategy": row["strategy"], "cost": row["cost"], "budget": row["budget"],
+            "mAP": row["mAP"], "seconds": seconds, **columns, "rounds": options.rounds,
+            "timed_images": options.timed_images, "images": row["images"], "val_images": row["val_images"],
+            "machine": machine(), "error": error,
         }  # fmt: skip
         fast = [name for name in channels if timed.ratio(name).median <= limit]
         peer = tuned(subject, channels[fast[0]], seconds, options.learning_rates) if fast else {}
@@ -84,10 +86,14 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
 
 def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
     """Whether a row of `benchmarks.bench_deeper` is one to compare, and what it is of was kept."""
-    wanted = row["model"] == subject.name and row["heal"] == "mimic" and row["cost"] == "flops"
-    return (
-        wanted and row["strategy"] in options.strategies and row["budget"] in options.budgets and place_of(row).exists()
-    )
+    wanted = {
+        "model": [subject.name],
+        "strategy": options.strategies,
+        "heal": ["mimic"],
+        "budget": options.budgets,
+        "cost": options.costs,
+    }
+    return all(row[key] in values for key, values in wanted.items()) and place_of(row).exists()
 
 
 def place_of(row: Row) -> Path:
@@ -95,14 +101,14 @@ def place_of(row: Row) -> Path:
     return kept(*(row[key] for key in KEYS))
 
 
-def cut_of(row: Row) -> tuple[str, str, float]:
+def cut_of(row: Row) -> tuple[str, str, str, float]:
     """What tells rows apart: of the same they are replaced, others stay."""
-    return row["model"], row["strategy"], row["budget"]
+    return row["model"], row["cost"], row["strategy"], row["budget"]
 
 
 def row_key(row: Row) -> str:
     """Name of a version of ours."""
-    return f"{row['strategy']} {row['budget']:.0%}"
+    return f"{row['strategy']} {row['budget']:.0%} {row['cost']}"
 
 
 def peers(subject: Subject, sweep: Sequence[float]) -> tuple[dict[str, nn.Module], str | None]:
@@ -138,13 +144,13 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """One line a detector and cut."""
     yield "| model | strategy | budget | latency | seconds | mAP | Torch-Pruning, as pruned | and tuned | its latency |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|--:|"
-    for row in sorted(rows, key=lambda row: (row["model"], row["strategy"], row["budget"])):
+    for row in sorted(rows, key=cut_of):
         if row.get("peer_mAP") is None:
             theirs = ["fails" if row["error"] else "never that fast", "", ""]
         else:
             theirs = [f"{row['peer_pruned_mAP']:.3f}", f"{row['peer_mAP']:.3f}", f"{row['peer_latency_ratio']:.2f}"]
         spread = f"{row['latency_ratio']:.2f} [{row['latency_ratio_low']:.2f}, {row['latency_ratio_high']:.2f}]"
-        ours = [row["model"], row["strategy"], f"{row['budget']:.0%}", spread]
+        ours = [row["model"], row["strategy"], f"{row['budget']:.0%} {row['cost']}", spread]
         ours += [f"{row['seconds']:.0f}", f"{row['mAP']:.3f}"]
         yield f"| {' | '.join([*ours, *theirs])} |"
 

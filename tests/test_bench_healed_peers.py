@@ -107,21 +107,22 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
     (ours,) = [row for row in results.read_rows("bench_deeper") if row["heal"] == "mimic"]
     bench_healed_peers.main([*given, "--sweep", "0.9", "0.6", "0.02"])
     (row,) = results.read_rows("bench_healed_peers")
-    assert (row["strategy"], row["budget"], row["mAP"]) == ("one_shot", 0.2, ours["mAP"])
+    assert [row[key] for key in ("strategy", "cost", "budget", "mAP")] == ["one_shot", "flops", 0.2, ours["mAP"]]
     assert row["seconds"] == ours["search_seconds"] + ours["heal_seconds"]
     assert (row["peer_ratio"], row["peer_latency_ratio"] <= row["latency_ratio"]) == (0.6, True)
     assert set(row["looks"]) == {"as pruned", *(f"0.001, look {look}" for look in (1, 2, 3, 4))}
     assert row["peer_mAP"] == max(row["looks"].values()) >= row["peer_pruned_mAP"]
-    bench_healed_peers.main([*given, "--budgets", ".3"])  # of which there is nothing: what there is stays
+    for other in (["--budgets", ".3"], ["--costs", "latency"]):  # of which there is nothing: what there is stays
+        bench_healed_peers.main([*given, *other])
     assert results.read_rows("bench_healed_peers") == [row]
     (line,) = (tmp_path / "healed_peers.md").read_text().splitlines()[2:]
-    assert line.startswith("| tiny | one_shot | 20% | ")
+    assert line.startswith("| tiny | one_shot | 20% flops | ")
 
 
 def test_a_peer_that_fails_or_is_never_that_fast_is_said_so() -> None:
     shared = {"model": "m", "strategy": "search", "seconds": 9.0, "mAP": 0.5, "latency_ratio": 0.8}
-    shared |= {"latency_ratio_low": 0.7, "latency_ratio_high": 0.9, "error": None}
+    shared |= {"latency_ratio_low": 0.7, "latency_ratio_high": 0.9, "cost": "latency", "error": None}
     rows = [shared | {"budget": 0.2}, shared | {"budget": 0.3, "error": "ValueError: no"}]
     first, second = list(bench_healed_peers.table(rows))[2:]
-    assert first == "| m | search | 20% | 0.80 [0.70, 0.90] | 9 | 0.500 | never that fast |  |  |"
+    assert first == "| m | search | 20% latency | 0.80 [0.70, 0.90] | 9 | 0.500 | never that fast |  |  |"
     assert "| fails |" in second
