@@ -1,9 +1,13 @@
-"""What a layer holds, fitted in closed form to what reaches it and to what it should give."""
+"""What a layer holds, fitted in closed form to what reaches it and to what it should give.
+
+Fits work on sums over places. A layer that is called several times (a head on every level of a pyramid) is fitted anew
+at every call, to all calls so far; what follows a call sees the layer as it is by then.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,8 @@ ROWS = 4
 """Places of the feature maps that a fit looks at, at least, per weight of one output channel."""
 MOST, WORK = 65536, 2.5e10
 """Places that it looks at, at most, and products a group that it takes to do so."""
+LEAST = 1e-6
+"""Share of its mean square below which a channel's variance is nothing to restore a spread from."""
 UNALIKE = 0.1
 """Correlation of what a channel gives and what it gave below which its spread is not restored in full."""
 WIDEST = 5000
@@ -27,21 +33,29 @@ WIDEST = 5000
 
 @dataclass(frozen=True)
 class Sight:
-    """What the runs have at one layer: a value a calibration batch.
+    """What the runs have at one call of a layer: a value a calibration batch.
 
     Attributes
     ----------
     inputs : list of Tensor
         What the layer is given in the pruned model.
-    outputs : list of Tensor
-        What it gives there, as it is.
     wanted : list of Tensor
         What it gave in the model as it was, on the same images.
+    changed : bool
+        Whether it gives something else now, here or at an earlier call. If not it is to be left as it is.
+    sums : dict of str to Tensor
+        What a fit has added up over the layer's calls so far, those before it changed too.
     """
 
     inputs: list[Tensor] = field(repr=False)
-    outputs: list[Tensor] = field(repr=False)
     wanted: list[Tensor] = field(repr=False)
+    changed: bool = True
+    sums: dict[str, Tensor] = field(repr=False, default_factory=dict)
+
+    def add(self, name: str, value: Tensor) -> Tensor:
+        """Add something up over all processes and calls."""
+        total = self.sums[name] = summed(value) + self.sums.get(name, 0.0)
+        return total
 
 
 Fit = Callable[[nn.Module, Sight], Callable[[], None] | None]
@@ -57,13 +71,14 @@ def fit_statistics(layer: nn.Module, sight: Sight) -> Callable[[], None] | None:
     mean, variance = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) or mean is None or variance is None:
         return None
-    rows = [channels_last(value).double() - mean.double() for value in sight.inputs]
-    sums = torch.stack(
-        [torch.stack([row.sum(0), row.square().sum(0), row.new_full(mean.shape, len(row))]) for row in rows]
-    )
-    shift, square, count = summed(sums.sum(0))
+    origin = sight.sums.setdefault("origin", mean.double())
+    rows = [channels_last(value).double() - origin for value in sight.inputs]
+    sums = [torch.stack([row.sum(0), row.square().sum(0), row.new_full(mean.shape, len(row))]) for row in rows]
+    shift, square, count = sight.add("statistics", torch.stack(sums).sum(0))
+    if not sight.changed:
+        return None
     shift, square = shift / count, square / count
-    mean.add_(shift.to(mean.dtype))
+    mean.copy_((origin + shift).to(mean.dtype))
     variance.copy_(square - shift.square())
     correction = count / (count - 1).clamp_min(1)
 
@@ -87,23 +102,31 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
         return
     matrix = isinstance(layer, (nn.Conv2d, nn.Linear))
     if isinstance(layer, (nn.Conv2d, nn.Linear)) and weight[0].numel() <= WIDEST:
-        _fit_matrix(layer, sight)
-        sight = replace(sight, outputs=[layer.forward(value) for value in sight.inputs])
-    if bias is not None and (matrix or (weight.ndim == 1 and is_norm_layer(layer))):
-        _fit_channels(weight, bias, sight)
+        moments = _fit_matrix(layer, sight)
+        if bias is not None and sight.changed:
+            _fit_channels(weight, bias, moments)
+    elif bias is not None and (matrix or (weight.ndim == 1 and is_norm_layer(layer))):
+        pairs = zip(sight.inputs, sight.wanted, strict=True)
+        sums = [_moments(channels_last(layer.forward(x)).double(), channels_last(y).double()) for x, y in pairs]
+        moments = sight.add("moments", torch.stack(sums).sum(0))
+        if sight.changed:
+            sight.sums["moments"] = _fit_channels(weight, bias, moments)
 
 
-def _fit_channels(weight: Tensor, bias: Tensor, sight: Sight) -> None:
-    pairs = zip(sight.outputs, sight.wanted, strict=True)
-    sums = [_moments(channels_last(now).double(), channels_last(want).double()) for now, want in pairs]
-    count, x, y, xx, yy, xy = summed(torch.stack(sums).sum(0))
+def _fit_channels(weight: Tensor, bias: Tensor, moments: Tensor) -> Tensor:
+    """Scale and shift channels by the moments (6, C) of what they give and gave; returns those that they have then."""
+    count, x, y, xx, yy, xy = moments
     x, y, xx, yy, xy = x / count, y / count, xx / count, yy / count, xy / count
     now, want = ((square - mean * mean).clamp_min(0).sqrt() for square, mean in ((xx, x), (yy, y)))
     alike = (xy - x * y) / (now * want).clamp_min(1e-30)
-    known = now.square() > 1e-10 * (xx + 1e-30)
+    known = now.square() > LEAST * (xx + 1e-30)
     slope = torch.where(known, want / now.clamp_min(1e-30) * (alike / UNALIKE).clamp(0, 1), 1.0)
+    shift = y - slope * x
     weight.data.mul_(slope.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1)))
-    bias.data.copy_((slope * bias.double() + y - slope * x).to(bias.dtype))
+    bias.data.copy_((slope * bias.double() + shift).to(bias.dtype))
+    square = slope.square() * xx + 2 * slope * shift * x + shift.square()
+    then: Tensor = count * torch.stack([torch.ones_like(x), slope * x + shift, y, square, yy, slope * xy + shift * y])
+    return then
 
 
 def _moments(x: Tensor, y: Tensor) -> Tensor:
@@ -111,7 +134,8 @@ def _moments(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([count, *(value.sum(0) for value in (x, y, x * x, y * y, x * y))])
 
 
-def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
+def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> Tensor:
+    """Least squares; returns the moments (6, C) of what the layer, with a bias, gives then and of what it gave."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight, bias = layer.weight.data, layer.bias
     outputs, inputs = len(weight) // groups, weight[0].numel()
@@ -120,23 +144,31 @@ def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
     share = min(1.0, rows / float(summed(places)))
     gram = weight.new_zeros(groups, inputs + 1, inputs + 1, dtype=torch.float64)
     cross = weight.new_zeros(groups, inputs + 1, outputs, dtype=torch.float64)
+    square = weight.new_zeros(groups, outputs, dtype=torch.float64)
     for x, y in zip(sight.inputs, sight.wanted, strict=True):
         for u, v in _samples(layer, x, y, share):
-            u = functional.pad(
-                u.reshape(len(u), groups, inputs).transpose(0, 1), (0, 1), value=1.0 if bias is not None else 0.0
-            )
+            u = functional.pad(u.reshape(len(u), groups, inputs).transpose(0, 1), (0, 1), value=float(bias is not None))
+            v = v.reshape(len(v), groups, outputs).transpose(0, 1)
             gram += (u.transpose(1, 2) @ u).double()
-            cross += (u.transpose(1, 2) @ v.reshape(len(v), groups, outputs).transpose(0, 1)).double()
-    gram, cross = summed(gram), summed(cross)
+            cross += (u.transpose(1, 2) @ v).double()
+            square += v.double().square().sum(1)
+    gram, cross, square = (
+        sight.add(name, value / share) for name, value in (("gram", gram), ("cross", cross), ("square", square))
+    )
     now = functional.pad(weight.reshape(groups, outputs, inputs).double().transpose(1, 2), (0, 0, 0, 1))
     if bias is not None:
         now[:, -1] = bias.data.reshape(groups, outputs).double()
-    mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
-    ridge = torch.diag_embed((RIDGE * mean)[:, None].expand(-1, inputs + 1))
-    found = torch.linalg.solve(gram + ridge, cross + ridge @ now).transpose(1, 2)
-    weight.copy_(found[..., :-1].reshape(weight.shape))
-    if bias is not None:
-        bias.data.copy_(found[..., -1].reshape(-1))
+    held = sight.sums.setdefault("held", now)
+    if sight.changed:
+        mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
+        ridge = torch.diag_embed((RIDGE * mean)[:, None].expand(-1, inputs + 1))
+        now = torch.linalg.solve(gram + ridge, cross + ridge @ held)
+        weight.copy_(now[:, :-1].transpose(1, 2).reshape(weight.shape))
+        if bias is not None:
+            bias.data.copy_(now[:, -1].reshape(-1))
+    given = gram @ now
+    sums = (given[:, -1], cross[:, -1], (now * given).sum(1), square, (now * cross).sum(1))
+    return torch.stack([value.flatten() for value in (gram[:, -1, -1:].expand(-1, outputs), *sums)])
 
 
 def _samples(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:

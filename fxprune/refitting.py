@@ -60,9 +60,9 @@ def refit(
             hooks.enter_context(hooked(model, pair.decisions, work.obey))
         with failing_together() as work.meet:
             run_in_step(runs, work.decide)
-        for finish in work.last:
+        for finish in work.last.values():
             finish()
-    return work.fitted
+    return list(work.fitted)
 
 
 class _Work:
@@ -70,15 +70,14 @@ class _Work:
 
     def __init__(self, pair: Pair, fit: Fit, tell: Callable[[str], None]) -> None:
         self.pair, self.fit, self.tell = pair, fit, tell
-        self.layers = {
-            name: layer for name, layer in pair.layers() if pair.calls[name] == 1 and not _is_shared(pair, layer)
-        }
-        terms = terms_of(pair.pruned)
-        self.terms = {name: term for name, term in terms.items() if {name, term.seen_at} <= self.layers.keys()}
+        self.layers = {name: layer for name, layer in pair.layers() if not _is_shared(pair, layer)}
+        once = {name for name in self.layers if pair.calls[name] == 1}
+        self.terms = {name: term for name, term in terms_of(pair.pruned).items() if {name, term.seen_at} <= once}
+        self.sums: dict[str, dict[str, Tensor]] = {}
         self.seen: dict[str, Values] = {}
         self.here = local()
-        self.fitted: list[str] = []
-        self.last: list[Callable[[], None]] = []
+        self.fitted: dict[str, None] = {}
+        self.last: dict[str, Callable[[], None]] = {}
         self.meet: Callable[[], None] = lambda: None
 
     def run(self, model: nn.Module, batch: Batch) -> Callable[[Meet], None]:
@@ -113,14 +112,29 @@ class _Work:
         if any(name == term.seen_at for term in self.terms.values()):
             self.seen[name] = values
         inputs, outputs = ([values["pruned", index][part] for index in numbers] for part in (0, 1))
-        sight = Sight(inputs, outputs, self._wanted(name, values, numbers))
-        changed = _deviation(sight) > SAME and _changes(self.fit, self.layers[name], sight, self.last)
+        wanted = self._wanted(name, values, numbers)
+        changed = self._fits(point, inputs, wanted, name in self.fitted or _deviation(outputs, wanted) > SAME)
         if changed:
-            self.fitted.append(name)
+            self.fitted[name] = None
             for index in numbers if name in self.seen else ():
                 x = values["pruned", index][0]
                 self.seen[name]["pruned", index] = (x, self.layers[name].forward(x))
         return {("pruned", index): changed for index in numbers}
+
+    def _fits(self, point: tuple[str, int], inputs: list[Tensor], wanted: list[Tensor], changed: bool) -> bool:
+        """Fit a layer if it gives something else; the calls of one that is called again are added up in any case."""
+        (name, call), layer = point, self.layers[point[0]]
+        sums = self.sums.setdefault(name, {})
+        if call == self.pair.calls[name]:
+            del self.sums[name]
+            if not changed:
+                return False
+        before = [value.clone() for value in (*layer.parameters(), *layer.buffers())]
+        finish = self.fit(layer, Sight(inputs, wanted, changed, sums))
+        if finish is not None:
+            self.last[name] = finish
+        after = (*layer.parameters(), *layer.buffers())
+        return any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
     def _wanted(self, name: str, values: Values, numbers: Sequence[int]) -> list[Tensor]:
         """What a layer should give: what it gave, and in a sum also what the other operand no longer has."""
@@ -149,15 +163,6 @@ def _scale_of(norm: nn.Module) -> Tensor | None:
     return scale if bool((scale.abs() > 1e-3 * scale.abs().max()).all()) else None
 
 
-def _changes(fit: Fit, layer: nn.Module, sight: Sight, last: list[Callable[[], None]]) -> bool:
-    before = [value.clone() for value in (*layer.parameters(), *layer.buffers())]
-    finish = fit(layer, sight)
-    if finish is not None:
-        last.append(finish)
-    after = (*layer.parameters(), *layer.buffers())
-    return any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
-
-
 def _is_shared(pair: Pair, layer: nn.Module) -> bool:
     """Whether a layer's weights are another layer's too."""
     own = {id(weight) for weight in layer.parameters()}
@@ -165,8 +170,8 @@ def _is_shared(pair: Pair, layer: nn.Module) -> bool:
     return len(owners) > 1
 
 
-def _deviation(sight: Sight) -> float:
-    pairs = zip(sight.outputs, sight.wanted, strict=True)
+def _deviation(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    pairs = zip(given, wanted, strict=True)
     parts = [torch.stack([(new - old).double().square().sum(), old.double().square().sum()]) for new, old in pairs]
     off, size = summed(torch.stack(parts).sum(0)).tolist()
     return float((off / size) ** 0.5) if size > 0 else 0.0

@@ -1,0 +1,85 @@
+"""Fits of layers that are called several times, once on every level of a pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.fits import Fit, Sight, fit_affine, fit_statistics
+from fxprune.healing import mend
+from tests.models import build, labelled, pixels
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Fit]] = {
+    "convolution": (partial(nn.Conv2d, 3, 4, 3, bias=False), fit_affine),
+    "convolution with a bias": (partial(nn.Conv2d, 3, 4, 3, stride=2, padding=1), fit_affine),
+    "groups": (partial(nn.Conv2d, 6, 6, 1, groups=3), fit_affine),
+    "norm": (partial(nn.GroupNorm, 1, 3), fit_affine),
+    "statistics": (partial(nn.BatchNorm2d, 3), fit_statistics),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_call_after_call_gives_what_all_at_once_give(kind: str) -> None:
+    make, fit = KINDS[kind]
+    layer, whole = build(make).eval(), build(make).eval()
+    channels = 6 if kind == "groups" else 3
+    levels = [pixels(4, channels, size, size, seed=size) for size in (12, 6, 4)]
+    wanted = [2 * layer(level) + 0.3 * layer(level.flip(0)) + 1 for level in levels]
+    sums: dict[str, Tensor] = {}
+    before = [value.clone() for value in layer.state_dict().values()]
+    for number, (x, y) in enumerate(zip(levels, wanted, strict=True)):
+        changed = number > 0  # the first level gives what it gave, and is to go on so
+        finish = fit(layer, Sight([x[:2], x[2:]], [y[:2], y[2:]], changed, sums))
+        alike = [torch.equal(old, new) for old, new in zip(before, layer.state_dict().values(), strict=True)]
+        assert all(alike) == (not changed)
+    last = fit(whole, Sight(levels, wanted))
+    for end in (finish, last):
+        if end is not None:
+            end()
+    for found, value in zip(layer.state_dict().values(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
+class Pyramid(nn.Module):
+    """Two levels and one head; a layer that can go changes the second level, or the first one."""
+
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.down = nn.Conv2d(6, 6, 3, stride=2, padding=1)
+        self.middle = nn.Conv2d(6, 6, 1)
+        self.head = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+        self.second = second
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.stem(x)
+        second = self.down(first)
+        if self.second:
+            second = self.middle(second)
+        else:
+            first = self.middle(first)
+        return torch.cat([self.head(level).mean((2, 3)) for level in (first, second)], 1)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_head_on_every_level_is_fitted_to_all_of_them(second: bool) -> None:
+    model: Any = build(partial(Pyramid, second))
+    pruned: Any = fxprune.compile(
+        model, labelled(), 0.01, heal="none", criterion=lambda region, _: float(region.name != "middle")
+    )
+    assert [region.name for region in fxprune.report(pruned).removed] == ["middle"]
+    healed: Any = mend(pruned, model, [pixels(8, 3, 16, 16, seed=seed) for seed in range(3)], "affine")
+    x = pixels(8, 3, 16, 16, seed=7)
+    with torch.no_grad():
+        before, after = ((found(x) - model(x)).square().reshape(8, 2, 4).mean((0, 2)) for found in (pruned, healed))
+    assert after[int(second)] < before[int(second)] / 4
+    assert after.sum() < before.sum() / 4
+    for name in ("head.0", "head.1", "head.3"):
+        assert not torch.equal(healed.get_submodule(name).weight, pruned.get_submodule(name).weight)
