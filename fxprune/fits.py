@@ -6,7 +6,7 @@ at every call, to all calls so far; what follows a call sees the layer as it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -145,13 +145,12 @@ def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> Tensor:
     gram = weight.new_zeros(groups, inputs + 1, inputs + 1, dtype=torch.float64)
     cross = weight.new_zeros(groups, inputs + 1, outputs, dtype=torch.float64)
     square = weight.new_zeros(groups, outputs, dtype=torch.float64)
-    for x, y in zip(sight.inputs, sight.wanted, strict=True):
-        for u, v in _samples(layer, x, y, share):
-            u = functional.pad(u.reshape(len(u), groups, inputs).transpose(0, 1), (0, 1), value=float(bias is not None))
-            v = v.reshape(len(v), groups, outputs).transpose(0, 1)
-            gram += (u.transpose(1, 2) @ u).double()
-            cross += (u.transpose(1, 2) @ v).double()
-            square += v.double().square().sum(1)
+    for u, v in _joined(_samples(layer, sight, share), inputs):
+        u = functional.pad(u.reshape(len(u), groups, inputs).transpose(0, 1), (0, 1), value=float(bias is not None))
+        v = v.reshape(len(v), groups, outputs).transpose(0, 1)
+        gram += (u.transpose(1, 2) @ u).double()
+        cross += (u.transpose(1, 2) @ v).double()
+        square += v.double().square().sum(1)
     gram, cross, square = (
         sight.add(name, value / share) for name, value in (("gram", gram), ("cross", cross), ("square", square))
     )
@@ -171,19 +170,32 @@ def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> Tensor:
     return torch.stack([value.flatten() for value in (gram[:, -1, -1:].expand(-1, outputs), *sums)])
 
 
-def _samples(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+def _samples(layer: nn.Conv2d | nn.Linear, sight: Sight, share: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of what a layer reads at some places of its output, drawn at random, and of what it should give there."""
-    places = y.numel() // len(layer.weight)
-    drawn = torch.rand(places, generator=torch.Generator().manual_seed(0)) < share
-    place = drawn.nonzero().flatten().to(x.device)
-    if isinstance(layer, nn.Linear):
-        yield x.reshape(-1, x.shape[-1])[place], y.reshape(-1, y.shape[-1])[place]
-        return
-    reach = [dilation * (size - 1) + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    windows = padded.unfold(2, reach[0], layer.stride[0]).unfold(3, reach[1], layer.stride[1])
-    windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]].permute(0, 2, 3, 1, 4, 5)
-    height, width = windows.shape[1:3]
-    at = (place // (height * width), place // width % height, place % width)
-    yield windows[at].flatten(1), y.permute(0, 2, 3, 1)[at]
+    for x, y in zip(sight.inputs, sight.wanted, strict=True):
+        places = y.numel() // len(layer.weight)
+        drawn = torch.rand(places, generator=torch.Generator().manual_seed(0)) < share
+        place = drawn.nonzero().flatten().to(x.device)
+        if isinstance(layer, nn.Linear):
+            yield x.reshape(-1, x.shape[-1])[place], y.reshape(-1, y.shape[-1])[place]
+            continue
+        reach = [dilation * (size - 1) + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        windows = padded.unfold(2, reach[0], layer.stride[0]).unfold(3, reach[1], layer.stride[1])
+        windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]].permute(0, 2, 3, 1, 4, 5)
+        height, width = windows.shape[1:3]
+        at = (place // (height * width), place // width % height, place % width)
+        yield windows[at].flatten(1), y.permute(0, 2, 3, 1)[at]
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]], least: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Join parts to at least so many rows: products of fewer cost more to add up than to make."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    for part in parts:
+        kept.append(part)
+        if sum(len(u) for u, _ in kept) >= least:
+            yield torch.cat([u for u, _ in kept]), torch.cat([v for _, v in kept])
+            kept.clear()
+    if kept:
+        yield torch.cat([u for u, _ in kept]), torch.cat([v for _, v in kept])
