@@ -6,7 +6,7 @@ at every call, to all calls so far; what follows a call sees the layer as it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fxprune.operations import is_norm_layer
 from fxprune.pairs import channels_last
-from fxprune.ranks import summed
+from fxprune.ranks import gathered, summed
 
 RIDGE = 1e-2
 """How strongly fitted weights are held to those that are there, relative to the mean square of what they weigh."""
@@ -28,7 +28,9 @@ LEAST = 1e-6
 UNALIKE = 0.1
 """Correlation of what a channel gives and what it gave below which its spread is not restored in full."""
 WIDEST = 5000
-"""Weights of one output channel beyond which a layer is fitted as a scale and shift a channel."""
+"""Weights of one output channel beyond which least squares are solved by rows, not by weights."""
+MOST_WIDE = 6144
+"""Rows that are looked at then, at most, in each process and call."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,14 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if weight is None or not weight.is_floating_point():
         return
-    matrix = isinstance(layer, (nn.Conv2d, nn.Linear))
-    if isinstance(layer, (nn.Conv2d, nn.Linear)) and weight[0].numel() <= WIDEST:
-        moments = _fit_matrix(layer, sight)
-        if bias is not None and sight.changed:
-            _fit_channels(weight, bias, moments)
-    elif bias is not None and (matrix or (weight.ndim == 1 and is_norm_layer(layer))):
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if weight[0].numel() > WIDEST:
+            _fit_by_rows(layer, sight)
+        else:
+            moments = _fit_by_weights(layer, sight)
+            if bias is not None and sight.changed:
+                _fit_channels(weight, bias, moments)
+    elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
         pairs = zip(sight.inputs, sight.wanted, strict=True)
         sums = [_moments(channels_last(layer.forward(x)).double(), channels_last(y).double()) for x, y in pairs]
         moments = sight.add("moments", torch.stack(sums).sum(0))
@@ -134,59 +138,124 @@ def _moments(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([count, *(value.sum(0) for value in (x, y, x * x, y * y, x * y))])
 
 
-def _fit_matrix(layer: nn.Conv2d | nn.Linear, sight: Sight) -> Tensor:
+def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight) -> Tensor:
     """Least squares; returns the moments (6, C) of what the layer, with a bias, gives then and of what it gave."""
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    weight, bias = layer.weight.data, layer.bias
-    outputs, inputs = len(weight) // groups, weight[0].numel()
-    places = weight.new_tensor(sum(value.numel() // len(weight) for value in sight.wanted), dtype=torch.float64)
-    rows = max(ROWS * inputs, min(MOST, WORK / inputs**2))
-    share = min(1.0, rows / float(summed(places)))
-    gram = weight.new_zeros(groups, inputs + 1, inputs + 1, dtype=torch.float64)
-    cross = weight.new_zeros(groups, inputs + 1, outputs, dtype=torch.float64)
-    square = weight.new_zeros(groups, outputs, dtype=torch.float64)
-    for u, v in _joined(_samples(layer, sight, share), inputs):
-        u = functional.pad(u.reshape(len(u), groups, inputs).transpose(0, 1), (0, 1), value=float(bias is not None))
-        v = v.reshape(len(v), groups, outputs).transpose(0, 1)
+    now = sight.sums.setdefault("held", _matrix(layer))
+    groups, inputs, outputs = len(now), now.shape[1] - 1, now.shape[2]
+    share = _share(layer, sight, max(ROWS * inputs, min(MOST, WORK / inputs**2)))
+    parts = list(_joined(_samples(layer, sight, share), inputs))
+    origin = _origin(parts, now, sight)
+    gram = now.new_zeros(groups, inputs + 1, inputs + 1)
+    cross, square = torch.zeros_like(now), now.new_zeros(groups, outputs)
+    for u, v in parts:
+        u, v = (rows - middle[:, None].to(rows.dtype) for rows, middle in zip((u, v), origin, strict=True))
         gram += (u.transpose(1, 2) @ u).double()
         cross += (u.transpose(1, 2) @ v).double()
         square += v.double().square().sum(1)
-    gram, cross, square = (
-        sight.add(name, value / share) for name, value in (("gram", gram), ("cross", cross), ("square", square))
-    )
-    now = functional.pad(weight.reshape(groups, outputs, inputs).double().transpose(1, 2), (0, 0, 0, 1))
-    if bias is not None:
-        now[:, -1] = bias.data.reshape(groups, outputs).double()
-    held = sight.sums.setdefault("held", now)
+    sums = (("gram", gram), ("cross", cross), ("square", square))
+    gram, cross, square = _moved([sight.add(name, value / share) for name, value in sums], origin)
     if sight.changed:
         mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
         ridge = torch.diag_embed((RIDGE * mean)[:, None].expand(-1, inputs + 1))
-        now = torch.linalg.solve(gram + ridge, cross + ridge @ held)
-        weight.copy_(now[:, :-1].transpose(1, 2).reshape(weight.shape))
-        if bias is not None:
-            bias.data.copy_(now[:, -1].reshape(-1))
+        now = torch.linalg.solve(gram + ridge, cross + ridge @ now)
+        _set_matrix(layer, now)
     given = gram @ now
-    sums = (given[:, -1], cross[:, -1], (now * given).sum(1), square, (now * cross).sum(1))
-    return torch.stack([value.flatten() for value in (gram[:, -1, -1:].expand(-1, outputs), *sums)])
+    count = gram[:, -1, -1:].expand(-1, outputs)
+    moments = (count, given[:, -1], cross[:, -1], (now * given).sum(1), square, (now * cross).sum(1))
+    return torch.stack([value.flatten() for value in moments])
+
+
+def _origin(parts: Sequence[tuple[Tensor, Tensor]], like: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+    """Where a layer with a bias has the middle of what it reads and should give, at its first call; else zero.
+
+    Products of what is far from zero would be too coarse in float32 to tell a small spread by.
+    """
+    if "middle" not in sight.sums:
+        sums = like.new_zeros(len(like), like.shape[1] + like.shape[2])
+        for u, v in parts:
+            sums += torch.cat([u.double().sum(1), v.double().sum(1)], 1)
+        sums = summed(sums)
+        count = sums[:, like.shape[1] - 1 : like.shape[1]].clone()  # of ones: none without a bias
+        sums[:, like.shape[1] - 1] = 0.0
+        sight.sums["middle"] = torch.where(count > 0, sums / count.clamp_min(1.0), 0.0)
+    middle = sight.sums["middle"]
+    return middle[:, : like.shape[1]], middle[:, like.shape[1] :]
+
+
+def _moved(sums: Sequence[Tensor], origin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of products about an origin as they are about zero; the last of what is read is one for each place."""
+    (gram, cross, square), (u, v) = sums, origin
+    once, total, count = gram[:, :, -1:], cross[:, -1:], gram[:, -1:, -1:]
+    u, v = u[:, :, None], v[:, None]
+    return (
+        gram + u @ once.transpose(1, 2) + once @ u.transpose(1, 2) + count * (u @ u.transpose(1, 2)),
+        cross + u @ total + once @ v + count * (u @ v),
+        square + (2 * v * total + count * v.square())[:, 0],
+    )
+
+
+def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
+    """The same least squares where rows are fewer than weights: ``W_now + (y - W_now u)(u^T u + r)^-1 u^T``."""
+    held = sight.sums.setdefault("held", _matrix(layer))
+    parts = gathered(list(_joined(_samples(layer, sight, _share(layer, sight, MOST_WIDE)), MOST_WIDE)))
+    for place, name in enumerate(("u", "v")):
+        earlier = [sight.sums[name]] if name in sight.sums else []
+        sight.sums[name] = torch.cat([*earlier, *(part[place] for own in parts for part in own)], 1)
+    if sight.changed:
+        u, v = sight.sums["u"], sight.sums["v"]
+        kernel = (u @ u.transpose(1, 2)).double()
+        ridge = RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-12) / (u.shape[2] - 1)
+        kernel.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        step = u.transpose(1, 2) @ torch.linalg.solve(kernel, (v - u @ held.to(u.dtype)).double()).to(u.dtype)
+        _set_matrix(layer, held + step.double())
+
+
+def _matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """What a layer applies (groups, inputs + 1, outputs), the last input being 1 for the bias, or else 0."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    weight = layer.weight.detach().double().reshape(groups, len(layer.weight) // groups, -1).transpose(1, 2)
+    matrix = functional.pad(weight, (0, 0, 0, 1))
+    if layer.bias is not None:
+        matrix[:, -1] = layer.bias.detach().double().reshape(groups, -1)
+    return matrix
+
+
+def _set_matrix(layer: nn.Conv2d | nn.Linear, matrix: Tensor) -> None:
+    layer.weight.data.copy_(matrix[:, :-1].transpose(1, 2).reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.data.copy_(matrix[:, -1].reshape(-1))
+
+
+def _share(layer: nn.Conv2d | nn.Linear, sight: Sight, rows: float) -> float:
+    """Share of the places that so many rows are, all processes together."""
+    places = sum(value.numel() // len(layer.weight) for value in sight.wanted)
+    return min(1.0, rows / float(summed(layer.weight.new_tensor(places, dtype=torch.float64))))
 
 
 def _samples(layer: nn.Conv2d | nn.Linear, sight: Sight, share: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of what a layer reads at some places of its output, drawn at random, and of what it should give there."""
+    """Rows (groups, n, C) that a layer reads at some places of its output, drawn at random, and should give there."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     for x, y in zip(sight.inputs, sight.wanted, strict=True):
         places = y.numel() // len(layer.weight)
         drawn = torch.rand(places, generator=torch.Generator().manual_seed(0)) < share
         place = drawn.nonzero().flatten().to(x.device)
         if isinstance(layer, nn.Linear):
-            yield x.reshape(-1, x.shape[-1])[place], y.reshape(-1, y.shape[-1])[place]
-            continue
-        reach = [dilation * (size - 1) + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        windows = padded.unfold(2, reach[0], layer.stride[0]).unfold(3, reach[1], layer.stride[1])
-        windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]].permute(0, 2, 3, 1, 4, 5)
-        height, width = windows.shape[1:3]
-        at = (place // (height * width), place // width % height, place % width)
-        yield windows[at].flatten(1), y.permute(0, 2, 3, 1)[at]
+            u, v = x.reshape(-1, x.shape[-1])[place], y.reshape(-1, y.shape[-1])[place]
+        else:
+            u, v = _windows(layer, x, place), y.movedim(1, -1).flatten(0, 2)[place]
+        u, v = (rows.reshape(len(rows), groups, -1).transpose(0, 1) for rows in (u, v))
+        yield functional.pad(u, (0, 1), value=float(layer.bias is not None)), v
+
+
+def _windows(layer: nn.Conv2d, x: Tensor, place: Tensor) -> Tensor:
+    """What a convolution reads (n, C) at places of its output."""
+    reach = [dilation * (size - 1) + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    windows = padded.unfold(2, reach[0], layer.stride[0]).unfold(3, reach[1], layer.stride[1])
+    windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]].permute(0, 2, 3, 1, 4, 5)
+    height, width = windows.shape[1:3]
+    return windows[place // (height * width), place // width % height, place % width].flatten(1)
 
 
 def _joined(parts: Iterable[tuple[Tensor, Tensor]], least: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -194,8 +263,8 @@ def _joined(parts: Iterable[tuple[Tensor, Tensor]], least: int) -> Iterator[tupl
     kept: list[tuple[Tensor, Tensor]] = []
     for part in parts:
         kept.append(part)
-        if sum(len(u) for u, _ in kept) >= least:
-            yield torch.cat([u for u, _ in kept]), torch.cat([v for _, v in kept])
+        if sum(u.shape[1] for u, _ in kept) >= least:
+            yield torch.cat([u for u, _ in kept], 1), torch.cat([v for _, v in kept], 1)
             kept.clear()
     if kept:
-        yield torch.cat([u for u, _ in kept]), torch.cat([v for _, v in kept])
+        yield torch.cat([u for u, _ in kept], 1), torch.cat([v for _, v in kept], 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune import fits
 from fxprune.fits import Fit, Sight, fit_affine, fit_statistics
 from fxprune.healing import mend
 from tests.models import build, labelled, pixels
@@ -45,6 +46,22 @@ def test_call_after_call_gives_what_all_at_once_give(kind: str) -> None:
             end()
     for found, value in zip(layer.state_dict().values(), whole.state_dict().values(), strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [partial(nn.Conv2d, 6, 4, 3, groups=2, bias=False), partial(nn.Linear, 9, 4)])
+@torch.no_grad()
+def test_by_rows_gives_what_by_weights_gives(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, wide = build(make).eval(), build(make).eval()
+    x = pixels(8, 6, 7, 9, seed=1) + 5
+    wanted = layer(x.flip(0)) + 3 * layer(x)
+    monkeypatch.setattr(fits, "_fit_channels", lambda *_: None)
+    fit_affine(layer, Sight([x], [wanted]))
+    monkeypatch.setattr(fits, "WIDEST", 1)
+    sums: dict[str, Tensor] = {}
+    for part in (slice(0, 3), slice(3, 8)):
+        fit_affine(wide, Sight([x[part]], [wanted[part]], sums=sums))
+    for found, value in zip(wide.state_dict().values(), layer.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-3)
 
 
 class Pyramid(nn.Module):
