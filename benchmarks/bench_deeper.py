@@ -38,6 +38,7 @@ from fxprune.search import STRATEGIES, TRIES, Search
 
 NAME = "bench_deeper"
 BUDGETS = (0.1, 0.2, 0.3, 0.4)
+COSTS = ("flops", "latency")
 KEYS = ("model", "strategy", "heal", "budget", "cost")
 GOALS = {0.1: 0.002, 0.2: 0.005, 0.3: 0.015, 0.4: 0.05}
 """What a budget may cost of mAP."""
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="mAP of deeper cuts by strategy and healing.")
     add_cut_options(parser)
     parser.add_argument("--heals", nargs="+", default=list(HEALERS), choices=list(HEALERS))
-    parser.add_argument("--cost", default="flops", choices=("flops", "latency"))
+    parser.add_argument("--cost", default="flops", choices=COSTS)
     parser.add_argument("--tries", type=int, default=TRIES)
     parser.add_argument("--steps", type=int, default=400, help="of mimic")
     options = parser.parse_args(argv)

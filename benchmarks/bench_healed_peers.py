@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_deeper import KEYS, add_cut_options, kept
+from benchmarks.bench_deeper import COSTS, KEYS, add_cut_options, kept
 from benchmarks.bench_deeper import NAME as OURS
 from benchmarks.bench_peers import PEERS
 from benchmarks.channels import first_line, first_working_way, prune_channels
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     """Compare the detectors asked for, write rows model by model in place of those of the same cuts, render."""
     parser = argparse.ArgumentParser(description="Healed blocks against fine-tuned channels.")
     add_cut_options(parser)
-    parser.add_argument("--costs", nargs="+", default=["flops", "latency"], choices=["flops", "latency"])
+    parser.add_argument("--costs", nargs="+", default=list(COSTS), choices=COSTS)
     parser.add_argument("--sweep", nargs="+", type=float, default=list(SWEEP), help="pruning ratios of Torch-Pruning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-4, 5e-4], help="of its fine-tuning")
     parser.add_argument("--rounds", type=int, default=31, help="of timing")

@@ -30,7 +30,7 @@ UNALIKE = 0.1
 WIDEST = 5000
 """Weights of one output channel beyond which least squares are solved by rows, not by weights."""
 MOST_WIDE = 6144
-"""Rows that are looked at then, at most, in each process and call."""
+"""About so many rows are looked at then, at most, at each call; of all processes together."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,7 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
     if weight is None or not weight.is_floating_point():
         return
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        if weight[0].numel() > WIDEST:
-            _fit_by_rows(layer, sight)
-        else:
-            moments = _fit_by_weights(layer, sight)
-            if bias is not None and sight.changed:
-                _fit_channels(weight, bias, moments)
+        (_fit_by_weights if weight[0].numel() <= WIDEST else _fit_by_rows)(layer, sight)
     elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
         pairs = zip(sight.inputs, sight.wanted, strict=True)
         sums = [_moments(channels_last(layer.forward(x)).double(), channels_last(y).double()) for x, y in pairs]
@@ -138,53 +133,57 @@ def _moments(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([count, *(value.sum(0) for value in (x, y, x * x, y * y, x * y))])
 
 
-def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight) -> Tensor:
-    """Least squares; returns the moments (6, C) of what the layer, with a bias, gives then and of what it gave."""
-    now = sight.sums.setdefault("held", _matrix(layer))
+def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
+    """Least squares; then channels that have a bias get the mean and the spread there were."""
+    now, bias = sight.sums.setdefault("held", _matrix(layer)), layer.bias
     groups, inputs, outputs = len(now), now.shape[1] - 1, now.shape[2]
     share = _share(layer, sight, max(ROWS * inputs, min(MOST, WORK / inputs**2)))
     parts = list(_joined(_samples(layer, sight, share), inputs))
-    origin = _origin(parts, now, sight)
+    origin = None if bias is None else _origin(parts, now, sight)
     gram = now.new_zeros(groups, inputs + 1, inputs + 1)
     cross, square = torch.zeros_like(now), now.new_zeros(groups, outputs)
     for u, v in parts:
-        u, v = (rows - middle[:, None].to(rows.dtype) for rows, middle in zip((u, v), origin, strict=True))
+        if origin is not None:
+            u, v = (rows - middle[:, None].to(rows.dtype) for rows, middle in zip((u, v), origin, strict=True))
         gram += (u.transpose(1, 2) @ u).double()
         cross += (u.transpose(1, 2) @ v).double()
         square += v.double().square().sum(1)
     sums = (("gram", gram), ("cross", cross), ("square", square))
-    gram, cross, square = _moved([sight.add(name, value / share) for name, value in sums], origin)
-    if sight.changed:
-        mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
-        ridge = torch.diag_embed((RIDGE * mean)[:, None].expand(-1, inputs + 1))
-        now = torch.linalg.solve(gram + ridge, cross + ridge @ now)
-        _set_matrix(layer, now)
-    given = gram @ now
-    count = gram[:, -1, -1:].expand(-1, outputs)
-    moments = (count, given[:, -1], cross[:, -1], (now * given).sum(1), square, (now * cross).sum(1))
-    return torch.stack([value.flatten() for value in moments])
+    gram, cross, square = (sight.add(name, value / share) for name, value in sums)
+    if not sight.changed:
+        return
+    if origin is not None:
+        gram, cross, square = _moved(gram, cross, square, origin)
+    mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
+    ridge = torch.diag_embed((RIDGE * mean)[:, None].expand(-1, inputs + 1))
+    now = torch.linalg.solve(gram + ridge, cross + ridge @ now)
+    _set_matrix(layer, now)
+    if bias is not None:
+        given, count = gram @ now, gram[:, -1, -1:].expand(-1, outputs)
+        moments = (count, given[:, -1], cross[:, -1], (now * given).sum(1), square, (now * cross).sum(1))
+        _fit_channels(layer.weight, bias, torch.stack([value.flatten() for value in moments]))
 
 
 def _origin(parts: Sequence[tuple[Tensor, Tensor]], like: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-    """Where a layer with a bias has the middle of what it reads and should give, at its first call; else zero.
+    """Where a layer with a bias has the middle of what it reads and should give, at its first call.
 
     Products of what is far from zero would be too coarse in float32 to tell a small spread by.
     """
+    ones = like.shape[1] - 1
     if "middle" not in sight.sums:
         sums = like.new_zeros(len(like), like.shape[1] + like.shape[2])
         for u, v in parts:
             sums += torch.cat([u.double().sum(1), v.double().sum(1)], 1)
         sums = summed(sums)
-        count = sums[:, like.shape[1] - 1 : like.shape[1]].clone()  # of ones: none without a bias
-        sums[:, like.shape[1] - 1] = 0.0
-        sight.sums["middle"] = torch.where(count > 0, sums / count.clamp_min(1.0), 0.0)
+        sight.sums["middle"] = sums / sums[:, ones : ones + 1].clamp_min(1.0)
+        sight.sums["middle"][:, ones] = 0.0
     middle = sight.sums["middle"]
-    return middle[:, : like.shape[1]], middle[:, like.shape[1] :]
+    return middle[:, : ones + 1], middle[:, ones + 1 :]
 
 
-def _moved(sums: Sequence[Tensor], origin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _moved(gram: Tensor, cross: Tensor, square: Tensor, origin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of products about an origin as they are about zero; the last of what is read is one for each place."""
-    (gram, cross, square), (u, v) = sums, origin
+    u, v = origin
     once, total, count = gram[:, :, -1:], cross[:, -1:], gram[:, -1:, -1:]
     u, v = u[:, :, None], v[:, None]
     return (
@@ -197,7 +196,7 @@ def _moved(sums: Sequence[Tensor], origin: tuple[Tensor, Tensor]) -> tuple[Tenso
 def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
     """The same least squares where rows are fewer than weights: ``W_now + (y - W_now u)(u^T u + r)^-1 u^T``."""
     held = sight.sums.setdefault("held", _matrix(layer))
-    parts = gathered(list(_joined(_samples(layer, sight, _share(layer, sight, MOST_WIDE)), MOST_WIDE)))
+    parts = gathered(list(_samples(layer, sight, _share(layer, sight, MOST_WIDE))))
     for place, name in enumerate(("u", "v")):
         earlier = [sight.sums[name]] if name in sight.sums else []
         sight.sums[name] = torch.cat([*earlier, *(part[place] for own in parts for part in own)], 1)

@@ -7,8 +7,8 @@ one layer.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
@@ -48,23 +48,27 @@ def run_in_step(
     >>> seen
     [0, 0]
     """
-    workers = {name: _Worker(run) for name, run in runs.items()}
     answers: Mapping[Any, Any] = {}
-    try:
-        while workers:
-            met = {name: worker.resume(answers.get(name)) for name, worker in workers.items()}
-            workers = {name: worker for name, worker in workers.items() if met[name] is not None}
-            points = {met[name][0] for name in workers}
-            if len(points) > 1:
-                raise ModelError(
-                    f"batches take different ways through the model: some are at {', '.join(sorted(map(str, points)))}"
-                    " while others are elsewhere; give calibration batches of one size"
-                )
-            for point in points:
-                answers = decide(point, {name: met[name][1] for name in workers})
-    finally:
-        for worker in workers.values():
-            worker.stop()
+    with ThreadPoolExecutor(max(1, len(runs))) as pool:
+        workers: dict[Any, _Worker] = {}
+        try:
+            for name, run in runs.items():
+                workers[name] = _Worker(pool, run)
+            while workers:
+                met = {name: worker.resume(answers.get(name)) for name, worker in workers.items()}
+                workers = {name: worker for name, worker in workers.items() if met[name] is not None}
+                points = {met[name][0] for name in workers}
+                if len(points) > 1:
+                    raise ModelError(
+                        f"batches take different ways through the model: some are at"
+                        f" {', '.join(sorted(map(str, points)))} while others are elsewhere;"
+                        " give calibration batches of one size"
+                    )
+                for point in points:
+                    answers = decide(point, {name: met[name][1] for name in workers})
+        finally:
+            for worker in workers.values():
+                worker.stop()
 
 
 class _Stopped(BaseException):
@@ -74,39 +78,28 @@ class _Stopped(BaseException):
 class _Worker:
     """A function in a thread that runs only while `resume` waits for it."""
 
-    def __init__(self, run: Callable[[Meet], None]) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, run: Callable[[Meet], None]) -> None:
         self.inbox: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
-        self.outbox: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        self.thread = threading.Thread(target=self._work, args=(run,), daemon=True)
-        self.thread.start()
+        self.outbox: SimpleQueue[tuple[Any, Any] | Future[None]] = SimpleQueue()
+        pool.submit(self._work, run).add_done_callback(self.outbox.put)
 
     def resume(self, answer: Any) -> Any:
         """Let it run to its next meeting; returns point and value, or None if it is done."""
         self.inbox.put((True, answer))
-        met, error = self.outbox.get()
-        if error is not None:
-            raise error
-        return met
+        met = self.outbox.get()
+        return met.result() if isinstance(met, Future) else met
 
     def stop(self) -> None:
         """Let it end where it waits."""
         self.inbox.put((False, None))
-        self.thread.join()
 
+    @torch.no_grad()
     def _work(self, run: Callable[[Meet], None]) -> None:
-        error: BaseException | None = None
-        try:
-            with torch.no_grad():
-                self._wait()
-                run(self._meet)
-        except _Stopped:
-            pass
-        except BaseException as raised:  # handed to whoever waits
-            error = raised
-        self.outbox.put((None, error))
+        self._wait()
+        run(self._meet)
 
     def _meet(self, point: Hashable, value: Any) -> Any:
-        self.outbox.put(((point, value), None))
+        self.outbox.put((point, value))
         return self._wait()
 
     def _wait(self) -> Any:
