@@ -156,7 +156,7 @@ def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
         gram, cross, square = _moved(gram, cross, square, origin)
     mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
     ridge = torch.diag_embed((RIDGE * mean)[:, None].expand(-1, inputs + 1))
-    now = torch.linalg.solve(gram + ridge, cross + ridge @ now)
+    now = _solved(gram + ridge, cross + ridge @ now)
     _set_matrix(layer, now)
     if bias is not None:
         given, count = gram @ now, gram[:, -1, -1:].expand(-1, outputs)
@@ -205,8 +205,13 @@ def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
         kernel = (u @ u.transpose(1, 2)).double()
         ridge = RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-12) / (u.shape[2] - 1)
         kernel.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        step = u.transpose(1, 2) @ torch.linalg.solve(kernel, (v - u @ held.to(u.dtype)).double()).to(u.dtype)
+        step = u.transpose(1, 2) @ _solved(kernel, (v - u @ held.to(u.dtype)).double()).to(u.dtype)
         _set_matrix(layer, held + step.double())
+
+
+def _solved(matrices: Tensor, right: Tensor) -> Tensor:
+    """Solutions group by group: on several threads, torch's LU of a batch may be wrong (pytorch issue 142815)."""
+    return torch.stack([torch.linalg.solve(matrix, side) for matrix, side in zip(matrices, right, strict=True)])
 
 
 def _matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:

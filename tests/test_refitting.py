@@ -64,6 +64,22 @@ def test_by_rows_gives_what_by_weights_gives(make: Callable[[], nn.Module], monk
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_wide_groups_are_fitted_alike_on_any_number_of_threads() -> None:
+    """What torch's LU of a batch is not: it gave NaN for matrices of more than about 150 rows."""
+    found, threads = [], torch.get_num_threads()
+    x = pixels(8, 64, 9, 9, seed=1)
+    for number in (1, 2):
+        layer = build(partial(nn.Conv2d, 64, 8, 3, groups=2)).eval()
+        try:
+            torch.set_num_threads(number)
+            fit_affine(layer, Sight([x], [layer(x.flip(0))]))
+        finally:
+            torch.set_num_threads(threads)
+        found.append(layer.weight)
+    torch.testing.assert_close(*found)
+
+
 class Pyramid(nn.Module):
     """Two levels and one head; a layer that can go changes the second level, or the first one."""
 
