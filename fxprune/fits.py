@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -196,10 +197,11 @@ def _moved(gram: Tensor, cross: Tensor, square: Tensor, origin: tuple[Tensor, Te
 def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
     """The same least squares where rows are fewer than weights: ``W_now + (y - W_now u)(u^T u + r)^-1 u^T``."""
     held = sight.sums.setdefault("held", _matrix(layer))
-    parts = gathered(list(_samples(layer, sight, _share(layer, sight, MOST_WIDE))))
+    shares = gathered(list(_samples(layer, sight, _share(layer, sight, MOST_WIDE))))
+    parts = [part for turn in zip_longest(*shares) for part in turn if part is not None]  # as one process has them
     for place, name in enumerate(("u", "v")):
         earlier = [sight.sums[name]] if name in sight.sums else []
-        sight.sums[name] = torch.cat([*earlier, *(part[place] for own in parts for part in own)], 1)
+        sight.sums[name] = torch.cat([*earlier, *(part[place] for part in parts)], 1)
     if sight.changed:
         u, v = sight.sums["u"], sight.sums["v"]
         kernel = (u @ u.transpose(1, 2)).double()

@@ -30,6 +30,7 @@ ANALYSES: dict[str, Job] = {
 HEALINGS: dict[str, Job] = {
     "norms": partial(heal, method="norms"),
     "affine": partial(heal, method="affine"),
+    "affine by rows": processes.heal_by_rows,
     "mimic": partial(heal, method="mimic", steps=10),
 }
 JOBS: dict[str, Job] = {
@@ -126,7 +127,9 @@ def test_where_targets_came_from_is_known_to_all(together: list[dict[str, Any]])
     assert {found["some labels"]["settings"]["targets"] for found in together} == {words}
 
 
-@pytest.mark.parametrize(("name", "relative"), [("norms", 1e-6), ("affine", 1e-6), ("mimic", 1e-5)])
+@pytest.mark.parametrize(
+    ("name", "relative"), [("norms", 1e-6), ("affine", 1e-6), ("affine by rows", 1e-6), ("mimic", 1e-5)]
+)
 def test_healing_is_that_of_one(
     name: str, relative: float, together: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
