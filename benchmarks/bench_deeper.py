@@ -7,8 +7,8 @@
 The images come without labels: the detector labels them itself. Rows go to ``results/bench_deeper.jsonl``, one a
 detector, strategy, healing, cost and budget; those that are there are not made again, and what another strategy
 or budget removed too is not healed again. Seconds are processor time, which other work on the machine hardly changes.
-The table is ``results/deeper.md``. What ``mimic`` leaves is kept in the cache folder (see `benchmarks.train`), for
-whoever compares it with something else.
+The table is ``results/deeper.md``. What ``affine`` and ``mimic`` leave is kept in the cache folder (see
+`benchmarks.train`), for whoever compares it with something else.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ COSTS = ("flops", "latency")
 KEYS = ("model", "strategy", "heal", "budget", "cost")
 GOALS = {0.1: 0.002, 0.2: 0.005, 0.3: 0.015, 0.4: 0.05}
 """What a budget may cost of mAP."""
+KEPT = ("affine", "mimic")
+"""The healings whose detectors are kept."""
 
 console = Console(stderr=True)
 
@@ -102,18 +104,18 @@ def cut(
         pruned = fxprune.apply(pruned, plan)
     for heal in heals:
         row = facts(subject, strategy, heal, budget, options, plans) | cost | {"unpruned_mAP": subject.unpruned["mAP"]}
-        place = kept(subject.name, strategy, heal, budget, options.cost)
+        place = place_of(row)
         twin = same_cut(row)
         if twin is None:
             started = time.process_time()
             healed = fxprune.heal(pruned, subject.model, calibration, heal, steps=options.steps)
             row |= {"heal_seconds": time.process_time() - started, **scores_of(subject, healed)}
-            if heal == "mimic":
+            if heal in KEPT:
                 fxprune.save(healed, place, overwrite=True)
         else:
             row |= {key: twin[key] for key in ("heal_seconds", "mAP", "mAP50")}
-            if heal == "mimic":
-                shutil.copytree(kept(*(twin[key] for key in KEYS)), place, dirs_exist_ok=True)
+            if heal in KEPT:
+                shutil.copytree(place_of(twin), place, dirs_exist_ok=True)
         append_row(NAME, row)
         console.print(
             f"{subject.name}: {options.cost} {budget}, {strategy}, {heal}: mAP {row['mAP']:.3f},"
@@ -172,9 +174,9 @@ def found_before(
     return plans, {key: row[key] for key in ("flops_cut", "predicted_latency_cut", "search_seconds")}
 
 
-def kept(model: str, strategy: str, heal: str, budget: float, cost: str) -> Path:
-    """Where a healed detector is kept."""
-    return cache_folder() / "deeper" / f"{model}-{strategy}-{heal}-{budget}-{cost}"
+def place_of(row: Row) -> Path:
+    """Where the healed detector that a row is of is kept."""
+    return cache_folder() / "deeper" / "-".join(str(row[key]) for key in KEYS)
 
 
 def known(subject: Subject, strategy: str, heal: str, budget: float, cost: str) -> bool:
@@ -184,9 +186,13 @@ def known(subject: Subject, strategy: str, heal: str, budget: float, cost: str) 
 
 
 def same_cut(row: Row) -> Row | None:
-    """The row of another strategy or budget that removed the same and was healed in the same way, if there is one."""
+    """The row of another strategy or budget that removed the same and was healed in the same way, if there is one.
+
+    And if the detector, where it is to be kept, is still there.
+    """
     alike = ("model", "heal", "steps", "images", "regions", "machine")
-    return next((other for other in read_rows(NAME) if all(row[key] == other[key] for key in alike)), None)
+    same = (other for other in read_rows(NAME) if all(row[key] == other[key] for key in alike))
+    return next((other for other in same if row["heal"] not in KEPT or place_of(other).exists()), None)
 
 
 def facts(

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_deeper import COSTS, KEYS, add_cut_options, kept
+from benchmarks.bench_deeper import COSTS, KEPT, KEYS, add_cut_options, place_of
 from benchmarks.bench_deeper import NAME as OURS
 from benchmarks.bench_peers import PEERS
 from benchmarks.channels import first_line, first_working_way, prune_channels
@@ -43,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Healed blocks against fine-tuned channels.")
     add_cut_options(parser)
     parser.add_argument("--costs", nargs="+", default=list(COSTS), choices=COSTS)
+    parser.add_argument("--heals", nargs="+", default=list(KEPT), choices=KEPT)
     parser.add_argument("--sweep", nargs="+", type=float, default=list(SWEEP), help="pruning ratios of Torch-Pruning")
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-4, 5e-4], help="of its fine-tuning")
     parser.add_argument("--rounds", type=int, default=31, help="of timing")
@@ -71,7 +71,7 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
         seconds, limit = row["search_seconds"] + row["heal_seconds"], timed.ratio(key).median
         columns = timed.columns(key)
         shared = {
-            "model": subject.name, "strategy": row["strategy"], "cost": row["cost"], "budget": row["budget"],
+            **{name: row[name] for name in KEYS},
             "mAP": row["mAP"], "seconds": seconds, **columns, "rounds": options.rounds,
             "timed_images": options.timed_images, "images": row["images"], "val_images": row["val_images"],
             "machine": machine(), "error": error,
@@ -89,26 +89,21 @@ def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
     wanted = {
         "model": [subject.name],
         "strategy": options.strategies,
-        "heal": ["mimic"],
+        "heal": options.heals,
         "budget": options.budgets,
         "cost": options.costs,
     }
     return all(row[key] in values for key, values in wanted.items()) and place_of(row).exists()
 
 
-def place_of(row: Row) -> Path:
-    """Where what a row is of was kept."""
-    return kept(*(row[key] for key in KEYS))
-
-
-def cut_of(row: Row) -> tuple[str, str, str, float]:
+def cut_of(row: Row) -> tuple[str, str, str, float, str]:
     """What tells rows apart: of the same they are replaced, others stay."""
-    return row["model"], row["cost"], row["strategy"], row["budget"]
+    return row["model"], row["cost"], row["strategy"], row["budget"], row["heal"]
 
 
 def row_key(row: Row) -> str:
     """Name of a version of ours."""
-    return f"{row['strategy']} {row['budget']:.0%} {row['cost']}"
+    return f"{row['strategy']} {row['budget']:.0%} {row['cost']} {row['heal']}"
 
 
 def peers(subject: Subject, sweep: Sequence[float]) -> tuple[dict[str, nn.Module], str | None]:
@@ -142,7 +137,7 @@ def tuned(subject: Subject, model: nn.Module, seconds: float, rates: Sequence[fl
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """One line a detector and cut."""
-    yield "| model | strategy | budget | latency | seconds | mAP | Torch-Pruning, as pruned | and tuned | its latency |"
+    yield "| model | strategy, heal | budget | latency | s | mAP | Torch-Pruning, as pruned | and tuned | its latency |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|--:|"
     for row in sorted(rows, key=cut_of):
         if row.get("peer_mAP") is None:
@@ -150,7 +145,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         else:
             theirs = [f"{row['peer_pruned_mAP']:.3f}", f"{row['peer_mAP']:.3f}", f"{row['peer_latency_ratio']:.2f}"]
         spread = f"{row['latency_ratio']:.2f} [{row['latency_ratio_low']:.2f}, {row['latency_ratio_high']:.2f}]"
-        ours = [row["model"], row["strategy"], f"{row['budget']:.0%} {row['cost']}", spread]
+        ours = [row["model"], f"{row['strategy']}, {row['heal']}", f"{row['budget']:.0%} {row['cost']}", spread]
         ours += [f"{row['seconds']:.0f}", f"{row['mAP']:.3f}"]
         yield f"| {' | '.join([*ours, *theirs])} |"
 

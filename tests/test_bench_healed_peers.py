@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -85,9 +86,14 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
     ((plan,), _) = known
     assert 1 - plan.after.flops / plan.before.flops == rows[0]["flops_cut"]
     assert rows[1]["mAP"] == rows[3]["mAP"]
-    places = [bench_deeper.kept(*(row[key] for key in bench_deeper.KEYS)) for row in (rows[1], rows[3])]
+    places = [bench_deeper.place_of(row) for row in (rows[1], rows[3])]
     first, second = (fxprune.load(subject.model, place).state_dict() for place in places)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert bench_deeper.same_cut(rows[1]) == rows[1]
+    shutil.rmtree(places[0])
+    assert bench_deeper.same_cut(rows[1]) == rows[3]
+    shutil.rmtree(places[1])
+    assert bench_deeper.same_cut(rows[1]) is None  # what was kept is lost: to be healed again
 
 
 @needs_peer
@@ -116,13 +122,13 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
         bench_healed_peers.main([*given, *other])
     assert results.read_rows("bench_healed_peers") == [row]
     (line,) = (tmp_path / "healed_peers.md").read_text().splitlines()[2:]
-    assert line.startswith("| tiny | one_shot | 20% flops | ")
+    assert line.startswith("| tiny | one_shot, mimic | 20% flops | ")
 
 
 def test_a_peer_that_fails_or_is_never_that_fast_is_said_so() -> None:
-    shared = {"model": "m", "strategy": "search", "seconds": 9.0, "mAP": 0.5, "latency_ratio": 0.8}
+    shared = {"model": "m", "strategy": "search", "heal": "mimic", "seconds": 9.0, "mAP": 0.5, "latency_ratio": 0.8}
     shared |= {"latency_ratio_low": 0.7, "latency_ratio_high": 0.9, "cost": "latency", "error": None}
     rows = [shared | {"budget": 0.2}, shared | {"budget": 0.3, "error": "ValueError: no"}]
     first, second = list(bench_healed_peers.table(rows))[2:]
-    assert first == "| m | search | 20% latency | 0.80 [0.70, 0.90] | 9 | 0.500 | never that fast |  |  |"
+    assert first == "| m | search, mimic | 20% latency | 0.80 [0.70, 0.90] | 9 | 0.500 | never that fast |  |  |"
     assert "| fails |" in second
