@@ -56,9 +56,8 @@ def compile(
         What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
     strategy : str
         ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
-        each. ``"search"``, which pays from a budget of 0.2 on: up to `tries` plans, proposed by the scores, mended on
-        64 images and judged by the loss on 64 others, at about five forward passes over 64 each. Both can be
-        interrupted (Ctrl-C) and give the best so far.
+        each. ``"search"``, for budgets of 0.2 on: `tries` plans, proposed by the scores, mended on 64 images, judged by
+        the loss on 64 others: about five forward passes over 64 a plan. Interrupted, both give the best so far.
     heal : str
         How it is mended, see `fxprune.heal`. All but ``"none"`` keep the batches in memory.
 
