@@ -1,14 +1,15 @@
 """Budgets of latency: what cuts were predicted to gain, and what they gain.
 
-    python -m benchmarks.bench_latency [MODEL ...] [--backends eager inductor] [--budgets 0.1 0.2 0.3] [--rounds 31]
+    python -m benchmarks.bench_latency [MODEL ...] [--untrained] [--backends eager inductor] [--rounds 31]
 
-For each trained detector: plans by ``fisher`` that take a tenth and more of its latency, the cut that both ways to find
+For each detector: plans by ``fisher`` that take a tenth and more of its latency, the cut that both ways to find
 a region's part predict (the shares of its nodes under an interpreter; itself cut out, once and twice in a row), and
 the cut that is measured, the unpruned detector and itself again (the A/A floor) in turn with it, all on the first
 calibration batch. The plan is by the way that the backend has in `fxprune.latency.BACKENDS`, bold in the table.
 Detectors are made to find nothing (``--boxes`` leaves them as they are): one that a cut has broken finds boxes
-everywhere, and suppressing those takes longer than what the cut saves. Rows go to ``results/bench_latency.jsonl``, the
-table to ``results/latency.md``.
+everywhere, and suppressing those takes longer than what the cut saves. The rest of the time is the same whatever the
+weights are: ``--untrained`` needs no training, other regions are the least important then. Rows go to
+``results/bench_latency.jsonl``, the table to ``results/latency.md``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from fxprune.latency import BACKENDS, Backend, Probe, Watched, by_nodes, by_piec
 from fxprune.timing import Ratio, interleave, ratio_of
 
 PROBES: Mapping[str, Callable[[Watched], Probe]] = {"nodes": by_nodes, "pieces": by_pieces}
+FLAGS = {"untrained": "untrained", "boxes": "with boxes"}
 GOAL = 0.15
 """How far a predicted cut may be from the measured one, as a share of that."""
 
@@ -53,10 +55,15 @@ def main(argv: list[str] | None = None) -> None:
         if not options.boxes:
             silence(subject.model)
         for backend in options.backends:
-            key = f"{subject.name}, {backend}{', with boxes' if options.boxes else ''}"
+            key = ", ".join([subject.name, backend, *flags_of(vars(options))])
             replace_rows("bench_latency", key, [row | {"model": key} for row in measure(subject, backend, options)])
             torch._dynamo.reset()
     (RESULTS / "latency.md").write_text("\n".join(table()) + "\n", encoding="utf-8")
+
+
+def flags_of(options: Mapping[str, Any]) -> Iterator[str]:
+    """What a row is of besides detector and backend, in words."""
+    return (said for flag, said in FLAGS.items() if options.get(flag))
 
 
 def silence(model: nn.Module) -> None:
@@ -83,7 +90,7 @@ def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iter
             "flops_cut": 1 - plan.after.flops / plan.before.flops, "latency_cut": 1 - ratio.median,
             "latency_cut_low": 1 - ratio.high, "latency_cut_high": 1 - ratio.low,
             "floor": floor.median, "floor_low": floor.low, "floor_high": floor.high, "error": ratio.error,
-            "boxes": options.boxes, "removed": [region.name for region in plan.removed],
+            "boxes": options.boxes, "untrained": options.untrained, "removed": [region.name for region in plan.removed],
             "rounds": options.rounds, "machine": machine(),
         }  # fmt: skip
         for name, (whole, own) in predicted.items():
@@ -145,7 +152,7 @@ def table() -> Iterator[str]:
 def cells(row: Mapping[str, Any]) -> Iterator[str]:
     """One line of the table."""
     own = next(name for name, probe in PROBES.items() if probe is BACKENDS[row["backend"]].probe)
-    yield row["detector"] + (", with boxes" if row["boxes"] else "")
+    yield ", ".join([row["detector"], *flags_of(row)])
     yield row["backend"]
     yield str(row["images"])
     yield f"{row['ms']:.1f}"

@@ -135,6 +135,7 @@ def read_items(dataset: CocoDataset, limit: int | None) -> Items:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which detectors and which data."""
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(DETECTORS)}; by default all")
+    parser.add_argument("--untrained", action="store_true", help="their weights at random, where only time matters")
     parser.add_argument("--coco", type=Path, metavar="DIR", help="COCO 2017 (val2017, train2017 and annotations in DIR)"
                         " and released weights; MODEL is a torchvision detector or an ultralytics .pt")  # fmt: skip
     parser.add_argument("--images", type=Path, metavar="DIR", help="val images of any COCO-format set")
@@ -180,12 +181,20 @@ def trained(name: str, options: argparse.Namespace) -> Subject:
     """One of the six, with composed digits."""
     if name not in DETECTORS:
         raise SystemExit(f"{name!r} is none of the trained detectors: {', '.join(DETECTORS)}")
-    model, size = load_trained(name), DETECTORS[name].size
+    size = DETECTORS[name].size
+    model = random_weights(name) if options.untrained else load_trained(name)
     val = CocoDataset.from_folder(digits_folder(size) / "val")
     calibration = CocoDataset.from_folder(calibration_folder(size, options.calibration))
     return Subject(
         name, model, read_items(val, options.val), read_items(calibration, options.calibration), image_size=size
     )
+
+
+def random_weights(name: str) -> nn.Module:
+    """One of the six as it is before training, the same every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return DETECTORS[name].build(DETECTORS[name].size).eval()
 
 
 def released(name: str) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from fxprune.errors import LossError
 from fxprune.graph import CALLED, dotted, is_weighted, structure_of
-from fxprune.operations import is_spare
+from fxprune.operations import in_place_layers
 from fxprune.shapes import specs_of
 from fxprune.tracer import StructureTracer
 
@@ -287,10 +287,8 @@ def install(model: nn.Module, name: str, new: nn.Module, functional: bool = True
     overwrite a fresh value which nothing else reads keep their flag.
     """
     if isinstance(new, fx.GraphModule):
-        for node in new.graph.nodes:
-            if node.op == "call_module" and hasattr(layer := new.get_submodule(str(node.target)), "inplace"):
-                harmless = not functional and all(is_spare(new, read) for read in node.all_input_nodes)
-                layer.inplace = bool(layer.inplace) and harmless  # type: ignore[assignment]
+        for _, layer, harmless in in_place_layers(new):
+            layer.inplace = bool(layer.inplace) and harmless and not functional  # type: ignore[assignment]
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():

@@ -14,6 +14,8 @@ from torch import fx, nn
 SOURCE, SINK = "<source>", "<sink>"
 CALLED = "fxprune_called"
 """Key of a captured graph's meta: paths of the modules that were traced into."""
+WRITTEN = "fxprune_written"
+"""Key of a node's meta: the in-place function that the program calls there."""
 
 
 def qualified_name(target: Any) -> str:

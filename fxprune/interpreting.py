@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.operations import in_place_functions
 from fxprune.shapes import bind
 from fxprune.timing import stopwatch
 
@@ -143,11 +144,15 @@ class NodeTimer:
 
 
 class _TimingInterpreter(fx.Interpreter):
-    """Times calls alone: no other way of running a graph looks arguments up as an interpreter does."""
+    """Times calls alone: no other way of running a graph looks arguments up as an interpreter does.
+
+    Functions overwrite what those of the program do, unless something else reads it.
+    """
 
     def __init__(self, gm: fx.GraphModule, island: str, timer: NodeTimer) -> None:
         super().__init__(gm)
         self.island, self.timer, self.current = island, timer, ""
+        self.written = {node.name: written for node, written in in_place_functions(gm)}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         begin = self.timer.moment()
@@ -165,8 +170,8 @@ class _TimingInterpreter(fx.Interpreter):
     def call_module(self, *args: Any) -> Any:
         return self._timed(super().call_module, args)
 
-    def call_function(self, *args: Any) -> Any:
-        return self._timed(super().call_function, args)
+    def call_function(self, target: Any, *args: Any) -> Any:
+        return self._timed(super().call_function, (self.written.get(self.current, target), *args))
 
     def call_method(self, *args: Any) -> Any:
         return self._timed(super().call_method, args)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from fxprune.graph import class_names, qualified_name
+from fxprune.graph import WRITTEN, class_names, qualified_name
 
 ADDITIONS: frozenset[Any] = frozenset({operator.add, torch.add, "add"})
 """Targets that sum two values."""
@@ -62,6 +63,22 @@ def is_spare(gm: fx.GraphModule, node: fx.Node) -> bool:
         return class_names(gm.get_submodule(str(node.target)))[0].startswith(FRESH_MODULES)
     called = node.op in ("call_function", "call_method")
     return called and (node.target in {*ADDITIONS, operator.iadd} or qualified_name(node.target) in NORM_FUNCTIONS)
+
+
+def in_place_layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Path of each layer called that has an in-place flag, the layer, and whether that call may overwrite its input."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and hasattr(layer := gm.get_submodule(str(node.target)), "inplace"):
+            yield str(node.target), layer, all(is_spare(gm, read) for read in node.all_input_nodes)
+
+
+def in_place_functions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
+    """Calls of functions for which the program calls in-place ones, and these, where nothing else reads what they
+    overwrite."""
+    for node in gm.graph.nodes:
+        written, overwritten = node.meta.get(WRITTEN), node.args[0] if node.args else None
+        if written is not None and isinstance(overwritten, fx.Node) and is_spare(gm, overwritten):
+            yield node, written
 
 
 def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:

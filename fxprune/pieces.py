@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Piece:
     stand_in: int
     calls: tuple[tuple[Any, ...], ...]
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """The same for regions that do the same work: equal layers on equally sized values."""
         rows = []

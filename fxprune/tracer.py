@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from fxprune.graph import class_names
+from fxprune.graph import WRITTEN, class_names
 from fxprune.interrupts import uninterrupted
 
 LEAVES: dict[str, str] = {
@@ -38,8 +38,6 @@ IN_PLACE: dict[Any, Callable[..., Any]] = {
     torch.zero_: torch.zeros_like,
 }
 """In-place functions and what computes the same into a new tensor; the augmented assignments are among them."""
-WRITTEN = "fxprune_written"
-"""Key of a node's meta: the in-place function that the program calls there."""
 
 _STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
     "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,

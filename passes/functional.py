@@ -7,8 +7,8 @@ from collections.abc import Collection
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.operations import is_spare
-from fxprune.tracer import WRITTEN, functional_form, is_in_place
+from fxprune.operations import in_place_functions
+from fxprune.tracer import functional_form, is_in_place
 
 VIEWS = frozenset(
     {"getitem", "chunk", "split", "view", "reshape", "transpose", "permute", "flatten", "unbind", "detach", "squeeze"}
@@ -66,10 +66,8 @@ def overwrite_again(gm: fx.GraphModule) -> PassResult:
         `modified` says whether any function changed.
     """
     modified = False
-    for node in gm.graph.nodes:
-        written, overwritten = node.meta.get(WRITTEN), node.args[0] if node.args else None
-        if written is not None and isinstance(overwritten, fx.Node) and is_spare(gm, overwritten):
-            node.target, modified = written, True
+    for node, written in in_place_functions(gm):
+        node.target, modified = written, True
     gm.recompile()
     return PassResult(gm, modified)
 

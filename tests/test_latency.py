@@ -18,6 +18,7 @@ from fxprune.latency import (
     BACKENDS,
     Backend,
     Latency,
+    Watched,
     beyond_chance,
     by_nodes,
     by_pieces,
@@ -214,6 +215,25 @@ def test_the_floor_is_how_far_the_whole_strays_from_itself(model: nn.Module, clo
     steady = measured(model, clock).settings["floor"]
     clock.slow_down(model.get_submodule(""), 0.0, 2.0, 1.0, 0.0, 4.0)
     assert steady < 1e-9 < 0.02 < measured(model, clock, rounds=8).settings["floor"] < 1
+
+
+@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+def test_graphs_overwrite_what_the_model_does_while_they_are_timed(
+    model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
+) -> None:
+    seen: list[set[bool]] = []
+
+    def watching(watched: Watched) -> Any:
+        acts = [part.inplace for _, gm in watched.graphs for part in gm.modules() if isinstance(part, nn.ReLU)]
+        seen.append(set(acts))
+        return probe(watched)
+
+    for inplace in (True, False):
+        for part in model.modules():
+            if isinstance(part, nn.ReLU):
+                part.inplace = inplace
+        assert measured(model, clock, on(watching)).regions_ms == pytest.approx(REGIONS)
+    assert seen == [{True}, {False}]
 
 
 # What is left as it was ----------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import operator
+import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from torch import Tensor, fx, nn
 from torchvision import models
 
 import fxprune
+from benchmarks.bench_time import captured
 from fxprune import Plan
+from fxprune.interpreting import NodeTimer
+from fxprune.latency import overwriting
 from tests.models import build, labelled, pixels
 
 
@@ -193,3 +198,50 @@ def test_most_activations_of_a_network_go_on_overwriting(name: str) -> None:
     assert sum(kept) > 0.7 * len(kept)
     x = pixels(2, 3, 64, 64, seed=1)
     assert torch.equal(pruned(x), functional(pruned)(x))
+
+
+# While milliseconds are measured --------------------------------------------------------------------------------------
+
+
+class Sharing(Adding):
+    """`late` reads what is read again after it, `plain` overwrites nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.plain = nn.ReLU(inplace=True), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.norm(self.stem(x))
+        x = self.body_norm(self.body(kept))
+        x += kept
+        return self.fc((self.late(kept) - self.plain(self.act(x)) + kept).mean((2, 3)))
+
+
+def test_captured_layers_overwrite_what_those_of_the_model_do() -> None:
+    model = build(Sharing)
+    whole, islands = captured(model, x := pixels(2, 3, 16, 16), root_is_function=True)
+    expected, graphs = model(x), [(island.name, island.gm) for island in islands]
+    before = flags(whole)
+    assert not any(before.values())
+    with overwriting(graphs, model), torch.no_grad():
+        assert flags(whole) == {**before, "act": True}
+        assert torch.equal(whole(x), expected)
+    assert flags(whole) == before
+
+
+def test_captured_functions_overwrite_what_those_of_the_program_do_under_a_timer() -> None:
+    model, islands = captured(build(Sharing), x := pixels(2, 3, 16, 16), root_is_function=True)
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str, layer: nn.Module, args: object, value: Tensor) -> None:
+        values[name] = value, value.clone()
+
+    for name in ("norm", "body_norm", "fc"):
+        model.get_submodule(name).register_forward_hook(partial(note, name))
+    timer = NodeTimer([(island.name, island.gm) for island in islands], None, time.perf_counter)
+    with torch.no_grad():
+        expected = model(x)
+        assert all(torch.equal(*pair) for pair in values.values())
+        timer.run(lambda: model(x))
+    assert torch.equal(values["fc"][0], expected)
+    assert {name: torch.equal(*pair) for name, pair in values.items()} == {"norm": True, "body_norm": False, "fc": True}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -204,3 +207,28 @@ def test_a_stopwatch_on_cuda_notes_the_devices_moments_and_waits_once_asked(monk
     assert log == ["record on stream of cuda:1"] * 2
     assert between(begin, end) == 3.0
     assert log[-1] == "wait"
+
+
+FAULTS = """
+import resource, torch
+from fxprune.timing import settle_memory
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        [torch.ones(1_000_000) for _ in range(12)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+page_faults()
+unsettled = page_faults()
+settle_memory()
+page_faults()
+print(unsettled, page_faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators take no notice")
+def test_settled_memory_is_not_taken_from_the_system_again() -> None:
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    unsettled, settled = map(int, run.stdout.split())
+    assert settled < 0.1 * unsettled
