@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
 from fxprune.errors import LossError
-from fxprune.graph import CALLED, dotted, is_weighted, structure_of
+from fxprune.graph import CALLED, dotted, fingerprint, is_weighted, structure_of
 from fxprune.operations import in_place_layers
 from fxprune.shapes import specs_of
 from fxprune.tracer import StructureTracer
@@ -44,12 +44,15 @@ class Island:
         Paths below the island that stayed one node because they cannot be traced.
     call : Call
         What it was called with.
+    fingerprint : str
+        Of the graph, before those nested in its opaque parts came to stand there.
     """
 
     name: str
     gm: fx.GraphModule = field(repr=False)
     opaque: tuple[str, ...]
     call: Call = field(repr=False)
+    fingerprint: str
 
 
 def capture(
@@ -184,7 +187,7 @@ def _propose(model: nn.Module, name: str, calls: dict[str, Call]) -> Iterator[Is
         traced = trace_island(module, frozenset())
         if traced is not None:
             gm, opaque = traced
-            yield Island(name, gm, tuple(sorted(opaque)), calls[name])
+            yield Island(name, gm, tuple(sorted(opaque)), calls[name], fingerprint(gm))
             for path in sorted(opaque):
                 yield from _below(model, dotted(name, path), calls)
             return

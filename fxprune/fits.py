@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fxprune.operations import is_norm_layer
-from fxprune.pairs import channels_last
 from fxprune.ranks import gathered, summed
 
 RIDGE = 1e-2
@@ -75,7 +74,7 @@ def fit_statistics(layer: nn.Module, sight: Sight) -> Callable[[], None] | None:
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) or mean is None or variance is None:
         return None
     origin = sight.sums.setdefault("origin", mean.double())
-    rows = [channels_last(value).double() - origin for value in sight.inputs]
+    rows = [_rows(layer, value).double() - origin for value in sight.inputs]
     sums = [torch.stack([row.sum(0), row.square().sum(0), row.new_full(mean.shape, len(row))]) for row in rows]
     shift, square, count = sight.add("statistics", torch.stack(sums).sum(0))
     if not sight.changed:
@@ -100,17 +99,30 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
     was there wherever they cannot tell what it was, layer after layer less; so each channel then gets the scale and
     shift by which its mean and variance are what they were (REPAIR, arXiv 2211.08403), and those of norms too.
     """
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if weight is None or not weight.is_floating_point():
+    weight, bias = {**layer._parameters, **layer._buffers}.get("weight"), getattr(layer, "bias", None)
+    if weight is None or not weight.is_floating_point() or not _is_plain(layer):
         return
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         (_fit_by_weights if weight[0].numel() <= WIDEST else _fit_by_rows)(layer, sight)
     elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
         pairs = zip(sight.inputs, sight.wanted, strict=True)
-        sums = [_moments(channels_last(layer.forward(x)).double(), channels_last(y).double()) for x, y in pairs]
+        sums = [_moments(_rows(layer, layer.forward(x)).double(), _rows(layer, y).double()) for x, y in pairs]
         moments = sight.add("moments", torch.stack(sums).sum(0))
         if sight.changed:
             sight.sums["moments"] = _fit_channels(weight, bias, moments)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes as its kind does: a class derived from it may pad, standardize or activate besides."""
+    methods = ("forward", "_conv_forward") if isinstance(layer, nn.Conv2d) else ("forward",)
+    homes = {getattr(getattr(layer, name), "__module__", "") for name in methods}
+    return all(f"{home}.".startswith(("torch.nn.modules.", "torchvision.ops.misc.")) for home in homes)
+
+
+def _rows(norm: nn.Module, value: Tensor) -> Tensor:
+    """What a norm reads or gives as rows (n, C): channels are last in a layer norm, and second in any other."""
+    rows = value if isinstance(norm, nn.LayerNorm) else value.movedim(1, -1)
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def _fit_channels(weight: Tensor, bias: Tensor, moments: Tensor) -> Tensor:

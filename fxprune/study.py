@@ -22,7 +22,6 @@ from fxprune.criteria import Evidence, RegionScore, criterion_named, part_sizes
 from fxprune.detectors.batch import Adapter, Batch, narrower
 from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import LossError, ModelError, NoRegionError, SettingError
-from fxprune.graph import fingerprint
 from fxprune.interpreting import interpreted, record_sizes
 from fxprune.isolation import check_same_weights
 from fxprune.latency import BACKENDS, UNMEASURED, Latency, check_backend, measure_latency, ready_twin
@@ -129,7 +128,7 @@ class Study:
             rejections=(*captured.rejections, *unscored),
             nodes=tuple(node_records(captured.graphs, record, flops)),
             links=links,
-            islands=tuple(IslandRecord(i.name, fingerprint(i.gm), i.opaque) for i in captured.islands),
+            islands=tuple(IslandRecord(i.name, i.fingerprint, i.opaque) for i in captured.islands),
             before=Totals(total / first.count, count_params(captured.model), blocks, latency.whole_ms),
             settings=settings,
             groups=tuple(groups),

@@ -56,6 +56,29 @@ def test_a_plan_fits_other_weights_of_the_same_structure(
     assert other.state_dict().keys() == before.keys()
 
 
+class Around(nn.Module):
+    """A graph as a whole, of which a detector is one node; that one has graphs of its own inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.part, self.fc = Block(3), Detector(), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.part(self.first(x)))
+
+
+def test_a_plan_reaches_graphs_within_a_node_of_another_graph() -> None:
+    model = build(Around)
+    wanted = ["first", "part.body.2", "part.head.0"]
+    analysis = fxprune.analyze(model, labelled(), criterion=lambda region, _: float(region.name not in wanted))
+    assert [island.name for island in analysis.islands] == ["", "part.body", "part.head"]
+    plan = analysis.plan(3 / 6, cost="blocks")
+    assert [region.name for region in plan.removed] == wanted
+    image, expected = pixels(3, 3, 16, 16, seed=9), with_identities(model, plan)
+    assert torch.equal(fxprune.apply(model, plan)(image), expected(image))
+    assert fxprune.compile(model, labelled(), 0.2)(image).shape == (3, 5)
+
+
 def test_the_pruned_model_shares_no_weight_with_the_original(detector: nn.Module, detector_plan: Plan) -> None:
     pruned = fxprune.apply(detector, detector_plan)
     assert type(pruned) is Detector

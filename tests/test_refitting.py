@@ -116,3 +116,62 @@ def test_a_head_on_every_level_is_fitted_to_all_of_them(second: bool) -> None:
     assert after.sum() < before.sum() / 4
     for name in ("head.0", "head.1", "head.3"):
         assert not torch.equal(healed.get_submodule(name).weight, pruned.get_submodule(name).weight)
+
+
+class Standardized(nn.Conv2d):
+    """Its weights are not what it applies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Padded(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(nn.functional.pad(x, (1, 1, 1, 1)), weight, bias)
+
+
+class Activated(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Standardized, 3, 4, 3),
+        partial(Padded, 3, 4, 3),
+        partial(Activated, 3),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+    ],
+    ids=["standardized", "padded", "activated", "parametrized"],
+)
+@torch.no_grad()
+def test_layers_that_do_more_than_their_kind_are_left_as_they_are(make: Callable[[], nn.Module]) -> None:
+    layer, x = build(make).eval(), pixels(4, 3, 8, 8)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    fit_affine(layer, Sight([x], [2 * layer(x) + 1]))
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.LayerNorm(6), (4, 8, 8, 6)),
+        (nn.LayerNorm(6), (4, 9, 6)),
+        (nn.GroupNorm(2, 6), (4, 6, 8, 8)),
+        (nn.BatchNorm1d(6), (40, 6)),
+        (nn.BatchNorm1d(6), (4, 6, 9)),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_norms_are_fitted_where_they_have_their_channels(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    layer, x = build(lambda: layer), pixels(*shape)
+    second = 1 if shape[1] == 6 and not isinstance(layer, nn.LayerNorm) else -1
+    scale = torch.arange(1.0, 7.0).reshape([-1 if axis == second % len(shape) else 1 for axis in range(len(shape))])
+    wanted = scale * layer(x) - scale
+    fit_affine(layer, Sight([x], [wanted]))
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+    if isinstance(layer, nn.BatchNorm1d):
+        fit_statistics(layer, Sight([x], [wanted]))
+        torch.testing.assert_close(layer.running_mean, x.movedim(1, -1).reshape(-1, 6).mean(0))
