@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -125,13 +126,21 @@ class RecordingInterpreter(fx.Interpreter):
     gate : float
         How far every region is open while the gradients are taken: its exit is ``s + gate (y - s)``, s what would
         stand in for it. With 1 the graph runs as it is.
+    maps : mapping of str to callable
+        By region, what is made of the value that stands in for it, to give s; where there is none that is s.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, island: str, record: Record, regions: Iterable[Region], gate: float = 1.0
+        self,
+        gm: fx.GraphModule,
+        island: str,
+        record: Record,
+        regions: Iterable[Region],
+        gate: float = 1.0,
+        maps: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     ) -> None:
         super().__init__(gm)
-        self.island, self.record, self.gate = island, record, gate
+        self.island, self.record, self.gate, self.maps = island, record, gate, maps
         self.exits: dict[str, list[Region]] = {}
         for region in regions:
             self.exits.setdefault(region.exit, []).append(region)
@@ -164,10 +173,11 @@ class RecordingInterpreter(fx.Interpreter):
         """Return the value, gated if regions end in it, with a hook on it."""
         record, key = self.record, (self.island, name)
         regions, activation = self.exits.get(name, ()), value.detach()
-        differences = [(region.name, self.stand_ins[region.stand_in].detach()) for region in regions]
+        stand_ins = {region.name: self._stand_in(region) for region in regions}
+        differences = [(region.name, stand_ins[region.name].detach()) for region in regions]
         if regions and self.gate != 1.0:
             largest = max(regions, key=lambda region: len(region.nodes))
-            value = torch.lerp(self.stand_ins[largest.stand_in], value, self.gate)
+            value = torch.lerp(stand_ins[largest.name], value, self.gate)
 
         def hook(gradient: Tensor) -> None:
             scratch = record.scratch(gradient)
@@ -180,6 +190,10 @@ class RecordingInterpreter(fx.Interpreter):
 
         value.register_hook(hook)  # type: ignore[no-untyped-call]
         return value
+
+    def _stand_in(self, region: Region) -> Tensor:
+        value = self.stand_ins[region.stand_in]
+        return self.maps[region.name](value) if region.name in self.maps else value
 
 
 def _tracked(value: Tensor) -> Tensor:

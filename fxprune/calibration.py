@@ -87,7 +87,12 @@ class Calibration:
         check_shareable(self.count)
 
     def keep(self, model: nn.Module, adapter: Adapter) -> None:
-        """Read everything now, labelled by this model if need be; it can be gone through again then, or in parts."""
+        """Read everything now, labelled by this model if need be; it can be gone through again then, or in parts.
+
+        Once is enough.
+        """
+        if self._kept is not None:
+            return
         read: dict[int, Batch] = {}
         own: dict[int, Any] = {}
         with failing_together():

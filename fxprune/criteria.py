@@ -53,12 +53,16 @@ class Criterion:
         Makes one number of the parts of a batch's loss, to take the gradient of.
     gate : float
         How far regions are open while it is taken; see `RecordingInterpreter`.
+    mended : bool
+        Whether regions are measured against the linear map of what stands in for them that comes nearest to what they
+        give, where what reads them can take that in; see `fxprune.standins`.
     """
 
     score: Callable[[Evidence], dict[str, float]]
     keeps_batches: bool = False
     loss: Callable[[Tensor], Tensor] = torch.sum
     gate: float = 1.0
+    mended: bool = False
 
 
 RegionScore = Callable[[Region, Mapping[str, nn.Module]], float]
@@ -156,6 +160,7 @@ def each_region(criterion: RegionScore) -> Callable[[Evidence], dict[str, float]
 
 CRITERIA: dict[str, Criterion] = {
     "fisher": Criterion(_fisher, loss=relative_loss, gate=GATE),
+    "fisher_mended": Criterion(_fisher, loss=relative_loss, gate=GATE, mended=True),
     "grad_delta": Criterion(_grad_delta),
     "grad_act": Criterion(_grad_act),
     "l1": Criterion(each_region(weight_norm)),

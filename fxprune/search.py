@@ -31,10 +31,12 @@ TRIES = 24
 """Plans whose loss ``"search"`` takes."""
 SAMPLE = 64
 """Images that plans are mended on, and others that they are judged on; scores, and the last mending, see all."""
-DRAWS = 8
-"""How often it draws anew to come to a plan that it has not tried."""
+CHANCES = tuple(2.0**power for power in (-4, -3, -3, -2, -2, -1, -1, 0, 0, 1))
+"""Shares of what is uncertain that chance is given, one after the other, to come to a plan that was not tried."""
 NOISE = 0.05
 """Standard deviation of what sums of single damages leave unexplained, in the logarithm of the loss."""
+MENDED, FITTED = "fisher_mended", ("affine", "mimic")
+"""A criterion of what fits cannot mend, and the healings that begin by fits."""
 BROKEN = 1e6
 """Growth of the loss that stands for any greater one, and for a loss that is infinite or no number."""
 
@@ -84,6 +86,15 @@ class Search:
             latency_backend=self.latency_backend,
             progress=self.progress,
         )
+
+    def opinions(self, model: nn.Module, calibration: Calibration, analysis: Analysis) -> list[list[float]]:
+        """Scores to propose plans by: those of the analysis, and what regions cost once they are mended."""
+        own = [region.score for region in analysis.regions]
+        if self.mend not in FITTED:
+            return [own]
+        after = replace(self, criterion=MENDED, latency_backend=None).analyze(model, calibration)
+        scores = {region.name: region.score for region in after.regions}
+        return [own, [scores.get(region.name, region.score) for region in analysis.regions]]
 
     def mended(self, pruned: nn.Module, model: nn.Module, calibration: Calibration) -> nn.Module:
         """A pruned model after the quick healing."""
@@ -152,7 +163,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
     analysis = search.analyze(model, calibration)
     mended_on, judged_on = calibration.apart(SAMPLE)
     judge = _judge(model, judged_on, search)
-    beliefs = Beliefs([region.score for region in analysis.regions], search.seed)
+    beliefs = Beliefs(search.opinions(model, calibration, analysis), search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     search.progress("search", 0, search.tries)
     try:
@@ -191,19 +202,21 @@ def _taken(plan: Plan) -> tuple[bool, ...]:
 class Beliefs:
     """What each region's removal is believed to add to ``log(1 + loss increase)``: a Gaussian, updated by trials.
 
-    At first the scores, whose square roots are taken to be proportional to it, each as uncertain as it is large.
+    At first the scores, whose square roots are taken to be proportional to it, each as uncertain as it is large. Where
+    there are several opinions it is their geometric mean, as uncertain as the largest.
 
     Parameters
     ----------
-    scores : sequence of float
-        By the criterion.
+    opinions : sequence of sequence of float
+        Scores by one criterion or more.
     seed : int
         Of the draws.
     """
 
-    def __init__(self, scores: Sequence[float], seed: int) -> None:
-        self.scores = np.maximum(np.asarray(scores, dtype=float), 0.0)
-        self.shape = np.sqrt(self.scores)
+    def __init__(self, opinions: Sequence[Sequence[float]], seed: int) -> None:
+        self.opinions = np.maximum(np.asarray(opinions, dtype=float), 0.0)
+        shapes = np.sqrt(self.opinions)
+        self.shape, self.most = np.prod(shapes, axis=0) ** (1 / len(shapes)), shapes.max(axis=0)
         self.trials: list[tuple[bool, ...]] = []
         self.losses: list[float] = []
         self.random = np.random.default_rng(seed)
@@ -219,20 +232,21 @@ class Beliefs:
         sums = x @ self.shape
         scale = max(float(np.mean(y[sums > 0] / sums[sums > 0])) if (sums > 0).any() else 0.0, 1e-6)
         mean = scale * self.shape
-        prior = np.diag(np.maximum(mean, np.median(mean)) ** 2 + 1e-12)
+        prior = np.diag(np.maximum(scale * self.most, np.median(mean)) ** 2 + 1e-12)
         gain = prior @ x.T @ np.linalg.inv(x @ prior @ x.T + NOISE**2 * np.eye(len(y)))
         return mean + gain @ (y - x @ mean), prior - gain @ x @ prior
 
     def draws(self) -> Iterable[Any]:
-        """Scores to try: the criterion's own first, every third time what is most likely first, else random draws."""
+        """Scores to try: each opinion first, then what is most likely, then with ever more chance in it."""
+        if len(self.trials) < len(self.opinions):
+            yield from self.opinions[len(self.trials) :]
         if not self.trials:
-            yield self.scores
             return
         mean, covariance = self.posterior()
-        if len(self.trials) % 3 == 2:
-            yield np.maximum(mean, 0.0)
-        for _ in range(DRAWS):
-            yield np.maximum(self.random.multivariate_normal(mean, covariance, check_valid="ignore"), 0.0)
+        yield np.maximum(mean, 0.0)
+        for chance in CHANCES:
+            drawn = self.random.multivariate_normal(mean, chance**2 * covariance, check_valid="ignore")
+            yield np.maximum(drawn, 0.0)
 
 
 def _judge(model: nn.Module, calibration: Calibration, search: Search) -> Judge:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from fxprune.plan import IslandRecord, Link, Totals
 from fxprune.ranks import by_first, failing_together, gathered, summed
 from fxprune.regions import Region, Rejection, find_regions
 from fxprune.shapes import propagate
+from fxprune.standins import LinearMap, SummingInterpreter, Sums, absorbed, nearest_maps
 from fxprune.version import __version__
 
 Progress = Callable[[str, int, int | None], None]
@@ -167,10 +168,11 @@ class Study:
         record = Record()
         links: tuple[Link, ...] = ()
         criterion = criterion_named(self.criterion)[1]
+        maps = self._maps(captured, adapter, calibration) if criterion.mended else {}
 
         def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
             own = [region for region in captured.regions if region.island == island]
-            return RecordingInterpreter(gm, island, record, own, criterion.gate)
+            return RecordingInterpreter(gm, island, record, own, criterion.gate, maps)
 
         with failing_together(), interpreted(captured.graphs, make):
             for index, batch in calibration.own(captured.model, adapter):
@@ -188,6 +190,23 @@ class Study:
         if not record.nodes:
             raise LossError("no gradient reached any captured layer: the loss does not depend on the model")
         return record, by_first(lambda: links)
+
+    def _maps(self, captured: Captured, adapter: Adapter, calibration: Calibration) -> Mapping[str, LinearMap]:
+        """What stands in for regions once they are mended: one forward pass per batch, and another of the first."""
+        calibration.keep(captured.model, adapter)
+        sums: Sums = {}
+        with failing_together(), torch.no_grad():
+            regions: list[Region] | None = None
+            for index, batch in calibration.own(captured.model, adapter):
+                run = partial(take_loss, captured.model, adapter, batch, index, self.seed)
+                if regions is None:
+                    with torch.enable_grad(), interpreted(captured.graphs, _tracking):
+                        links = follow(run, captured.graphs)[1]
+                    regions = list(absorbed(captured.graphs, links, captured.regions))
+                with interpreted(captured.graphs, partial(_summing, regions, sums)):
+                    run()
+                self._say("stand-ins", index + 1, None)
+        return nearest_maps(sums)
 
     def _loss_increase(self, captured: Captured, adapter: Adapter, region: Region) -> float:
         """How much the parts of the loss grow with a region bypassed, each relative to its own size."""
@@ -212,6 +231,14 @@ class Study:
     def _say(self, stage: str, done: int, total: int | None) -> None:
         if self.progress is not None:
             self.progress(stage, done, total)
+
+
+def _tracking(island: str, gm: fx.GraphModule) -> fx.Interpreter:
+    return RecordingInterpreter(gm, island, Record(), ())
+
+
+def _summing(regions: Sequence[Region], sums: Sums, island: str, gm: fx.GraphModule) -> fx.Interpreter:
+    return SummingInterpreter(gm, [region for region in regions if region.island == island], sums)
 
 
 def _sizes_at_second_size(model: nn.Module, islands: Sequence[Island], adapter: Adapter, first: Batch) -> Any:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.distributed
 ANALYSES: dict[str, Job] = {
     "fisher": analyze,
     "ablation": partial(analyze, criterion="ablation"),
+    "mended": partial(analyze, criterion="fisher_mended"),
     "a generator": partial(analyze, loader=processes.one_by_one),
     "some labels": partial(analyze, loader=processes.partly_labelled),
 }

@@ -36,12 +36,22 @@ def unlabelled() -> list[torch.Tensor]:
 
 
 def test_the_criterion_has_the_first_word() -> None:
-    beliefs = Beliefs([4.0, 1.0, -2.0], seed=0)
+    beliefs = Beliefs([[4.0, 1.0, -2.0]], seed=0)
     assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 0.0]]
 
 
+def test_every_opinion_is_heard_before_any_is_drawn() -> None:
+    beliefs = Beliefs([[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]], seed=0)
+    assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]]
+    beliefs.learn((True, True, False), 0.5)
+    assert next(iter(beliefs.draws())).tolist() == [1.0, 1.0, 0.0]
+    mean, covariance = beliefs.posterior()
+    assert mean[2] == 0.0  # between nothing and much, and as uncertain as that is
+    assert covariance[2, 2] > 4 * covariance[1, 1]
+
+
 def test_trials_outweigh_scores() -> None:
-    beliefs = Beliefs([1.0, 4.0, 9.0, 16.0], seed=0)
+    beliefs = Beliefs([[1.0, 4.0, 9.0, 16.0]], seed=0)
     truth = np.array([0.9, 0.1, 0.2, 0.3])  # the one that scores least does most damage
     for taken in ((1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 0, 1, 0)):
         beliefs.learn(tuple(map(bool, taken)), math.expm1(float(truth @ np.array(taken))))
@@ -51,7 +61,7 @@ def test_trials_outweigh_scores() -> None:
 
 
 def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
-    beliefs = Beliefs([1.0, 4.0, 9.0], seed=0)
+    beliefs = Beliefs([[1.0, 4.0, 9.0]], seed=0)
     before = None
     for number in range(3):
         beliefs.learn((True, False, False), 0.5)
@@ -64,7 +74,7 @@ def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
 
 def test_the_same_seed_draws_the_same() -> None:
     def drawn(seed: int) -> list[list[float]]:
-        beliefs = Beliefs([1.0, 2.0], seed)
+        beliefs = Beliefs([[1.0, 2.0]], seed)
         beliefs.learn((True, False), 0.3)
         return [scores.tolist() for scores in beliefs.draws()]
 
