@@ -56,8 +56,8 @@ def compile(
         What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
     strategy : str
         ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
-        each. ``"search"``, for budgets of 0.2 on: `tries` plans, proposed by the scores, mended on 64 images, judged by
-        the loss on 64 others: about five forward passes over 64 a plan. Interrupted, both give the best so far.
+        each. ``"search"``, for budgets of 0.2 on: `tries` plans, proposed by the criterion and ``"fisher_mended"``,
+        mended on 64 images and judged by the loss on 64 others. Interrupted, both give the best so far.
     heal : str
         How it is mended, see `fxprune.heal`. All but ``"none"`` keep the batches in memory.
 

@@ -59,9 +59,9 @@ def analyze(
         Batches in the form the kind of model takes (an unknown form raises with the known ones), with labels or
         images alone; then the model's own confident outputs are the targets. Read once.
     criterion : str or callable
-        ``"fisher"`` (default), ``"grad_delta"``, ``"grad_act"`` (arXiv 2602.14040), ``"l1"`` (its baseline),
-        ``"ablation"``, ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by dotted
-        path; see `fxprune.criteria`.
+        ``"fisher"`` (default), ``"fisher_mended"``, ``"grad_delta"``, ``"grad_act"`` (arXiv 2602.14040), ``"l1"`` (its
+        baseline), ``"ablation"``, ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by
+        dotted path; see `fxprune.criteria`. ``"fisher_mended"`` and ``"ablation"`` keep the batches in memory.
     loss : callable, optional
         ``loss(model, batch) -> scalar Tensor``, the mean over the images; for models of no known kind.
     shapes : str

@@ -226,6 +226,13 @@ class Beliefs:
         self.trials.append(taken)
         self.losses.append(math.log1p(min(max(loss, -0.5), BROKEN)))
 
+    def stale(self) -> int:
+        """Trials since one was better than all before it by more than is left unexplained."""
+        best, since = math.inf, 0
+        for loss in self.losses:
+            best, since = (loss, 0) if loss < best - NOISE else (best, since + 1)
+        return since
+
     def posterior(self) -> tuple[Any, Any]:
         """Mean (R,) and covariance (R, R) after the trials."""
         x, y = np.asarray(self.trials, dtype=float), np.asarray(self.losses)
@@ -237,14 +244,17 @@ class Beliefs:
         return mean + gain @ (y - x @ mean), prior - gain @ x @ prior
 
     def draws(self) -> Iterable[Any]:
-        """Scores to try: each opinion first, then what is most likely, then with ever more chance in it."""
+        """Scores to try: each opinion first, then what is most likely, then with ever more chance in it.
+
+        The longer nothing better was found, the more to begin with.
+        """
         if len(self.trials) < len(self.opinions):
             yield from self.opinions[len(self.trials) :]
         if not self.trials:
             return
         mean, covariance = self.posterior()
         yield np.maximum(mean, 0.0)
-        for chance in CHANCES:
+        for chance in CHANCES[min(self.stale() // 2, len(CHANCES) - 2) :]:
             drawn = self.random.multivariate_normal(mean, chance**2 * covariance, check_valid="ignore")
             yield np.maximum(drawn, 0.0)
 

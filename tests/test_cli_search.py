@@ -42,6 +42,11 @@ def test_a_search_is_announced_carried_out_healed_and_saved(tmp_path: Path, caps
     assert "<html" in (out / "picture.html").read_text(encoding="utf-8")
 
 
+def test_a_search_whose_plans_are_fitted_scores_twice(capsys: Captured) -> None:
+    assert main([*PRUNE, "--strategy", "search", "--tries", "1", "--heal", "affine"]) == 0
+    assert capsys.readouterr().err.startswith("search: scores 8 images twice, then tries up to 1 plans: 5 forward")
+
+
 def test_small_steps_are_saved_each_as_a_plan(tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out"
     assert main([*PRUNE[:-1], "0.1", "--strategy", "greedy", "--criterion", "l1", "--out", str(out)]) == 0

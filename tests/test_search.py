@@ -19,7 +19,7 @@ from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import BudgetError, FxpruneWarning, LossError, SettingError
 from fxprune.judging import Judge
 from fxprune.plan import Plan
-from fxprune.search import STRATEGIES, STRIDE, Beliefs, Search
+from fxprune.search import STRATEGIES, STRIDE, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
 
@@ -30,55 +30,6 @@ def plans_on(model: nn.Module) -> list[dict[str, Any]]:
 
 def unlabelled() -> list[torch.Tensor]:
     return [pixels(2, 3, 16, 16, seed=seed) for seed in range(3)]
-
-
-# Beliefs -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_criterion_has_the_first_word() -> None:
-    beliefs = Beliefs([[4.0, 1.0, -2.0]], seed=0)
-    assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 0.0]]
-
-
-def test_every_opinion_is_heard_before_any_is_drawn() -> None:
-    beliefs = Beliefs([[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]], seed=0)
-    assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]]
-    beliefs.learn((True, True, False), 0.5)
-    assert next(iter(beliefs.draws())).tolist() == [1.0, 1.0, 0.0]
-    mean, covariance = beliefs.posterior()
-    assert mean[2] == 0.0  # between nothing and much, and as uncertain as that is
-    assert covariance[2, 2] > 4 * covariance[1, 1]
-
-
-def test_trials_outweigh_scores() -> None:
-    beliefs = Beliefs([[1.0, 4.0, 9.0, 16.0]], seed=0)
-    truth = np.array([0.9, 0.1, 0.2, 0.3])  # the one that scores least does most damage
-    for taken in ((1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 0, 1, 0)):
-        beliefs.learn(tuple(map(bool, taken)), math.expm1(float(truth @ np.array(taken))))
-    mean, covariance = beliefs.posterior()
-    np.testing.assert_allclose(mean, truth, atol=0.05)
-    assert np.all(np.linalg.eigvalsh(covariance) > -1e-9)
-
-
-def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
-    beliefs = Beliefs([[1.0, 4.0, 9.0]], seed=0)
-    before = None
-    for number in range(3):
-        beliefs.learn((True, False, False), 0.5)
-        _, covariance = beliefs.posterior()
-        before = before or covariance[2, 2]
-        assert covariance[2, 2] == pytest.approx(before)
-        assert covariance[0, 0] < covariance[1, 1]
-        assert len(beliefs.trials) == number + 1
-
-
-def test_the_same_seed_draws_the_same() -> None:
-    def drawn(seed: int) -> list[list[float]]:
-        beliefs = Beliefs([[1.0, 2.0]], seed)
-        beliefs.learn((True, False), 0.3)
-        return [scores.tolist() for scores in beliefs.draws()]
-
-    assert drawn(0) == drawn(0) != drawn(1)
 
 
 # Strategies ----------------------------------------------------------------------------------------------------------

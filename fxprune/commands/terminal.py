@@ -27,10 +27,10 @@ from fxprune.rendering import finite
 
 Tell = Callable[[str, int, int | None], None]
 """``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
-UNITS = {"capture": "steps", "ablation": "regions", "compile": "regions", "latency": "rounds"}
+UNITS = {"capture": "steps", "stand-ins": "batches", "ablation": "regions", "compile": "regions", "latency": "rounds"}
 UNITS |= {"greedy": "steps", "search": "plans", "norms": "layers", "affine": "layers", "mimic": "steps"}
 """What a stage counts, if not images."""
-ANALYSIS = ("capture", "attribution", "ablation", "compile", "latency")
+ANALYSIS = ("capture", "stand-ins", "attribution", "ablation", "compile", "latency")
 """Stages that come in every step of ``"greedy"``; a bar counts all steps."""
 
 

@@ -35,7 +35,7 @@ from fxprune.latency import backend_for
 from fxprune.picture import Drawable
 from fxprune.plan import Plan
 from fxprune.report import report
-from fxprune.search import SAMPLE, steps_to
+from fxprune.search import FITTED, SAMPLE, steps_to
 from fxprune.selection import check_budget
 from fxprune.storage import save
 
@@ -133,7 +133,8 @@ def effort(images: int, budget: float, search: SearchOptions) -> str:
     sample, each = min(images, SAMPLE), 1 if search.heal == "none" else 4
     passes = "forward passes over {} of them at most. Ctrl-C takes the best so far"
     if search.strategy == "search":
-        tried = f"scores {images} images, then tries up to {search.tries} plans: {1 + each * search.tries}"
+        twice = " twice" if search.heal in FITTED else ""
+        tried = f"scores {images} images{twice}, then tries up to {search.tries} plans: {1 + each * search.tries}"
         return f"{tried} {passes.format(sample)}"
     if search.strategy == "greedy":
         steps = steps_to(budget)

@@ -1,0 +1,69 @@
+"""What a search believes of regions: scores first, then what trials have shown."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fxprune.search import Beliefs
+
+
+def test_the_criterion_has_the_first_word() -> None:
+    beliefs = Beliefs([[4.0, 1.0, -2.0]], seed=0)
+    assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 0.0]]
+
+
+def test_every_opinion_is_heard_before_any_is_drawn() -> None:
+    beliefs = Beliefs([[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]], seed=0)
+    assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]]
+    beliefs.learn((True, True, False), 0.5)
+    assert next(iter(beliefs.draws())).tolist() == [1.0, 1.0, 0.0]
+    mean, covariance = beliefs.posterior()
+    assert mean[2] == 0.0  # between nothing and much, and as uncertain as that is
+    assert covariance[2, 2] > 4 * covariance[1, 1]
+
+
+def test_trials_outweigh_scores() -> None:
+    beliefs = Beliefs([[1.0, 4.0, 9.0, 16.0]], seed=0)
+    truth = np.array([0.9, 0.1, 0.2, 0.3])  # the one that scores least does most damage
+    for taken in ((1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 0, 1, 0)):
+        beliefs.learn(tuple(map(bool, taken)), math.expm1(float(truth @ np.array(taken))))
+    mean, covariance = beliefs.posterior()
+    np.testing.assert_allclose(mean, truth, atol=0.05)
+    assert np.all(np.linalg.eigvalsh(covariance) > -1e-9)
+
+
+def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
+    beliefs = Beliefs([[1.0, 4.0, 9.0]], seed=0)
+    before = None
+    for number in range(3):
+        beliefs.learn((True, False, False), 0.5)
+        _, covariance = beliefs.posterior()
+        before = before or covariance[2, 2]
+        assert covariance[2, 2] == pytest.approx(before)
+        assert covariance[0, 0] < covariance[1, 1]
+        assert len(beliefs.trials) == number + 1
+
+
+def test_the_longer_nothing_better_is_found_the_wilder_the_draws() -> None:
+    def spread(losses: list[float]) -> float:
+        beliefs = Beliefs([[1.0, 2.0, 3.0]], seed=0)
+        for loss in losses:
+            beliefs.learn((True, True, False), loss)
+        _, first, *_ = beliefs.draws()
+        return float(np.abs(first - beliefs.posterior()[0]).max())
+
+    assert Beliefs([[1.0]], 0).stale() == 0
+    assert spread([1.0] * 13) > 2 * spread([1.0])
+    assert spread([2.0**-number for number in range(13)]) < 0.5 * spread([1.0] * 13)
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    def drawn(seed: int) -> list[list[float]]:
+        beliefs = Beliefs([[1.0, 2.0]], seed)
+        beliefs.learn((True, False), 0.3)
+        return [scores.tolist() for scores in beliefs.draws()]
+
+    assert drawn(0) == drawn(0) != drawn(1)
