@@ -27,7 +27,7 @@ from fxprune.study import Progress, Study
 
 STRIDE = 0.05
 """Share of what a step of ``"greedy"`` finds that it removes; a budget takes as many such steps as it needs."""
-TRIES = 24
+TRIES = 16
 """Plans whose loss ``"search"`` takes."""
 SAMPLE = 64
 """Images that plans are mended on, and others that they are judged on; scores, and the last mending, see all."""
