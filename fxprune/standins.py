@@ -30,14 +30,20 @@ PLACES = 4096
 """Places of the feature maps of one call that a fit looks at, at most."""
 
 LINEAR_MODULES = ("torch.nn.modules.pooling.AvgPool", "torch.nn.modules.pooling.AdaptiveAvgPool",
-                  "torch.nn.modules.upsampling.", "torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.",
+                  "torch.nn.modules.upsampling.", "torch.nn.modules.flatten.Flatten",
+                  "torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.",
                   "torch.nn.modules.batchnorm.", "torchvision.ops.misc.FrozenBatchNorm2d")  # fmt: skip
 """Prefixes of class names of modules that are linear in a value at inference and keep its channels."""
-LINEAR_FUNCTIONS = frozenset(
-    {"interpolate", "avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "view", "reshape", "contiguous", "permute"}
-    | {"transpose", "chunk", "split", "unbind", "getitem", "pad", "dropout", "size", "getattr"}
+FLATTENING = ("AdaptiveAvgPool", "Flatten", "adaptive_avg_pool", "flatten", "mean")
+"""How names begin of what brings a map's channels to where a linear layer reads them."""
+SHAPING = frozenset({"view", "reshape", "transpose", "chunk", "split", "unbind", "getitem"})
+"""Names of functions and methods that only move values; where channels are then is not followed for linear layers."""
+LINEAR_FUNCTIONS = (
+    SHAPING
+    | {"interpolate", "avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "contiguous", "pad"}
+    | {"dropout", "size", "getattr"}
 )
-"""Names of functions and methods that are; the last two read no values."""
+"""Names of those that are linear; the last two read no values."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,8 @@ def nearest_maps(sums: Sums) -> dict[str, LinearMap]:
 def absorbed(graphs: Graphs, links: Sequence[Link], regions: Sequence[Region]) -> Iterator[Region]:
     """Yield the regions of which all that is read is read by layers that can take a linear map in.
 
-    Convolutions that mix all channels and linear layers can, directly or behind what is linear itself, in the region's
-    graph or in another that is given its result.
+    Convolutions that mix all channels can, and linear layers behind a pooling; directly or behind what is linear
+    itself, in the region's graph or in another that is given its result.
     """
     nodes = {(island, node.name): node for island, gm in graphs for node in gm.graph.nodes}
     for region in regions:
@@ -147,24 +153,28 @@ class _Readers:
     def __init__(self, graphs: Mapping[str, fx.GraphModule], links: Sequence[Link]) -> None:
         self.graphs, self.links, self.seen = graphs, links, set[NodeName]()
 
-    def take_in(self, island: str, value: fx.Node) -> bool:
-        """Whether all readers can take a linear map of a value in."""
+    def take_in(self, island: str, value: fx.Node, flat: bool = False) -> bool:
+        """Whether all readers can take a linear map of a value in, a map's channels being `flat` for a linear layer."""
         fresh = [user for user in value.users if (island, user.name) not in self.seen]
         self.seen |= {(island, user.name) for user in fresh}
-        return all(self._reader_takes_in(island, user) for user in fresh)
+        return all(self._reader_takes_in(island, user, flat) for user in fresh)
 
-    def _reader_takes_in(self, island: str, reader: fx.Node) -> bool:
+    def _reader_takes_in(self, island: str, reader: fx.Node, flat: bool) -> bool:
         gm = self.graphs[island]
         if reader.op == "output":
             return self._next_take_in(island)
         if reader.op != "call_module":
             name = str(getattr(reader.target, "__name__", reader.target)).strip("_")
             linear = reader.target in {*ADDITIONS, operator.iadd} or name in LINEAR_FUNCTIONS or joined(reader)
-            return bool(linear) and self.take_in(island, reader)
+            flat = (flat or name.startswith(FLATTENING)) and name not in SHAPING
+            return bool(linear) and self.take_in(island, reader, flat)
         layer = gm.get_submodule(str(reader.target))
-        if class_names(layer)[0].startswith(LINEAR_MODULES):
-            return self.take_in(island, reader)
-        return isinstance(layer, nn.Linear) or _mixes_channels(layer)
+        if isinstance(layer, nn.Linear):
+            return flat
+        kind = class_names(layer)[0]
+        if kind.startswith(LINEAR_MODULES):
+            return self.take_in(island, reader, flat or type(layer).__name__.startswith(FLATTENING))
+        return _mixes_channels(layer)
 
     def _next_take_in(self, island: str) -> bool:
         """Whether a graph's result goes to other graphs alone, and these take a linear map in."""

@@ -100,6 +100,7 @@ class Reading(nn.Module):
 
 
 CONV = partial(nn.Conv2d, 8, 8, 3)
+POOLED = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(8, 5)]
 READERS: dict[str, tuple[bool, Callable[..., Tensor], Sequence[nn.Module]]] = {
     "a convolution": (True, lambda y, conv: conv(y), [CONV()]),
     "a depthwise one": (False, lambda y, conv: conv(y), [CONV(groups=8)]),
@@ -111,6 +112,10 @@ READERS: dict[str, tuple[bool, Callable[..., Tensor], Sequence[nn.Module]]] = {
     "a concatenation": (True, lambda y, conv: conv(torch.cat([y, y], 1)), [nn.Conv2d(16, 8, 1)]),
     "what is larger": (True, lambda y, conv: conv(functional.interpolate(y, scale_factor=2.0)), [CONV()]),
     "a linear layer": (True, lambda y, fc: fc(y.mean((2, 3))), [nn.Linear(8, 5)]),
+    "a linear layer of tokens": (False, lambda y, fc: fc(y), [nn.Linear(8, 5)]),
+    "one of moved channels": (False, lambda y, fc: fc(y.flatten(2).transpose(1, 2)), [nn.Linear(8, 5)]),
+    "one behind modules": (True, lambda y, pool, flat, drop, fc: fc(drop(flat(pool(y)))), POOLED),
+    "a shuffle": (True, lambda y, conv: conv(y.view(2, 2, 4, 9, 9).transpose(1, 2).reshape(2, 8, 9, 9)), [CONV()]),
     "a maximum": (False, lambda y, pool, conv: conv(pool(y)), [nn.MaxPool2d(2), CONV()]),
     "an average": (True, lambda y, pool, conv: conv(pool(y)), [nn.AvgPool2d(2), CONV()]),
     "whoever called": (False, lambda y: y, []),
