@@ -19,7 +19,7 @@ from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import BudgetError, FxpruneWarning, LossError, SettingError
 from fxprune.judging import Judge
 from fxprune.plan import Plan
-from fxprune.search import STRATEGIES, STRIDE, Search
+from fxprune.search import STRATEGIES, STRIDE, TRIES, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
 
@@ -198,7 +198,7 @@ def test_where_greedy_has_broken_the_loss_it_says_by_what() -> None:
 # Interruption --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("strategy", "words"), [("greedy", "1 of 14 steps"), ("search", "1 of 24 plans")])
+@pytest.mark.parametrize(("strategy", "words"), [("greedy", "1 of 14 steps"), ("search", f"1 of {TRIES} plans")])
 def test_interrupted_it_gives_the_best_so_far(strategy: str, words: str) -> None:
     def stop(stage: str, done: int, total: int | None) -> None:
         if stage == strategy and done == 1:
