@@ -110,7 +110,34 @@ def merged(records: Sequence[Record]) -> Record:
     )
 
 
-class RecordingInterpreter(fx.Interpreter):
+class RegionInterpreter(fx.Interpreter):
+    """Runs a graph and keeps at hand what stands in for its regions until they end.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        The graph.
+    regions : iterable of Region
+        Those of its regions that are looked at.
+    """
+
+    def __init__(self, gm: fx.GraphModule, regions: Iterable[Region]) -> None:
+        super().__init__(gm)
+        self.exits: dict[str, list[Region]] = {}
+        for region in regions:
+            self.exits.setdefault(region.exit, []).append(region)
+        self.kept = {region.stand_in for found in self.exits.values() for region in found}
+        self.stand_ins: dict[str, Tensor] = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; what it computed is let go of, for hooks on it would keep it alive for good."""
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self.stand_ins.clear()
+
+
+class RecordingInterpreter(RegionInterpreter):
     """Runs a graph and hooks every value: as its gradient comes, both become one number and are let go.
 
     Parameters
@@ -139,21 +166,9 @@ class RecordingInterpreter(fx.Interpreter):
         gate: float = 1.0,
         maps: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     ) -> None:
-        super().__init__(gm)
+        super().__init__(gm, regions)
         self.island, self.record, self.gate, self.maps = island, record, gate, maps
-        self.exits: dict[str, list[Region]] = {}
-        for region in regions:
-            self.exits.setdefault(region.exit, []).append(region)
-        self.kept = {region.stand_in for found in self.exits.values() for region in found}
-        self.stand_ins: dict[str, Tensor] = {}
         self.weighted = {node.name for node in gm.graph.nodes if is_weighted(gm, node)}
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph; what it computed is let go of, for hooks on it would keep it alive for good."""
-        try:
-            return super().run(*args, **kwargs)
-        finally:
-            self.stand_ins.clear()
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and hook its value."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.attribution import RegionInterpreter
 from fxprune.channels import convolutions_reading, joined
 from fxprune.graph import class_names
 from fxprune.interpreting import Graphs, NodeName
@@ -71,7 +72,7 @@ Sums = dict[str, tuple[Tensor, Tensor]]
 """By region, sums over places: products of ``[s, 1]`` with itself, and with ``y - s``."""
 
 
-class SummingInterpreter(fx.Interpreter):
+class SummingInterpreter(RegionInterpreter):
     """Runs a graph and adds up, for each region, what its nearest map is solved from.
 
     Parameters
@@ -85,20 +86,8 @@ class SummingInterpreter(fx.Interpreter):
     """
 
     def __init__(self, gm: fx.GraphModule, regions: Sequence[Region], sums: Sums) -> None:
-        super().__init__(gm)
+        super().__init__(gm, regions)
         self.sums = sums
-        self.exits: dict[str, list[Region]] = {}
-        for region in regions:
-            self.exits.setdefault(region.exit, []).append(region)
-        self.kept = {region.stand_in for region in regions}
-        self.stand_ins: dict[str, Tensor] = {}
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph."""
-        try:
-            return super().run(*args, **kwargs)
-        finally:
-            self.stand_ins.clear()
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; where regions end, look at what they got and gave."""
