@@ -219,16 +219,13 @@ def page_faults():
         [torch.ones(1_000_000) for _ in range(12)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-page_faults()
-unsettled = page_faults()
 settle_memory()
 page_faults()
-print(unsettled, page_faults())
+print(page_faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators take no notice")
 def test_settled_memory_is_not_taken_from_the_system_again() -> None:
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    unsettled, settled = map(int, run.stdout.split())
-    assert settled < 0.1 * unsettled
+    assert int(run.stdout) < 1000  # 60 tensors of 977 pages, unless what came before has settled it
