@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["eager"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.2, 0.3])
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--untrained", action="store_true", help="weights at random, for only time matters")
     parser.add_argument("--boxes", action="store_true", help="leave score thresholds as they are")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

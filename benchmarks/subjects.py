@@ -135,7 +135,7 @@ def read_items(dataset: CocoDataset, limit: int | None) -> Items:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which detectors and which data."""
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(DETECTORS)}; by default all")
-    parser.add_argument("--untrained", action="store_true", help="their weights at random, where only time matters")
+    parser.set_defaults(untrained=False)
     parser.add_argument("--coco", type=Path, metavar="DIR", help="COCO 2017 (val2017, train2017 and annotations in DIR)"
                         " and released weights; MODEL is a torchvision detector or an ultralytics .pt")  # fmt: skip
     parser.add_argument("--images", type=Path, metavar="DIR", help="val images of any COCO-format set")
