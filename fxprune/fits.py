@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.operations import is_norm_layer
+from fxprune.operations import channel_dim, is_norm_layer
 from fxprune.ranks import gathered, summed
 
 RIDGE = 1e-2
@@ -47,12 +47,21 @@ class Sight:
         Whether it gives something else now, here or at an earlier call. If not it is to be left as it is.
     sums : dict of str to Tensor
         What a fit has added up over the layer's calls so far, those before it changed too.
+    saliency : list of Tensor, optional
+        How much each place of the outputs counts (see `fxprune.saliency`); without it all count alike.
     """
 
     inputs: list[Tensor] = field(repr=False)
     wanted: list[Tensor] = field(repr=False)
     changed: bool = True
     sums: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    saliency: list[Tensor] | None = field(repr=False, default=None)
+
+    def weights(self) -> list[Tensor]:
+        """How much each place counts, one row (n, 1) a place."""
+        if self.saliency is None:
+            return [value.new_ones(()) for value in self.wanted]
+        return [maps.to(value.dtype).reshape(-1, 1) for maps, value in zip(self.saliency, self.wanted, strict=True)]
 
     def add(self, name: str, value: Tensor) -> Tensor:
         """Add something up over all processes and calls."""
@@ -94,10 +103,10 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
     """Fit what a layer applies, a matrix or a scale and shift a channel, in closed form: ``"affine"``.
 
     Convolutions and linear layers get the weights, and the bias if they have one, that come nearest to the outputs of
-    the model as it was: ``min |W u - y|^2 + r |W - W_now|^2``, u what now reaches the layer. A linear map of what
-    leaves a removed region's place is part of that, folded into the layer that reads it. Least squares give less than
-    was there wherever they cannot tell what it was, layer after layer less; so each channel then gets the scale and
-    shift by which its mean and variance are what they were (REPAIR, arXiv 2211.08403), and those of norms too.
+    the model as it was: ``min s |W u - y|^2 + r |W - W_now|^2``, u what now reaches the layer, s the saliency of the
+    place. A linear map of what leaves a removed region's place is part of that, folded into the layer that reads it.
+    Least squares give less than was there wherever they cannot tell what it was, layer after layer less; so channels
+    then get the scale and shift by which mean and variance are what they were (REPAIR, arXiv 2211.08403); norms too.
     """
     weight, bias = {**layer._parameters, **layer._buffers}.get("weight"), getattr(layer, "bias", None)
     if weight is None or not weight.is_floating_point() or not _is_plain(layer):
@@ -105,8 +114,8 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         (_fit_by_weights if weight[0].numel() <= WIDEST else _fit_by_rows)(layer, sight)
     elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
-        pairs = zip(sight.inputs, sight.wanted, strict=True)
-        sums = [_moments(_rows(layer, layer.forward(x)).double(), _rows(layer, y).double()) for x, y in pairs]
+        parts = zip(sight.inputs, sight.wanted, sight.weights(), strict=True)
+        sums = [_moments(_rows(layer, layer.forward(x)).double(), _rows(layer, y).double(), s) for x, y, s in parts]
         moments = sight.add("moments", torch.stack(sums).sum(0))
         if sight.changed:
             sight.sums["moments"] = _fit_channels(weight, bias, moments)
@@ -120,8 +129,8 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _rows(norm: nn.Module, value: Tensor) -> Tensor:
-    """What a norm reads or gives as rows (n, C): channels are last in a layer norm, and second in any other."""
-    rows = value if isinstance(norm, nn.LayerNorm) else value.movedim(1, -1)
+    """What a norm reads or gives as rows (n, C)."""
+    rows = value.movedim(channel_dim(norm, value), -1)
     return rows.reshape(-1, rows.shape[-1])
 
 
@@ -141,9 +150,8 @@ def _fit_channels(weight: Tensor, bias: Tensor, moments: Tensor) -> Tensor:
     return then
 
 
-def _moments(x: Tensor, y: Tensor) -> Tensor:
-    count = torch.full_like(x[0], len(x))
-    return torch.stack([count, *(value.sum(0) for value in (x, y, x * x, y * y, x * y))])
+def _moments(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    return torch.stack([(value * weights).sum(0) for value in (torch.ones_like(x), x, y, x * x, y * y, x * y)])
 
 
 def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
@@ -157,7 +165,8 @@ def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
     cross, square = torch.zeros_like(now), now.new_zeros(groups, outputs)
     for u, v in parts:
         if origin is not None:
-            u, v = (rows - middle[:, None].to(rows.dtype) for rows, middle in zip((u, v), origin, strict=True))
+            one = u[:, :, -1:].clone()
+            u, v = (rows - one * middle[:, None].to(rows.dtype) for rows, middle in zip((u, v), origin, strict=True))
         gram += (u.transpose(1, 2) @ u).double()
         cross += (u.transpose(1, 2) @ v).double()
         square += v.double().square().sum(1)
@@ -215,7 +224,7 @@ def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
         earlier = [sight.sums[name]] if name in sight.sums else []
         sight.sums[name] = torch.cat([*earlier, *(part[place] for part in parts)], 1)
     if sight.changed:
-        u, v = sight.sums["u"], sight.sums["v"]
+        u, v = (sight.sums[name] for name in ("u", "v"))
         kernel = (u @ u.transpose(1, 2)).double()
         ridge = RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-12) / (u.shape[2] - 1)
         kernel.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
@@ -251,9 +260,9 @@ def _share(layer: nn.Conv2d | nn.Linear, sight: Sight, rows: float) -> float:
 
 
 def _samples(layer: nn.Conv2d | nn.Linear, sight: Sight, share: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (groups, n, C) that a layer reads at some places of its output, drawn at random, and should give there."""
+    """Rows (groups, n, C) that a layer reads at places drawn at random and should give, times the root of saliency."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    for x, y in zip(sight.inputs, sight.wanted, strict=True):
+    for x, y, weights in zip(sight.inputs, sight.wanted, sight.weights(), strict=True):
         places = y.numel() // len(layer.weight)
         drawn = torch.rand(places, generator=torch.Generator().manual_seed(0)) < share
         place = drawn.nonzero().flatten().to(x.device)
@@ -262,7 +271,8 @@ def _samples(layer: nn.Conv2d | nn.Linear, sight: Sight, share: float) -> Iterat
         else:
             u, v = _windows(layer, x, place), y.movedim(1, -1).flatten(0, 2)[place]
         u, v = (rows.reshape(len(rows), groups, -1).transpose(0, 1) for rows in (u, v))
-        yield functional.pad(u, (0, 1), value=float(layer.bias is not None)), v
+        root = (weights[place] if weights.ndim else weights).sqrt()
+        yield functional.pad(u, (0, 1), value=float(layer.bias is not None)) * root, v * root
 
 
 def _windows(layer: nn.Conv2d, x: Tensor, place: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,19 +19,20 @@ from torch import Tensor, nn
 from fxprune.calibration import Calibration, check_same
 from fxprune.detectors.batch import Batch, device_of
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
+from fxprune.distances import Distance
 from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, remember, traced_island
 from fxprune.errors import FxpruneWarning, ModelError, SettingError
 from fxprune.fits import fit_affine, fit_statistics
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
 from fxprune.judging import Judge
-from fxprune.mimicry import can_be_shared, check_images, judge, mimic, pieces, points_of, split
+from fxprune.mimicry import can_be_shared, check_images, mimic, pieces, split
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
 from fxprune.ranks import (
     by_first,
     check_shareable,
+    dealt_out,
     failing_together,
-    is_own,
     on_device,
     overwrite_by_first,
     own_share,
@@ -38,11 +40,13 @@ from fxprune.ranks import (
 )
 from fxprune.refitting import refit
 from fxprune.rendering import finite
+from fxprune.saliency import Maps, saliency_maps
 from fxprune.schedules import Schedule, copied
 from fxprune.study import Progress, unheard
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Note = dict[str, Any]
+Numbered = tuple[int, Batch]  # a batch, or a piece of one, with the batch's number
 
 BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """How far to go from the weights as they were to those that were fitted or trained; held-out images decide."""
@@ -52,23 +56,19 @@ LOST = 1.0
 
 @dataclass(frozen=True)
 class Care:
-    """What a healing method works with: its settings, where progress goes, whether to judge and note what it did."""
+    """What a healing method works with: its settings, where progress goes, whether to judge and note what it did, and
+    the saliency of this process's batches once it is known, which serves other cuts of the same model too."""
 
     schedule: Schedule = field(default_factory=Schedule)
     checkpoint: Path | None = None
     progress: Progress = unheard
     thorough: bool = False
+    saliency: list[Maps] = field(default_factory=list)
 
     def told(self, stage: str, total: int | None) -> Callable[..., None]:
         """A function that counts: each call is one more done of a stage."""
-        done = 0
-
-        def count(*_: object) -> None:
-            nonlocal done
-            done += 1
-            self.progress(stage, done, total)
-
-        return count
+        counted = itertools.count(1)
+        return lambda *_: self.progress(stage, next(counted), total)
 
 
 def heal(
@@ -94,9 +94,9 @@ def heal(
         As for `fxprune.analyze`. Labels are not looked at, a loss is run and never minimized.
     method : str
         ``"none"``; ``"norms"``: batch norms get the statistics of what now reaches them; ``"affine"``: weights, scales
-        and shifts are fitted in closed form, layer after layer, to give what they gave; ``"mimic"``: that, then a short
-        training. See `fxprune.fits` and `fxprune.mimicry`. The last two hold out an eighth of the images: how far to go
-        from the weights as they were, if at all, is decided by whose loss there is nearest to the original's.
+        and shifts are fitted in closed form, layer after layer, to give what they gave, above all where that matters
+        (`fxprune.saliency`); ``"mimic"``: that, then a short training (`fxprune.mimicry`). The last two hold out an
+        eighth of the images: whose loss there is nearest to the original's decides how far to go, if at all.
     steps, learning_rate, seed
         Of the training: four images a step, `learning_rate` at most, less where that would harm.
     checkpoint, progress : optional
@@ -192,11 +192,11 @@ def _carried_out_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...
 
 def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) -> Note:
     """Heal, and say what was done and how far features were and are from the original's, over all batches."""
-    begin, points = perf_counter(), points_of(pair)
-    judged = care.thorough and all(map(can_be_shared, batches))
-    before = judge(pair, points, batches) if judged else math.nan
+    begin = perf_counter()
+    distance = Distance(pair, batches) if care.thorough and all(map(can_be_shared, batches)) else None
+    before = distance.mean(batches) if distance else math.nan
     done = HEALERS[method](pair, batches, care)
-    after = judge(pair, points, batches) if judged else math.nan
+    after = distance.mean(batches) if distance else math.nan
     return {
         "method": method,
         "images": sum(batch.count for batch in batches),
@@ -233,7 +233,7 @@ def _norms(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
 
 def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     if not care.thorough:
-        _fit(pair, batches, care)
+        _fit(pair, list(enumerate(batches)), care)
         return {}
     learnt, held = _parted(batches)
     start = copied(pair.pruned)
@@ -247,25 +247,28 @@ def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     start, by = copied(pair.pruned), _judge(pair, held, care)
     _fit(pair, learnt, care)
     _blend(pair, start, by)
-    aside = [piece for _, piece in held]
-    mimic(pair, learnt, aside, care.schedule, care.checkpoint, partial(care.progress, "mimic"))
+    learnt_from, aside = ([piece for _, piece in part] for part in (learnt, held))
+    saliency, tell = dealt_out(care.saliency, len(learnt)), partial(care.progress, "mimic")
+    mimic(pair, learnt_from, aside, care.schedule, care.checkpoint, tell, saliency)
     return {**_blend(pair, start, by), "steps": care.schedule.steps}
 
 
-def _fit(pair: Pair, batches: Sequence[Batch], care: Care) -> None:
-    refit(pair, own_share(batches), fit_affine, care.told("affine", None))
+def _fit(pair: Pair, batches: Sequence[Numbered], care: Care) -> None:
+    own = own_share(batches)
+    if not care.saliency:
+        care.saliency.extend(saliency_maps(pair, batch, index, care.schedule.seed) for index, batch in own)
+    refit(pair, [batch for _, batch in own], fit_affine, care.told("affine", None), care.saliency)
 
 
-def _parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[tuple[int, Batch]]]:
-    """What is learnt from (all where that is too little), and what is held out to judge by, with its batch's number."""
+def _parted(batches: Sequence[Batch]) -> tuple[list[Numbered], list[Numbered]]:
+    """What is learnt from (all where that is too little), and what is held out to judge by."""
     whole = [(index, piece) for index, batch in enumerate(batches) for piece in pieces(batch)]
     held, learnt = split(whole)
-    return ([piece for _, piece in learnt] if len(learnt) >= rank_and_world()[1] else list(batches)), held
+    return (learnt if len(learnt) >= rank_and_world()[1] else list(enumerate(batches))), held
 
 
-def _judge(pair: Pair, held: Sequence[tuple[int, Batch]], care: Care) -> Judge:
-    own = (numbered for place, numbered in enumerate(held) if is_own(place))
-    labelled = [(index, pair.adapter.label(pair.original, piece)) for index, piece in own]
+def _judge(pair: Pair, held: Sequence[Numbered], care: Care) -> Judge:
+    labelled = [(index, pair.adapter.label(pair.original, piece)) for index, piece in own_share(held)]
     return Judge(pair.original, pair.adapter, labelled, care.schedule.seed)
 
 
@@ -284,11 +287,8 @@ def _blend(pair: Pair, start: dict[str, Any], by: Judge) -> Note:
 
 
 def _between(start: dict[str, Any], end: dict[str, Any], share: float) -> dict[str, Any]:
-    return {name: torch.lerp(start[name], value, share) if _is_real(value) else value for name, value in end.items()}
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    real = {name for name, value in end.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {name: torch.lerp(start[name], value, share) if name in real else value for name, value in end.items()}
 
 
 HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], Note]] = {

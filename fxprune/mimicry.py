@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.detectors.batch import Batch
+from fxprune.distances import Distance
 from fxprune.errors import BatchError
-from fxprune.operations import is_norm_layer
 from fxprune.optimizers import Optimizers
-from fxprune.pairs import Features, Pair, channels_last, with_gradients
-from fxprune.ranks import by_first, is_own, rank_and_world, share_gradients, summed
+from fxprune.pairs import Pair, with_gradients
+from fxprune.ranks import by_first, rank_and_world, share_gradients
+from fxprune.saliency import Maps
 from fxprune.schedules import Schedule, State, copied
 
 T = TypeVar("T")
@@ -45,12 +46,12 @@ def mimic(
     schedule: Schedule,
     checkpoint: Path | None = None,
     tell: Callable[[int, int], None] = lambda step, steps: None,
+    saliency: Sequence[Maps] = (),
 ) -> None:
     """Train a pruned model to give the features of the model as it was, without labels.
 
-    The loss is the mean over the points compared (`points_of`) of ``log(1 + e)``, e the mean squared error over the
-    variance of what is to be given: no point that is far off drowns the others. Norms keep their statistics. Every step
-    mirrors about half of its images.
+    The loss is their `Distance`, salient places counting for more. Norms keep their statistics. Every step mirrors
+    about half of its images.
 
     Parameters
     ----------
@@ -63,26 +64,30 @@ def mimic(
         File to go on from if it is there, and to write to at every look at the held-out batches.
     tell : callable
         ``tell(step, steps)``.
+    saliency : sequence of Maps
+        Of what is learnt from, the same in all processes; without it all places count alike.
 
     Raises
     ------
     SettingError
         If the checkpoint is of another model or schedule.
     """
-    points = points_of(pair)
+    distance = Distance(pair, learnt)
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
         optimizer = Optimizers(weights)
-        state = _begun(pair, partial(judge, pair, points, held), optimizer, schedule, checkpoint)
+        state = _begun(pair, partial(distance.mean, held), optimizer, schedule, checkpoint)
         for step in range(state.step + 1, schedule.steps + 1):
             for weight in weights:
                 weight.grad = None
-            distance(pair, points, _drawn(learnt, schedule, step)).backward()  # type: ignore[no-untyped-call]
+            number, mirrored = _drawn(learnt, schedule, step)
+            images = _mirror(learnt[number], mirrored)
+            distance(images, saliency[number] if saliency else None, mirrored).backward()  # type: ignore[no-untyped-call]
             share_gradients(weights)
             nn.utils.clip_grad_norm_(weights, LONGEST)
             optimizer.step(schedule.height(step) * state.pace)
             tell(step, schedule.steps)
             if step % max(1, schedule.steps // CHECKS) == 0 or step == schedule.steps:
-                found = judge(pair, points, held)
+                found = distance.mean(held)
                 astray = not found <= WORSE * state.best  # also if it is no number
                 if astray:
                     pair.pruned.load_state_dict(state.best_weights)
@@ -122,53 +127,6 @@ def _begun(
     return state
 
 
-def points_of(pair: Pair) -> list[str]:
-    """Modules whose outputs are compared: the captured parts, and the norms in them; else the model as a whole."""
-    norms = (name for name, layer in pair.layers() if is_norm_layer(layer))
-    return sorted({*pair.graphs, *norms}) or [""]
-
-
-def distance(pair: Pair, points: Sequence[str], batch: Batch) -> Tensor:
-    """How far the pruned model's features are from those of the model as it was: a scalar, of all processes' images."""
-    own = _own_images(batch)
-    with torch.no_grad():
-        wanted = Features(points, pair.decisions).run(pair.original, pair.adapter, own)
-    given = Features(points, pair.decisions, wanted).run(pair.pruned, pair.adapter, own)
-    errors: dict[str, Tensor] = {}
-    sums: dict[str, list[Tensor]] = {}
-    for (name, call), values in wanted.values.items():
-        for old, new in zip(values, given.values[name, call], strict=True):
-            errors[name] = errors.get(name, 0.0) + (new - old).square().sum()
-            rows = channels_last(old).double()  # of channels that vary little beside their means too
-            count = rows.new_full(rows.shape[1:], len(rows))
-            sums.setdefault(name, []).append(torch.stack([count, rows.sum(0), rows.square().sum(0)]))
-    flat = summed(torch.cat([part.flatten() for parts in sums.values() for part in parts]))
-    spread = _spread(flat, {name: [part.shape[1] for part in parts] for name, parts in sums.items()})
-    error = torch.stack([errors[name] for name in sums]).double()
-    total = summed(error.detach()) + (error - error.detach())  # the same number in all processes, to the last bit
-    return torch.log1p(total / spread).mean()
-
-
-def _spread(flat: Tensor, widths: dict[str, list[int]]) -> Tensor:
-    """Summed squared deviations from the channels' means, a number a point."""
-    found, start = [], 0
-    for parts in widths.values():
-        total = flat.new_zeros(())
-        for channels in parts:
-            count, once, twice = flat[start : start + 3 * channels].reshape(3, channels)
-            total = total + (twice - once.square() / count).clamp_min(0).sum()
-            start += 3 * channels
-        found.append(total)
-    return torch.stack(found).clamp_min(1e-12)
-
-
-def judge(pair: Pair, points: Sequence[str], batches: Sequence[Batch]) -> float:
-    """Mean distance over some batches, each by its images."""
-    with torch.no_grad():
-        parts = [float(distance(pair, points, batch)) * batch.count for batch in batches]
-    return sum(parts) / sum(batch.count for batch in batches)
-
-
 def check_images(batches: Sequence[Batch]) -> None:
     """Raise `BatchError` unless all processes can share out the images of every batch."""
     world = rank_and_world()[1]
@@ -191,14 +149,6 @@ def can_be_shared(batch: Batch) -> bool:
     return world == 1 or (_has_images(batch) and batch.count >= world)
 
 
-def _own_images(batch: Batch) -> Batch:
-    """This process's share of a batch."""
-    if rank_and_world()[1] == 1:
-        return batch
-    own = [image for index, image in enumerate(batch.images) if is_own(index)]
-    return Batch(torch.stack(own) if isinstance(batch.images, Tensor) else own, None, len(own))
-
-
 def _has_images(batch: Batch) -> bool:
     images = batch.images
     return (isinstance(images, Tensor) and images.ndim == 4) or (
@@ -206,14 +156,17 @@ def _has_images(batch: Batch) -> bool:
     )
 
 
-def _drawn(batches: Sequence[Batch], schedule: Schedule, step: int) -> Batch:
-    """The batch of a step: every one once, in a random order, then in another. Half of its images are mirrored."""
+def _drawn(batches: Sequence[Batch], schedule: Schedule, step: int) -> tuple[int, Tensor]:
+    """The batch of a step: every one once, in a random order, then in another; and which of its images to mirror."""
     around, place = divmod(step - 1, len(batches))
-    order = torch.randperm(len(batches), generator=_generator(schedule.seed, around))
-    batch = batches[int(order[place])]
-    if not _has_images(batch):
+    number = int(torch.randperm(len(batches), generator=_generator(schedule.seed, around))[place])
+    mirrored = torch.rand(batches[number].count, generator=_generator(schedule.seed, around, place)) < 0.5
+    return number, mirrored & _has_images(batches[number])
+
+
+def _mirror(batch: Batch, mirrored: Tensor) -> Batch:
+    if not mirrored.any():
         return batch
-    mirrored = torch.rand(batch.count, generator=_generator(schedule.seed, around, place)) < 0.5
     images = [image.flip(-1) if turn else image for image, turn in zip(batch.images, mirrored.tolist(), strict=True)]
     return Batch(torch.stack(images) if isinstance(batch.images, Tensor) else images, None, batch.count)
 

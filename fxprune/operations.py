@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from fxprune.graph import WRITTEN, class_names, qualified_name
@@ -45,6 +45,13 @@ ACTIVATION_FUNCTIONS = frozenset(
 def is_norm_layer(layer: nn.Module) -> bool:
     """Whether a module rescales each channel of what a layer gave."""
     return class_names(layer)[0].startswith(NORM_MODULES)
+
+
+def channel_dim(layer: nn.Module, value: Tensor) -> int:
+    """Which dimension of what a module gives are channels, the others being images and places."""
+    if isinstance(layer, (nn.Linear, nn.LayerNorm)):
+        return value.ndim - 1
+    return 1 if value.ndim > 3 or is_norm_layer(layer) else value.ndim - 1
 
 
 def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -121,6 +121,19 @@ def with_gradients(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 @contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no weight of a model take gradients until the end of the block: what is in between may, at less cost."""
+    before = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        for weight, _ in before:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight, takes in before:
+            weight.requires_grad_(takes)
+
+
+@contextmanager
 def hooked(model: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
     """Call a function with the output of each of some modules; what it returns, unless None, is given instead."""
 

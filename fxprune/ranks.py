@@ -42,6 +42,12 @@ def own_share(items: Sequence[Value]) -> list[Value]:
     return [item for index, item in enumerate(items) if is_own(index)]
 
 
+def dealt_out(own: Sequence[Value], count: int) -> list[Value]:
+    """All items of a sequence of which every process has its `own_share`."""
+    shares = gathered(list(own))
+    return [shares[index % len(shares)][index // len(shares)] for index in range(count)]
+
+
 def check_shareable(batches: int) -> None:
     """Raise `BatchError` unless there is a batch for every process."""
     world = rank_and_world()[1]

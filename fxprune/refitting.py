@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from fxprune.detectors.batch import Batch
 from fxprune.fits import Fit, Sight
 from fxprune.lockstep import Meet, run_in_step
+from fxprune.operations import channel_dim
 from fxprune.pairs import Pair, hooked
 from fxprune.ranks import failing_together, summed
 from fxprune.residuals import terms_of
+from fxprune.saliency import Maps
 
 SAME = 1e-5
 """Relative deviation (root of mean squares) below which a layer's output counts as unchanged."""
@@ -31,7 +33,11 @@ Values = dict[tuple[str, int], Any]
 
 
 def refit(
-    pair: Pair, batches: Sequence[Batch], fit: Fit, tell: Callable[[str], None] = lambda layer: None
+    pair: Pair,
+    batches: Sequence[Batch],
+    fit: Fit,
+    tell: Callable[[str], None] = lambda layer: None,
+    saliency: Sequence[Maps] = (),
 ) -> list[str]:
     """Fit every layer of a pruned model that gives something else than it did, in the order they run.
 
@@ -45,13 +51,15 @@ def refit(
         See `Fit`.
     tell : callable
         Told each layer that was looked at.
+    saliency : sequence of Maps
+        How much the places of the original's features count, batch by batch; without it all count alike.
 
     Returns
     -------
     list of str
         Layers that were fitted.
     """
-    work = _Work(pair, fit, tell)
+    work = _Work(pair, fit, tell, saliency)
     runs = {("original", index): work.run(pair.original, batch) for index, batch in enumerate(batches)}
     runs |= {("pruned", index): work.run(pair.pruned, batch) for index, batch in enumerate(batches)}
     with ExitStack() as hooks, torch.no_grad():
@@ -68,8 +76,8 @@ def refit(
 class _Work:
     """One pass in step over a pair."""
 
-    def __init__(self, pair: Pair, fit: Fit, tell: Callable[[str], None]) -> None:
-        self.pair, self.fit, self.tell = pair, fit, tell
+    def __init__(self, pair: Pair, fit: Fit, tell: Callable[[str], None], saliency: Sequence[Maps]) -> None:
+        self.pair, self.fit, self.tell, self.saliency = pair, fit, tell, saliency
         self.layers = {name: layer for name, layer in pair.layers() if not _is_shared(pair, layer)}
         once = {name for name in self.layers if pair.calls[name] == 1}
         self.terms = {name: term for name, term in terms_of(pair.pruned).items() if {name, term.seen_at} <= once}
@@ -130,11 +138,18 @@ class _Work:
             if not changed:
                 return False
         before = [value.clone() for value in (*layer.parameters(), *layer.buffers())]
-        finish = self.fit(layer, Sight(inputs, wanted, changed, sums))
+        finish = self.fit(layer, Sight(inputs, wanted, changed, sums, self._weights(point, wanted)))
         if finish is not None:
             self.last[name] = finish
         after = (*layer.parameters(), *layer.buffers())
         return any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+    def _weights(self, point: tuple[str, int], wanted: Sequence[Tensor]) -> list[Tensor] | None:
+        """How much places of a layer's output count, where that is known of all of them."""
+        layer, known = self.layers[point[0]], [maps[point][0] for maps in self.saliency if point in maps]
+        places = [value.numel() // value.shape[channel_dim(layer, value)] for value in wanted]
+        found = [weights for weights in known if weights is not None]
+        return found if [weights.numel() for weights in found] == places else None
 
     def _wanted(self, name: str, values: Values, numbers: Sequence[int]) -> list[Tensor]:
         """What a layer should give: what it gave, and in a sum also what the other operand no longer has."""

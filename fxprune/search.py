@@ -18,7 +18,7 @@ from fxprune.criteria import RegionScore
 from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import analyze, apply
 from fxprune.errors import FxpruneWarning, LossError, SettingError
-from fxprune.healing import Loss, mend
+from fxprune.healing import Care, Loss, mend
 from fxprune.judging import Judge
 from fxprune.plan import Plan, Totals
 from fxprune.ranks import by_first, rank_and_world
@@ -96,9 +96,9 @@ class Search:
         scores = {region.name: region.score for region in after.regions}
         return [own, [scores.get(region.name, region.score) for region in analysis.regions]]
 
-    def mended(self, pruned: nn.Module, model: nn.Module, calibration: Calibration) -> nn.Module:
+    def mended(self, pruned: nn.Module, model: nn.Module, calibration: Calibration, care: Care) -> nn.Module:
         """A pruned model after the quick healing."""
-        return mend(pruned, model, calibration, self.mend, self.loss) if self.mend != "none" else pruned
+        return mend(pruned, model, calibration, self.mend, self.loss, care) if self.mend != "none" else pruned
 
 
 def _one_shot(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
@@ -109,7 +109,7 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
     """Remove a little, mend, score what is left, and so on."""
     steps = steps_to(search.budget)
     mended_on, judged_on = calibration.apart(SAMPLE)
-    judge = _judge(model, judged_on, search)
+    judge, care = _judge(model, judged_on, search), Care()
     plans: list[Plan] = []
     now, whole = model, None
     search.progress("greedy", 0, steps)
@@ -122,7 +122,7 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
             share = 1 - _left(whole, analysis.before, 1 - (1 - search.budget) ** (step / steps), search.cost)
             if share > 0:
                 plan = by_first(partial(analysis.plan, share, search.cost))
-                now = search.mended(apply(now, plan), model, mended_on)
+                now = search.mended(apply(now, plan), model, mended_on, care)
                 facts = {"step": f"{step} of {steps}", "asked": search.budget, "mended": search.mend}
                 plans.append(_noted(plan, strategy="greedy", **facts, loss_increase=judge.worse(now)))
             search.progress("greedy", step, steps)
@@ -162,7 +162,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
     """Let scores propose whole plans, take the loss of each once mended, and learn from it what scores are worth."""
     analysis = search.analyze(model, calibration)
     mended_on, judged_on = calibration.apart(SAMPLE)
-    judge = _judge(model, judged_on, search)
+    judge, care = _judge(model, judged_on, search), Care()
     beliefs = Beliefs(search.opinions(model, calibration, analysis), search.seed)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     search.progress("search", 0, search.tries)
@@ -171,7 +171,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
             plan = by_first(partial(_proposed, analysis, beliefs, found, search))
             if plan is None:
                 break
-            loss = judge.worse(search.mended(apply(model, plan), model, mended_on))
+            loss = judge.worse(search.mended(apply(model, plan), model, mended_on, care))
             found[_taken(plan)] = loss, plan
             beliefs.learn(_taken(plan), loss)
             search.progress("search", number, search.tries)

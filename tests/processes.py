@@ -16,9 +16,9 @@ from torch.multiprocessing.spawn import start_processes
 import fxprune
 from fxprune import fits
 from fxprune.calibration import Calibration
+from fxprune.distances import Distance
 from fxprune.driver import plans_carried_out
 from fxprune.healing import _paired, mend
-from fxprune.mimicry import judge, points_of
 from fxprune.ranks import by_first, rank_and_world
 from tests.models import pixels, tiny
 
@@ -166,7 +166,7 @@ def measure_distance(folder: Path) -> float:
     """How far the features of a pruned model are off."""
     model, pruned = _pruned(0)
     pair, read = _paired(model, pruned, plans_carried_out(pruned), Calibration(batches()), None)
-    return judge(pair, points_of(pair), read)
+    return Distance(pair, read).mean(read)
 
 
 def broken_criterion(region: Any, modules: Any) -> float:

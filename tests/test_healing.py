@@ -15,12 +15,12 @@ from torch.nn import functional
 import fxprune
 from fxprune.analysis import Analysis
 from fxprune.detectors.choice import choose_adapter
+from fxprune.distances import Distance
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
 from fxprune.fits import RIDGE, Sight, fit_affine
 from fxprune.healing import BLENDS, HEALERS, mend
 from fxprune.isolation import private_copy
 from fxprune.judging import Judge
-from fxprune.mimicry import judge, points_of
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
 from fxprune.refitting import refit
@@ -68,7 +68,7 @@ def pair_of(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> tuple
 
 def far(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> float:
     pair, read = pair_of(model, pruned, batches)
-    return judge(pair, points_of(pair), read)
+    return Distance(pair, read).mean(read)
 
 
 def middle_gone(model: nn.Module) -> nn.Module:
