@@ -6,8 +6,7 @@ at every call, to all calls so far; what follows a call sees the layer as it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 import torch
@@ -16,7 +15,10 @@ from torch.nn import functional
 
 from fxprune.operations import channel_dim, is_norm_layer
 from fxprune.ranks import gathered, summed
+from fxprune.sampling import Sight, joined, samples, share_of
 
+QUICK = 0.5
+"""Share of the usual effort that is enough where a fit only serves to judge a plan by."""
 RIDGE = 1e-2
 """How strongly fitted weights are held to those that are there, relative to the mean square of what they weigh."""
 ROWS = 4
@@ -31,42 +33,6 @@ WIDEST = 5000
 """Weights of one output channel beyond which least squares are solved by rows, not by weights."""
 MOST_WIDE = 6144
 """About so many rows are looked at then, at most, at each call; of all processes together."""
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What the runs have at one call of a layer: a value a calibration batch.
-
-    Attributes
-    ----------
-    inputs : list of Tensor
-        What the layer is given in the pruned model.
-    wanted : list of Tensor
-        What it gave in the model as it was, on the same images.
-    changed : bool
-        Whether it gives something else now, here or at an earlier call. If not it is to be left as it is.
-    sums : dict of str to Tensor
-        What a fit has added up over the layer's calls so far, those before it changed too.
-    saliency : list of Tensor, optional
-        How much each place of the outputs counts (see `fxprune.saliency`); without it all count alike.
-    """
-
-    inputs: list[Tensor] = field(repr=False)
-    wanted: list[Tensor] = field(repr=False)
-    changed: bool = True
-    sums: dict[str, Tensor] = field(repr=False, default_factory=dict)
-    saliency: list[Tensor] | None = field(repr=False, default=None)
-
-    def weights(self) -> list[Tensor]:
-        """How much each place counts, one row (n, 1) a place."""
-        if self.saliency is None:
-            return [value.new_ones(()) for value in self.wanted]
-        return [maps.to(value.dtype).reshape(-1, 1) for maps, value in zip(self.saliency, self.wanted, strict=True)]
-
-    def add(self, name: str, value: Tensor) -> Tensor:
-        """Add something up over all processes and calls."""
-        total = self.sums[name] = summed(value) + self.sums.get(name, 0.0)
-        return total
 
 
 Fit = Callable[[nn.Module, Sight], Callable[[], None] | None]
@@ -99,7 +65,7 @@ def fit_statistics(layer: nn.Module, sight: Sight) -> Callable[[], None] | None:
     return unbiased
 
 
-def fit_affine(layer: nn.Module, sight: Sight) -> None:
+def fit_affine(layer: nn.Module, sight: Sight, effort: float = 1.0) -> None:
     """Fit what a layer applies, a matrix or a scale and shift a channel, in closed form: ``"affine"``.
 
     Convolutions and linear layers get the weights, and the bias if they have one, that come nearest to the outputs of
@@ -107,12 +73,13 @@ def fit_affine(layer: nn.Module, sight: Sight) -> None:
     place. A linear map of what leaves a removed region's place is part of that, folded into the layer that reads it.
     Least squares give less than was there wherever they cannot tell what it was, layer after layer less; so channels
     then get the scale and shift by which mean and variance are what they were (REPAIR, arXiv 2211.08403); norms too.
+    `effort` is the share of the places that they usually look at.
     """
     weight, bias = {**layer._parameters, **layer._buffers}.get("weight"), getattr(layer, "bias", None)
     if weight is None or not weight.is_floating_point() or not _is_plain(layer):
         return
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        (_fit_by_weights if weight[0].numel() <= WIDEST else _fit_by_rows)(layer, sight)
+        (_fit_by_weights if weight[0].numel() <= WIDEST else _fit_by_rows)(layer, sight, effort)
     elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
         parts = zip(sight.inputs, sight.wanted, sight.weights(), strict=True)
         sums = [_moments(_rows(layer, layer.forward(x)).double(), _rows(layer, y).double(), s) for x, y, s in parts]
@@ -154,12 +121,12 @@ def _moments(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([(value * weights).sum(0) for value in (torch.ones_like(x), x, y, x * x, y * y, x * y)])
 
 
-def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
+def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -> None:
     """Least squares; then channels that have a bias get the mean and the spread there were."""
     now, bias = sight.sums.setdefault("held", _matrix(layer)), layer.bias
     groups, inputs, outputs = len(now), now.shape[1] - 1, now.shape[2]
-    share = _share(layer, sight, max(ROWS * inputs, min(MOST, WORK / inputs**2)))
-    parts = list(_joined(_samples(layer, sight, share), inputs))
+    share = share_of(layer, sight, effort * max(ROWS * inputs, min(MOST, WORK / inputs**2)))
+    parts = list(joined(samples(layer, sight, share), inputs))
     origin = None if bias is None else _origin(parts, now, sight)
     gram = now.new_zeros(groups, inputs + 1, inputs + 1)
     cross, square = torch.zeros_like(now), now.new_zeros(groups, outputs)
@@ -177,8 +144,10 @@ def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
     if origin is not None:
         gram, cross, square = _moved(gram, cross, square, origin)
     mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
-    ridge = torch.diag_embed((RIDGE * mean)[:, None].expand(-1, inputs + 1))
-    now = _solved(gram + ridge, cross + ridge @ now)
+    ridge = RIDGE * mean[:, None]
+    held = gram.clone()
+    held.diagonal(dim1=1, dim2=2).add_(ridge)
+    now = _solved(held, cross + ridge[:, None] * now)
     _set_matrix(layer, now)
     if bias is not None:
         given, count = gram @ now, gram[:, -1, -1:].expand(-1, outputs)
@@ -215,10 +184,10 @@ def _moved(gram: Tensor, cross: Tensor, square: Tensor, origin: tuple[Tensor, Te
     )
 
 
-def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
+def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -> None:
     """The same least squares where rows are fewer than weights: ``W_now + (y - W_now u)(u^T u + r)^-1 u^T``."""
     held = sight.sums.setdefault("held", _matrix(layer))
-    shares = gathered(list(_samples(layer, sight, _share(layer, sight, MOST_WIDE))))
+    shares = gathered(list(samples(layer, sight, share_of(layer, sight, effort * MOST_WIDE))))
     parts = [part for turn in zip_longest(*shares) for part in turn if part is not None]  # as one process has them
     for place, name in enumerate(("u", "v")):
         earlier = [sight.sums[name]] if name in sight.sums else []
@@ -233,8 +202,10 @@ def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight) -> None:
 
 
 def _solved(matrices: Tensor, right: Tensor) -> Tensor:
-    """Solutions group by group: on several threads, torch's LU of a batch may be wrong (pytorch issue 142815)."""
-    return torch.stack([torch.linalg.solve(matrix, side) for matrix, side in zip(matrices, right, strict=True)])
+    """Solutions of positive definite systems, group by group: on several threads, what torch makes of a batch may be
+    wrong (pytorch issue 142815). What is no number gives none."""
+    factors = [torch.linalg.cholesky_ex(matrix).L for matrix in matrices]
+    return torch.stack([torch.cholesky_solve(side, factor) for side, factor in zip(right, factors, strict=True)])
 
 
 def _matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:
@@ -251,48 +222,3 @@ def _set_matrix(layer: nn.Conv2d | nn.Linear, matrix: Tensor) -> None:
     layer.weight.data.copy_(matrix[:, :-1].transpose(1, 2).reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.data.copy_(matrix[:, -1].reshape(-1))
-
-
-def _share(layer: nn.Conv2d | nn.Linear, sight: Sight, rows: float) -> float:
-    """Share of the places that so many rows are, all processes together."""
-    places = sum(value.numel() // len(layer.weight) for value in sight.wanted)
-    return min(1.0, rows / float(summed(layer.weight.new_tensor(places, dtype=torch.float64))))
-
-
-def _samples(layer: nn.Conv2d | nn.Linear, sight: Sight, share: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (groups, n, C) that a layer reads at places drawn at random and should give, times the root of saliency."""
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    for x, y, weights in zip(sight.inputs, sight.wanted, sight.weights(), strict=True):
-        places = y.numel() // len(layer.weight)
-        drawn = torch.rand(places, generator=torch.Generator().manual_seed(0)) < share
-        place = drawn.nonzero().flatten().to(x.device)
-        if isinstance(layer, nn.Linear):
-            u, v = x.reshape(-1, x.shape[-1])[place], y.reshape(-1, y.shape[-1])[place]
-        else:
-            u, v = _windows(layer, x, place), y.movedim(1, -1).flatten(0, 2)[place]
-        u, v = (rows.reshape(len(rows), groups, -1).transpose(0, 1) for rows in (u, v))
-        root = (weights[place] if weights.ndim else weights).sqrt()
-        yield functional.pad(u, (0, 1), value=float(layer.bias is not None)) * root, v * root
-
-
-def _windows(layer: nn.Conv2d, x: Tensor, place: Tensor) -> Tensor:
-    """What a convolution reads (n, C) at places of its output."""
-    reach = [dilation * (size - 1) + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    windows = padded.unfold(2, reach[0], layer.stride[0]).unfold(3, reach[1], layer.stride[1])
-    windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]].permute(0, 2, 3, 1, 4, 5)
-    height, width = windows.shape[1:3]
-    return windows[place // (height * width), place // width % height, place % width].flatten(1)
-
-
-def _joined(parts: Iterable[tuple[Tensor, Tensor]], least: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Join parts to at least so many rows: products of fewer cost more to add up than to make."""
-    kept: list[tuple[Tensor, Tensor]] = []
-    for part in parts:
-        kept.append(part)
-        if sum(u.shape[1] for u, _ in kept) >= least:
-            yield torch.cat([u for u, _ in kept], 1), torch.cat([v for _, v in kept], 1)
-            kept.clear()
-    if kept:
-        yield torch.cat([u for u, _ in kept], 1), torch.cat([v for _, v in kept], 1)

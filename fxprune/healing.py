@@ -22,7 +22,7 @@ from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
 from fxprune.distances import Distance
 from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, remember, traced_island
 from fxprune.errors import FxpruneWarning, ModelError, SettingError
-from fxprune.fits import fit_affine, fit_statistics
+from fxprune.fits import QUICK, fit_affine, fit_statistics
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
 from fxprune.judging import Judge
 from fxprune.mimicry import can_be_shared, check_images, mimic, pieces, split
@@ -47,7 +47,6 @@ from fxprune.study import Progress, unheard
 Loss = Callable[[nn.Module, Any], Tensor]
 Note = dict[str, Any]
 Numbered = tuple[int, Batch]  # a batch, or a piece of one, with the batch's number
-
 BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """How far to go from the weights as they were to those that were fitted or trained; held-out images decide."""
 LOST = 1.0
@@ -105,9 +104,8 @@ def heal(
     Returns
     -------
     Module
-        A healed copy; mode, device, dtype, graphs and the shapes of weights are those of `pruned`. Its last plan's
-        ``settings["heal"]`` says how, and how far its features and, on those held out, its loss were and are from those
-        of `original` on these images.
+        A healed copy; mode, device, dtype, graphs, shapes are those of `pruned`. Its last plan's ``settings["heal"]``
+        says how, and how far features and, on images held out, the loss were and are from those of `original`.
 
     Warns
     -----
@@ -248,16 +246,18 @@ def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
     _fit(pair, learnt, care)
     _blend(pair, start, by)
     learnt_from, aside = ([piece for _, piece in part] for part in (learnt, held))
-    saliency, tell = dealt_out(care.saliency, len(learnt)), partial(care.progress, "mimic")
-    mimic(pair, learnt_from, aside, care.schedule, care.checkpoint, tell, saliency)
+    saliency = dealt_out(care.saliency, len(learnt))
+    mimic(pair, learnt_from, aside, care.schedule, care.checkpoint, partial(care.progress, "mimic"), saliency)
     return {**_blend(pair, start, by), "steps": care.schedule.steps}
 
 
 def _fit(pair: Pair, batches: Sequence[Numbered], care: Care) -> None:
     own = own_share(batches)
     if not care.saliency:
-        care.saliency.extend(saliency_maps(pair, batch, index, care.schedule.seed) for index, batch in own)
-    refit(pair, [batch for _, batch in own], fit_affine, care.told("affine", None), care.saliency)
+        with failing_together():
+            care.saliency.extend(saliency_maps(pair, batch, index, care.schedule.seed) for index, batch in own)
+    fit = fit_affine if care.thorough else partial(fit_affine, effort=QUICK)
+    refit(pair, [batch for _, batch in own], fit, care.told("affine", None), care.saliency)
 
 
 def _parted(batches: Sequence[Batch]) -> tuple[list[Numbered], list[Numbered]]:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.detectors.batch import Batch
-from fxprune.fits import Fit, Sight
+from fxprune.fits import Fit
 from fxprune.lockstep import Meet, run_in_step
 from fxprune.operations import channel_dim
 from fxprune.pairs import Pair, hooked
 from fxprune.ranks import failing_together, summed
 from fxprune.residuals import terms_of
 from fxprune.saliency import Maps
+from fxprune.sampling import Sight
 
 SAME = 1e-5
 """Relative deviation (root of mean squares) below which a layer's output counts as unchanged."""

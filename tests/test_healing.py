@@ -17,13 +17,14 @@ from fxprune.analysis import Analysis
 from fxprune.detectors.choice import choose_adapter
 from fxprune.distances import Distance
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
-from fxprune.fits import RIDGE, Sight, fit_affine
+from fxprune.fits import RIDGE, fit_affine
 from fxprune.healing import BLENDS, HEALERS, mend
 from fxprune.isolation import private_copy
 from fxprune.judging import Judge
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
 from fxprune.refitting import refit
+from fxprune.sampling import Sight
 from fxprune.schedules import copied
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import Eager, build, labelled, pixels, squared, tiny

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import fits
-from fxprune.fits import Fit, Sight, fit_affine, fit_statistics
+from fxprune.fits import Fit, fit_affine, fit_statistics
 from fxprune.healing import mend
+from fxprune.sampling import Sight
 from tests.models import build, labelled, pixels
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Fit]] = {

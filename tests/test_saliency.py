@@ -14,10 +14,11 @@ import fxprune
 from fxprune import fits
 from fxprune.detectors.choice import choose_adapter
 from fxprune.distances import Distance
-from fxprune.fits import RIDGE, Sight, fit_affine
+from fxprune.fits import RIDGE, fit_affine
 from fxprune.isolation import private_copy
 from fxprune.pairs import Pair, pair_up
 from fxprune.saliency import FLOOR, Maps, saliency_maps, turned
+from fxprune.sampling import Sight
 from tests.models import build, labelled, pixels, tiny
 
 HALF = 4

@@ -17,8 +17,11 @@ from fxprune.compilation import read_once
 from fxprune.detectors.batch import Batch
 from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import BudgetError, FxpruneWarning, LossError, SettingError
+from fxprune.healing import Care
 from fxprune.judging import Judge
 from fxprune.plan import Plan
+from fxprune.refitting import refit
+from fxprune.saliency import saliency_maps
 from fxprune.search import STRATEGIES, STRIDE, TRIES, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
@@ -137,9 +140,9 @@ def test_plans_are_judged_on_other_images_than_they_were_mended_on(
     judged: list[list[Batch]] = []
     mend, worse = Search.mended, Judge.worse
 
-    def noted_mend(self: Search, pruned: nn.Module, model: nn.Module, images: Calibration) -> nn.Module:
+    def noted_mend(self: Search, pruned: nn.Module, model: nn.Module, images: Calibration, care: Care) -> nn.Module:
         mended.append(list(images))
-        return mend(self, pruned, model, images)
+        return mend(self, pruned, model, images, care)
 
     def noted_worse(self: Judge, pruned: nn.Module) -> float:
         judged.append([batch for _, batch in self.batches])
@@ -153,6 +156,29 @@ def test_plans_are_judged_on_other_images_than_they_were_mended_on(
         assert some
         assert others
         assert all(one is not other for one in some for other in others)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "search"])
+def test_where_it_matters_is_looked_at_once(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    fitted: list[Any] = []
+
+    def noted_maps(pair: Any, batch: Batch, index: int = 0, seed: int = 0) -> Any:
+        looked.append(index)
+        return saliency_maps(pair, batch, index, seed)
+
+    def noted_refit(pair: Any, batches: Any, fit: Any, tell: Any, saliency: Any) -> list[str]:
+        fitted.append(saliency)
+        return refit(pair, batches, fit, tell, saliency)
+
+    monkeypatch.setattr("fxprune.healing.saliency_maps", noted_maps)
+    monkeypatch.setattr("fxprune.healing.refit", noted_refit)
+    fxprune.compile(tiny(), unlabelled(), 0.3, strategy=strategy, heal="affine", tries=3)
+    *tried, last = fitted
+    assert len(tried) > 1
+    assert len({id(saliency) for saliency in tried}) == 1
+    assert last is not tried[0]  # of all images
+    assert len(looked) == len(tried[0]) + len(last)
 
 
 class Brittle(nn.Module):
