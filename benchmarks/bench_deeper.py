@@ -161,7 +161,8 @@ def found_before(
         "cost": options.cost,
         "tries": options.tries,
     }
-    row = next((row for row in read_rows(NAME) if wanted.items() <= row.items()), None)
+    rows = (row for row in read_rows(NAME) if strategy == "one_shot" or not is_older(row))
+    row = next((row for row in rows if wanted.items() <= row.items()), None)
     if row is None:
         return None
     plans: list[Plan] = []
@@ -180,9 +181,14 @@ def place_of(row: Row) -> Path:
 
 
 def known(subject: Subject, strategy: str, heal: str, budget: float, cost: str) -> bool:
-    """Whether the results have a row already."""
+    """Whether the results have a row already that is not older than what healing minds now."""
     wanted = (subject.name, strategy, heal, budget, cost)
-    return any(wanted == tuple(row[key] for key in KEYS) for row in read_rows(NAME))
+    return any(wanted == tuple(row[key] for key in KEYS) for row in read_rows(NAME) if not is_older(row))
+
+
+def is_older(row: Row) -> bool:
+    """Whether a row is of before healing minded where deviations matter, or of a search judged by such healing."""
+    return not row.get("saliency") and (row["heal"] in KEPT or row["strategy"] != "one_shot")
 
 
 def same_cut(row: Row) -> Row | None:
@@ -190,8 +196,8 @@ def same_cut(row: Row) -> Row | None:
 
     And if the detector, where it is to be kept, is still there.
     """
-    alike = ("model", "heal", "steps", "images", "regions", "machine")
-    same = (other for other in read_rows(NAME) if all(row[key] == other[key] for key in alike))
+    alike = ("model", "heal", "steps", "saliency", "images", "regions", "machine")
+    same = (other for other in read_rows(NAME) if all(row[key] == other.get(key) for key in alike))
     return next((other for other in same if row["heal"] not in KEPT or place_of(other).exists()), None)
 
 
@@ -209,6 +215,7 @@ def facts(
         "regions": [sorted(region.name for region in plan.removed) for plan in plans],
         "tries": options.tries,
         "steps": options.steps,
+        "saliency": True,
         "images": len(subject.calibration),
         "val_images": len(subject.val),
         "machine": machine(),
@@ -228,7 +235,10 @@ def latency_cut(plans: Sequence[Plan]) -> float | None:
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a detector, cost, budget and strategy; the mAP that each healing loses, and the seconds it took."""
+    """One line a detector, cost, budget and strategy; the mAP that each healing loses, and the seconds it took.
+
+    What is marked † was measured before healing minded where deviations matter.
+    """
     yield f"| model (mAP) | budget | strategy | {' | '.join(HEALERS)} | goal | search + heal, s |"
     yield "|---|--:|---|" + "--:|" * (len(HEALERS) + 2)
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
@@ -236,11 +246,16 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         groups.setdefault((row["model"], row["cost"], row["budget"], row["strategy"]), {})[row["heal"]] = row
     for (model, cost, budget, strategy), found in sorted(groups.items(), key=str):
         (base,) = {row["unpruned_mAP"] for row in found.values()}
-        losses = [f"{round(base - found[heal]['mAP'], 3) + 0.0:.3f}" if heal in found else "" for heal in HEALERS]
+        losses = [loss_of(found[heal]) if heal in found else "" for heal in HEALERS]
         seconds = [f"{found[heal]['heal_seconds']:.0f}" for heal in HEALERS if heal in found]
         searched = max(row["search_seconds"] for row in found.values())
         cells = [f"{model} ({base:.3f})", f"{budget:.0%} {cost}", strategy, *losses, str(GOALS.get(budget, ""))]
         yield f"| {' | '.join(cells)} | {searched:.0f} + {' / '.join(seconds)} |"
+
+
+def loss_of(row: Row) -> str:
+    """What a row lost of mAP, marked if it is older."""
+    return f"{round(row['unpruned_mAP'] - row['mAP'], 3) + 0.0:.3f}{'†' if is_older(row) else ''}"
 
 
 if __name__ == "__main__":

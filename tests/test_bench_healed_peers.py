@@ -96,6 +96,24 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
     assert bench_deeper.same_cut(rows[1]) is None  # what was kept is lost: to be healed again
 
 
+def test_rows_of_an_older_healing_are_made_again_and_marked_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = make_subject()
+    monkeypatch.setattr(bench_deeper, "subjects", lambda options: [subject])
+    monkeypatch.setattr(Subject, "unlabelled", Subject.batches)
+    asked = ["tiny", "--strategies", "one_shot", "--heals", "none", "affine", "--budgets", ".2"]
+    bench_deeper.main(asked)
+    none, affine = results.read_rows("bench_deeper")
+    del none["saliency"], affine["saliency"]
+    results.write_all("bench_deeper", [none, affine | {"mAP": affine["unpruned_mAP"] - 0.125}])
+    (line,) = list(bench_deeper.table(results.read_rows("bench_deeper")))[2:]
+    assert line.count("†") == 1
+    assert "0.125†" in line
+    bench_deeper.main(asked)
+    assert [row["heal"] for row in results.read_rows("bench_deeper")] == ["none", "affine", "affine"]
+    (line,) = list(bench_deeper.table(results.read_rows("bench_deeper")))[2:]
+    assert "†" not in line
+
+
 @needs_peer
 def test_what_was_healed_is_held_against_what_is_as_fast(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
