@@ -131,14 +131,15 @@ def healed(
 def effort(images: int, budget: float, search: SearchOptions) -> str:
     """Say what a search will cost at most; empty if there is none."""
     sample, each = min(images, SAMPLE), 1 if search.heal == "none" else 4
+    once = 1 + 3 * (search.heal in FITTED)  # the loss as it was; labels, loss and gradient for saliency
     passes = "forward passes over {} of them at most. Ctrl-C takes the best so far"
     if search.strategy == "search":
         twice = " twice" if search.heal in FITTED else ""
-        tried = f"scores {images} images{twice}, then tries up to {search.tries} plans: {1 + each * search.tries}"
+        tried = f"scores {images} images{twice}, then tries up to {search.tries} plans: {once + each * search.tries}"
         return f"{tried} {passes.format(sample)}"
     if search.strategy == "greedy":
         steps = steps_to(budget)
-        return f"scores {images} images up to {steps} times, and {1 + each * steps} {passes.format(sample)}"
+        return f"scores {images} images up to {steps} times, and {once + each * steps} {passes.format(sample)}"
     return ""
 
 
