@@ -173,9 +173,11 @@ class RecordingInterpreter(RegionInterpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run a node and hook its value."""
         value = super().run_node(n)
+        if n.op == "output":
+            return map_tensors(value, torch.clone)  # what comes next may overwrite it
         if n.name in self.weighted:
             value = map_tensors(value, _tracked)
-        if not isinstance(value, Tensor) or n.op in ("output", "get_attr"):
+        if not isinstance(value, Tensor) or n.op == "get_attr":
             return value
         self.record.shapes.setdefault((self.island, n.name), tuple(value.shape))
         if value.requires_grad:

@@ -60,11 +60,9 @@ class Distance:
             for number, (old, new) in enumerate(zip(values, given.values[name, call], strict=True)):
                 squares = (new - old).square().sum(self._channels(name, old))
                 weights = maps[number] if number < len(maps) else None
-                if weights is not None and which is not None:
-                    weights = weights[which]
-                if weights is not None and weights.shape == squares.shape:
-                    weights = weights.to(squares.dtype)
-                    squares = squares * (weights if mirrored is None else turned(weights, mirrored[which]))
+                if weights is not None and weights[which].shape == squares.shape:
+                    weights = weights if mirrored is None else turned(weights, mirrored)
+                    squares = squares * weights[which].to(squares)
                 errors[name, number] = errors.get((name, number), 0.0) + squares.sum()
                 counts[name, number] = counts.get((name, number), 0) + squares.numel()
         error = torch.stack([errors[place] for place in errors]).double()

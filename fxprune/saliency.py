@@ -58,13 +58,15 @@ def saliency_maps(pair: Pair, batch: Batch, index: int = 0, seed: int = 0) -> Ma
     def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         calls[name] += 1
         leaves, form = tree_flatten(output)
-        maps = found[name, calls[name]] = list[Tensor | None]([None] * len(leaves))
+        maps = found[name, calls[name]] = list[Tensor | None]()
         for position, value in enumerate(leaves):
             if isinstance(value, Tensor) and value.is_floating_point():
                 if not value.requires_grad:
                     value = leaves[position] = value.detach().requires_grad_(True).clone()
                 if value.requires_grad:
-                    value.register_hook(partial(_keep, maps, position, channel_dim(module, value), batch.count))  # type: ignore[no-untyped-call]
+                    channels = channel_dim(module, value)
+                    value.register_hook(partial(_keep, maps, len(maps), channels, batch.count))  # type: ignore[no-untyped-call]
+                maps.append(None)
         return tree_unflatten(leaves, form)
 
     inside = [(name, module) for name, module in model.named_modules() if within(name, pair.graphs)]
@@ -77,14 +79,14 @@ def saliency_maps(pair: Pair, batch: Batch, index: int = 0, seed: int = 0) -> Ma
 
 
 def _keep(maps: list[Tensor | None], position: int, channels: int, images: int, slope: Tensor) -> None:
-    """Turn a gradient into weights: half as many bits do, for there are as many maps as layers."""
+    """Turn a gradient into weights, kept on the CPU and in half as many bits: there are as many maps as layers."""
     if slope.ndim < 3:
         return  # one place an image, or proposals, which are others when the loss is taken
     size = slope.float().square().mean(channels).sqrt()
     each = size.reshape(images if len(size) % images == 0 else 1, -1)
     mean = each.mean(1, keepdim=True)
     weights = torch.where(mean > 0, FLOOR + (1 - FLOOR) * each / mean.clamp_min(1e-30), 1.0)
-    maps[position] = weights.reshape(size.shape).bfloat16()
+    maps[position] = weights.reshape(size.shape).bfloat16().cpu()
 
 
 def turned(weights: Tensor, mirrored: Tensor) -> Tensor:

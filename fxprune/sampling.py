@@ -40,7 +40,7 @@ class Sight:
         """How much each place counts, one row (n, 1) a place."""
         if self.saliency is None:
             return [value.new_ones(()) for value in self.wanted]
-        return [maps.to(value.dtype).reshape(-1, 1) for maps, value in zip(self.saliency, self.wanted, strict=True)]
+        return [maps.to(value).reshape(-1, 1) for maps, value in zip(self.saliency, self.wanted, strict=True)]
 
     def add(self, name: str, value: Tensor) -> Tensor:
         """Add something up over all processes and calls."""

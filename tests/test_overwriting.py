@@ -18,7 +18,7 @@ from benchmarks.bench_time import captured
 from fxprune import Plan
 from fxprune.interpreting import NodeTimer
 from fxprune.latency import overwriting
-from tests.models import build, labelled, pixels
+from tests.models import Block, build, finite, labelled, pixels
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
@@ -245,3 +245,27 @@ def test_captured_functions_overwrite_what_those_of_the_program_do_under_a_timer
         timer.run(lambda: model(x))
     assert torch.equal(values["fc"][0], expected)
     assert {name: torch.equal(*pair) for name, pair in values.items()} == {"norm": True, "body_norm": False, "fc": True}
+
+
+class Overwrites(nn.Module):
+    """Stays eager, and may overwrite what a captured part gave."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(8), Block(8))
+        self.act = nn.LeakyReLU(0.5, inplace)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.body(finite(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "grad_act"])
+def test_scores_are_of_what_a_part_gave_before_it_was_overwritten(criterion: str) -> None:
+    found = [
+        fxprune.analyze(build(Overwrites, inplace=inplace), labelled(), criterion=criterion)
+        for inplace in (False, True)
+    ]
+    first, second = ([(region.name, region.score) for region in analysis.regions] for analysis in found)
+    assert len(first) == 2
+    assert first == second

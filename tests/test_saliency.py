@@ -71,6 +71,24 @@ def test_places_that_the_loss_ignores_have_the_least_weight_and_every_image_as_m
     assert bool((first[..., HALF + 1 :] == torch.tensor(FLOOR).bfloat16()).all())  # but for what a kernel reaches
 
 
+class Named(Map):
+    """Gives its map beside what is no features."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"count": torch.tensor(len(x)), "map": super().forward(x)}
+
+
+def test_outputs_are_numbered_by_their_features() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return left(lambda images: model(images)["map"], batch)  # type: ignore[arg-type]
+
+    pair, batch = paired(loss, build(Named))
+    found = saliency_maps(pair, batch)["", 1]
+    assert len(found) == 1
+    assert found[0] is not None
+    assert found[0].device.type == "cpu"
+
+
 def test_looking_leaves_no_trace() -> None:
     pair, batch = paired()
     pair.original.requires_grad_(False)
