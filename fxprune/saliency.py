@@ -49,6 +49,12 @@ def saliency_maps(pair: Pair, batch: Batch, index: int = 0, seed: int = 0) -> Ma
     ------
     LossError, BatchError
         If the loss cannot be taken.
+
+    Examples
+    --------
+    >>> maps = saliency_maps(pair, batch)            # doctest: +SKIP
+    >>> maps["backbone.conv1", 1][0].shape           # doctest: +SKIP
+    torch.Size([8, 80, 80])
     """
     model, adapter = pair.original, pair.adapter
     labelled = adapter.label(model, batch)
@@ -80,8 +86,8 @@ def saliency_maps(pair: Pair, batch: Batch, index: int = 0, seed: int = 0) -> Ma
 
 def _keep(maps: list[Tensor | None], position: int, channels: int, images: int, slope: Tensor) -> None:
     """Turn a gradient into weights, kept on the CPU and in half as many bits: there are as many maps as layers."""
-    if slope.ndim < 3:
-        return  # one place an image, or proposals, which are others when the loss is taken
+    if slope.ndim < 3 or not bool(slope.isfinite().all()):
+        return  # one place an image, or proposals, which are others when the loss is taken; or no number
     size = slope.float().square().mean(channels).sqrt()
     each = size.reshape(images if len(size) % images == 0 else 1, -1)
     mean = each.mean(1, keepdim=True)

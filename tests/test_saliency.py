@@ -110,6 +110,12 @@ def test_a_loss_without_a_gradient_tells_nothing() -> None:
     assert not saliency_maps(replace(pair, adapter=adapter), batch)
 
 
+def test_a_gradient_that_is_no_number_tells_nothing() -> None:
+    pair, batch = paired()
+    adapter = choose_adapter(pair.original, batch.images, lambda model, images: (model(images) * 0).sqrt().mean())
+    assert not saliency_maps(replace(pair, adapter=adapter), batch)
+
+
 def test_rows_of_features_have_no_places() -> None:
     model = tiny()
     batch = labelled()[0]
