@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.detectors.batch import Batch
-from fxprune.operations import channel_dim, is_norm_layer
+from fxprune.operations import channel_dim, is_norm_layer, rows_of
 from fxprune.pairs import Features, Pair
 from fxprune.ranks import is_own, rank_and_world, summed
 from fxprune.saliency import Maps, turned
@@ -58,7 +58,7 @@ class Distance:
         for (name, call), values in wanted.values.items():
             maps = saliency.get((name, call), ()) if saliency is not None else ()
             for number, (old, new) in enumerate(zip(values, given.values[name, call], strict=True)):
-                squares = (new - old).square().sum(self._channels(name, old))
+                squares = (new - old).square().sum(channel_dim(self.pair.pruned.get_submodule(name), old))
                 weights = maps[number] if number < len(maps) else None
                 if weights is not None and weights[which].shape == squares.shape:
                     weights = weights if mirrored is None else turned(weights, mirrored)
@@ -90,8 +90,7 @@ class Distance:
             images += batch.count
             for (name, call), values in self._wanted(own_images(batch)[0]).values.items():
                 for number, value in enumerate(values):
-                    rows = value.movedim(self._channels(name, value), -1).double()
-                    rows = rows.reshape(-1, rows.shape[-1])
+                    rows = rows_of(self.pair.pruned.get_submodule(name), value).double()
                     part = torch.stack([rows.new_full(rows.shape[1:], len(rows)), rows.sum(0), rows.square().sum(0)])
                     sums[name, number, call] = sums.get((name, number, call), 0.0) + part
         found: dict[Place, list[Tensor]] = {}
@@ -104,9 +103,6 @@ class Distance:
     def _wanted(self, own: Batch) -> Features:
         with torch.no_grad():
             return Features(self.points, self.pair.decisions).run(self.pair.original, self.pair.adapter, own)
-
-    def _channels(self, name: str, value: Tensor) -> int:
-        return channel_dim(self.pair.pruned.get_submodule(name), value)
 
 
 def own_images(batch: Batch) -> tuple[Batch, Any]:

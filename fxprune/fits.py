@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.operations import channel_dim, is_norm_layer
+from fxprune.operations import is_norm_layer, rows_of
 from fxprune.ranks import gathered, summed
 from fxprune.sampling import Sight, joined, samples, share_of
 
@@ -49,7 +49,7 @@ def fit_statistics(layer: nn.Module, sight: Sight) -> Callable[[], None] | None:
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) or mean is None or variance is None:
         return None
     origin = sight.sums.setdefault("origin", mean.double())
-    rows = [_rows(layer, value).double() - origin for value in sight.inputs]
+    rows = [rows_of(layer, value).double() - origin for value in sight.inputs]
     sums = [torch.stack([row.sum(0), row.square().sum(0), row.new_full(mean.shape, len(row))]) for row in rows]
     shift, square, count = sight.add("statistics", torch.stack(sums).sum(0))
     if not sight.changed:
@@ -82,7 +82,7 @@ def fit_affine(layer: nn.Module, sight: Sight, effort: float = 1.0) -> None:
         (_fit_by_weights if weight[0].numel() <= WIDEST else _fit_by_rows)(layer, sight, effort)
     elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
         parts = zip(sight.inputs, sight.wanted, sight.weights(), strict=True)
-        sums = [_moments(_rows(layer, layer.forward(x)).double(), _rows(layer, y).double(), s) for x, y, s in parts]
+        sums = [_moments(rows_of(layer, layer.forward(x)).double(), rows_of(layer, y).double(), s) for x, y, s in parts]
         moments = sight.add("moments", torch.stack(sums).sum(0))
         if sight.changed:
             sight.sums["moments"] = _fit_channels(weight, bias, moments)
@@ -93,12 +93,6 @@ def _is_plain(layer: nn.Module) -> bool:
     methods = ("forward", "_conv_forward") if isinstance(layer, nn.Conv2d) else ("forward",)
     homes = {getattr(getattr(layer, name), "__module__", "") for name in methods}
     return all(f"{home}.".startswith(("torch.nn.modules.", "torchvision.ops.misc.")) for home in homes)
-
-
-def _rows(norm: nn.Module, value: Tensor) -> Tensor:
-    """What a norm reads or gives as rows (n, C)."""
-    rows = value.movedim(channel_dim(norm, value), -1)
-    return rows.reshape(-1, rows.shape[-1])
 
 
 def _fit_channels(weight: Tensor, bias: Tensor, moments: Tensor) -> Tensor:
@@ -132,7 +126,7 @@ def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -
     cross, square = torch.zeros_like(now), now.new_zeros(groups, outputs)
     for u, v in parts:
         if origin is not None:
-            one = u[:, :, -1:].clone()
+            one = u[:, :, -1:]
             u, v = (rows - one * middle[:, None].to(rows.dtype) for rows, middle in zip((u, v), origin, strict=True))
         gram += (u.transpose(1, 2) @ u).double()
         cross += (u.transpose(1, 2) @ v).double()

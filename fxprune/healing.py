@@ -136,8 +136,8 @@ def mend(
     original: nn.Module,
     calib_loader: Iterable[Any],
     method: str,
-    loss: Loss | None = None,
-    care: Care = Care(),
+    loss: Loss | None,
+    care: Care,
 ) -> nn.Module:
     """As `heal`; unless it is to be thorough, no images are held out, nothing is judged and nothing noted."""
     network, before = network_of(pruned), network_of(original)

@@ -54,6 +54,12 @@ def channel_dim(layer: nn.Module, value: Tensor) -> int:
     return 1 if value.ndim > 3 or is_norm_layer(layer) else value.ndim - 1
 
 
+def rows_of(layer: nn.Module, value: Tensor) -> Tensor:
+    """What a module reads or gives as rows (n, C), one a place."""
+    rows = value.movedim(channel_dim(layer, value), -1)
+    return rows.reshape(-1, rows.shape[-1])
+
+
 def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node normalizes: it belongs to the layer right before it."""
     if node.op == "call_module":

@@ -198,9 +198,3 @@ class _Complete(BaseException):
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def channels_last(value: Tensor) -> Tensor:
-    """Features as rows (n, C), one a place: maps (N, C, H, W) have their channels second, rows and tokens last."""
-    rows = value.movedim(1, -1) if value.ndim > 3 else value
-    return rows.reshape(-1, rows.shape[-1])

@@ -20,7 +20,6 @@ from fxprune.channels import convolutions_reading, joined
 from fxprune.graph import class_names
 from fxprune.interpreting import Graphs, NodeName
 from fxprune.operations import ADDITIONS
-from fxprune.pairs import channels_last
 from fxprune.plan import RESULTS, Link
 from fxprune.ranks import gathered, summed
 from fxprune.regions import Region
@@ -61,11 +60,17 @@ class LinearMap:
 
     def __call__(self, value: Tensor) -> Tensor:
         """Apply it to a value of any shape that has the channels."""
-        rows = channels_last(value)
+        rows = _rows(value)
         change = torch.addmm(self.matrix[-1], rows, self.matrix[:-1])
         if value.ndim <= 3:
             return value + change.reshape(value.shape)
         return value + change.reshape(value.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def _rows(value: Tensor) -> Tensor:
+    """Features as rows (n, C), one a place: maps (N, C, H, W) have their channels second, rows and tokens last."""
+    rows = value.movedim(1, -1) if value.ndim > 3 else value
+    return rows.reshape(-1, rows.shape[-1])
 
 
 Sums = dict[str, tuple[Tensor, Tensor]]
@@ -99,7 +104,7 @@ class SummingInterpreter(RegionInterpreter):
         return value
 
     def _add(self, region: Region, stand_in: Tensor, value: Tensor) -> None:
-        given, wanted = channels_last(stand_in), channels_last(value)
+        given, wanted = _rows(stand_in), _rows(value)
         if len(given) > PLACES:
             place = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[:PLACES].to(given.device)
             given, wanted = given[place], wanted[place]

@@ -18,7 +18,7 @@ from fxprune import fits
 from fxprune.calibration import Calibration
 from fxprune.distances import Distance
 from fxprune.driver import plans_carried_out
-from fxprune.healing import _paired, mend
+from fxprune.healing import Care, _paired, mend
 from fxprune.ranks import by_first, rank_and_world
 from tests.models import pixels, tiny
 
@@ -127,7 +127,7 @@ def heal_by_rows(folder: Path) -> dict[str, Tensor]:
 def fit_unlooked(folder: Path) -> None:
     """Fits the layers by batches of which no other process has seen that one cannot be run."""
     model, pruned = _pruned(0)
-    mend(pruned, model, four_channels(), "affine")
+    mend(pruned, model, four_channels(), "affine", None, Care())
 
 
 def stop_early(folder: Path) -> tuple[list[int], dict[str, Tensor]]:

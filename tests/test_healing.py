@@ -18,7 +18,7 @@ from fxprune.detectors.choice import choose_adapter
 from fxprune.distances import Distance
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
 from fxprune.fits import RIDGE, fit_affine
-from fxprune.healing import BLENDS, HEALERS, mend
+from fxprune.healing import BLENDS, HEALERS, Care, mend
 from fxprune.isolation import private_copy
 from fxprune.judging import Judge
 from fxprune.pairs import Pair, pair_up
@@ -121,7 +121,7 @@ class Chain(nn.Module):
 def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -> None:
     model: Any = build(Chain)
     pruned: Any = middle_gone(model)
-    healed: Any = mend(pruned, model, images(), "affine").double()
+    healed: Any = mend(pruned, model, images(), "affine", None, Care()).double()
     with torch.no_grad():
         x = torch.cat(images())
         now = model.first(x).double()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import fits
 from fxprune.fits import Fit, fit_affine, fit_statistics
-from fxprune.healing import mend
+from fxprune.healing import Care, mend
 from fxprune.sampling import Sight
 from tests.models import build, labelled, pixels
 
@@ -109,7 +109,7 @@ def test_a_head_on_every_level_is_fitted_to_all_of_them(second: bool) -> None:
         model, labelled(), 0.01, heal="none", criterion=lambda region, _: float(region.name != "middle")
     )
     assert [region.name for region in fxprune.report(pruned).removed] == ["middle"]
-    healed: Any = mend(pruned, model, [pixels(8, 3, 16, 16, seed=seed) for seed in range(3)], "affine")
+    healed: Any = mend(pruned, model, [pixels(8, 3, 16, 16, seed=seed) for seed in range(3)], "affine", None, Care())
     x = pixels(8, 3, 16, 16, seed=7)
     with torch.no_grad():
         before, after = ((found(x) - model(x)).square().reshape(8, 2, 4).mean((0, 2)) for found in (pruned, healed))
