@@ -31,7 +31,7 @@ from benchmarks.subjects import Subject, add_options, subjects
 from benchmarks.train import cache_folder
 from fxprune.calibration import Calibration
 from fxprune.compilation import read_once
-from fxprune.healing import HEALERS
+from fxprune.healers import HEALERS
 from fxprune.latency import backend_for
 from fxprune.plan import Plan
 from fxprune.search import STRATEGIES, TRIES, Search

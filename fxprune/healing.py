@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,55 +14,19 @@ from torch import Tensor, nn
 from fxprune.calibration import Calibration, check_same
 from fxprune.detectors.batch import Batch, device_of
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
-from fxprune.distances import Distance
 from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, remember, traced_island
 from fxprune.errors import FxpruneWarning, ModelError, SettingError
-from fxprune.fits import QUICK, fit_affine, fit_statistics
+from fxprune.healers import HEALERS, Care, Healing, Note, carry_out
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
-from fxprune.judging import Judge
-from fxprune.mimicry import can_be_shared, check_images, mimic, pieces, split
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
-from fxprune.ranks import (
-    by_first,
-    check_shareable,
-    dealt_out,
-    failing_together,
-    on_device,
-    overwrite_by_first,
-    own_share,
-    rank_and_world,
-)
-from fxprune.refitting import refit
-from fxprune.rendering import finite
-from fxprune.saliency import Maps, saliency_maps
-from fxprune.schedules import Schedule, copied
+from fxprune.ranks import check_shareable, failing_together, on_device, overwrite_by_first, rank_and_world
+from fxprune.schedules import Schedule
 from fxprune.study import Progress, unheard
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Note = dict[str, Any]
-Numbered = tuple[int, Batch]  # a batch, or a piece of one, with the batch's number
-BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""How far to go from the weights as they were to those that were fitted or trained; held-out images decide."""
 LOST = 1.0
 """How far off the loss on these is left that is told: as far as if one part of it had doubled."""
-
-
-@dataclass(frozen=True)
-class Care:
-    """What a healing method works with: its settings, where progress goes, whether to judge and note what it did, and
-    the saliency of this process's batches once it is known, which serves other cuts of the same model too."""
-
-    schedule: Schedule = field(default_factory=Schedule)
-    checkpoint: Path | None = None
-    progress: Progress = unheard
-    thorough: bool = False
-    saliency: list[Maps] = field(default_factory=list)
-
-    def told(self, stage: str, total: int | None) -> Callable[..., None]:
-        """A function that counts: each call is one more done of a stage."""
-        counted = itertools.count(1)
-        return lambda *_: self.progress(stage, next(counted), total)
 
 
 def heal(
@@ -105,7 +64,7 @@ def heal(
     -------
     Module
         A healed copy; mode, device, dtype, graphs, shapes are those of `pruned`. Its last plan's ``settings["heal"]``
-        says how, and how far features and, on images held out, the loss were and are from those of `original`.
+        says how, and how far features and loss were and are from those of `original`, on an eighth of the images.
 
     Warns
     -----
@@ -152,7 +111,7 @@ def mend(
         for model in (before, network):
             check_same_weights(model)
         check_same(batches)
-        note = _carried_out(pair, batches, method, care)
+        note = carry_out(method, Healing(pair, batches, care))
         healed.load_state_dict(pair.pruned.state_dict())
         overwrite_by_first([*healed.parameters(), *healed.buffers()])
         if care.thorough:
@@ -188,22 +147,6 @@ def _carried_out_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...
     return plans
 
 
-def _carried_out(pair: Pair, batches: Sequence[Batch], method: str, care: Care) -> Note:
-    """Heal, and say what was done and how far features were and are from the original's, over all batches."""
-    begin = perf_counter()
-    distance = Distance(pair, batches) if care.thorough and all(map(can_be_shared, batches)) else None
-    before = distance.mean(batches) if distance else math.nan
-    done = HEALERS[method](pair, batches, care)
-    after = distance.mean(batches) if distance else math.nan
-    return {
-        "method": method,
-        "images": sum(batch.count for batch in batches),
-        **done,
-        "distance": finite({"before": before, "after": after}),
-        "seconds": by_first(lambda: round(perf_counter() - begin, 1)),
-    }
-
-
 def _paired(
     before: nn.Module, network: nn.Module, plans: Iterable[Plan], calibration: Calibration, loss: Loss | None
 ) -> tuple[Pair, list[Batch]]:
@@ -222,79 +165,3 @@ def check_heal(method: object) -> None:
     """Raise `SettingError` unless a method is known."""
     if method not in HEALERS:
         raise SettingError(f"heal {method!r} is not known; known: {', '.join(HEALERS)}")
-
-
-def _norms(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
-    refit(pair, own_share(batches), fit_statistics, care.told("norms", None))
-    return {}
-
-
-def _affine(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
-    if not care.thorough:
-        _fit(pair, list(enumerate(batches)), care)
-        return {}
-    learnt, held = _parted(batches)
-    start = copied(pair.pruned)
-    _fit(pair, learnt, care)
-    return _blend(pair, start, _judge(pair, held, care))
-
-
-def _mimic(pair: Pair, batches: Sequence[Batch], care: Care) -> Note:
-    check_images(batches)
-    learnt, held = _parted(batches)
-    start, by = copied(pair.pruned), _judge(pair, held, care)
-    _fit(pair, learnt, care)
-    _blend(pair, start, by)
-    learnt_from, aside = ([piece for _, piece in part] for part in (learnt, held))
-    saliency = dealt_out(care.saliency, len(learnt))
-    mimic(pair, learnt_from, aside, care.schedule, care.checkpoint, partial(care.progress, "mimic"), saliency)
-    return {**_blend(pair, start, by), "steps": care.schedule.steps}
-
-
-def _fit(pair: Pair, batches: Sequence[Numbered], care: Care) -> None:
-    own = own_share(batches)
-    if not care.saliency:
-        with failing_together():
-            care.saliency.extend(saliency_maps(pair, batch, index, care.schedule.seed) for index, batch in own)
-    fit = fit_affine if care.thorough else partial(fit_affine, effort=QUICK)
-    refit(pair, [batch for _, batch in own], fit, care.told("affine", None), care.saliency)
-
-
-def _parted(batches: Sequence[Batch]) -> tuple[list[Numbered], list[Numbered]]:
-    """What is learnt from (all where that is too little), and what is held out to judge by."""
-    whole = [(index, piece) for index, batch in enumerate(batches) for piece in pieces(batch)]
-    held, learnt = split(whole)
-    return (learnt if len(learnt) >= rank_and_world()[1] else list(enumerate(batches))), held
-
-
-def _judge(pair: Pair, held: Sequence[Numbered], care: Care) -> Judge:
-    labelled = [(index, pair.adapter.label(pair.original, piece)) for index, piece in own_share(held)]
-    return Judge(pair.original, pair.adapter, labelled, care.schedule.seed)
-
-
-def _blend(pair: Pair, start: dict[str, Any], by: Judge) -> Note:
-    """Go from some weights to those that the pruned model has as far as brings its loss nearest to what it was.
-
-    Returns how far that is, and how far off the loss was and is then, see `Judge.astray`.
-    """
-    end, losses = copied(pair.pruned), {}
-    for share in BLENDS:
-        pair.pruned.load_state_dict(_between(start, end, share))
-        losses[share] = by.astray(pair.pruned)
-    best = min(BLENDS, key=losses.__getitem__)
-    pair.pruned.load_state_dict(_between(start, end, best))
-    return {"share": best, "loss": finite({"before": losses[BLENDS[-1]], "after": losses[best]})}
-
-
-def _between(start: dict[str, Any], end: dict[str, Any], share: float) -> dict[str, Any]:
-    real = {name for name, value in end.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    return {name: torch.lerp(start[name], value, share) if name in real else value for name, value in end.items()}
-
-
-HEALERS: dict[str, Callable[[Pair, Sequence[Batch], Care], Note]] = {
-    "none": lambda pair, batches, care: {},
-    "norms": _norms,
-    "affine": _affine,
-    "mimic": _mimic,
-}
-"""Methods of healing by name."""

@@ -40,7 +40,7 @@ LONGEST = 1.0
 
 
 def mimic(
-    pair: Pair,
+    distance: Distance,
     learnt: Sequence[Batch],
     held: Sequence[Batch],
     schedule: Schedule,
@@ -50,13 +50,14 @@ def mimic(
 ) -> None:
     """Train a pruned model to give the features of the model as it was, without labels.
 
-    The loss is their `Distance`, salient places counting for more. Norms keep their statistics. Every step mirrors
+    The loss is their distance, salient places counting for more. Norms keep their statistics. Every step mirrors
     about half of its images.
 
     Parameters
     ----------
-    pair : Pair
-        Its pruned model is changed: it gets the weights that did best on what is held out, its own if none did better.
+    distance : Distance
+        The pruned model of its pair is changed: it gets the weights that did best on what is held out, its own if none
+        did better.
     learnt, held : sequence of Batch
         See `pieces` and `split`; the same in all processes, each takes its share of the images of every one.
     schedule : Schedule
@@ -72,7 +73,7 @@ def mimic(
     SettingError
         If the checkpoint is of another model or schedule.
     """
-    distance = Distance(pair, learnt)
+    pair = distance.pair
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
         optimizer = Optimizers(weights)
         state = _begun(pair, partial(distance.mean, held), optimizer, schedule, checkpoint)

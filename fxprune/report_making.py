@@ -31,8 +31,8 @@ OFF = (
     " least if there is a single one): 1 is as if one part had doubled."
 )
 DISTANCE = (
-    "Distance: how far features are from the unpruned model's on these images; 0 is the same, 0.69 is off by as much as"
-    " they vary."
+    "Distance: how far features are from the unpruned model's, on an eighth of these images; 0 is the same, 0.69 is off"
+    " by as much as they vary."
 )
 
 

@@ -18,7 +18,8 @@ from fxprune.criteria import RegionScore
 from fxprune.detectors.choice import choose_adapter, network_of
 from fxprune.driver import analyze, apply
 from fxprune.errors import FxpruneWarning, LossError, SettingError
-from fxprune.healing import Care, Loss, mend
+from fxprune.healers import Care
+from fxprune.healing import Loss, mend
 from fxprune.judging import Judge
 from fxprune.plan import Plan, Totals
 from fxprune.ranks import by_first, rank_and_world

@@ -18,7 +18,8 @@ from fxprune import fits
 from fxprune.calibration import Calibration
 from fxprune.distances import Distance
 from fxprune.driver import plans_carried_out
-from fxprune.healing import Care, _paired, mend
+from fxprune.healers import Care
+from fxprune.healing import _paired, mend
 from fxprune.ranks import by_first, rank_and_world
 from tests.models import pixels, tiny
 

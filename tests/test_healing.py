@@ -18,7 +18,8 @@ from fxprune.detectors.choice import choose_adapter
 from fxprune.distances import Distance
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
 from fxprune.fits import RIDGE, fit_affine
-from fxprune.healing import BLENDS, HEALERS, Care, mend
+from fxprune.healers import BLENDS, HEALERS, Care
+from fxprune.healing import mend
 from fxprune.isolation import private_copy
 from fxprune.judging import Judge
 from fxprune.pairs import Pair, pair_up
@@ -176,7 +177,7 @@ def test_how_far_to_go_is_decided_by_the_loss_on_images_that_nothing_was_fitted_
         return refit(pair, batches, *rest)
 
     monkeypatch.setattr(Judge, "astray", astray)
-    monkeypatch.setattr("fxprune.healing.refit", fit)
+    monkeypatch.setattr("fxprune.healers.refit", fit)
     found = fxprune.heal(cut, model, images(), "affine")
     assert fxprune.report(found).settings["heal"]["share"] == best
     healed = found.state_dict()

@@ -30,7 +30,7 @@ def test_a_training_that_only_harms_gives_back_where_it_began(
     held = images(9)[7:8]
     harmed = fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0)
     assert far(model, harmed, held) <= far(model, cut, held)
-    monkeypatch.setattr("fxprune.healing.BLENDS", (1.0,))
+    monkeypatch.setattr("fxprune.healers.BLENDS", (1.0,))
     began = fxprune.heal(cut, model, images(9), "affine")
     assert equal(began, fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0))
     assert not equal(began, fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=1e-3))

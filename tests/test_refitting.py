@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import fits
 from fxprune.fits import Fit, fit_affine, fit_statistics
-from fxprune.healing import Care, mend
+from fxprune.healers import Care
+from fxprune.healing import mend
 from fxprune.sampling import Sight
 from tests.models import build, labelled, pixels
 

@@ -17,7 +17,7 @@ from fxprune.compilation import read_once
 from fxprune.detectors.batch import Batch
 from fxprune.detectors.choice import choose_adapter
 from fxprune.errors import BudgetError, FxpruneWarning, LossError, SettingError
-from fxprune.healing import Care
+from fxprune.healers import Care
 from fxprune.judging import Judge
 from fxprune.plan import Plan
 from fxprune.refitting import refit
@@ -171,8 +171,8 @@ def test_where_it_matters_is_looked_at_once(strategy: str, monkeypatch: pytest.M
         fitted.append(saliency)
         return refit(pair, batches, fit, tell, saliency)
 
-    monkeypatch.setattr("fxprune.healing.saliency_maps", noted_maps)
-    monkeypatch.setattr("fxprune.healing.refit", noted_refit)
+    monkeypatch.setattr("fxprune.healers.saliency_maps", noted_maps)
+    monkeypatch.setattr("fxprune.healers.refit", noted_refit)
     fxprune.compile(tiny(), unlabelled(), 0.3, strategy=strategy, heal="affine", tries=3)
     *tried, last = fitted
     assert len(tried) > 1

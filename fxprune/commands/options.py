@@ -13,7 +13,7 @@ import typer
 
 from fxprune.analysis import COSTS
 from fxprune.criteria import CRITERIA
-from fxprune.healing import HEALERS
+from fxprune.healers import HEALERS
 from fxprune.latency import BACKENDS
 from fxprune.search import STRATEGIES, TRIES
 
