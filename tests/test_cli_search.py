@@ -61,7 +61,8 @@ def test_one_plan_by_score_can_be_healed_by_imitation(capsys: Captured) -> None:
     captured = capsys.readouterr()
     heal = json.loads(captured.out)["settings"]["heal"]
     assert (heal["method"], heal["steps"], heal["images"]) == ("mimic", 2, 8)
-    assert heal["distance"]["before"] > 0 and heal["loss"]["after"] <= heal["loss"]["before"]
+    assert heal["distance"]["before"] > 0
+    assert heal["loss"]["after"] <= heal["loss"]["before"]
     told, unsaved = captured.err.splitlines()
     assert told.startswith("note: after healing, the loss on images that were held out is still off by")
     assert unsaved == "fxprune: nothing was saved; --out FOLDER saves the pruned model"
