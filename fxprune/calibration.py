@@ -123,14 +123,17 @@ class Calibration:
         if len({*counts}) > 1:
             raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER}")
 
-    def apart(self, images: int) -> tuple[Calibration, Calibration]:
-        """Two samples of the batches kept, no batch in both, each of as many as hold so many images.
+    def apart(self, images: int, others: int) -> tuple[Calibration, Calibration]:
+        """Two samples of the batches kept, no batch in both: as many as hold so many images, half of all at most, and
+        of the rest as many as hold so many others.
 
         Both of all batches where these are too few for every process to have some in each.
         """
         kept, world = self._kept or [], rank_and_world()[1]
-        one, other = (kept[::2], kept[1::2]) if len(kept) >= 2 * world else (kept, kept)
-        return self._some(one, images), self._some(other, images)
+        if len(kept) < 2 * world:
+            return self._some(kept, images), self._some(kept, others)
+        one = self._some(kept[::2], images)
+        return one, self._some([batch for batch in kept if all(batch is not own for own in one)], others)
 
     def _some(self, batches: Sequence[Batch], images: int) -> Calibration:
         part, found = copy.copy(self), 0

@@ -37,10 +37,10 @@ def test_each_batch_without_labels_is_labelled_once() -> None:
     ("batches", "images", "world", "one", "other"),
     [
         (8, 99, 1, [0, 2, 4, 6], [1, 3, 5, 7]),
-        (8, 3, 1, [0, 2], [1, 3]),  # as many batches of two as hold three images
+        (8, 3, 1, [0, 2], [1, 3, 4]),  # as many batches of two as hold three images, and five others
         (1, 3, 1, [0], [0]),
         (9, 99, 2, [0, 2, 4, 6, 8], [1, 3, 5, 7]),
-        (9, 1, 2, [0, 2], [1, 3]),  # one for each process
+        (9, 1, 2, [0, 2], [1, 3]),  # one for each process at least
         (3, 99, 2, [0, 1, 2], [0, 1, 2]),
     ],
 )
@@ -52,6 +52,7 @@ def test_two_samples_have_no_image_in_common(
     kept = list(calibration)
     monkeypatch.setattr(calibrations, "rank_and_world", lambda: (0, world))
     found = [
-        [next(i for i, own in enumerate(kept) if own is batch) for batch in part] for part in calibration.apart(images)
+        [next(i for i, own in enumerate(kept) if own is batch) for batch in part]
+        for part in calibration.apart(images, images + 2)
     ]
     assert found == [one, other]

@@ -35,7 +35,7 @@ from fxprune.latency import backend_for
 from fxprune.picture import Drawable
 from fxprune.plan import Plan
 from fxprune.report import report
-from fxprune.search import FITTED, SAMPLE, steps_to
+from fxprune.search import FITTED, OTHERS, SAMPLE, steps_to
 from fxprune.selection import check_budget
 from fxprune.storage import save
 
@@ -130,17 +130,16 @@ def healed(
 
 def effort(images: int, budget: float, search: SearchOptions) -> str:
     """Say what a search will cost at most; empty if there is none."""
-    sample, each = min(images, SAMPLE), 1 if search.heal == "none" else 4
-    once = 1 + 3 * (search.heal in FITTED)  # the loss as it was; labels, loss and gradient for saliency
-    passes = "forward passes over {} of them at most. Ctrl-C takes the best so far"
+    tries = {"search": search.tries, "greedy": steps_to(budget)}.get(search.strategy, 0)
+    saliency, mending = 3 * (search.heal in FITTED), 3 * (search.heal != "none")  # labels, loss and gradient
+    mended, judged = saliency + mending * tries, 1 + tries  # the loss as it was
+    passes = f"{judged} forward passes over {min(images, OTHERS)}"
+    if mended:
+        passes = f"{mended} forward passes over {min(images, SAMPLE)} of them and {judged} over {min(images, OTHERS)}"
+    passes += ", at most. Ctrl-C takes the best so far"
     if search.strategy == "search":
-        twice = " twice" if search.heal in FITTED else ""
-        tried = f"scores {images} images{twice}, then tries up to {search.tries} plans: {once + each * search.tries}"
-        return f"{tried} {passes.format(sample)}"
-    if search.strategy == "greedy":
-        steps = steps_to(budget)
-        return f"scores {images} images up to {steps} times, and {once + each * steps} {passes.format(sample)}"
-    return ""
+        return f"scores {images} images{' twice' * bool(saliency)}, then tries up to {tries} plans: {passes}"
+    return f"scores {images} images up to {tries} times, and {passes}" if search.strategy == "greedy" else ""
 
 
 def evaluated(model: nn.Module, pictures: Pictures, data: DataOptions, stage: str, tell: Tell) -> dict[str, float]:
