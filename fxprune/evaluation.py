@@ -104,11 +104,25 @@ def evaluate(
     >>> round(evaluate(load_detector(), load_dataset("val"))["mAP50"], 2)
     0.95
     """
+    return average_precision(
+        *true_and_found(model, dataset, labels=labels, image_size=image_size, batch_size=batch_size, progress=progress)
+    )
+
+
+def true_and_found(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    labels: Mapping[int, int] | None = None,
+    image_size: int | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[Boxes], list[Boxes]]:
+    """True and detected boxes of every image of a data set; parameters and errors as of `evaluate`."""
     network = network_of(model)
     detect = _detection(network, dataset, labels, image_size)
     with _eval_mode(network), torch.inference_mode(False), torch.no_grad():
-        truth, found = _run(detect, dataset, batch_size, progress)
-    return average_precision(truth, found)
+        return _run(detect, dataset, batch_size, progress)
 
 
 def _detection(

@@ -1,0 +1,96 @@
+"""How sure the figures of deeper cuts are: the standard error of the mAP that a cut loses.
+
+    python -m benchmarks.bench_doubt [MODEL ...]        # of the healed detectors that benchmarks.bench_deeper keeps
+    python -m benchmarks.bench_doubt --render           # the table alone
+
+A bootstrap (Efron, 1979): the val images are drawn again and again, as many as there are and with replacement, and the
+detector as it was and the healed one are scored on the same draws. Rows go to ``results/bench_doubt.jsonl``, one a
+healed detector; those that are there are not made again unless the detector's figure has changed since.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import nn
+
+import fxprune
+from benchmarks.bench_deeper import KEPT, KEYS, add_cut_options, place_of
+from benchmarks.results import RESULTS, Row, read_rows, write_all
+from benchmarks.subjects import Subject, subjects
+from fxprune.evaluation import Boxes, average_precision, true_and_found
+
+NAME = "bench_doubt"
+DRAWS = 100
+
+console = Console(stderr=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure what the results lack of the detectors asked for, and render the table."""
+    parser = argparse.ArgumentParser(description="Standard errors of the mAP that deeper cuts lose.")
+    add_cut_options(parser)
+    parser.set_defaults(strategies=["one_shot"])
+    parser.add_argument("--heals", nargs="+", default=["affine"], choices=KEPT)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    for subject in () if options.render else subjects(options):
+        measure(subject, [row for row in read_rows("bench_deeper") if wanted(row, subject, options)])
+    (RESULTS / "doubt.md").write_text("\n".join(table(read_rows(NAME))) + "\n", encoding="utf-8")
+
+
+def wanted(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
+    """Whether a row of deeper cuts is asked for, its detector is kept, and it is not measured yet."""
+    asked = row["heal"] in options.heals and row["strategy"] in options.strategies and row["budget"] in options.budgets
+    known = any(all(row[key] == other[key] for key in (*KEYS, "mAP")) for other in read_rows(NAME))
+    return row["model"] == subject.name and asked and not known and place_of(row).exists()
+
+
+def measure(subject: Subject, cuts: Sequence[Row]) -> None:
+    """Make the rows of one detector's cuts."""
+    if not cuts:
+        return
+    truth, before = found_by(subject, subject.model)
+    whole = scores(truth, before)
+    for cut in cuts:
+        healed = fxprune.load(subject.model, place_of(cut))
+        lost = whole - scores(*found_by(subject, healed))
+        row = {key: cut[key] for key in (*KEYS, "mAP", "unpruned_mAP", "val_images")}
+        row |= {"draws": DRAWS, "standard_error": float(lost.std(ddof=1)), "mean_lost": float(lost.mean())}
+        kept = [other for other in read_rows(NAME) if any(other[key] != row[key] for key in KEYS)]
+        write_all(NAME, [*kept, row])
+        console.print(
+            f"{subject.name}: {cut['strategy']}, {cut['heal']}, {cut['budget']:.0%} {cut['cost']}: lost"
+            f" {cut['unpruned_mAP'] - cut['mAP']:.3f} ± {row['standard_error']:.3f}"
+        )
+
+
+def found_by(subject: Subject, model: nn.Module) -> tuple[list[Boxes], list[Boxes]]:
+    """True and detected boxes of the val images."""
+    return true_and_found(model.eval(), subject.val, image_size=subject.image_size)
+
+
+def scores(truth: Sequence[Boxes], found: Sequence[Boxes]) -> NDArray[np.float64]:
+    """Average precision on `DRAWS` draws of the images, the same ones every time."""
+    random = np.random.default_rng(0)
+    draws = random.integers(len(truth), size=(DRAWS, len(truth))).tolist()
+    return np.array([average_precision([truth[i] for i in draw], [found[i] for i in draw])["mAP"] for draw in draws])
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """One line a cut."""
+    yield "| model | cut | healing | mAP lost | standard error |"
+    yield "|---|---|---|--:|--:|"
+    for row in sorted(rows, key=lambda row: [str(row[key]) for key in KEYS]):
+        cut = f"{row['budget']:.0%} {row['cost']}, {row['strategy']}"
+        lost = f"{row['unpruned_mAP'] - row['mAP']:.3f}"
+        yield f"| {row['model']} | {cut} | {row['heal']} | {lost} | {row['standard_error']:.4f} |"
+
+
+if __name__ == "__main__":
+    main()
