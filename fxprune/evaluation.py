@@ -132,7 +132,7 @@ def _detection(
     adapter, classes = detector_adapter(network), match_labels(network, dataset, labels)
 
     def detect(images: list[Tensor]) -> list[Boxes]:
-        return [_make_boxes(**relabel(output, classes)) for output in adapter.detect(network, images, image_size)]
+        return [make_boxes(**relabel(output, classes)) for output in adapter.detect(network, images, image_size)]
 
     return detect
 
@@ -205,9 +205,10 @@ def _iterate_rows(boxes: Boxes) -> Iterator[dict[str, Any]]:
         yield {"category_id": label, "bbox": xywh, "area": area, "iscrowd": int(crowd), "score": score}
 
 
-def _make_boxes(
+def make_boxes(
     boxes: Tensor, labels: Tensor, scores: Tensor, area: Tensor | None = None, iscrowd: Tensor | None = None
 ) -> Boxes:
+    """Boxes of one image from tensors: (n, 4) as x1, y1, x2, y2, and (n,) of everything else."""
     xywh = boxes.detach().to("cpu", torch.float64).reshape(-1, 4).clone()
     xywh[:, 2:] -= xywh[:, :2]
     areas = xywh[:, 2] * xywh[:, 3] if area is None else area.detach().to("cpu", torch.float64)
@@ -243,7 +244,7 @@ def _read_target(item: Any, index: int) -> Boxes:
             )
     if corners.numel() and not bool((corners[:, 2:] > corners[:, :2]).all()):
         raise BatchError(f"Item {index} has a box with x2 <= x1 or y2 <= y1; give corners as x1, y1, x2, y2 in pixels.")
-    return _make_boxes(corners, labels, torch.ones(len(labels)), **extras)
+    return make_boxes(corners, labels, torch.ones(len(labels)), **extras)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
-"""What a pruned model's loss has grown by: the judge of plans and of healings."""
+"""How much worse a pruned model is, by its loss or by the boxes it finds: the judges of plans and of healings."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +16,12 @@ from fxprune.criteria import part_sizes
 from fxprune.detectors.batch import Adapter, Batch, device_of
 from fxprune.detectors.choice import network_of
 from fxprune.errors import LossError
+from fxprune.evaluation import Boxes, average_precision, make_boxes
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.ranks import failing_together, gathered, on_device
+
+SURE = 0.5
+"""Score from which on what a detector finds is taken for true; half its best score, where that is less."""
 
 
 class Judge:
@@ -36,6 +43,13 @@ class Judge:
         self.before = self.parts(model)
         size = self._mean(self.before)
         self.size = part_sizes(size) if len(size) > 1 else size.abs().clamp_min(1.0)
+
+    noise = 0.05
+    """Standard deviation of what sums of single damages leave unexplained, in the logarithm of what has grown."""
+
+    def note(self, worse: float) -> dict[str, float]:
+        """What a plan keeps of a judgement."""
+        return {"loss_increase": worse}
 
     def worse(self, pruned: nn.Module) -> float:
         """How much the parts of the loss have grown, relative to their own sizes, summed; infinite where one breaks.
@@ -82,3 +96,72 @@ class Judge:
         totals, counts = zip(*gathered(own), strict=True)
         mean: Tensor = sum(totals) / sum(counts)
         return mean
+
+
+class Agreement:
+    """Judges pruned versions of a detector by what they still find: mAP, what it is sure of itself taken for the truth.
+
+    A loss of a detector's own outputs can mislead: its parts are measured by their own sizes, and that of the boxes is
+    next to nothing there, so that boxes a little off weigh as much as classes confused.
+
+    Parameters
+    ----------
+    model, adapter, batches
+        As of `Judge`.
+    """
+
+    noise = 0.02
+
+    def __init__(self, model: nn.Module, adapter: Adapter, batches: Sequence[tuple[int, Batch]]) -> None:
+        self.adapter, self.batches = adapter, batches
+        own = self._found(model)
+        least = min([SURE, *(float(boxes.scores.max()) / 2 for boxes in own or () if len(boxes.scores))])
+        self.truth = [_sure(boxes, least) for boxes in own or ()]
+
+    @property
+    def possible(self) -> bool:
+        """Whether the model finds boxes, and nothing else that counts."""
+        return any(len(boxes.labels) for boxes in self.truth)
+
+    def note(self, worse: float) -> dict[str, float]:
+        """What a plan keeps of a judgement: the mAP."""
+        return {"agreement": 1 / (1 + worse)}
+
+    def worse(self, pruned: nn.Module) -> float:
+        """Growth that stands for the mAP: of the share of what is found no longer to what still is."""
+        found = self._found(pruned)
+        precision = average_precision(self.truth, found)["mAP"] if found is not None else 0.0
+        return 1 / precision - 1 if precision > 0 else math.inf
+
+    def _found(self, model: nn.Module) -> list[Boxes] | None:
+        """What a version finds on the images of all processes; None if that is not known as boxes."""
+        network = private_copy(network_of(model))
+        self.adapter.prepare(network)
+        with (
+            on_device(device_of(network)),
+            untouched_randomness(network),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            failing_together(),
+        ):
+            outputs = [(index, self.adapter.found(network, batch)) for index, batch in self.batches]
+        own = [(index, None if rows is None else list(map(_boxes, rows))) for index, rows in outputs]
+        found = sorted(itertools.chain(*gathered(own)), key=lambda pair: pair[0])  # as one process has them
+        return None if any(rows is None for _, rows in found) else [boxes for _, rows in found for boxes in rows]
+
+
+def judge_of(model: nn.Module, adapter: Adapter, batches: Sequence[tuple[int, Batch]], seed: int) -> Judge | Agreement:
+    """Who is to judge plans: what is still found, of a detector of boxes that is sure of some; else the loss."""
+    agreement = Agreement(model, adapter, batches)
+    return agreement if agreement.possible else Judge(model, adapter, batches, seed)
+
+
+def _boxes(output: dict[str, Any]) -> Boxes:
+    known = output["scores"].isfinite() & output["boxes"].isfinite().all(1)
+    return make_boxes(*(output[key][known] for key in ("boxes", "labels", "scores")))
+
+
+def _sure(boxes: Boxes, least: float) -> Boxes:
+    keep = boxes.scores >= least
+    ones = np.ones(int(keep.sum()))
+    return Boxes(boxes.xywh[keep], boxes.labels[keep], ones, boxes.areas[keep], boxes.crowd[keep])

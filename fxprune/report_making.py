@@ -15,7 +15,8 @@ COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
 FIELDS = {"latency": "latency_ms"}
 """Fields of `Totals` and `Candidate` that hold a cost, if not named as it is."""
 
-SAID = ("images", "batches", "targets", "strategy", "step", "tried", "mended", "asked", "loss_increase", "heal")
+JUDGED = ("loss_increase", "agreement")
+SAID = ("images", "batches", "targets", "strategy", "step", "tried", "mended", "asked", *JUDGED, "heal")
 """Settings that are told in words."""
 HEALINGS = {
     "norms": "norms: batch norms got the statistics of what now reaches them.",
@@ -180,6 +181,10 @@ def making(plans: Sequence[Plan]) -> Section:
 def _strategy(plan: Plan) -> str:
     name, tried = plan.settings["strategy"], plan.settings.get("tried")
     mended = " once mended" if plan.settings.get("mended", "none") != "none" else ""
+    agreement = _number(plan.settings.get("agreement"))
+    if name == "search" and agreement is not None:
+        judged = f"by what it still finds{mended}, as mAP of what was found before; that of the best: {agreement:.3f}"
+        return f"search: {counted(tried, 'plan')} tried, each judged {judged}"
     if name == "search":
         grown = signed(_number(plan.settings.get("loss_increase")))
         return f"search: {counted(tried, 'plan')} tried, each judged by its loss{mended}; growth of the best: {grown}"

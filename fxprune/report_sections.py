@@ -123,7 +123,8 @@ def _legend(plan: Plan, scale: Scale, rows: Sequence[Row]) -> Iterator[str]:
     choice = "of all choices that meet the budget, the one with the least summed importance."
     tried = plan.settings.get("tried", 1)
     if tried != 1:
-        choice = f"of {tried} plans that meet the budget, proposed by importance, the one whose loss grew least."
+        best = "that finds most of what was found" if "agreement" in plan.settings else "whose loss grew least"
+        choice = f"of {tried} plans that meet the budget, proposed by importance, the one {best}."
     yield f"{REMOVED} goes: {choice}"
     if any(row.cells[0] == RIVAL for row in rows):
         yield f"{RIVAL} overlaps with one that goes; only one of them can."

@@ -1,4 +1,4 @@
-"""Which plans: by score alone, step by step with new scores, or proposed by scores and decided by the loss."""
+"""Which plans: by score alone, step by step with new scores, or proposed by scores and decided by trial."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxprune.driver import analyze, apply
 from fxprune.errors import FxpruneWarning, LossError, SettingError
 from fxprune.healers import Care
 from fxprune.healing import Loss, mend
-from fxprune.judging import Judge
+from fxprune.judging import Judge, judge_of
 from fxprune.plan import Plan, Totals
 from fxprune.ranks import by_first, rank_and_world
 from fxprune.rendering import finite
@@ -29,15 +29,13 @@ from fxprune.study import Progress, Study
 STRIDE = 0.05
 """Share of what a step of ``"greedy"`` finds that it removes; a budget takes as many such steps as it needs."""
 TRIES = 16
-"""Plans whose loss ``"search"`` takes."""
+"""Plans that ``"search"`` tries."""
 SAMPLE, OTHERS = 64, 192
 """Images that plans are mended on, and others that they are judged on; scores, and the last mending, see all.
 
 On 64 others the loss left two plans of ShuffleNetV2 in doubt of which one costs .02 of mAP more."""
 CHANCES = tuple(2.0**power for power in (-4, -3, -3, -2, -2, -1, -1, 0, 0, 1))
 """Shares of what is uncertain that chance is given, one after the other, to come to a plan that was not tried."""
-NOISE = 0.05
-"""Standard deviation of what sums of single damages leave unexplained, in the logarithm of the loss."""
 MENDED, FITTED = "fisher_mended", ("affine", "mimic")
 """A criterion of what fits cannot mend, and the healings that begin by fits."""
 BROKEN = 1e6
@@ -162,11 +160,12 @@ def _left(whole: Totals, now: Totals, budget: float, cost: str) -> float:
 
 
 def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[Plan]:
-    """Let scores propose whole plans, take the loss of each once mended, and learn from it what scores are worth."""
+    """Let scores propose whole plans, judge each once mended, and learn from that what scores are worth."""
     analysis = search.analyze(model, calibration)
     mended_on, judged_on = calibration.apart(SAMPLE, OTHERS)
-    judge, care = _judge(model, judged_on, search), Care()
-    beliefs = Beliefs(search.opinions(model, calibration, analysis), search.seed)
+    adapter = choose_adapter(network_of(model), calibration.first_raw, search.loss)
+    judge, care = judge_of(model, adapter, list(judged_on.own(model, adapter)), search.seed), Care()
+    beliefs = Beliefs(search.opinions(model, calibration, analysis), search.seed, judge.noise)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     search.progress("search", 0, search.tries)
     try:
@@ -183,7 +182,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
             raise
         _warn_of_interruption(f"after {len(found)} of {search.tries} plans")
     loss, plan = by_first(lambda: min(found.values(), key=lambda pair: pair[0]))
-    return [_noted(plan, strategy="search", tried=len(found), mended=search.mend, loss_increase=loss)]
+    return [_noted(plan, strategy="search", tried=len(found), mended=search.mend, **judge.note(loss))]
 
 
 def _proposed(analysis: Analysis, beliefs: Beliefs, found: Iterable[Any], search: Search) -> Plan | None:
@@ -214,9 +213,12 @@ class Beliefs:
         Scores by one criterion or more.
     seed : int
         Of the draws.
+    noise : float
+        Of the judge, see `fxprune.judging`.
     """
 
-    def __init__(self, opinions: Sequence[Sequence[float]], seed: int) -> None:
+    def __init__(self, opinions: Sequence[Sequence[float]], seed: int, noise: float = Judge.noise) -> None:
+        self.noise = noise
         self.opinions = np.maximum(np.asarray(opinions, dtype=float), 0.0)
         shapes = np.sqrt(self.opinions)
         self.shape, self.most = np.prod(shapes, axis=0) ** (1 / len(shapes)), shapes.max(axis=0)
@@ -233,7 +235,7 @@ class Beliefs:
         """Trials since one was better than all before it by more than is left unexplained."""
         best, since = math.inf, 0
         for loss in self.losses:
-            best, since = (loss, 0) if loss < best - NOISE else (best, since + 1)
+            best, since = (loss, 0) if loss < best - self.noise else (best, since + 1)
         return since
 
     def posterior(self) -> tuple[Any, Any]:
@@ -243,7 +245,7 @@ class Beliefs:
         scale = max(float(np.mean(y[sums > 0] / sums[sums > 0])) if (sums > 0).any() else 0.0, 1e-6)
         mean = scale * self.shape
         prior = np.diag(np.maximum(scale * self.most, np.median(mean)) ** 2 + 1e-12)
-        gain = prior @ x.T @ np.linalg.inv(x @ prior @ x.T + NOISE**2 * np.eye(len(y)))
+        gain = prior @ x.T @ np.linalg.inv(x @ prior @ x.T + self.noise**2 * np.eye(len(y)))
         return mean + gain @ (y - x @ mean), prior - gain @ x @ prior
 
     def draws(self) -> Iterable[Any]:

@@ -15,12 +15,16 @@ from torch.multiprocessing.spawn import start_processes
 
 import fxprune
 from fxprune import fits
+from fxprune.bundled import load_dataset, load_detector
 from fxprune.calibration import Calibration
+from fxprune.detectors import torchvision
+from fxprune.detectors.batch import Batch
 from fxprune.distances import Distance
 from fxprune.driver import plans_carried_out
 from fxprune.healers import Care
 from fxprune.healing import _paired, mend
-from fxprune.ranks import by_first, rank_and_world
+from fxprune.judging import Agreement
+from fxprune.ranks import by_first, own_share, rank_and_world
 from tests.models import pixels, tiny
 
 Job = Callable[[Path], Any]
@@ -168,6 +172,18 @@ def measure_distance(folder: Path) -> float:
     model, pruned = _pruned(0)
     pair, read = _paired(model, pruned, plans_carried_out(pruned), Calibration(batches()), None)
     return Distance(pair, read).mean(read)
+
+
+def measure_agreement(folder: Path) -> float:
+    """How much of what a detector finds another one finds that is a little off."""
+    model, other = load_detector(), load_detector()
+    with torch.no_grad():
+        for weight in other.head.parameters():
+            weight.mul_(0.9)
+    dataset = load_dataset("calibration")
+    batches = [Batch([dataset[2 * index + place][0] for place in (0, 1)], None, 2) for index in range(4)]
+    judge = Agreement(model, torchvision.ADAPTER, own_share(list(enumerate(batches))))
+    return judge.worse(other)
 
 
 def broken_criterion(region: Any, modules: Any) -> float:

@@ -42,6 +42,7 @@ JOBS: dict[str, Job] = {
     "stopped early": processes.stop_early,
     "resumed": processes.resume,
     "distance": processes.measure_distance,
+    "agreement": processes.measure_agreement,
     "milliseconds": partial(analyze, latency_backend="eager"),
 }
 FEW = "2 batches cannot be shared by 3 processes; give more, or start fewer"
@@ -162,6 +163,8 @@ def test_a_training_goes_on_where_the_first_process_left_it(together: list[dict[
 
 def test_distances_are_those_of_one(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert together[0]["distance"] == pytest.approx(alone["distance"], rel=1e-6)
+    assert together[0]["agreement"] == pytest.approx(alone["agreement"], rel=1e-6)
+    assert alone["agreement"] > 0
 
 
 def test_milliseconds_are_the_first_ones(together: list[dict[str, Any]]) -> None:

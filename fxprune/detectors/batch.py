@@ -55,6 +55,9 @@ class Adapter:
         ``(model, Batch) -> outputs`` as at inference; sets eval mode.
     label : callable
         ``(model, Batch) -> Batch`` with the model's own confident outputs as targets.
+    found : callable
+        ``(model, Batch) -> one dict an image, or None``: what it finds at inference as `detect` gives it, in pixels of
+        the batch's images; None where that is not boxes, or more than boxes.
     detect : callable
         ``(model, images, image size or None) -> one dict an image``: for images (3, H, W) in [0, 1] of any sizes,
         ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the image given, ``labels`` (n,) the model's class numbers,
@@ -74,6 +77,7 @@ class Adapter:
     loss: Callable[[nn.Module, Batch], Tensor]
     predict: Callable[[nn.Module, Batch], Any]
     label: Callable[[nn.Module, Batch], Batch]
+    found: Callable[[nn.Module, Batch], list[dict[str, Tensor]] | None]
     detect: Callable[[nn.Module, Sequence[Tensor], int | None], list[dict[str, Tensor]]]
     collate: Callable[[nn.Module, Sequence[Tensor], Sequence[Mapping[str, Any]] | None, int | None], Any]
     root_is_function: bool

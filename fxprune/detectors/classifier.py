@@ -82,6 +82,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    found=lambda model, batch: None,
     detect=refuse_boxes,
     collate=refuse_boxes,
     root_is_function=True,

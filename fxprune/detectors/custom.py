@@ -43,6 +43,7 @@ def adapter_of(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
         loss=compute,
         predict=compute,
         label=label,
+        found=lambda model, batch: None,
         detect=refuse_boxes,
         collate=refuse_boxes,
         root_is_function=True,

@@ -118,6 +118,13 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     return Batch(batch.images, [_confident(output) for output in outputs], batch.count)
 
 
+def found(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
+    """What the detector finds, if that is boxes alone: no masks, no key points."""
+    with torch.no_grad():
+        outputs = predict(model, batch)
+    return outputs if all(set(output) == {"boxes", "labels", "scores"} for output in outputs) else None
+
+
 def _confident(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scores = output["scores"]
     threshold = min(CONFIDENT, float(scores.max()) / 2) if len(scores) else CONFIDENT
@@ -170,6 +177,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    found=found,
     detect=detect,
     collate=collate,
     root_is_function=False,

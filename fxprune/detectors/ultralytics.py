@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.detectors.batch import Adapter, Batch, check_image, device_of, stack_images
-from fxprune.detectors.decoding import has_queries, read_output, scores_of, suppress
+from fxprune.detectors.decoding import COLUMNS, count_classes, has_queries, read_output, scores_of, suppress
 from fxprune.detectors.letterbox import Placement, clip, letterbox
 from fxprune.errors import BatchError, ModelError, SettingError
 from fxprune.graph import class_names
@@ -179,12 +179,21 @@ def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     with torch.no_grad():
         output = model(squares.to(device_of(model), dtype))
-        boxes, rows = read_output(model, output, *squares.shape[-2:])
-        found = suppress(model, boxes.float(), rows, confidence=0.001, iou=0.7, limit=300, multi_label=True)
-    return [
-        {"boxes": placement.back(row[:, :4]), "labels": row[:, 5].long(), "scores": row[:, 4]}
-        for row, placement in zip(found, placements, strict=True)
-    ]
+        rows = _as_val(model, *read_output(model, output, *squares.shape[-2:]))
+    return [{**row, "boxes": placement.back(row["boxes"])} for row, placement in zip(rows, placements, strict=True)]
+
+
+def found(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
+    """The same of a batch as it is, if that is boxes alone: no masks, no key points."""
+    with torch.no_grad():
+        boxes, rows = read_output(model, predict(model, batch), *batch.images.shape[-2:])
+        more = boxes.shape[-1] > COLUMNS if rows else boxes.shape[1] > 4 + count_classes(model)
+        return None if more else _as_val(model, boxes, rows)
+
+
+def _as_val(model: nn.Module, boxes: Tensor, rows: bool) -> list[dict[str, Tensor]]:
+    kept = suppress(model, boxes.float(), rows, confidence=0.001, iou=0.7, limit=300, multi_label=True)
+    return [{"boxes": row[:, :4], "labels": row[:, 5].long(), "scores": row[:, 4]} for row in kept]
 
 
 def collate(
@@ -219,6 +228,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    found=found,
     detect=detect,
     collate=collate,
     root_is_function=False,
