@@ -57,8 +57,7 @@ def compile(
     strategy : str
         ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
         each. ``"search"``, for budgets of 0.2 on: `tries` plans, proposed by the criterion and ``"fisher_mended"``,
-        mended on 64 images and judged on 192 others by the boxes they still find, by the loss where boxes are not all
-        that a model gives (`fxprune.judging`). Interrupted, both give the best so far.
+        mended on 64 images, judged on 192 others (`fxprune.judging`). Interrupted, both give the best so far.
     heal : str
         How it is mended, see `fxprune.heal`. All but ``"none"`` keep the batches in memory.
 
