@@ -115,7 +115,7 @@ class Agreement:
     def __init__(self, model: nn.Module, adapter: Adapter, batches: Sequence[tuple[int, Batch]]) -> None:
         self.adapter, self.batches = adapter, batches
         own = self._found(model)
-        least = min([SURE, *(float(boxes.scores.max()) / 2 for boxes in own or () if len(boxes.scores))])
+        least = min(SURE, max((float(score) for boxes in own or () for score in boxes.scores), default=0.0) / 2)
         self.truth = [_sure(boxes, least) for boxes in own or ()]
 
     @property

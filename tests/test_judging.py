@@ -54,11 +54,14 @@ def test_what_finds_nothing_or_no_numbers_is_worst() -> None:
 
 
 def test_what_is_unsure_of_all_is_held_to_the_half_it_is_surer_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = np.array([0.2, 0.11, 0.09])
-    boxes = Boxes(np.ones((3, 4)), np.ones(3, dtype=np.int64), scores, np.ones(3), np.zeros(3, dtype=bool))
-    monkeypatch.setattr(Agreement, "_found", lambda self, model: [boxes])
+    def boxes(*scores: float) -> Boxes:
+        count = len(scores)
+        ones, none = np.ones(count), np.zeros(count, dtype=bool)
+        return Boxes(np.ones((count, 4)), np.ones(count, dtype=np.int64), np.array(scores), ones, none)
+
+    monkeypatch.setattr(Agreement, "_found", lambda self, model: [boxes(0.2, 0.11, 0.09), boxes(), boxes(0.05)])
     judge = Agreement(nn.Identity(), torchvision.ADAPTER, [])
-    assert [len(found.labels) for found in judge.truth] == [2]
+    assert [len(found.labels) for found in judge.truth] == [2, 0, 0]
     assert SURE > 0.2
 
 
