@@ -18,7 +18,7 @@ from fxprune.commands.options import DataOptions, SearchOptions
 from fxprune.commands.terminal import Terminal
 from fxprune.commands.work import effort
 from fxprune.healers import HEALERS
-from fxprune.judging import Judge
+from fxprune.judging import Agreement, Judge
 from fxprune.search import STRATEGIES
 from tests.commands import FEW, VAL, Captured, refusal
 
@@ -105,15 +105,19 @@ def test_a_loss_that_healing_leaves_is_told_where_nothing_is_measured(
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the second plan is judged."""
-    worse, judged = Judge.worse, []
+    judged: list[Any] = []
+    for kind in (Judge, Agreement):
+        monkeypatch.setattr(kind, "worse", _stopping(kind.worse, judged))
 
-    def stop(self: Judge, pruned: Any) -> float:
+
+def _stopping(worse: Any, judged: list[Any]) -> Any:
+    def stop(self: Any, pruned: Any) -> Any:
         judged.append(pruned)
         if len(judged) == 2:
             raise KeyboardInterrupt
         return worse(self, pruned)
 
-    monkeypatch.setattr(Judge, "worse", stop)
+    return stop
 
 
 @pytest.mark.usefixtures("interrupted")
