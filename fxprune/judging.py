@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,14 @@ class Judge:
         For samplers inside the loss.
     """
 
+    noise = 0.05
+    """Standard deviation of what sums of single damages leave unexplained, in the logarithm of what has grown."""
+
     def __init__(self, model: nn.Module, adapter: Adapter, batches: Sequence[tuple[int, Batch]], seed: int) -> None:
         self.adapter, self.batches, self.seed = adapter, batches, seed
         self.before = self.parts(model)
         size = self._mean(self.before)
         self.size = part_sizes(size) if len(size) > 1 else size.abs().clamp_min(1.0)
-
-    noise = 0.05
-    """Standard deviation of what sums of single damages leave unexplained, in the logarithm of what has grown."""
 
     def note(self, worse: float) -> dict[str, float]:
         """What a plan keeps of a judgement."""
@@ -67,15 +68,7 @@ class Judge:
 
     def parts(self, model: nn.Module) -> list[Tensor]:
         """Parts (P,) of the loss of each batch."""
-        network = private_copy(network_of(model))
-        self.adapter.prepare(network)
-        with (
-            on_device(device_of(network)),
-            untouched_randomness(network),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            failing_together(),
-        ):
+        with _to_be_run(model, self.adapter) as network:
             return [
                 take_loss(network, self.adapter, batch, index, self.seed).double().cpu()
                 for index, batch in self.batches
@@ -135,15 +128,7 @@ class Agreement:
 
     def _found(self, model: nn.Module) -> list[Boxes] | None:
         """What a version finds on the images of all processes; None if that is not known as boxes."""
-        network = private_copy(network_of(model))
-        self.adapter.prepare(network)
-        with (
-            on_device(device_of(network)),
-            untouched_randomness(network),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            failing_together(),
-        ):
+        with _to_be_run(model, self.adapter) as network:
             outputs = [(index, self.adapter.found(network, batch)) for index, batch in self.batches]
         own = [(index, None if rows is None else list(map(_boxes, rows))) for index, rows in outputs]
         found = sorted(itertools.chain(*gathered(own)), key=lambda pair: pair[0])  # as one process has them
@@ -154,6 +139,21 @@ def judge_of(model: nn.Module, adapter: Adapter, batches: Sequence[tuple[int, Ba
     """Who is to judge plans: what is still found, of a detector of boxes that is sure of some; else the loss."""
     agreement = Agreement(model, adapter, batches)
     return agreement if agreement.possible else Judge(model, adapter, batches, seed)
+
+
+@contextmanager
+def _to_be_run(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
+    """A private copy of a version, ready to be run without gradients by all processes together."""
+    network = private_copy(network_of(model))
+    adapter.prepare(network)
+    with (
+        on_device(device_of(network)),
+        untouched_randomness(network),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        failing_together(),
+    ):
+        yield network
 
 
 def _boxes(output: dict[str, Any]) -> Boxes:

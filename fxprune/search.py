@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -25,6 +25,8 @@ from fxprune.plan import Plan, Totals
 from fxprune.ranks import by_first, rank_and_world
 from fxprune.rendering import finite
 from fxprune.study import Progress, Study
+
+T = TypeVar("T")
 
 STRIDE = 0.05
 """Share of what a step of ``"greedy"`` finds that it removes; a budget takes as many such steps as it needs."""
@@ -110,7 +112,7 @@ def _greedy(search: Search, model: nn.Module, calibration: Calibration) -> list[
     """Remove a little, mend, score what is left, and so on."""
     steps = steps_to(search.budget)
     mended_on, judged_on = calibration.apart(SAMPLE, OTHERS)
-    judge, care = _judge(model, judged_on, search), Care()
+    judge, care = _appoint(Judge, model, judged_on, search), Care()
     plans: list[Plan] = []
     now, whole = model, None
     search.progress("greedy", 0, steps)
@@ -163,8 +165,7 @@ def _search(search: Search, model: nn.Module, calibration: Calibration) -> list[
     """Let scores propose whole plans, judge each once mended, and learn from that what scores are worth."""
     analysis = search.analyze(model, calibration)
     mended_on, judged_on = calibration.apart(SAMPLE, OTHERS)
-    adapter = choose_adapter(network_of(model), calibration.first_raw, search.loss)
-    judge, care = judge_of(model, adapter, list(judged_on.own(model, adapter)), search.seed), Care()
+    judge, care = _appoint(judge_of, model, judged_on, search), Care()
     beliefs = Beliefs(search.opinions(model, calibration, analysis), search.seed, judge.noise)
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     search.progress("search", 0, search.tries)
@@ -264,9 +265,10 @@ class Beliefs:
             yield np.maximum(drawn, 0.0)
 
 
-def _judge(model: nn.Module, calibration: Calibration, search: Search) -> Judge:
+def _appoint(kind: Callable[..., T], model: nn.Module, calibration: Calibration, search: Search) -> T:
+    """A judge of some kind, on a sample of the images."""
     adapter = choose_adapter(network_of(model), calibration.first_raw, search.loss)
-    return Judge(model, adapter, list(calibration.own(model, adapter)), search.seed)
+    return kind(model, adapter, list(calibration.own(model, adapter)), search.seed)
 
 
 def _noted(plan: Plan, **facts: Any) -> Plan:

@@ -132,7 +132,7 @@ def effort(images: int, budget: float, search: SearchOptions) -> str:
     """Say what a search will cost at most; empty if there is none."""
     tries = {"search": search.tries, "greedy": steps_to(budget)}.get(search.strategy, 0)
     saliency, mending = 3 * (search.heal in FITTED), 3 * (search.heal != "none")  # labels, loss and gradient
-    mended, judged = saliency + mending * tries, 1 + tries  # the loss as it was
+    mended, judged = saliency + mending * tries, 1 + tries  # the model as it was is judged too
     passes = f"{judged} forward passes over {min(images, OTHERS)}"
     if mended:
         passes = f"{mended} forward passes over {min(images, SAMPLE)} of them and {judged} over {min(images, OTHERS)}"
