@@ -7,7 +7,8 @@ Ours is what `benchmarks.bench_deeper` found and healed without labels. Of Torch
 that is as fast, all timed in turn; what it leaves is fine-tuned on the same images, with their labels, for the
 processor time that search and healing took together, at each of several learning rates. It is looked at four times
 meanwhile, and its best look at the val images counts: whatever is unequal is in its favour. Rows go to
-``results/bench_healed_peers.jsonl``, the table is ``results/healed_peers.md``.
+``results/bench_healed_peers.jsonl``, the table is ``results/healed_peers.md``. Where the same cut has been healed anew
+since, the table has that, with the seconds of both.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ PEER = "taylor"
 """The best of Torch-Pruning's importances in ``results/peers.md``."""
 SWEEP = (*(step / 20 for step in range(1, 15)), 0.8, 0.9)
 """Its pruning ratios."""
+CUT = ("regions", "unpruned_mAP")
+"""What rows of the same cut of the same detector have in common."""
 
 console = Console(stderr=True)
 
@@ -53,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = list(compare(subject, options))
         made = [cut_of(row) for row in rows]
         write_all(NAME, [*(row for row in read_rows(NAME) if cut_of(row) not in made), *rows])
-    (RESULTS / "healed_peers.md").write_text("\n".join(table(read_rows(NAME))) + "\n", encoding="utf-8")
+    (RESULTS / "healed_peers.md").write_text(
+        "\n".join(table(read_rows(NAME), read_rows(OURS))) + "\n", encoding="utf-8"
+    )
 
 
 def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
@@ -68,10 +73,10 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
     timed = subject.time_beside({**models, **channels}, options.rounds, options.timed_images)
     console.print(f"{subject.name}: timed, now fine-tuning")
     for key, row in ours.items():
-        seconds, limit = row["search_seconds"] + row["heal_seconds"], timed.ratio(key).median
+        seconds, limit = seconds_of(row), timed.ratio(key).median
         columns = timed.columns(key)
         shared = {
-            **{name: row[name] for name in KEYS},
+            **{name: row[name] for name in (*KEYS, *CUT)},
             "mAP": row["mAP"], "seconds": seconds, **columns, "rounds": options.rounds,
             "timed_images": options.timed_images, "images": row["images"], "val_images": row["val_images"],
             "machine": machine(), "error": error,
@@ -99,6 +104,17 @@ def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
 def cut_of(row: Row) -> tuple[str, str, str, float, str]:
     """What tells rows apart: of the same they are replaced, others stay."""
     return row["model"], row["cost"], row["strategy"], row["budget"], row["heal"]
+
+
+def seconds_of(row: Row) -> float:
+    """What a row of `benchmarks.bench_deeper` took."""
+    return float(row["search_seconds"] + row["heal_seconds"])
+
+
+def ours_by_now(row: Row, ours: Sequence[Row]) -> Row:
+    """mAP and seconds of ours, as they are by now if the same was removed."""
+    same = (other for other in reversed(ours) if all(other[key] == row[key] for key in (*KEYS, *CUT)))
+    return next(({"mAP": now["mAP"], "seconds": seconds_of(now)} for now in same), row)
 
 
 def row_key(row: Row) -> str:
@@ -135,19 +151,21 @@ def tuned(subject: Subject, model: nn.Module, seconds: float, rates: Sequence[fl
     return {"peer_pruned_mAP": found["as pruned"], "peer_mAP": found[best], "peer_best": best, "looks": found}
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a detector and cut."""
-    yield "| model | strategy, heal | budget | latency | s | mAP | Torch-Pruning, as pruned | and tuned | its latency |"
-    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|"
+def table(rows: Sequence[Row], ours: Sequence[Row]) -> Iterator[str]:
+    """One line a detector and cut, with what of ours there is of it by now."""
+    yield "| model | strategy, heal | budget | latency | mAP | s | Torch-Pruning | and tuned | s | its latency |"
+    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for row in sorted(rows, key=cut_of):
+        now = ours_by_now(row, ours)
         if row.get("peer_mAP") is None:
-            theirs = ["fails" if row["error"] else "never that fast", "", ""]
+            theirs = ["fails" if row["error"] else "never that fast", "", "", ""]
         else:
-            theirs = [f"{row['peer_pruned_mAP']:.3f}", f"{row['peer_mAP']:.3f}", f"{row['peer_latency_ratio']:.2f}"]
+            theirs = [f"{row['peer_pruned_mAP']:.3f}", f"{row['peer_mAP']:.3f}"]
+            theirs += [f"{row['seconds']:.0f}", f"{row['peer_latency_ratio']:.2f}"]
         spread = f"{row['latency_ratio']:.2f} [{row['latency_ratio_low']:.2f}, {row['latency_ratio_high']:.2f}]"
-        ours = [row["model"], f"{row['strategy']}, {row['heal']}", f"{row['budget']:.0%} {row['cost']}", spread]
-        ours += [f"{row['seconds']:.0f}", f"{row['mAP']:.3f}"]
-        yield f"| {' | '.join([*ours, *theirs])} |"
+        cells = [row["model"], f"{row['strategy']}, {row['heal']}", f"{row['budget']:.0%} {row['cost']}", spread]
+        cells += [f"{now['mAP']:.3f}", f"{now['seconds']:.0f}"]
+        yield f"| {' | '.join([*cells, *theirs])} |"
 
 
 if __name__ == "__main__":

@@ -141,12 +141,19 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
     assert results.read_rows("bench_healed_peers") == [row]
     (line,) = (tmp_path / "healed_peers.md").read_text().splitlines()[2:]
     assert line.startswith("| tiny | one_shot, mimic | 20% flops | ")
+    again = ours | {"mAP": 0.25, "heal_seconds": 7.0, "search_seconds": 1.0}  # healed anew since
+    (line,) = list(bench_healed_peers.table([row], [again]))[2:]
+    assert " | 0.250 | 8 | " in line
+    assert f" | {row['peer_mAP']:.3f} | {row['seconds']:.0f} | " in line
+    other = again | {"regions": [["another"]]}
+    (line,) = list(bench_healed_peers.table([row], [other]))[2:]
+    assert " | 0.250 | 8 | " not in line
 
 
 def test_a_peer_that_fails_or_is_never_that_fast_is_said_so() -> None:
     shared = {"model": "m", "strategy": "search", "heal": "mimic", "seconds": 9.0, "mAP": 0.5, "latency_ratio": 0.8}
     shared |= {"latency_ratio_low": 0.7, "latency_ratio_high": 0.9, "cost": "latency", "error": None}
     rows = [shared | {"budget": 0.2}, shared | {"budget": 0.3, "error": "ValueError: no"}]
-    first, second = list(bench_healed_peers.table(rows))[2:]
-    assert first == "| m | search, mimic | 20% latency | 0.80 [0.70, 0.90] | 9 | 0.500 | never that fast |  |  |"
+    first, second = list(bench_healed_peers.table(rows, []))[2:]
+    assert first == "| m | search, mimic | 20% latency | 0.80 [0.70, 0.90] | 0.500 | 9 | never that fast |  |  |  |"
     assert "| fails |" in second
