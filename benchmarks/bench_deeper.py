@@ -116,7 +116,7 @@ def cut(
                 fxprune.save(healed, place, overwrite=True)
         else:
             row |= {key: twin[key] for key in ("heal_seconds", "mAP", "mAP50")}
-            if heal in KEPT:
+            if heal in KEPT and place_of(twin) != place:
                 shutil.copytree(place_of(twin), place, dirs_exist_ok=True)
         append_row(NAME, row)
         console.print(
