@@ -56,8 +56,8 @@ def compile(
         What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
     strategy : str
         ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
-        each. ``"search"``, for budgets of 0.2 on: `tries` plans, proposed by the criterion and ``"fisher_mended"``,
-        mended on 64 images, judged on 192 others (`fxprune.judging`). Interrupted, both give the best so far.
+        each. ``"search"``, for budgets of 0.2 on: `tries` plans, first those of the criterion, ``"fisher_mended"`` and
+        their mean, mended on 64 images, judged on 192 others (`fxprune.judging`). Interrupted, both give the best yet.
     heal : str
         How it is mended, see `fxprune.heal`. All but ``"none"`` keep the batches in memory.
 

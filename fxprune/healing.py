@@ -117,17 +117,18 @@ def mend(
         if care.thorough:
             *others, last = plans_of(healed)
             last = {**last, "settings": {**last["settings"], "heal": note}}
-            _warn_of_loss(note)
+            _warn_of_loss(note, last["settings"].get("strategy"))
             remember(healed, [*others, last], alterations(healed), getattr(healed, SPARED, {}))
     return like_the_model(pruned, healed)
 
 
-def _warn_of_loss(note: Note) -> None:
+def _warn_of_loss(note: Note, strategy: str | None) -> None:
     """Say so where healing has left a model far from what it did."""
     loss = note.get("loss", {"after": 0.0})["after"]
     if (loss is None or loss >= LOST) and rank_and_world()[0] == 0:
         off = "no number" if loss is None else f"still off by {loss:.2g} (1: as if one part of it had doubled)"
         more = "more steps" if note["method"] == "mimic" else "heal='mimic'"
+        more += " or strategy='search'" * (strategy != "search")
         warnings.warn(
             f"after healing, the loss on images that were held out is {off}: remove less, or try {more};"
             " fxprune.evaluate tells what the model still finds",

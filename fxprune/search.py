@@ -206,7 +206,8 @@ class Beliefs:
     """What each region's removal is believed to add to ``log(1 + loss increase)``: a Gaussian, updated by trials.
 
     At first the scores, whose square roots are taken to be proportional to it, each as uncertain as it is large. Where
-    there are several opinions it is their geometric mean, as uncertain as the largest.
+    there are several opinions it is their geometric mean, the last of what is tried for itself, as uncertain as the
+    largest.
 
     Parameters
     ----------
@@ -223,6 +224,8 @@ class Beliefs:
         self.opinions = np.maximum(np.asarray(opinions, dtype=float), 0.0)
         shapes = np.sqrt(self.opinions)
         self.shape, self.most = np.prod(shapes, axis=0) ** (1 / len(shapes)), shapes.max(axis=0)
+        if len(shapes) > 1:
+            self.opinions = np.vstack([self.opinions, self.shape**2])
         self.trials: list[tuple[bool, ...]] = []
         self.losses: list[float] = []
         self.random = np.random.default_rng(seed)

@@ -148,8 +148,8 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
     (line,) = list(bench_healed_peers.table([row], [again]))[2:]
     assert " | 0.250 | 8 | " in line
     assert f" | {row['peer_mAP']:.3f} | {row['seconds']:.0f} | " in line
-    other = again | {"regions": [["another"]]}
-    (line,) = list(bench_healed_peers.table([row], [other]))[2:]
+    elsewhere = again | {"regions": [["another"]]}
+    (line,) = list(bench_healed_peers.table([row], [elsewhere]))[2:]
     assert " | 0.250 | 8 | " not in line
 
 
