@@ -156,13 +156,8 @@ def found_before(
     subject: Subject, strategy: str, budget: float, options: argparse.Namespace
 ) -> tuple[list[Plan], Row] | None:
     """The same of a row that there is already."""
-    wanted = {
-        "model": subject.name,
-        "strategy": strategy,
-        "budget": budget,
-        "cost": options.cost,
-        "tries": options.tries,
-    }
+    wanted = {"model": subject.name, "strategy": strategy, "budget": budget, "cost": options.cost}
+    wanted |= {"tries": options.tries} if strategy == "search" else {}
     rows = (row for row in read_rows(NAME) if strategy == "one_shot" or not is_older(row))
     row = next((row for row in rows if wanted.items() <= row.items()), None)
     if row is None:
