@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fxprune.search import Beliefs
+from fxprune.beliefs import Beliefs
 
 
 def test_the_criterion_has_the_first_word() -> None:

@@ -24,7 +24,7 @@ from fxprune.refitting import refit
 from fxprune.saliency import saliency_maps
 from fxprune.search import STRATEGIES, STRIDE, TRIES, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
-from tests.models import build, labelled, pixels, tiny
+from tests.models import Block, Tiny, build, labelled, pixels, tiny
 
 
 def plans_on(model: nn.Module) -> list[dict[str, Any]]:
@@ -89,6 +89,38 @@ def test_search_takes_the_plan_of_least_loss_among_those_it_tried(monkeypatch: p
     assert plan.settings["loss_increase"] == loss
     scores = fxprune.analyze(tiny(), labelled()).regions
     assert [region.score for region in plan.regions] == [region.score for region in scores]  # as measured, not believed
+
+
+class Uneven(Tiny):
+    """With a block on a single place: many parameters, next to no FLOPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slight = Block(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.slight(self.blocks(self.stem(x)).mean((2, 3), keepdim=True)).flatten(1))
+
+
+def test_what_saves_next_to_nothing_is_not_tried_unless_it_must_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[set[str]] = []
+    worse = Judge.worse
+
+    def noted(self: Judge, pruned: nn.Module) -> float:
+        tried.append({region.name for region in fxprune.report(pruned).removed})
+        return worse(self, pruned)
+
+    monkeypatch.setattr(Judge, "worse", noted)
+    free = lambda region, modules: float(region.name != "slight")  # noqa: E731
+    found = fxprune.analyze(build(Uneven), labelled()).regions
+    for budget, cost, goes in ((0.5, "flops", False), (0.5, "params", True), (0.914, "flops", True)):
+        tried.clear()
+        pruned = fxprune.compile(
+            build(Uneven), labelled(), budget, cost=cost, strategy="search", criterion=free, heal="none"
+        )
+        assert any("slight" in plan for plan in tried) == goes
+        (plan,) = fxprune.report(pruned).plans
+        assert [region.name for region in plan.regions] == [region.name for region in found]
 
 
 def test_a_small_model_has_fewer_plans_than_tries() -> None:
