@@ -112,15 +112,18 @@ def test_what_saves_next_to_nothing_is_not_tried_unless_it_must_go(monkeypatch: 
 
     monkeypatch.setattr(Judge, "worse", noted)
     free = lambda region, modules: float(region.name != "slight")  # noqa: E731
-    found = fxprune.analyze(build(Uneven), labelled()).regions
-    for budget, cost, goes in ((0.5, "flops", False), (0.5, "params", True), (0.914, "flops", True)):
+    large = [(pixels(2, 3, 64, 64, seed=seed), torch.tensor([seed, 4])) for seed in range(3)]
+    analysis = fxprune.analyze(build(Uneven), large)
+    share = {region.name: region.flops / analysis.before.flops for region in analysis.regions}
+    nearly, most = 2 * share["blocks.0"] + share["slight"] / 2, sum(share.values()) - share["slight"] / 2
+    for budget, cost, goes in ((nearly, "flops", False), (0.5, "params", True), (most, "flops", True)):
         tried.clear()
         pruned = fxprune.compile(
-            build(Uneven), labelled(), budget, cost=cost, strategy="search", criterion=free, heal="none"
+            build(Uneven), large, budget, cost=cost, strategy="search", criterion=free, heal="none"
         )
         assert any("slight" in plan for plan in tried) == goes
         (plan,) = fxprune.report(pruned).plans
-        assert [region.name for region in plan.regions] == [region.name for region in found]
+        assert [region.name for region in plan.regions] == list(share)
 
 
 def test_a_small_model_has_fewer_plans_than_tries() -> None:
