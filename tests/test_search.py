@@ -24,7 +24,7 @@ from fxprune.refitting import refit
 from fxprune.saliency import saliency_maps
 from fxprune.search import STRATEGIES, STRIDE, TRIES, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
-from tests.models import Block, Tiny, build, labelled, pixels, tiny
+from tests.models import build, labelled, pixels, tiny
 
 
 def plans_on(model: nn.Module) -> list[dict[str, Any]]:
@@ -69,67 +69,6 @@ def test_greedy_says_at_once_that_a_budget_is_out_of_reach() -> None:
             tiny(), labelled(), 0.99, strategy="greedy", progress=lambda stage, done, _: seen.append((stage, done))
         )
     assert [done for stage, done in seen if stage == "greedy"] == [0]
-
-
-def test_search_takes_the_plan_of_least_loss_among_those_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[tuple[frozenset[str], float]] = []
-    worse = Judge.worse
-
-    def noted(self: Judge, pruned: nn.Module) -> float:
-        loss = worse(self, pruned)
-        tried.append((frozenset(region.name for region in fxprune.report(pruned).removed), loss))
-        return loss
-
-    monkeypatch.setattr(Judge, "worse", noted)
-    pruned = fxprune.compile(tiny(), labelled(), 0.4, strategy="search", tries=6)
-    (plan,) = fxprune.report(pruned).plans
-    assert len(tried) == len({regions for regions, _ in tried}) == plan.settings["tried"] <= 6
-    best, loss = min(tried, key=lambda pair: pair[1])
-    assert {region.name for region in plan.removed} == best
-    assert plan.settings["loss_increase"] == loss
-    scores = fxprune.analyze(tiny(), labelled()).regions
-    assert [region.score for region in plan.regions] == [region.score for region in scores]  # as measured, not believed
-
-
-class Uneven(Tiny):
-    """With a block on a single place: many parameters, next to no FLOPs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.slight = Block(8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.slight(self.blocks(self.stem(x)).mean((2, 3), keepdim=True)).flatten(1))
-
-
-def test_what_saves_next_to_nothing_is_not_tried_unless_it_must_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[set[str]] = []
-    worse = Judge.worse
-
-    def noted(self: Judge, pruned: nn.Module) -> float:
-        tried.append({region.name for region in fxprune.report(pruned).removed})
-        return worse(self, pruned)
-
-    monkeypatch.setattr(Judge, "worse", noted)
-    free = lambda region, modules: float(region.name != "slight")  # noqa: E731
-    large = [(pixels(2, 3, 64, 64, seed=seed), torch.tensor([seed, 4])) for seed in range(3)]
-    analysis = fxprune.analyze(build(Uneven), large)
-    share = {region.name: region.flops / analysis.before.flops for region in analysis.regions}
-    nearly, most = 2 * share["blocks.0"] + share["slight"] / 2, sum(share.values()) - share["slight"] / 2
-    for budget, cost, goes in ((nearly, "flops", False), (0.5, "params", True), (most, "flops", True)):
-        tried.clear()
-        pruned = fxprune.compile(
-            build(Uneven), large, budget, cost=cost, strategy="search", criterion=free, heal="none"
-        )
-        assert any("slight" in plan for plan in tried) == goes
-        (plan,) = fxprune.report(pruned).plans
-        assert [region.name for region in plan.regions] == list(share)
-
-
-def test_a_small_model_has_fewer_plans_than_tries() -> None:
-    pruned = fxprune.compile(tiny(), labelled(), 0.8, strategy="search", tries=100)
-    (plan,) = fxprune.report(pruned).plans
-    assert plan.settings["tried"] < 20
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
