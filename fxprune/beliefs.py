@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from fxprune.judging import Judge
-
 CHANCES = tuple(2.0**power for power in (-4, -3, -3, -2, -2, -1, -1, 0, 0, 1))
 """Shares of what is uncertain that chance is given, one after the other, to come to a plan that was not tried."""
 BROKEN = 1e6
@@ -33,7 +31,7 @@ class Beliefs:
         Of the judge, see `fxprune.judging`.
     """
 
-    def __init__(self, opinions: Sequence[Sequence[float]], seed: int, noise: float = Judge.noise) -> None:
+    def __init__(self, opinions: Sequence[Sequence[float]], seed: int, noise: float) -> None:
         self.noise = noise
         self.opinions = np.maximum(np.asarray(opinions, dtype=float), 0.0)
         shapes = np.sqrt(self.opinions)

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 from fxprune.beliefs import Beliefs
+from fxprune.judging import Judge
+
+NOISE = Judge.noise
 
 
 def test_the_criterion_has_the_first_word() -> None:
-    beliefs = Beliefs([[4.0, 1.0, -2.0]], seed=0)
+    beliefs = Beliefs([[4.0, 1.0, -2.0]], seed=0, noise=NOISE)
     assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 0.0]]
 
 
 def test_every_opinion_is_heard_before_any_is_drawn() -> None:
-    beliefs = Beliefs([[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]], seed=0)
+    beliefs = Beliefs([[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]], seed=0, noise=NOISE)
     between = [pytest.approx(2.0), 1.0, 0.0]
     assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 9.0], [1.0, 1.0, 0.0], between]
     beliefs.learn((True, True, False), 0.5)
@@ -28,7 +31,7 @@ def test_every_opinion_is_heard_before_any_is_drawn() -> None:
 
 
 def test_trials_outweigh_scores() -> None:
-    beliefs = Beliefs([[1.0, 4.0, 9.0, 16.0]], seed=0)
+    beliefs = Beliefs([[1.0, 4.0, 9.0, 16.0]], seed=0, noise=NOISE)
     truth = np.array([0.9, 0.1, 0.2, 0.3])  # the one that scores least does most damage
     for taken in ((1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 0, 1, 0)):
         beliefs.learn(tuple(map(bool, taken)), math.expm1(float(truth @ np.array(taken))))
@@ -38,7 +41,7 @@ def test_trials_outweigh_scores() -> None:
 
 
 def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
-    beliefs = Beliefs([[1.0, 4.0, 9.0]], seed=0)
+    beliefs = Beliefs([[1.0, 4.0, 9.0]], seed=0, noise=NOISE)
     before = None
     for number in range(3):
         beliefs.learn((True, False, False), 0.5)
@@ -51,20 +54,20 @@ def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
 
 def test_the_longer_nothing_better_is_found_the_wilder_the_draws() -> None:
     def spread(losses: list[float]) -> float:
-        beliefs = Beliefs([[1.0, 2.0, 3.0]], seed=0)
+        beliefs = Beliefs([[1.0, 2.0, 3.0]], seed=0, noise=NOISE)
         for loss in losses:
             beliefs.learn((True, True, False), loss)
         _, first, *_ = beliefs.draws()
         return float(np.abs(first - beliefs.posterior()[0]).max())
 
-    assert Beliefs([[1.0]], 0).stale() == 0
+    assert Beliefs([[1.0]], 0, NOISE).stale() == 0
     assert spread([1.0] * 13) > 2 * spread([1.0])
     assert spread([2.0**-number for number in range(13)]) < 0.5 * spread([1.0] * 13)
 
 
 def test_the_same_seed_draws_the_same() -> None:
     def drawn(seed: int) -> list[list[float]]:
-        beliefs = Beliefs([[1.0, 2.0]], seed)
+        beliefs = Beliefs([[1.0, 2.0]], seed, NOISE)
         beliefs.learn((True, False), 0.3)
         return [scores.tolist() for scores in beliefs.draws()]
 

@@ -134,7 +134,7 @@ class SearchOptions:
 
     strategy: Annotated[
         str,
-        choice(SCORES, "One plan by score, small steps scored anew, or the best of many plans by loss", STRATEGIES),
+        choice(SCORES, "One plan by score, small steps scored anew, or the best of many plans by trial", STRATEGIES),
     ] = "one_shot"
     tries: Annotated[int, option(SCORES, "Plans that --strategy search tries.", min=1, metavar="N")] = TRIES
     heal: HealName = "affine"
