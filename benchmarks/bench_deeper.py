@@ -219,7 +219,7 @@ def facts(
         "judge": JUDGE,
         "images": len(subject.calibration),
         "val_images": len(subject.val),
-        "machine": machine(),
+        "machine": machine(options.device),
     }
 
 

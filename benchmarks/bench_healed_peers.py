@@ -79,7 +79,7 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
             **{name: row[name] for name in (*KEYS, *CUT)},
             "mAP": row["mAP"], "seconds": seconds, **columns, "rounds": options.rounds,
             "timed_images": options.timed_images, "images": row["images"], "val_images": row["val_images"],
-            "machine": machine(), "error": error,
+            "machine": machine(options.device), "error": error,
         }  # fmt: skip
         fast = [name for name in channels if timed.ratio(name).median <= limit]
         peer = tuned(subject, channels[fast[0]], seconds, options.learning_rates) if fast else {}

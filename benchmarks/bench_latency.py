@@ -29,7 +29,7 @@ from benchmarks.bench_time import captured, regions_of
 from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
 from fxprune.analysis import Analysis
-from fxprune.detectors.batch import Adapter, Batch
+from fxprune.detectors.batch import Adapter, Batch, device_of
 from fxprune.detectors.choice import detector_adapter
 from fxprune.errors import BudgetError
 from fxprune.latency import BACKENDS, Backend, Probe, Watched, by_nodes, by_pieces, measure_latency, ready_twin, settled
@@ -92,7 +92,7 @@ def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iter
             "latency_cut_low": 1 - ratio.high, "latency_cut_high": 1 - ratio.low,
             "floor": floor.median, "floor_low": floor.low, "floor_high": floor.high, "error": ratio.error,
             "boxes": options.boxes, "untrained": options.untrained, "removed": [region.name for region in plan.removed],
-            "rounds": options.rounds, "machine": machine(),
+            "rounds": options.rounds, "machine": machine(options.device),
         }  # fmt: skip
         for name, (whole, own) in predicted.items():
             row[name] = sum(own[region.name] for region in plan.removed) / whole
@@ -136,7 +136,7 @@ def time_all(
         for twin in twins.values():
             stack.enter_context(settled(twin))
         functions = {name: partial(adapter.predict, twin, batch) for name, twin in twins.items()}
-        timings = interleave({**functions, TWIN: functions[UNPRUNED]}, rounds=rounds, warmup=3)
+        timings = interleave({**functions, TWIN: functions[UNPRUNED]}, rounds=rounds, warmup=3, device=device_of(model))
     base = timings[UNPRUNED]
     return {key: ratio_of(timings[str(key)], base) for key in (*versions, TWIN)}, base.median_ms
 

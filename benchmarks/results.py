@@ -16,11 +16,12 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """What the figures were measured on."""
     version = torch.__version__.split("+")[0]
     kind = platform.processor() or platform.machine()
-    return f"{os.cpu_count()} cores, {kind}, torch {version}, {torch.get_num_threads()} thread(s)"
+    said = f"{os.cpu_count()} cores, {kind}, torch {version}, {torch.get_num_threads()} thread(s)"
+    return f"{said}, {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else said
 
 
 def read_rows(name: str) -> list[Row]:

@@ -17,6 +17,8 @@ import fxprune
 from benchmarks.detectors import DETECTORS
 from benchmarks.train import calibration_folder, digits_folder, load_trained
 from fxprune import CocoDataset
+from fxprune.detectors.batch import device_of
+from fxprune.graph import map_tensors
 from fxprune.timing import Ratio, Timing, interleave, ratio_of
 
 BATCH_SIZE = 8
@@ -95,10 +97,15 @@ class Subject:
         return self.evaluate(self.model)
 
     def timed_batch(self, images: int) -> Any:
-        """Some val images in the form the model takes at inference."""
+        """Some val images in the form the model takes at inference, where it runs."""
         some = Items(self.val.rows[:images], self.val.categories)
         (batch,) = fxprune.batches(self.model, some, batch_size=images, image_size=self.image_size, targets=False)
-        return batch["img"] if isinstance(batch, dict) else batch
+        return map_tensors(batch["img"] if isinstance(batch, dict) else batch, lambda value: value.to(self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return device_of(self.model)
 
     def time_beside(self, models: Mapping[str, nn.Module], rounds: int, images: int) -> Latencies:
         """Time pruned versions and the unpruned detector in turn on one batch."""
@@ -107,7 +114,10 @@ class Subject:
         with torch.inference_mode():
             return Latencies(
                 interleave(
-                    {name: partial(model.eval(), batch) for name, model in everything.items()}, rounds=rounds, warmup=2
+                    {name: partial(model.eval(), batch) for name, model in everything.items()},
+                    rounds=rounds,
+                    warmup=2,
+                    device=self.device,
                 )
             )
 
@@ -146,6 +156,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val", type=int, metavar="N", help="val images; by default all")
     parser.add_argument("--image-size", type=int, help="what ultralytics models are fed on such a set (640)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="where the detectors run")
 
 
 def subjects(options: argparse.Namespace) -> Iterator[Subject]:
@@ -174,7 +185,8 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
     except fxprune.FxpruneError as error:
         raise SystemExit(str(error)) from None
     for name in options.models or OFFICIAL:
-        yield Subject(name.removesuffix(".pt"), released(name), val, calibration, options.image_size)
+        model = released(name).to(options.device)
+        yield Subject(name.removesuffix(".pt"), model, val, calibration, options.image_size)
 
 
 def trained(name: str, options: argparse.Namespace) -> Subject:
@@ -186,7 +198,11 @@ def trained(name: str, options: argparse.Namespace) -> Subject:
     val = CocoDataset.from_folder(digits_folder(size) / "val")
     calibration = CocoDataset.from_folder(calibration_folder(size, options.calibration))
     return Subject(
-        name, model, read_items(val, options.val), read_items(calibration, options.calibration), image_size=size
+        name,
+        model.to(options.device),
+        read_items(val, options.val),
+        read_items(calibration, options.calibration),
+        image_size=size,
     )
 
 

@@ -1,0 +1,129 @@
+"""On a CUDA device: what analyses find, cuts keep and healing mends there, beside the same on the CPU.
+
+The loaders stay where they are: images of the CPU go to where the model is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.bundled import load_dataset, load_detector
+from fxprune.cli import main
+from fxprune.detectors.choice import network_of
+from fxprune.graph import map_tensors
+from tests.conftest import Case
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact() -> Iterator[None]:
+    """No TF32: products as on the CPU, to rounding."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Any]:
+    data = load_dataset("calibration")
+    return [data[index] for index in range(32)]
+
+
+@pytest.fixture(scope="module")
+def detector() -> nn.Module:
+    return load_detector().eval()
+
+
+def batches(model: nn.Module, items: list[Any], **options: Any) -> list[Any]:
+    return list(fxprune.batches(model, items, batch_size=8, **options))
+
+
+def devices_of(model: nn.Module) -> set[str]:
+    return {value.device.type for value in network_of(model).state_dict().values()}
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "fisher_mended", "grad_act", "ablation"])
+def test_scores_and_plans_are_those_of_the_cpu(detector: nn.Module, items: list[Any], criterion: str) -> None:
+    loader = batches(detector, items)
+    here = fxprune.analyze(detector, loader, criterion=criterion)
+    there = fxprune.analyze(copy.deepcopy(detector).cuda(), loader, criterion=criterion)
+    scores = {region.name: region.score for region in there.regions}
+    assert scores == pytest.approx({region.name: region.score for region in here.regions}, rel=2e-2, abs=1e-4)
+    assert [r.name for r in there.plan(0.2).removed] == [r.name for r in here.plan(0.2).removed]
+
+
+@pytest.mark.parametrize("method", ["norms", "affine", "mimic"])
+def test_what_is_healed_is_what_the_cpu_heals(detector: nn.Module, items: list[Any], method: str) -> None:
+    pictures = batches(detector, items, targets=False)
+    plan = fxprune.analyze(detector, pictures).plan(0.15)
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(detector).to(device)
+        pruned = fxprune.apply(model, plan)
+        found[device] = fxprune.heal(pruned, model, pictures, method, steps=20)
+        assert devices_of(found[device]) == {device}
+    here, there = (fxprune.report(model).settings["heal"]["distance"] for model in found.values())
+    assert there["before"] == pytest.approx(here["before"], rel=0.02)
+    assert there["after"] == pytest.approx(here["after"], rel=0.1)
+    if method != "norms":
+        assert there["after"] < 0.8 * there["before"]
+
+
+@pytest.mark.parametrize("strategy", ["one_shot", "greedy", "search"])
+def test_compile_takes_a_model_that_is_on_the_device(detector: nn.Module, items: list[Any], strategy: str) -> None:
+    model = copy.deepcopy(detector).cuda()
+    pruned = fxprune.compile(model, batches(model, items), strategy=strategy, heal="mimic", steps=10, tries=3)
+    assert devices_of(pruned) == {"cuda"}
+    data = load_dataset("val")
+    before, after = (fxprune.evaluate(one, [data[index] for index in range(24)])["mAP"] for one in (model, pruned))
+    assert after > 0.8 * before
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_milliseconds_are_measured_on_the_device(detector: nn.Module, items: list[Any], backend: str) -> None:
+    model = copy.deepcopy(detector).cuda()
+    analysis = fxprune.analyze(model, batches(model, items[:8]), latency_backend=backend)
+    assert analysis.before.latency_ms is not None
+    assert 0.01 < sum(region.latency_ms or 0.0 for region in analysis.regions) / analysis.before.latency_ms < 3
+    assert analysis.settings["latency"]["device"] == "cuda:0"
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_what_is_pruned_is_compiled_for_the_device(detector: nn.Module, items: list[Any], mode: str) -> None:
+    model = copy.deepcopy(detector).cuda()
+    pruned = fxprune.compile(model, batches(model, items), 0.15, heal="norms")
+    x = torch.rand(2, 3, 160, 160, device="cuda")
+    with torch.inference_mode():
+        backbone = network_of(pruned).get_submodule("backbone")
+        wanted = backbone(x)
+        given: Any = torch.compile(backbone, mode=mode, dynamic=False)(x)
+        for name, value in wanted.items():
+            torch.testing.assert_close(given[name], value, atol=2e-3, rtol=2e-3)
+
+
+def test_the_six_systems_are_cut_and_healed_there(case: Case) -> None:
+    model = copy.deepcopy(case.model).cuda()
+    pruned = fxprune.apply(model, case.plan)
+    images = case.batch["img"] if isinstance(case.batch, dict) else case.x
+    pictures: list[Any] = [{"img": images} if isinstance(case.batch, dict) else images] * 4
+    healed = fxprune.heal(pruned, model, pictures, "mimic", steps=2)
+    assert devices_of(healed) == {"cuda"}
+    with torch.no_grad():
+        healed(map_tensors(case.x, torch.Tensor.cuda))
+
+
+def test_the_command_line_prunes_on_the_device(tmp_path: Path) -> None:
+    arguments = ["prune", "bundled", "--device", "cuda", "--budget", "0.1", "--out", str(tmp_path / "pruned")]
+    assert main(arguments) == 0
+    again = fxprune.load(load_detector().cuda(), tmp_path / "pruned")
+    assert devices_of(again) == {"cuda"}
