@@ -3,9 +3,9 @@
     python -m benchmarks.bench_latency [MODEL ...] [--untrained] [--backends eager inductor] [--rounds 31]
 
 For each detector: plans by ``fisher`` that take a tenth and more of its latency, the cut that both ways to find
-a region's part predict (the shares of its nodes under an interpreter; itself cut out, once and several times in a row), and
-the cut that is measured, the unpruned detector and itself again (the A/A floor) in turn with it, all on the first
-calibration batch. The plan is by the way that the backend has in `fxprune.latency.BACKENDS`, bold in the table.
+a region's part predict (the shares of its nodes under an interpreter; itself cut out, once and several times in a
+row), and the cut that is measured, the unpruned detector and itself again (the A/A floor) in turn with it, all on the
+first calibration batch. The plan is by the way that the backend has in `fxprune.latency.BACKENDS`, bold in the table.
 Detectors are made to find nothing (``--boxes`` leaves them as they are): one that a cut has broken finds boxes
 everywhere, and suppressing those takes longer than what the cut saves. The rest of the time is the same whatever the
 weights are: ``--untrained`` needs no training, other regions are the least important then. Rows go to
