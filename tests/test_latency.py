@@ -122,6 +122,16 @@ def test_what_a_call_of_its_own_costs_a_piece_is_not_the_regions(model: nn.Modul
     assert measured(model, clock, on(by_pieces, pay_for_a_call)).regions_ms == pytest.approx(REGIONS)
 
 
+def test_regions_get_what_one_more_takes_on_average(model: nn.Module, clock: FakeClock) -> None:
+    def grow_unevenly(module: nn.Module) -> None:
+        for name, part in module.named_modules():
+            if name.endswith("norm") and name[0] in "12":
+                clock.slow_down(part, {"1": 6.0, "2": 1.0}[name[0]])
+
+    expected = {name: own + 3.5 for name, own in REGIONS.items()}
+    assert measured(model, clock, on(by_pieces, grow_unevenly)).regions_ms == pytest.approx(expected)
+
+
 def test_equal_regions_are_compiled_once(clock: FakeClock) -> None:
     ready: list[nn.Module] = []
     mixed = nn.Sequential(nn.Conv2d(3, 8, 1), *(Block(8) for _ in range(3)), nn.Conv2d(8, 4, 1), Block(4))
