@@ -21,7 +21,7 @@ from fxprune.detectors.choice import network_of
 from fxprune.graph import map_tensors
 from tests.conftest import Case
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
 @pytest.fixture(autouse=True, scope="module")
