@@ -132,7 +132,7 @@ def measure(subject: Subject, budgets: Iterable[float]) -> list[dict[str, Any]]:
                 known[names] = subject.evaluate(fxprune.apply(subject.model, plan))["mAP"]
             rows.append({
                 "model": subject.name, "variant": variant, "budget": budget, "mAP": known[names],
-                "mAP_loss": whole - known[names], "regions": sorted(names), "machine": machine(),
+                "mAP_loss": whole - known[names], "regions": sorted(names), "machine": machine(str(subject.device)),
             })  # fmt: skip
             console.print(f"{subject.name}: {variant} at {budget:.0%} loses {whole - known[names]:.3f}")
     return rows

@@ -172,7 +172,7 @@ def with_latency(
     latencies = subject.time_beside(named, options.rounds, options.timed_images)
     for row in rows:
         columns = latencies.columns(key_of(row["regions"]))
-        yield row | columns | {"timed_images": options.timed_images, "machine": machine()}
+        yield row | columns | {"timed_images": options.timed_images, "machine": machine(options.device)}
 
 
 def retime(subject: Subject, options: argparse.Namespace) -> None:

@@ -148,7 +148,8 @@ def compare(subject: Subject, options: argparse.Namespace, training: Sequence[An
         variants += found
         failures += failed
     rows = list(measure(subject, [unpruned, *variants], training, options))
-    shared = {"machine": machine(), "calibration_images": len(subject.calibration), "val_images": len(subject.val)}
+    images = {"calibration_images": len(subject.calibration), "val_images": len(subject.val)}
+    shared = {"machine": machine(options.device), **images}
     empty = dict.fromkeys(rows[0])
     return [{**empty, "model": subject.name, **row, **shared} for row in (*rows, *failures)]
 

@@ -94,7 +94,7 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
             "flops_cut": 1 - plan.after.flops / plan.before.flops, "ms": timings[WHOLE].median_ms,
             **quartiles("ratio", ratio), **quartiles("floor", floor), **quartiles("own_time", own),
             "realized": (1 - ratio.median) / own.median, "regions": [region.name for region in plan.removed],
-            "rounds": options.rounds, "machine": machine(),
+            "rounds": options.rounds, "machine": machine(options.device),
         })  # fmt: skip
         console.print(
             f"{system.name}, {backend}, {images} images, {name}: latency {ratio}, own time {own}, A/A {floor}"

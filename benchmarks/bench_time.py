@@ -28,6 +28,7 @@ import fxprune
 from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
 from fxprune.capture import Island, capture
+from fxprune.detectors.batch import device_of
 from fxprune.detectors.choice import detector_adapter
 from fxprune.interpreting import NodeName, NodeTimer
 from fxprune.isolation import private_copy
@@ -88,7 +89,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
         "floor_low": floor.low,
         "floor_high": floor.high,
         "removed": [region.name for region in plan.removed],
-        "machine": machine(),
+        "machine": machine(str(subject.device)),
     }
 
 
@@ -105,9 +106,9 @@ def regions_of(candidates: Iterable[Candidate]) -> list[Region]:
 
 def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int) -> tuple[Times, float]:
     """Median milliseconds of every node in one call, summed over its uses, and of the whole call, nodes not timed."""
-    timer = NodeTimer([(island.name, island.gm) for island in islands], None, time.perf_counter)
+    timer = NodeTimer([(island.name, island.gm) for island in islands], device_of(model), time.perf_counter)
     functions = {"whole": partial(model, batch), "nodes": partial(timer.run, partial(model, batch))}
-    timings = interleave(functions, rounds=rounds)
+    timings = interleave(functions, rounds=rounds, device=device_of(model))
     runs = timer.times()[-rounds:]
     return {key: median(run.nodes_ms[key] for run in runs) for key in runs[0].nodes_ms}, timings["whole"].median_ms
 

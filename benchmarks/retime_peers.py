@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 def retime(subject: Subject, rows: list[Row], rounds: int, images: int) -> list[Row]:
     """The rows of one detector with new latencies."""
     latencies = subject.time_beside(versions(subject, rows), rounds, images)
-    new = {"rounds": rounds, "timed_images": images, "machine": machine()}
+    new = {"rounds": rounds, "timed_images": images, "machine": machine(str(subject.device))}
     return [row if row["kind"] == "failed" else {**row, **latencies.columns(key_of(row)), **new} for row in rows]
 
 

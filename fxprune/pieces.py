@@ -1,8 +1,8 @@
 """Regions by themselves: cut out of a captured model with the values they are fed, to be compiled and timed alone.
 
 A region that is called alone pays for the call, its guards, and for bringing its values into the layout it works in;
-within the model it does not. So it is timed once and several times in a row, each on weights of its own, and the
-difference is what more of it take.
+within the model it does not. So it is timed once and several times in a row, each on weights of its own: what they take
+more, shared out among them, is what one of it takes.
 """
 
 from __future__ import annotations

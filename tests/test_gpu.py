@@ -57,8 +57,8 @@ def test_scores_and_plans_are_those_of_the_cpu(detector: nn.Module, items: list[
     loader = batches(detector, items)
     here = fxprune.analyze(detector, loader, criterion=criterion)
     there = fxprune.analyze(copy.deepcopy(detector).cuda(), loader, criterion=criterion)
-    scores = {region.name: region.score for region in there.regions}
-    assert scores == pytest.approx({region.name: region.score for region in here.regions}, rel=2e-2, abs=1e-4)
+    wanted, scores = ({region.name: region.score for region in one.regions} for one in (here, there))
+    assert scores == pytest.approx(wanted, rel=2e-2, abs=1e-4 * max(wanted.values()))
     assert [r.name for r in there.plan(0.2).removed] == [r.name for r in here.plan(0.2).removed]
 
 

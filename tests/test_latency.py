@@ -297,3 +297,4 @@ def test_the_twin_is_what_is_timed_as_a_whole(model: nn.Module, clock: FakeClock
 
     measured(model, clock, on(by_nodes, mark), rounds=4)
     assert called == ["twin"] * (1 + 2 * (4 + 2))
+    assert model(X) is not None
