@@ -153,7 +153,7 @@ class Captive:
         self.adapter = choose_adapter(model, calibration.first_raw, None)
         self.adapter.prepare(model)
         first = calibration.first(model, self.adapter)
-        self.captured = Study("grad_delta", None, "proved", 0).capture(model, self.adapter, first)
+        self.captured = Study("grad_delta", None, 0).capture(model, self.adapter, first)
         self.batches = [batch for _, batch in calibration.own(self.captured.model, self.adapter)]
 
     def collect(self, taken: Pass) -> dict[str, Sums]:

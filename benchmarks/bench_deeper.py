@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_paper import removing
+from benchmarks.ablation import plan_removing
 from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
 from benchmarks.subjects import Subject, add_options, subjects
 from benchmarks.train import cache_folder
@@ -44,6 +44,8 @@ GOALS = {0.1: 0.002, 0.2: 0.005, 0.3: 0.015, 0.4: 0.05}
 """What a budget may cost of mAP."""
 JUDGE = "boxes"
 """What plans of a search are judged by now."""
+SHOWN = ("none", "norms", "affine", "mimic")
+"""The healings that rows are of; ``"norms"`` and the strategy ``"greedy"`` are in old rows alone."""
 KEPT = ("affine", "mimic")
 """The healings whose detectors are kept."""
 
@@ -137,13 +139,12 @@ def find(
         criterion="fisher",
         mend="affine",
         loss=None,
-        shapes="proved",
         seed=0,
         latency_backend=backend_for(options.cost, None),
         tries=options.tries,
         progress=lambda stage, done, total: None,
     )
-    plans = search.run(subject.model, calibration)
+    plans = [search.run(subject.model, calibration)]
     cost = {
         "flops_cut": 1 - plans[-1].after.flops / plans[0].before.flops,
         "predicted_latency_cut": latency_cut(plans),
@@ -167,7 +168,7 @@ def found_before(
     images = subject.unlabelled()[:1]
     for names in row["regions"]:
         analysis = fxprune.analyze(model, images, criterion="random")
-        plans.append(removing(analysis, set(names)))
+        plans.append(plan_removing(analysis, set(names)))
         model = fxprune.apply(model, plans[-1])
     return plans, {key: row[key] for key in ("flops_cut", "predicted_latency_cut", "search_seconds")}
 
@@ -240,15 +241,15 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
     What is marked † was measured before healing minded where deviations matter, or before searches judged by boxes.
     """
-    yield f"| model (mAP) | budget | strategy | {' | '.join(HEALERS)} | goal | search + heal, s |"
-    yield "|---|--:|---|" + "--:|" * (len(HEALERS) + 2)
+    yield f"| model (mAP) | budget | strategy | {' | '.join(SHOWN)} | goal | search + heal, s |"
+    yield "|---|--:|---|" + "--:|" * (len(SHOWN) + 2)
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["cost"], row["budget"], row["strategy"]), {})[row["heal"]] = row
     for (model, cost, budget, strategy), found in sorted(groups.items(), key=str):
         (base,) = {row["unpruned_mAP"] for row in found.values()}
-        losses = [loss_of(found[heal]) if heal in found else "" for heal in HEALERS]
-        seconds = [f"{found[heal]['heal_seconds']:.0f}" for heal in HEALERS if heal in found]
+        losses = [loss_of(found[heal]) if heal in found else "" for heal in SHOWN]
+        seconds = [f"{found[heal]['heal_seconds']:.0f}" for heal in SHOWN if heal in found]
         searched = max(row["search_seconds"] for row in found.values())
         cells = [f"{model} ({base:.3f})", f"{budget:.0%} {cost}", strategy, *losses, str(GOALS.get(budget, ""))]
         yield f"| {' | '.join(cells)} | {searched:.0f} + {' / '.join(seconds)} |"

@@ -70,7 +70,7 @@ def capture_of(study: Study, ready: Prepared) -> Captured:
 
 def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Callable[[], Record]:
     """Make the attribution pass of `fxprune.analyze` over one batch; every node and region is recorded."""
-    study, ready = Study(criterion, None, "proved", 0), prepare(model, raw)
+    study, ready = Study(criterion, None, 0), prepare(model, raw)
     captured = capture_of(study, ready)
     return lambda: study._record(captured, ready.adapter, Calibration([ready.raw]))[0]
 
@@ -198,7 +198,7 @@ def measure_capture(system: System, options: argparse.Namespace) -> dict[str, An
     """Time capture, shape proof and regions of a system on one image."""
     rounds, clock = options.captures, CLOCKS[options.clock]
     model, raw = system.build(sizes_of(options), images=1)
-    study = Study("fisher", None, "proved", 0)
+    study = Study("fisher", None, 0)
     ready = iter([prepare(model, raw) for _ in range(rounds)])
     functions = {"capture": lambda: capture_of(study, next(ready))}
     timing = interleave(functions, rounds=rounds, warmup=0, clock=clock)["capture"]

@@ -26,6 +26,7 @@ from torch import nn
 
 import fxprune
 from benchmarks import render_paper
+from benchmarks.ablation import analyze_by, plan_removing
 from benchmarks.results import machine, read_rows, replace_rows
 from benchmarks.subjects import UNPRUNED, Subject, add_options, subjects
 from fxprune.analysis import Analysis
@@ -102,7 +103,7 @@ def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Anal
         seen = batches[:1] if criterion in BLIND else batches
         for seed in range(options.random_seeds if criterion == "random" else 1):
             started = time.perf_counter()
-            analysis = fxprune.analyze(subject.model, seen, criterion=criterion, seed=seed)
+            analysis = analyze_by(criterion, subject.model, seen, seed)
             seconds = time.perf_counter() - started
             analyses.setdefault(criterion, analysis)
             cuts += cut_at(options.budgets, analysis, criterion, seed, seconds)
@@ -180,7 +181,7 @@ def retime(subject: Subject, options: argparse.Namespace) -> None:
     rows = rows_of("bench_paper", subject)
     analysis = fxprune.analyze(subject.model, subject.batches()[:1], criterion="random")
     models = {
-        regions: fxprune.apply(subject.model, removing(analysis, set(regions)))
+        regions: fxprune.apply(subject.model, plan_removing(analysis, set(regions)))
         for regions in {frozenset(row["regions"]) for row in rows} - {frozenset()}
     }
     replace_rows("bench_paper", subject.name, with_latency(subject, rows, models, options))
@@ -204,7 +205,7 @@ def remove_each(subject: Subject, analyses: Mapping[str, Analysis], images: int,
         if region.name in known:
             drop, scored = known[region.name]["mAP_drop"], known[region.name]["scores"] | scored
         else:
-            pruned = fxprune.apply(subject.model, removing(first, {region.name}))
+            pruned = fxprune.apply(subject.model, plan_removing(first, {region.name}))
             drop = whole - subject.evaluate(pruned, images)["mAP"]
         rows.append({
             "model": subject.name, "region": region.name, "kind": region.kind, "block": region.block,
@@ -219,15 +220,6 @@ def informed(analysis: Analysis, drops: Iterable[Row]) -> Analysis:
     """The analysis of who knows the mAP drop of each region alone: a bound on scores that are added up."""
     truth = {row["region"]: row["mAP_drop"] for row in drops}
     return replace(analysis, regions=tuple(replace(each, score=truth[each.name]) for each in analysis.regions))
-
-
-def removing(analysis: Analysis, names: set[str]) -> fxprune.Plan:
-    """A plan that removes just these regions, whatever they save."""
-    regions = tuple(replace(region, removed=region.name in names) for region in analysis.regions)
-    touched = {region.island for region in regions if region.removed}
-    islands = tuple(island for island in analysis.islands if island.name in touched)
-    after = analysis.totals_after(regions)
-    return replace(analysis.plan(budget=1e-9), regions=regions, islands=islands, after=after)
 
 
 if __name__ == "__main__":

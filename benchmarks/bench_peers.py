@@ -27,6 +27,7 @@ from torch import nn
 
 import fxprune
 from benchmarks import render_peers
+from benchmarks.ablation import analyze_by
 from benchmarks.channels import PeerError, Settings, find_ratio, first_line, first_working_way, prune_channels
 from benchmarks.detectors import DETECTORS
 from benchmarks.finetune import finetune
@@ -165,7 +166,7 @@ def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Vari
     variants, failures = [], []
     for criterion in options.criteria:
         started = time.perf_counter()
-        analysis = fxprune.analyze(subject.model, subject.batches(), criterion=criterion)
+        analysis = analyze_by(criterion, subject.model, subject.batches())
         analyzed = time.perf_counter() - started
         for budget in options.budgets:
             started = time.perf_counter()

@@ -15,7 +15,7 @@ from torch import nn
 
 import fxprune
 from benchmarks import render_peers
-from benchmarks.bench_paper import removing
+from benchmarks.ablation import plan_removing
 from benchmarks.bench_peers import PEERS
 from benchmarks.channels import first_working_way, prune_channels
 from benchmarks.results import Row, machine, read_rows, replace_rows
@@ -54,7 +54,7 @@ def versions(subject: Subject, rows: list[Row]) -> dict[str, nn.Module]:
         if row["kind"] not in ("cut", "sweep") or key_of(row) in models:
             continue
         if row["regions"] is not None:
-            models[key_of(row)] = fxprune.apply(subject.model, removing(analysis, set(row["regions"]))).eval()
+            models[key_of(row)] = fxprune.apply(subject.model, plan_removing(analysis, set(row["regions"]))).eval()
             continue
         peer = row["method"].removeprefix("torch-pruning ")
         ready = prepared[peer]

@@ -9,7 +9,8 @@ from typing import Any
 
 from fxprune.costs import ParameterGroup
 from fxprune.errors import BudgetError, SettingError
-from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Plan, Totals
+from fxprune.graph import is_within
+from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Plan, Totals, cost_of
 from fxprune.regions import Rejection
 from fxprune.selection import Item, check_budget, select
 
@@ -104,20 +105,19 @@ class Analysis:
 
     def _total(self, cost: str, fraction: float) -> float:
         """Cost of the whole model, of which a fraction is to go."""
-        if cost != "latency":
-            return float(getattr(self.before, cost))
-        if self.before.latency_ms is None:
+        total = cost_of(self.before, cost)
+        if total is None:
             raise SettingError(
                 "cost='latency' needs milliseconds, and none were measured: call fxprune.analyze(...,"
                 " latency_backend='eager'), or 'inductor'"
             )
-        floor = self.settings["latency"]["floor"]
+        floor = self.settings["latency"]["floor"] if cost == "latency" else 0.0
         if fraction < floor:
             raise BudgetError(
                 f"budget {fraction:.3g} of the model's latency cannot be told from noise: timed against itself it"
                 f" strays by {floor:.1%}; ask for more, or measure while nothing else runs"
             )
-        return self.before.latency_ms
+        return total
 
     def _items(self, cost: str) -> list[Item]:
         holders: dict[tuple[str, str], frozenset[int]] = {}
@@ -165,4 +165,4 @@ def conflicts(regions: tuple[Candidate, ...]) -> set[frozenset[int]]:
 
 
 def _holds(outer: Candidate, inner: Candidate) -> bool:
-    return any(f"{inner.island}.".startswith(f"{layer}.") for layer in outer.layers)
+    return is_within(inner.island, outer.layers)

@@ -218,32 +218,3 @@ def _tracked(value: Tensor) -> Tensor:
     if value.is_floating_point() and not value.requires_grad and torch.is_grad_enabled():
         return value.detach().requires_grad_()
     return value
-
-
-class AblationInterpreter(fx.Interpreter):
-    """Runs a graph as if regions had been removed: their nodes are skipped, the stand-in is read in their place.
-
-    Examples
-    --------
-    The loss with a region gone, no second graph made: ``AblationInterpreter(gm, [region]).run(x)``.
-    """
-
-    def __init__(self, gm: fx.GraphModule, regions: Iterable[Region]) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.stand_ins: dict[str, str] = {}
-        self.skipped: set[str] = set()
-        for region in regions:
-            self.stand_ins[region.exit] = region.stand_in
-            self.skipped |= set(region.nodes) - {region.exit}
-        self.nodes = {node.name: node for node in gm.graph.nodes}
-        for node in gm.graph.nodes:  # what reads a skipped value is dead code, else it would be no region
-            if node.name not in self.stand_ins and any(source.name in self.skipped for source in node.all_input_nodes):
-                self.skipped.add(node.name)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run a node, skip it, or read its stand-in."""
-        if n.name in self.stand_ins:
-            return self.env[self.nodes[self.stand_ins[n.name]]]
-        if n.name in self.skipped:
-            return None
-        return super().run_node(n)

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
 from fxprune.errors import LossError
-from fxprune.graph import CALLED, dotted, fingerprint, is_weighted, structure_of
+from fxprune.graph import CALLED, dotted, fingerprint, is_weighted, is_within, structure_of
 from fxprune.operations import in_place_layers
 from fxprune.shapes import specs_of
 from fxprune.tracer import StructureTracer
@@ -98,13 +98,9 @@ def capture(
             break
         for island in reversed(islands):
             install(shell, island.name, originals[island.name])
-        islands = [island for island in islands if not _within(island.name, unfaithful)]
+        islands = [island for island in islands if not is_within(island.name, unfaithful)]
         islands += _below(shell, unfaithful, calls)
     return shell.get_submodule("root"), [replace(island, name=island.name[len("root.") :]) for island in islands]
-
-
-def _within(name: str, outer: str) -> bool:
-    return f"{name}.".startswith(f"{outer}.")
 
 
 def observe(shell: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Call]:

@@ -222,7 +222,7 @@ def prune(
     with terminal.progress() as tell:
         network = work.checked(model, data, budget, out, tell)
         images = work.calibrating(network, data, tell, search.heal)
-        if remark := work.effort(images.images, budget.budget, search):
+        if remark := work.effort(images.images, search):
             terminal.say(remark, head=f"{search.strategy}:")
         pruned, analysis = work.cut(network, images, scores, budget, search)
         shown = plans_carried_out(pruned)[-1] if analysis else None

@@ -17,6 +17,7 @@ from fxprune.driver import apply
 from fxprune.healing import Loss, check_heal, heal
 from fxprune.isolation import private_copy, untouched_randomness
 from fxprune.latency import backend_for
+from fxprune.options import refuse_removed_keywords
 from fxprune.ranks import failing_together, on_device
 from fxprune.schedules import Schedule
 from fxprune.search import TRIES, Search
@@ -27,6 +28,7 @@ QUICK = {"mimic": "affine"}
 """How plans are mended while they are compared, where the result is mended in a way that takes long."""
 
 
+@refuse_removed_keywords
 def compile(
     model: nn.Module,
     calib_loader: Iterable[Any],
@@ -37,7 +39,6 @@ def compile(
     strategy: str = "one_shot",
     heal: str = "affine",
     loss: Loss | None = None,
-    shapes: str = "proved",
     latency_backend: str | None = None,
     seed: int = 0,
     tries: int = TRIES,
@@ -48,16 +49,16 @@ def compile(
 
     Parameters
     ----------
-    model, calib_loader, criterion, loss, shapes, latency_backend, seed, progress
+    model, calib_loader, criterion, loss, latency_backend, seed, progress
         As for `fxprune.analyze`.
     budget : float
         Fraction in (0, 1) of the whole model's cost to remove.
     cost : str
         What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
     strategy : str
-        ``"one_shot"``: the best plan by score. ``"greedy"``: in steps of about 5 %, what is left scored anew after
-        each. ``"search"``, for budgets of 0.2 on: `tries` plans, first those of the criterion, ``"fisher_mended"`` and
-        their mean, mended on 64 images, judged on 192 others (`fxprune.judging`). Interrupted, both give the best yet.
+        ``"one_shot"``: the best plan by score. ``"search"``, for budgets of 0.2 on: `tries` plans, first those of the
+        criterion, ``"fisher_mended"`` and their mean, mended on 64 images, judged on 192 others (`fxprune.judging`).
+        An interrupted search returns the best plan so far.
     heal : str
         How it is mended, see `fxprune.heal`. All but ``"none"`` keep the batches in memory.
 
@@ -80,20 +81,13 @@ def compile(
     check_heal(heal)
     Schedule(steps)
     quick, timed, say = QUICK.get(heal, heal), backend_for(cost, latency_backend), progress or unheard
-    search = Search(strategy, float(budget), cost, criterion, quick, loss, shapes, seed, timed, tries, say)
+    search = Search(strategy, float(budget), cost, criterion, quick, loss, seed, timed, tries, say)
     with on_device(device_of(network_of(model))):
         calibration = Calibration.of(calib_loader)
         if strategy != "one_shot" or heal != "none":
             read_once(model, calibration, loss)
-        pruned = _pruned(model, calibration, search)
+        pruned = apply(model, search.run(model, calibration))
         return pruned if heal == "none" else _healed(pruned, model, calibration, search, heal, steps)
-
-
-def _pruned(model: nn.Module, calibration: Calibration, search: Search) -> nn.Module:
-    pruned = model
-    for plan in search.run(model, calibration):
-        pruned = apply(pruned, plan)
-    return pruned
 
 
 def read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.graph import dotted, parameters_read
+from fxprune.graph import dotted, is_within, parameters_read
 from fxprune.interpreting import NodeName, interpreted
 
 
@@ -141,6 +141,6 @@ def spared(
     {'flops': 80.0, 'params': 8}
     """
     saved = {key: before[key].numel() - math.prod(shape) for key, shape in narrowed.items()}
-    layers = {key: max((path for path in flops if key.startswith(f"{path}.")), key=len, default="") for key in saved}
+    layers = {key: max((path for path in flops if is_within(key, path)), key=len, default="") for key in saved}
     shares = {key: saved[key] / before[key].numel() for key in saved}
     return {"flops": sum(flops.get(layers[key], 0.0) * shares[key] for key in saved), "params": sum(saved.values())}

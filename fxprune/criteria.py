@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.attribution import Record
 from fxprune.errors import SettingError
+from fxprune.options import check_choice
 from fxprune.regions import Region
 
 
@@ -25,9 +26,6 @@ class Evidence:
         Of one forward and backward pass per batch.
     modules : mapping of str to Module
         The model's modules by dotted path; `Region.layers` are among them.
-    loss_increase : callable
-        ``(Region) -> float``: how much the loss grows without the region. Every part of the loss is averaged over the
-        calibration images and counts relative to what it is with the region.
     seed : int
         For criteria that draw.
     """
@@ -35,7 +33,6 @@ class Evidence:
     regions: Sequence[Region]
     record: Record
     modules: Mapping[str, nn.Module]
-    loss_increase: Callable[[Region], float]
     seed: int
 
 
@@ -47,8 +44,6 @@ class Criterion:
     ----------
     score : callable
         Gives one number a region.
-    keeps_batches : bool
-        Whether it needs them all again.
     loss : callable
         Makes one number of the parts of a batch's loss, to take the gradient of.
     gate : float
@@ -59,7 +54,6 @@ class Criterion:
     """
 
     score: Callable[[Evidence], dict[str, float]]
-    keeps_batches: bool = False
     loss: Callable[[Tensor], Tensor] = torch.sum
     gate: float = 1.0
     mended: bool = False
@@ -127,11 +121,6 @@ def absolute_weights(modules: Iterable[nn.Module]) -> float:
     return float(sum(weight.detach().abs().sum(dtype=torch.float64) for weight in weights.values()))
 
 
-def _ablation(evidence: Evidence) -> dict[str, float]:
-    """How much the parts of the loss really grow, each relative to its size: a forward pass per region and batch."""
-    return {region.name: evidence.loss_increase(region) for region in evidence.regions}
-
-
 def _random(evidence: Evidence) -> dict[str, float]:
     """Uniform draws."""
     generator = torch.Generator().manual_seed(evidence.seed)
@@ -164,7 +153,6 @@ CRITERIA: dict[str, Criterion] = {
     "grad_delta": Criterion(_grad_delta),
     "grad_act": Criterion(_grad_act),
     "l1": Criterion(each_region(weight_norm)),
-    "ablation": Criterion(_ablation, keeps_batches=True),
     "random": Criterion(_random),
 }
 """Criteria by name. A region that a criterion leaves out has no score and is not pruned."""
@@ -180,6 +168,5 @@ def criterion_named(criterion: str | RegionScore) -> tuple[str, Criterion]:
     """
     if callable(criterion):
         return getattr(criterion, "__name__", type(criterion).__name__), Criterion(each_region(criterion))
-    if not isinstance(criterion, str) or criterion not in CRITERIA:
-        raise SettingError(f"criterion {criterion!r} is not known; known: {', '.join(CRITERIA)}, or a callable")
+    check_choice("criterion", criterion, CRITERIA, others=", or a callable")
     return criterion, CRITERIA[criterion]

@@ -21,6 +21,7 @@ from fxprune.detectors.choice import like_the_model, network_of
 from fxprune.errors import FxpruneWarning, ModelError, PlanError
 from fxprune.graph import dotted, fingerprint
 from fxprune.isolation import private_copy, untouched_randomness
+from fxprune.options import refuse_removed_keywords
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.leftovers import clean_up
 from fxprune.passes.narrowing import NARROWED
@@ -37,13 +38,13 @@ SPARED = "fxprune_spared"
 """Attribute of a pruned network: what narrower layers save on top of its last plan, by cost."""
 
 
+@refuse_removed_keywords
 def analyze(
     model: nn.Module,
     calib_loader: Iterable[Any],
     *,
     criterion: str | RegionScore = "fisher",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    shapes: str = "proved",
     seed: int = 0,
     latency_backend: str | None = None,
     progress: Progress | None = None,
@@ -60,13 +61,10 @@ def analyze(
         images alone; then the model's own confident outputs are the targets. Read once.
     criterion : str or callable
         ``"fisher"`` (default), ``"fisher_mended"``, ``"grad_delta"``, ``"grad_act"`` (arXiv 2602.14040), ``"l1"`` (its
-        baseline), ``"ablation"``, ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by
-        dotted path; see `fxprune.criteria`. ``"fisher_mended"`` and ``"ablation"`` keep the batches in memory.
+        baseline), ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by dotted path; see
+        `fxprune.criteria`. ``"fisher_mended"`` keeps the batches in memory.
     loss : callable, optional
         ``loss(model, batch) -> scalar Tensor``, the mean over the images; for models of no known kind.
-    shapes : str
-        ``"proved"``: only regions whose entry and exit provably have one shape at every batch and image size.
-        ``"sampled"``: also those where two real sizes agree.
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
     latency_backend : str, optional
@@ -92,7 +90,7 @@ def analyze(
     --------
     >>> plan = fxprune.analyze(model, loader).plan(budget=0.1)     # doctest: +SKIP
     """
-    study = Study(criterion, loss, shapes, seed, progress, latency_backend)
+    study = Study(criterion, loss, seed, progress, latency_backend)
     network = network_of(model)
     device = device_of(network)
     with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fxprune.linear_solver import solve_positive_definite
 from fxprune.operations import is_norm_layer, rows_of
 from fxprune.ranks import gathered, summed
 from fxprune.sampling import Sight, joined, samples, share_of
@@ -35,34 +36,8 @@ MOST_WIDE = 6144
 """About so many rows are looked at then, at most, at each call; of all processes together."""
 
 
-Fit = Callable[[nn.Module, Sight], Callable[[], None] | None]
-"""``fit(layer, sight)``: changes the layer's parameters if it knows how; may return what to do when all is done."""
-
-
-def fit_statistics(layer: nn.Module, sight: Sight) -> Callable[[], None] | None:
-    """Give a batch norm the mean and the variance of what reaches it, over all batches: ``heal="norms"``.
-
-    Layers further on see it normalize by these as one batch of all images would; as torch does, what stays in
-    `running_var` is the unbiased variance.
-    """
-    mean, variance = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
-    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) or mean is None or variance is None:
-        return None
-    origin = sight.sums.setdefault("origin", mean.double())
-    rows = [rows_of(layer, value).double() - origin for value in sight.inputs]
-    sums = [torch.stack([row.sum(0), row.square().sum(0), row.new_full(mean.shape, len(row))]) for row in rows]
-    shift, square, count = sight.add("statistics", torch.stack(sums).sum(0))
-    if not sight.changed:
-        return None
-    shift, square = shift / count, square / count
-    mean.copy_((origin + shift).to(mean.dtype))
-    variance.copy_(square - shift.square())
-    correction = count / (count - 1).clamp_min(1)
-
-    def unbiased() -> None:
-        variance.mul_(correction.to(variance.dtype))
-
-    return unbiased
+Fit = Callable[[nn.Module, Sight], None]
+"""``fit(layer, sight)``: changes the layer's parameters if it knows how."""
 
 
 def fit_affine(layer: nn.Module, sight: Sight, effort: float = 1.0) -> None:
@@ -141,7 +116,7 @@ def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -
     ridge = RIDGE * mean[:, None]
     held = gram.clone()
     held.diagonal(dim1=1, dim2=2).add_(ridge)
-    now = _solved(held, cross + ridge[:, None] * now)
+    now = solve_positive_definite(held, cross + ridge[:, None] * now)
     _set_matrix(layer, now)
     if bias is not None:
         given, count = gram @ now, gram[:, -1, -1:].expand(-1, outputs)
@@ -191,15 +166,8 @@ def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -> N
         kernel = (u @ u.transpose(1, 2)).double()
         ridge = RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-12) / (u.shape[2] - 1)
         kernel.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        step = u.transpose(1, 2) @ _solved(kernel, (v - u @ held.to(u.dtype)).double()).to(u.dtype)
+        step = u.transpose(1, 2) @ solve_positive_definite(kernel, (v - u @ held.to(u.dtype)).double()).to(u.dtype)
         _set_matrix(layer, held + step.double())
-
-
-def _solved(matrices: Tensor, right: Tensor) -> Tensor:
-    """Solutions of positive definite systems, group by group: on several threads, what torch makes of a batch may be
-    wrong (pytorch issue 142815). What is no number gives none."""
-    factors = [torch.linalg.cholesky_ex(matrix).L for matrix in matrices]
-    return torch.stack([torch.cholesky_solve(side, factor) for side, factor in zip(right, factors, strict=True)])
 
 
 def _matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:

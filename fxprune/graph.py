@@ -158,6 +158,18 @@ def dotted(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def is_within(path: str, outer: str | Iterable[str]) -> bool:
+    """Whether a dotted path is another one, or one of some others, or lies below it; everything lies below "".
+
+    Examples
+    --------
+    >>> is_within("layer1.0.conv", "layer1"), is_within("layer10", ["layer1", "layer2"])
+    (True, False)
+    """
+    outers = [outer] if isinstance(outer, str) else outer
+    return any(not other or f"{path}.".startswith(f"{other}.") for other in outers)
+
+
 def common_name(inside: Iterable[str], outside: Iterable[str], called: Iterable[str] = ()) -> str:
     """Shortest dotted path that holds all of `inside` and none of `outside`; first..last where there is none.
 
@@ -178,8 +190,7 @@ def common_name(inside: Iterable[str], outside: Iterable[str], called: Iterable[
     fitting = [
         prefix
         for prefix in prefixes
-        if all(f"{name}.".startswith(f"{prefix}.") for name in inside)
-        and not any(f"{name}.".startswith(f"{prefix}.") for name in outside)
+        if all(is_within(name, prefix) for name in inside) and not any(is_within(name, prefix) for name in outside)
     ]
     if fitting:
         known = set(called)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fxprune.detectors.batch import Batch
 from fxprune.distances import Distance
-from fxprune.fits import QUICK, fit_affine, fit_statistics
+from fxprune.fits import QUICK, fit_affine
 from fxprune.judging import Judge
 from fxprune.mimicry import can_be_shared, check_images, mimic, pieces, split
 from fxprune.pairs import Pair
@@ -39,7 +38,6 @@ class Care:
     the saliency of this process's batches once it is known, which serves other cuts of the same model too."""
 
     schedule: Schedule = field(default_factory=Schedule)
-    checkpoint: Path | None = None
     progress: Progress = unheard
     thorough: bool = False
     saliency: list[Maps] = field(default_factory=list)
@@ -133,11 +131,6 @@ def carry_out(method: str, healing: Healing) -> Note:
     }
 
 
-def _norms(healing: Healing) -> Note:
-    refit(healing.pair, own_share(healing.batches), fit_statistics, healing.care.told("norms", None))
-    return {}
-
-
 def _affine(healing: Healing) -> Note:
     if not healing.care.thorough:
         healing.fit(list(enumerate(healing.batches)))
@@ -153,7 +146,7 @@ def _mimic(healing: Healing) -> Note:
     care = healing.care
     learnt, held = ([piece for _, piece in part] for part in (healing.learnt, healing.held))
     saliency = dealt_out(care.saliency, len(learnt))
-    mimic(healing.distance, learnt, held, care.schedule, care.checkpoint, partial(care.progress, "mimic"), saliency)
+    mimic(healing.distance, learnt, held, care.schedule, partial(care.progress, "mimic"), saliency)
     return {**healing.blend(), "steps": care.schedule.steps}
 
 
@@ -164,7 +157,6 @@ def _between(start: dict[str, Any], end: dict[str, Any], share: float) -> dict[s
 
 HEALERS: dict[str, Callable[[Healing], Note]] = {
     "none": lambda healing: {},
-    "norms": _norms,
     "affine": _affine,
     "mimic": _mimic,
 }

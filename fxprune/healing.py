@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +13,10 @@ from fxprune.calibration import Calibration, check_same
 from fxprune.detectors.batch import Batch, device_of
 from fxprune.detectors.choice import choose_adapter, like_the_model, network_of
 from fxprune.driver import SPARED, alterations, plans_carried_out, plans_of, remember, traced_island
-from fxprune.errors import FxpruneWarning, ModelError, SettingError
+from fxprune.errors import FxpruneWarning, ModelError
 from fxprune.healers import HEALERS, Care, Healing, Note, carry_out
 from fxprune.isolation import check_same_weights, private_copy, untouched_randomness
+from fxprune.options import check_choice, refuse_removed_keywords
 from fxprune.pairs import Pair, pair_up
 from fxprune.plan import Plan
 from fxprune.ranks import check_shareable, failing_together, on_device, overwrite_by_first, rank_and_world
@@ -29,6 +28,7 @@ LOST = 1.0
 """How far off the loss on these is left that is told: as far as if one part of it had doubled."""
 
 
+@refuse_removed_keywords
 def heal(
     pruned: nn.Module,
     original: nn.Module,
@@ -39,7 +39,6 @@ def heal(
     steps: int = 400,
     learning_rate: float = 2e-3,
     seed: int = 0,
-    checkpoint: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Bring a pruned model's features back to what they were, without labels and at no cost at inference.
@@ -51,14 +50,14 @@ def heal(
     calib_loader, loss
         As for `fxprune.analyze`. Labels are not looked at, a loss is run and never minimized.
     method : str
-        ``"none"``; ``"norms"``: batch norms get the statistics of what now reaches them; ``"affine"``: weights, scales
-        and shifts are fitted in closed form, layer after layer, to give what they gave, above all where that matters
-        (`fxprune.saliency`); ``"mimic"``: that, then a short training (`fxprune.mimicry`). The last two hold out an
-        eighth of the images: whose loss there is nearest to the original's decides how far to go, if at all.
+        ``"none"``; ``"affine"``: weights, scales and shifts are fitted in closed form, layer after layer, to the
+        outputs of the original, salient places counting for more (`fxprune.saliency`); ``"mimic"``: that, then a short
+        training (`fxprune.mimicry`). Both hold out an eighth of the images; how far to go from the weights as they
+        were, if at all, is decided by the loss there: it should be near to the original's.
     steps, learning_rate, seed
         Of the training: four images a step, `learning_rate` at most, less where that would harm.
-    checkpoint, progress : optional
-        File the training is kept in and, if it is there, goes on from; ``progress(stage, done, total)``.
+    progress : callable, optional
+        ``progress(stage, done, total)``.
 
     Returns
     -------
@@ -86,7 +85,7 @@ def heal(
     """
     check_heal(method)
     schedule = Schedule(steps, learning_rate, seed)
-    care = Care(schedule, Path(checkpoint) if checkpoint else None, progress or unheard, thorough=method != "none")
+    care = Care(schedule, progress or unheard, thorough=method != "none")
     return mend(pruned, original, calib_loader, method, loss, care)
 
 
@@ -133,7 +132,7 @@ def _warn_of_loss(note: Note, strategy: str | None) -> None:
             f"after healing, the loss on images that were held out is {off}: remove less, or try {more};"
             " fxprune.evaluate tells what the model still finds",
             FxpruneWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -164,5 +163,4 @@ def _paired(
 
 def check_heal(method: object) -> None:
     """Raise `SettingError` unless a method is known."""
-    if method not in HEALERS:
-        raise SettingError(f"heal {method!r} is not known; known: {', '.join(HEALERS)}")
+    check_choice("heal", method, HEALERS)

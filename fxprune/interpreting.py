@@ -54,30 +54,6 @@ NodeName = tuple[str, str]
 """An island's path and a node's name: what names a node in the whole model."""
 
 
-def record_sizes(run: Callable[[], Any], graphs: Graphs) -> dict[NodeName, list[Any]]:
-    """Run a model once and return the shapes that each node's value had, one a call; only single tensors."""
-    sizes: dict[NodeName, list[Any]] = {}
-
-    def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
-        return _SizeInterpreter(gm, island, sizes)
-
-    with interpreted(graphs, make), torch.no_grad():
-        run()
-    return sizes
-
-
-class _SizeInterpreter(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, island: str, sizes: dict[NodeName, list[Any]]) -> None:
-        super().__init__(gm)
-        self.island, self.sizes = island, sizes
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, torch.Tensor):
-            self.sizes.setdefault((self.island, n.name), []).append(tuple(value.shape))
-        return value
-
-
 @dataclass
 class NodeTimes:
     """Milliseconds of one run under the interpreter.

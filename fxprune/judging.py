@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.calibration import take_loss
 from fxprune.criteria import part_sizes
-from fxprune.detectors.batch import Adapter, Batch, device_of
+from fxprune.detectors.batch import Adapter, Batch, confidence_threshold, device_of
 from fxprune.detectors.choice import network_of
 from fxprune.errors import LossError
 from fxprune.evaluation import Boxes, average_precision, make_boxes
@@ -108,7 +108,8 @@ class Agreement:
     def __init__(self, model: nn.Module, adapter: Adapter, batches: Sequence[tuple[int, Batch]]) -> None:
         self.adapter, self.batches = adapter, batches
         own = self._found(model)
-        least = min(SURE, max((float(score) for boxes in own or () for score in boxes.scores), default=0.0) / 2)
+        best = max((float(score) for boxes in own or () for score in boxes.scores), default=0.0)
+        least = confidence_threshold(SURE, best)
         self.truth = [_sure(boxes, least) for boxes in own or ()]
 
     @property

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from fxprune.errors import StorageError
+from fxprune.plan_schema import read_record
 
 FORMAT = 1
 """Version of the folder's layout; a folder of another version is refused."""
@@ -88,39 +89,6 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _are_pairs(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-
-
-def _are_entries(value: Any) -> bool:
-    kinds = {"size": int, "sha256": str}
-    return isinstance(value, dict) and all(
-        isinstance(entry, dict) and {key: type(part) for key, part in entry.items()} == kinds
-        for entry in value.values()
-    )
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "fxprune": ("a string", _is_text),
-    "torch": ("a string", _is_text),
-    "network": ("a string", _is_text),
-    "dtype": ("a list of strings", _are_texts),
-    "training": ("true or false", lambda value: isinstance(value, bool)),
-    "exceptions": ("a list of strings", _are_texts),
-    "channels_last": ("a list of strings", _are_texts),
-    "tied": ("an object of strings", _are_pairs),
-    "files": ("an object of {size, sha256}", _are_entries),
-}
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Read and check a folder's manifest.
 
@@ -147,18 +115,21 @@ def _check(path: Path, data: Any) -> Manifest:
             f"{path}: the folder has format {data['fxprune_save']!r}, this fxprune reads {FORMAT}; load it with"
             f" the fxprune that wrote it ({data.get('fxprune', 'unknown')})"
         )
-    expected = {"fxprune_save", "sha256", *_KINDS}
-    if missing := sorted(expected - set(data)):
-        raise StorageError(f"{path}: lacks {missing}; {_DAMAGED}")
-    if unknown := sorted(set(data) - expected):
-        raise StorageError(f"{path}: has unknown fields {unknown}; {_DAMAGED}")
-    for name, (kind, fits) in _KINDS.items():
-        if not fits(data[name]):
-            raise StorageError(f"{path}: field {name!r} should be {kind}, is {data[name]!r}; {_DAMAGED}")
-    _check_names(path, set(data["files"]))
-    if data["sha256"] != _digest({key: value for key, value in data.items() if key != "sha256"}):
+
+    def fail(text: str) -> StorageError:
+        return StorageError(f"{path}: {text}; {_DAMAGED}")
+
+    rest = {key: value for key, value in data.items() if key not in ("fxprune_save", "sha256")}
+    if isinstance(files := data.get("files"), dict):
+        entries = {name: read_record(Entry, entry, f"files.{name}", fail) for name, entry in files.items()}
+        rest["files"] = entries
+    manifest: Manifest = read_record(Manifest, rest, "manifest", fail)
+    if not isinstance(files, dict):
+        raise fail(f"field 'files' should be an object, is {files!r}")
+    _check_names(path, set(files))
+    if data.get("sha256") != _digest({key: value for key, value in data.items() if key != "sha256"}):
         raise StorageError(f"{path}: does not have the digest it names; {_DAMAGED}")
-    return _build(data)
+    return manifest
 
 
 def _check_names(path: Path, names: set[str]) -> None:
@@ -169,13 +140,6 @@ def _check_names(path: Path, names: set[str]) -> None:
     expected = {WEIGHTS, *plan_names(max(1, len(names) - 1))}
     if names != expected:
         raise StorageError(f"{path}: lists the files {sorted(names)}, expected {sorted(expected)}; {_DAMAGED}")
-
-
-def _build(data: Mapping[str, Any]) -> Manifest:
-    values = {field.name: data[field.name] for field in fields(Manifest)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    values["files"] = {name: Entry(**entry) for name, entry in data["files"].items()}
-    return Manifest(**values)
 
 
 def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -16,8 +14,8 @@ from fxprune.detectors.batch import Batch
 from fxprune.distances import Distance
 from fxprune.errors import BatchError
 from fxprune.optimizers import Optimizers
-from fxprune.pairs import Pair, with_gradients
-from fxprune.ranks import by_first, rank_and_world, share_gradients
+from fxprune.pairs import with_gradients
+from fxprune.ranks import rank_and_world, share_gradients
 from fxprune.saliency import Maps
 from fxprune.schedules import Schedule, State, copied
 
@@ -44,7 +42,6 @@ def mimic(
     learnt: Sequence[Batch],
     held: Sequence[Batch],
     schedule: Schedule,
-    checkpoint: Path | None = None,
     tell: Callable[[int, int], None] = lambda step, steps: None,
     saliency: Sequence[Maps] = (),
 ) -> None:
@@ -61,23 +58,16 @@ def mimic(
     learnt, held : sequence of Batch
         See `pieces` and `split`; the same in all processes, each takes its share of the images of every one.
     schedule : Schedule
-    checkpoint : path, optional
-        File to go on from if it is there, and to write to at every look at the held-out batches.
     tell : callable
         ``tell(step, steps)``.
     saliency : sequence of Maps
         Of what is learnt from, the same in all processes; without it all places count alike.
-
-    Raises
-    ------
-    SettingError
-        If the checkpoint is of another model or schedule.
     """
     pair = distance.pair
     with with_gradients(pair.pruned) as weights, torch.enable_grad():
         optimizer = Optimizers(weights)
-        state = _begun(pair, partial(distance.mean, held), optimizer, schedule, checkpoint)
-        for step in range(state.step + 1, schedule.steps + 1):
+        state = State(distance.mean(held), 0, FIRST, True, copied(pair.pruned))
+        for step in range(1, schedule.steps + 1):
             for weight in weights:
                 weight.grad = None
             number, mirrored = _drawn(learnt, schedule, step)
@@ -93,9 +83,7 @@ def mimic(
                 if astray:
                     pair.pruned.load_state_dict(state.best_weights)
                     optimizer = Optimizers(weights)
-                state = state.after(step, found, pair.pruned, optimizer, astray)
-                if checkpoint is not None:
-                    by_first(partial(state.write, checkpoint, schedule))
+                state = state.after(found, pair.pruned, astray)
                 if state.stale == PATIENCE:
                     break
         pair.pruned.load_state_dict(state.best_weights)
@@ -114,18 +102,6 @@ def pieces(batch: Batch) -> list[Batch]:
         return [batch]
     ends = [round(batch.count * number / count) for number in range(count + 1)]
     return [Batch(batch.images[start:end], None, end - start) for start, end in itertools.pairwise(ends)]
-
-
-def _begun(
-    pair: Pair, found: Callable[[], float], optimizer: Optimizers, schedule: Schedule, checkpoint: Path | None
-) -> State:
-    """Where a training starts: as the model is, or as the checkpoint has it."""
-    state = by_first(lambda: State.read(checkpoint, schedule, pair.pruned))
-    if state is None:
-        return State(0, found(), 0, FIRST, True, copied(pair.pruned), copied(pair.pruned), optimizer.state_dict())
-    pair.pruned.load_state_dict(state.weights)
-    optimizer.load_state_dict(state.optimizer)
-    return state
 
 
 def check_images(batches: Sequence[Batch]) -> None:

@@ -42,15 +42,6 @@ class Optimizers:
                 group["lr"] = learning_rate
             part.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
-        return {type(part).__name__: part.state_dict() for part in self.parts}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        for part in self.parts:
-            part.load_state_dict(state[type(part).__name__])
-
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) of convolutions too, its steps of AdamW's size (Liu et al., arXiv 2502.16982).

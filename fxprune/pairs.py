@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.detectors.batch import Adapter, Batch
-from fxprune.graph import map_tensors
+from fxprune.graph import is_within, map_tensors
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 """``hook(path, module, arguments, output) -> what to give instead, or None``."""
@@ -53,13 +53,8 @@ class Pair:
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Innermost modules within the captured parts that both versions have and the original called."""
         for name, module in self.pruned.named_modules():
-            if self.calls[name] and within(name, self.graphs) and not any(True for _ in module.children()):
+            if self.calls[name] and is_within(name, self.graphs) and not any(True for _ in module.children()):
                 yield name, module
-
-
-def within(name: str, outer: Iterable[str]) -> bool:
-    """Whether a path lies in (or is) one of some others; everything lies in ""."""
-    return any(not path or f"{name}.".startswith(f"{path}.") for path in outer)
 
 
 def pair_up(original: nn.Module, pruned: nn.Module, adapter: Adapter, batch: Batch, islands: Collection[str]) -> Pair:
@@ -76,10 +71,10 @@ def pair_up(original: nn.Module, pruned: nn.Module, adapter: Adapter, batch: Bat
         Parts that were captured as one graph.
     """
     outermost = tuple(
-        name for name in sorted(islands) if not within(name, [other for other in islands if other != name])
+        name for name in sorted(islands) if not is_within(name, [other for other in islands if other != name])
     )
     known = {name for name, _ in pruned.named_modules()}
-    between = [name for name, _ in original.named_modules() if name and not within(name, outermost)]
+    between = [name for name, _ in original.named_modules() if name and not is_within(name, outermost)]
     calls: Counter[str] = Counter()
     decisions: dict[str, None] = {}
 

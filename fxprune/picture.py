@@ -14,7 +14,7 @@ from torch import nn
 from fxprune.analysis import Analysis
 from fxprune.driver import plans_carried_out
 from fxprune.errors import BudgetError
-from fxprune.plan import IMAGES, RESULTS, Candidate, NodeRecord, Plan
+from fxprune.plan import IMAGES, RESULTS, Candidate, NodeRecord, Plan, cost_of
 
 FIRST, LAST = -1, -2
 """Stand for the images and the results among blocks."""
@@ -93,13 +93,12 @@ def _plans(what: Drawable, shown: Plan | None) -> list[Plan]:
 def _added_up(plans: Sequence[Plan]) -> list[Plan]:
     """Plans of the first network, each with all that went by then; the last one alone if that network lacks a block."""
     first, gone, found, blocks = plans[0], set[str](), [], plans[0].before.blocks
-    field = {"latency": "latency_ms"}.get(first.cost, first.cost)
     for plan in plans if len(plans) > 1 else ():
         gone |= {region.name for region in plan.removed}
         blocks -= plan.before.blocks - plan.after.blocks
         after = replace(plan.after, blocks=blocks)
         regions = tuple(replace(region, removed=region.name in gone) for region in first.regions)
-        share = 1 - (getattr(after, field) or 0.0) / (getattr(first.before, field) or 1.0)
+        share = 1 - (cost_of(after, first.cost) or 0.0) / (cost_of(first.before, first.cost) or 1.0)
         settings = {key: value for key, value in first.settings.items() if key not in ("step", "loss_increase")}
         found.append(replace(first, settings=settings, regions=regions, after=after, budget=share))
     return found if found and gone <= {region.name for region in first.regions} else [plans[-1]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from fxprune.errors import PlanError
+from fxprune.plan_schema import encode, read_record
 from fxprune.regions import Rejection
 
 VERSION = 2
@@ -138,6 +139,26 @@ class Candidate:
     removed: bool = False
 
 
+def cost_of(record: Totals | Candidate, cost: str) -> float | None:
+    """Read what a model or a region costs off its record.
+
+    Parameters
+    ----------
+    record : Totals or Candidate
+        Of a model, or of a region.
+    cost : str
+        ``"flops"``, ``"latency"`` (milliseconds), ``"params"`` or ``"blocks"``.
+
+    Returns
+    -------
+    float or None
+        None where it was not measured, or where the cost is not known.
+    """
+    field = {"latency": "latency_ms", "blocks": "blocks" if isinstance(record, Totals) else "block"}.get(cost, cost)
+    value = getattr(record, field, None)
+    return None if value is None else float(value)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which regions go.
@@ -220,13 +241,13 @@ class Plan:
         lists: dict[str, Any] = {"islands": IslandRecord, "regions": Candidate, "rejections": Rejection}
         lists |= {"nodes": NodeRecord, "links": Link}
         for key, kind in parts.items():
-            rest[key] = _read(kind, rest.get(key), key, added)
+            rest[key] = read_record(kind, rest.get(key), key, _fail, added)
         for key, kind in lists.items():
             rows = rest.get(key)
             if not isinstance(rows, list):
                 raise PlanError(f"plan field {key!r} should be a list")
-            rest[key] = tuple(_read(kind, row, f"{key}[{index}]", added) for index, row in enumerate(rows))
-        plan: Plan = _read(cls, rest, "plan", {})
+            rest[key] = tuple(read_record(kind, row, f"{key}[{index}]", _fail, added) for index, row in enumerate(rows))
+        plan: Plan = read_record(cls, rest, "plan", _fail)
         return plan
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -250,50 +271,5 @@ class Plan:
             raise PlanError(f"{path}: {error}") from None
 
 
-def encode(data: Mapping[str, Any]) -> str:
-    """Write an object as JSON, one line a field and a row of each list."""
-
-    def spell(value: Any) -> str:
-        rows = isinstance(value, list) and value
-        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if rows else json.dumps(value)
-
-    return "{\n" + ",\n".join(f" {json.dumps(name)}: {spell(value)}" for name, value in data.items()) + "\n}\n"
-
-
-def _read(kind: Any, row: Any, where: str, added: Mapping[str, Any]) -> Any:
-    """Make a dataclass from a mapping, lists as tuples; refuse missing and unknown fields and wrong kinds."""
-    if not isinstance(row, Mapping):
-        raise PlanError(f"plan field {where!r} should be an object")
-    expected = {field.name: str(field.type) for field in fields(kind)}
-    row = {**{name: value for name, value in added.items() if name in expected}, **row}
-    if missing := sorted(set(expected) - set(row)):
-        raise PlanError(f"plan field {where!r} lacks {missing}")
-    if unknown := sorted(set(row) - set(expected)):
-        raise PlanError(f"plan field {where!r} has unknown {unknown}")
-    for name, annotation in expected.items():
-        bare = annotation.removesuffix(" | None")
-        if bare in _FORMS and not (row[name] is None and bare != annotation):
-            words, fits = _FORMS[bare]
-            if not fits(row[name]):
-                raise PlanError(f"plan field '{where}.{name}' should be {words}, is {row[name]!r}")
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
-
-
-def _list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and all(isinstance(item, kind) for item in value)
-
-
-def _is_number(value: Any, *kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "str": ("str", lambda value: isinstance(value, str)),
-    "bool": ("bool", lambda value: isinstance(value, bool)),
-    "int": ("int", lambda value: _is_number(value, int)),
-    "float": ("float", lambda value: _is_number(value, int, float)),
-    "Mapping[str, Any]": ("an object", lambda value: isinstance(value, Mapping)),
-    "tuple[str, ...]": ("a list of strings", _list_of(str)),
-    "tuple[int, ...]": ("a list of integers", _list_of(int)),
-}
-"""By a field's annotation: what it should be in words, and whether a value is that."""
+def _fail(text: str) -> PlanError:
+    return PlanError(f"plan {text}")

@@ -69,8 +69,6 @@ def refit(
             hooks.enter_context(hooked(model, pair.decisions, work.obey))
         with failing_together() as work.meet:
             run_in_step(runs, work.decide)
-        for finish in work.last.values():
-            finish()
     return list(work.fitted)
 
 
@@ -86,7 +84,6 @@ class _Work:
         self.seen: dict[str, Values] = {}
         self.here = local()
         self.fitted: dict[str, None] = {}
-        self.last: dict[str, Callable[[], None]] = {}
         self.meet: Callable[[], None] = lambda: None
 
     def run(self, model: nn.Module, batch: Batch) -> Callable[[Meet], None]:
@@ -139,9 +136,7 @@ class _Work:
             if not changed:
                 return False
         before = [value.clone() for value in (*layer.parameters(), *layer.buffers())]
-        finish = self.fit(layer, Sight(inputs, wanted, changed, sums, self._weights(point, wanted)))
-        if finish is not None:
-            self.last[name] = finish
+        self.fit(layer, Sight(inputs, wanted, changed, sums, self._weights(point, wanted)))
         after = (*layer.parameters(), *layer.buffers())
         return any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 

@@ -7,7 +7,7 @@ through `entry`. If nothing else feeds them and both values have the same signat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -66,9 +66,7 @@ class Rejection:
     reason: str
 
 
-def find_regions(
-    island: str, gm: fx.GraphModule, shapes: Signatures, sampled: Mapping[str, object] | None = None
-) -> tuple[list[Region], list[Rejection]]:
+def find_regions(island: str, gm: fx.GraphModule, shapes: Signatures) -> tuple[list[Region], list[Rejection]]:
     """Find every region of an island.
 
     Parameters
@@ -78,10 +76,7 @@ def find_regions(
     gm : GraphModule
         Its graph.
     shapes : Signatures
-        Shape of each of its values.
-    sampled : mapping, optional
-        Shape of its values at a second size. Entry and exit must agree provably for every batch and image size, or,
-        if this is given, at the two sizes.
+        Shape of each of its values. Entry and exit must agree provably for every batch and image size.
 
     Returns
     -------
@@ -90,7 +85,7 @@ def find_regions(
     rejections : list of Rejection
         One for each such layer that is in no region, and for each region whose shapes agree by accident of size.
     """
-    finder = _Finder(island, gm, shapes, sampled)
+    finder = _Finder(island, gm, shapes)
     regions = _outermost_of_equal_work(finder, [*finder.bypasses(), *finder.drops()])
     named = [finder.region(*found) for found in sorted(regions, key=lambda found: finder.order[found[1]])]
     return _distinct(named), [*finder.unproved, *finder.left_out(regions)]
@@ -100,10 +95,8 @@ _Found = tuple[str, str, str, int]  # kind, exit, stand-in, members as a bit set
 
 
 class _Finder:
-    def __init__(
-        self, island: str, gm: fx.GraphModule, shapes: Signatures, sampled: Mapping[str, object] | None
-    ) -> None:
-        self.island, self.gm, self.shapes, self.sampled = island, gm, shapes, sampled
+    def __init__(self, island: str, gm: fx.GraphModule, shapes: Signatures) -> None:
+        self.island, self.gm, self.shapes = island, gm, shapes
         self.nodes: dict[str, fx.Node] = {node.name: node for node in gm.graph.nodes}
         self.order = {name: index for index, name in enumerate(self.nodes)}
         self.flow = value_graph(gm.graph)
@@ -149,12 +142,6 @@ class _Finder:
             yield parent
             name = parent
 
-    def agree(self, entry: str, exit_: str) -> bool:
-        if self.shapes.agree(entry, exit_):
-            return True
-        second = self.sampled or {}
-        return self.shapes.agree_here(entry, exit_) and entry in second and second[entry] == second.get(exit_)
-
     def bypasses(self) -> Iterator[_Found]:
         """For each value the nearest earlier one that can stand in for it; what finishes the value goes with it."""
         nearest: dict[str, tuple[str, int]] = {}
@@ -164,7 +151,7 @@ class _Finder:
             for entry in self.above(exit_):
                 if not self.shapes.agree_here(entry, exit_) or not (inside := self.between(entry, exit_)):
                     continue
-                if self.agree(entry, exit_):
+                if self.shapes.agree(entry, exit_):
                     nearest[exit_] = (entry, inside)
                     break
                 self._note_unproved(entry, exit_, inside)
@@ -200,14 +187,15 @@ class _Finder:
                     continue
                 branch = self.finished[gone.name]
                 alone = list(self.flow.successors(gone.name)) == [name]
-                if alone and branch & self.work and not self.between(kept.name, name) and self.agree(kept.name, name):
+                same = self.shapes.agree(kept.name, name)
+                if alone and branch & self.work and not self.between(kept.name, name) and same:
                     yield "drop", name, kept.name, branch | self.bits([name])
 
     def _note_unproved(self, entry: str, exit_: str, inside: int) -> None:
         if inside & self.work:
             name = self.region("bypass", exit_, entry, inside).name
             reason = "entry and exit have the same shape at the observed size, but not provably at every size"
-            self.unproved.append(Rejection(name, f"{reason} (shapes='sampled' takes it all the same)"))
+            self.unproved.append(Rejection(name, reason))
 
     def layers_of(self, bits: int) -> list[str]:
         """Paths, below the island, of what gives a set of nodes their names: modules, or constants read."""

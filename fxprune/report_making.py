@@ -7,19 +7,17 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from fxprune.plan import Plan, Totals
-from fxprune.report_parts import Column, Kind, Row, Section, change, counted, listed, quantity, share_of
+from fxprune.plan import Plan, Totals, cost_of
+from fxprune.report_parts import MOST_NAMES, Column, Kind, Row, Section, change, counted, quantity, share_of
 from fxprune.report_scale import scale_of
+from fxprune.text import first_few
 
 COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
-FIELDS = {"latency": "latency_ms"}
-"""Fields of `Totals` and `Candidate` that hold a cost, if not named as it is."""
 
 JUDGED = ("loss_increase", "agreement")
-SAID = ("images", "batches", "targets", "strategy", "step", "tried", "mended", "asked", *JUDGED, "heal")
+SAID = ("images", "batches", "targets", "strategy", "tried", "mended", *JUDGED, "heal")
 """Settings that are told in words."""
 HEALINGS = {
-    "norms": "norms: batch norms got the statistics of what now reaches them.",
     "affine": "affine: what layers hold was fitted, one after the other, to give what they gave.",
     "mimic": "mimic: what layers hold was fitted to give what they gave, then trained to, for at most so many steps.",
 }
@@ -76,7 +74,7 @@ def step_by_step(plans: Sequence[Plan], after: Totals) -> Section:
     for number, step in enumerate(steps, 1):
         gone = [_gone(before, step.after, name) for name in costs]
         loss = [signed(step.loss_increase)] if measured else []
-        rows.append(Row((str(number), listed(step.removed), *gone, *loss)))
+        rows.append(Row((str(number), first_few(step.removed, MOST_NAMES), *gone, *loss)))
     heads = [f"{name} so far" for name in costs.values()] + (["loss"] if measured else [])
     columns = (Column("step", "number"), Column("what went", "words"), *(Column(head, "number") for head in heads))
     notes = (*_ways(plans), *([LOSS] if measured else []))
@@ -84,8 +82,7 @@ def step_by_step(plans: Sequence[Plan], after: Totals) -> Section:
 
 
 def _gone(before: Totals, after: Totals, cost: str) -> str:
-    field = FIELDS.get(cost, cost)
-    first, last = getattr(before, field, None), getattr(after, field, None)
+    first, last = cost_of(before, cost), cost_of(after, cost)
     return "" if first is None or last is None else change(first, last)
 
 
@@ -94,8 +91,7 @@ def _ways(plans: Sequence[Plan]) -> Iterator[str]:
 
     def way(numbered: tuple[int, Plan]) -> str:
         plan = numbered[1]
-        asked = "a little at a time" if plan.settings.get("strategy") == "greedy" else _asked(plan)
-        return f"{asked}; by {plan.settings.get('criterion')}; {_calibration(plan)}"
+        return f"{_asked(plan)}; by {plan.settings.get('criterion')}; {_calibration(plan)}"
 
     for text, some in groupby(enumerate(plans, 1), way):
         numbers = [number for number, _ in some]
@@ -160,10 +156,8 @@ def making(plans: Sequence[Plan]) -> Section:
     plan = plans[-1]
     settings = {key: value for key, value in plan.settings.items() if key not in SAID}
     versions = settings.pop("versions", {})
-    share = plan.settings.get("asked")
-    asked = "" if share is None else f"{100 * share:.3g}% in all; in the last step, of what was left, "
     rows = {
-        "budget": asked + _asked(plan),
+        "budget": _asked(plan),
         "criterion": settings.pop("criterion", ""),
         "calibration": _calibration(plan),
     }
@@ -188,14 +182,12 @@ def _strategy(plan: Plan) -> str:
     if name == "search":
         grown = signed(_number(plan.settings.get("loss_increase")))
         return f"search: {counted(tried, 'plan')} tried, each judged by its loss{mended}; growth of the best: {grown}"
-    most = str(plan.settings.get("step")).rpartition(" ")[2]
-    return f"greedy: up to {most} steps, what was left scored anew before each"
+    return str(name)
 
 
 def _asked(plan: Plan) -> str:
     """Say what was asked for, and what came of it."""
-    field = FIELDS.get(plan.cost, plan.cost)
-    before, after = getattr(plan.before, field, None), getattr(plan.after, field, None)
+    before, after = cost_of(plan.before, plan.cost), cost_of(plan.after, plan.cost)
     what = COST_NAMES.get(plan.cost, plan.cost)
     got = f", {share_of(before - after, before)} went" if before is not None and after is not None else ""
     return f"at least {100 * plan.budget:.3g}% of the {what}{got}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,11 +73,6 @@ def milliseconds(value: float) -> str:
 
 def counted(count: object, one: str, more: str = "") -> str:
     return f"{count} {one if count == 1 else more or one + 's'}"
-
-
-def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def share_of(part: float, whole: float) -> str:

@@ -9,8 +9,19 @@ from fxprune.analysis import conflicts
 from fxprune.plan import Candidate, Plan, Totals
 from fxprune.regions import Rejection
 from fxprune.report_making import healed, making, step_by_step, timed_on
-from fxprune.report_parts import Column, Row, Section, change, counted, listed, milliseconds, quantity, share_of
+from fxprune.report_parts import (
+    MOST_NAMES,
+    Column,
+    Row,
+    Section,
+    change,
+    counted,
+    milliseconds,
+    quantity,
+    share_of,
+)
 from fxprune.report_scale import Scale, scale_of
+from fxprune.text import first_few
 
 MOST = 40
 """Blocks in a chart, unless more than these were removed."""
@@ -147,7 +158,13 @@ def _refused(rejections: Sequence[Rejection]) -> Section:
     for rejection in rejections:
         groups.setdefault(_kind_of(rejection.reason), []).append(rejection)
     rows = [
-        Row((str(len(some)), kind if len(some) > 1 else some[0].reason, listed([one.name for one in some])))
+        Row(
+            (
+                str(len(some)),
+                kind if len(some) > 1 else some[0].reason,
+                first_few([one.name for one in some], MOST_NAMES),
+            )
+        )
         for kind, some in groups.items()
     ]
     columns = (Column("", "number"), Column("why", "words"), Column("layers", "words"))

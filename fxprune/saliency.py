@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxprune.calibration import take_loss
 from fxprune.detectors.batch import Batch
+from fxprune.graph import is_within
 from fxprune.operations import channel_dim
-from fxprune.pairs import Pair, hooked, within, without_gradients
+from fxprune.pairs import Pair, hooked, without_gradients
 
 FLOOR = 0.1
 """Weight that every place has, of the 1 that all have on average: a gradient of zero is no license to give anything."""
@@ -75,7 +76,7 @@ def saliency_maps(pair: Pair, batch: Batch, index: int = 0, seed: int = 0) -> Ma
                 maps.append(None)
         return tree_unflatten(leaves, form)
 
-    inside = [(name, module) for name, module in model.named_modules() if within(name, pair.graphs)]
+    inside = [(name, module) for name, module in model.named_modules() if is_within(name, pair.graphs)]
     names = [name for name, module in inside if name in pair.graphs or module._parameters or module._buffers]
     with hooked(model, names, see), without_gradients(model), torch.enable_grad():
         loss = take_loss(model, adapter, labelled, index, seed).sum()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from fxprune.drafts import drafted
 from fxprune.errors import SettingError
-from fxprune.optimizers import Optimizers
 
 
 @dataclass(frozen=True)
@@ -46,59 +42,28 @@ class Schedule:
 
 @dataclass(frozen=True)
 class State:
-    """Where a training stands: steps done, the best loss on held-out batches, looks since then, weights.
+    """Where a training stands: the best loss on held-out batches, looks since then, the best weights.
 
     `pace` is the share of the schedule's learning rate that it goes on with, `rising` whether more was never too much.
     """
 
-    step: int
     best: float
     stale: int
     pace: float
     rising: bool
     best_weights: dict[str, Any]
-    weights: dict[str, Any]
-    optimizer: dict[str, Any]
 
-    def after(self, step: int, found: float, model: nn.Module, optimizer: Optimizers, astray: bool) -> State:
+    def after(self, found: float, model: nn.Module, astray: bool) -> State:
         better, rising = found < self.best, self.rising and not astray
-        weights = copied(model)
         return State(
-            step,
             min(found, self.best),
             0 if better else self.stale + 1,
             self.pace / 2 if astray else min(1.0, 2 * self.pace) if rising else self.pace,
             rising,
-            weights if better else self.best_weights,
-            weights,
-            optimizer.state_dict(),
+            copied(model) if better else self.best_weights,
         )
-
-    def write(self, path: Path, schedule: Schedule) -> None:
-        with drafted(path) as draft, draft.open("wb") as file:
-            torch.save({"schedule": asdict(schedule), **vars(self)}, file)
-
-    @staticmethod
-    def read(path: Path | None, schedule: Schedule, model: nn.Module) -> State | None:
-        if path is None or not path.exists():
-            return None
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            then = Schedule(**found.pop("schedule"))
-            state = State(**found)
-        except Exception as error:  # whatever a file that is no checkpoint makes of it
-            raise SettingError(f"{path} is no checkpoint of a healing ({error}); remove it or name another") from error
-        if then != schedule:
-            raise SettingError(f"{path} is of {then}, not of {schedule}; remove it or name another")
-        if _shapes(model.state_dict()) != _shapes(state.weights):
-            raise SettingError(f"{path} is of another model; remove it or name another")
-        return state
 
 
 def copied(model: nn.Module) -> dict[str, Any]:
     """A model's state, apart from it: tensors, and what modules keep besides."""
     return copy.deepcopy(model.state_dict())
-
-
-def _shapes(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: getattr(value, "shape", None) for key, value in state.items()}

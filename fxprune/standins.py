@@ -19,6 +19,7 @@ from fxprune.attribution import RegionInterpreter
 from fxprune.channels import convolutions_reading, joined
 from fxprune.graph import class_names
 from fxprune.interpreting import Graphs, NodeName
+from fxprune.linear_solver import solve_positive_definite
 from fxprune.operations import ADDITIONS
 from fxprune.plan import RESULTS, Link
 from fxprune.ranks import gathered, summed
@@ -125,7 +126,7 @@ def nearest_maps(sums: Sums) -> dict[str, LinearMap]:
         gram, cross = summed(gram), summed(cross)
         ridge = torch.full_like(gram[0], RIDGE * float(gram.diagonal()[:-1].mean().clamp_min(1e-12)))
         ridge[-1] = 1e-9 * gram[-1, -1]  # a shift costs nothing
-        maps[name] = LinearMap(torch.linalg.solve(gram + torch.diag(ridge), cross).float())
+        maps[name] = LinearMap(solve_positive_definite(gram + torch.diag(ridge), cross).float())
     return maps
 
 

@@ -16,9 +16,11 @@ from fxprune.drafts import drafted
 from fxprune.driver import alterations, apply, plans_of, remember
 from fxprune.errors import ModelError, PlanError, SettingError, StorageError
 from fxprune.manifest import NAME, WEIGHTS, Entry, Manifest, foreign, parse_json, plan_names, read_files, read_manifest
-from fxprune.plan import Plan, encode
+from fxprune.plan import Plan
+from fxprune.plan_schema import encode
+from fxprune.text import first_few
 from fxprune.version import __version__
-from fxprune.weights import FRESH, State, collect, few, fill, read_weights
+from fxprune.weights import FRESH, State, collect, fill, read_weights
 
 
 def save(pruned: nn.Module, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -145,9 +147,9 @@ def _refuse_altered(network: nn.Module) -> None:
     lines = alterations(network)
     if lines:
         raise StorageError(
-            f"the structure of this {type(network).__name__} was changed after pruning, so its plans do not lead to it:"
-            f" {few(lines)}. Save before such a change and repeat it after load (ultralytics' predict and val fuse"
-            " the model they are called on; so does fuse), or make it before pruning"
+            f"the structure of this {type(network).__name__} was changed after pruning, so its plans do not lead to"
+            f" it: {first_few(lines)}. Save before such a change and repeat it after load (ultralytics' predict and val"
+            " fuse the model they are called on; so does fuse), or make it before pruning"
         )
 
 
@@ -165,7 +167,9 @@ def _target(path: Path, overwrite: bool) -> Path:
                 f"{path} is not empty; give another folder, or overwrite=True to replace an earlier save"
             )
         if strangers := foreign(path):
-            raise StorageError(f"{path} holds {few(strangers)}, which is no save of fxprune's; give another folder")
+            raise StorageError(
+                f"{path} holds {first_few(strangers)}, which is no save of fxprune's; give another folder"
+            )
     except OSError as error:
         raise StorageError(f"{path} cannot be looked at ({error}); give another folder") from error
     return path

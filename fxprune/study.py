@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,24 +13,25 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from fxprune.analysis import Analysis
-from fxprune.attribution import AblationInterpreter, Record, RecordingInterpreter, merged
+from fxprune.attribution import Record, RecordingInterpreter, merged
 from fxprune.calibration import Calibration, check_same, take_loss
 from fxprune.candidates import candidates, node_records
 from fxprune.capture import Island, capture
 from fxprune.costs import count_flops, count_params, group_parameters
-from fxprune.criteria import Evidence, RegionScore, criterion_named, part_sizes
-from fxprune.detectors.batch import Adapter, Batch, narrower
+from fxprune.criteria import Evidence, RegionScore, criterion_named
+from fxprune.detectors.batch import Adapter, Batch
 from fxprune.detectors.choice import choose_adapter
-from fxprune.errors import LossError, ModelError, NoRegionError, SettingError
-from fxprune.interpreting import interpreted, record_sizes
+from fxprune.errors import LossError, ModelError, NoRegionError
+from fxprune.interpreting import interpreted
 from fxprune.isolation import check_same_weights
 from fxprune.latency import BACKENDS, UNMEASURED, Latency, check_backend, measure_latency, ready_twin
 from fxprune.links import follow
 from fxprune.plan import IslandRecord, Link, Totals
-from fxprune.ranks import by_first, failing_together, gathered, summed
+from fxprune.ranks import by_first, failing_together, gathered
 from fxprune.regions import Region, Rejection, find_regions
 from fxprune.shapes import propagate
 from fxprune.standins import LinearMap, SummingInterpreter, Sums, absorbed, nearest_maps
+from fxprune.text import first_few
 from fxprune.version import __version__
 
 Progress = Callable[[str, int, int | None], None]
@@ -68,16 +69,12 @@ class Study:
 
     criterion: str | RegionScore
     loss: Callable[[nn.Module, Any], Tensor] | None
-    shapes: str
     seed: int
     progress: Progress | None = None
     latency_backend: str | None = None
-    _kept: list[tuple[int, Batch, Tensor]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         criterion_named(self.criterion)
-        if self.shapes not in ("proved", "sampled"):
-            raise SettingError(f"shapes {self.shapes!r} is not known; known: 'proved', 'sampled'")
         check_backend(self.latency_backend)
 
     def run(self, model: nn.Module, calib_loader: Any) -> Analysis:
@@ -103,7 +100,6 @@ class Study:
             regions=captured.regions,
             record=record,
             modules=dict(captured.model.named_modules()),
-            loss_increase=lambda region: self._loss_increase(captured, adapter, region),
             seed=self.seed,
         )
         with failing_together():
@@ -115,7 +111,6 @@ class Study:
         settings = {
             "model": type(model).__name__,
             "criterion": name,
-            "shapes": self.shapes,
             "seed": self.seed,
             "family": adapter.family,
             "images": record.images,
@@ -148,15 +143,11 @@ class Study:
         )
         if not islands:
             raise ModelError(f"no part of {type(model).__name__} with weights could be traced to an fx graph")
-        second: dict[tuple[str, str], Any] = {}
-        if self.shapes == "sampled":
-            second = _sizes_at_second_size(model, islands, adapter, first)
         regions: list[Region] = []
         rejections: list[Rejection] = []
         for island in islands:
             shapes = propagate(island.gm, island.call.args, island.call.kwargs)
-            sampled = {node: size for (name, node), size in second.items() if name == island.name}
-            found, refused = find_regions(island.name, island.gm, shapes, sampled or None)
+            found, refused = find_regions(island.name, island.gm, shapes)
             regions += found
             rejections += refused
         return Captured(model, islands, regions, rejections)
@@ -182,8 +173,6 @@ class Study:
                     raise LossError(f"batch {index}: the loss does not depend on the model's captured layers")
                 criterion.loss(parts).backward()  # type: ignore[no-untyped-call]
                 record.close_batch(index, batch.count)
-                if criterion.keeps_batches:
-                    self._kept.append((index, batch, parts.detach()))
                 self._say("attribution", index + 1, None)
         calibration.settle()
         record = merged(gathered(record))
@@ -208,19 +197,6 @@ class Study:
                 self._say("stand-ins", index + 1, None)
         return nearest_maps(sums)
 
-    def _loss_increase(self, captured: Captured, adapter: Adapter, region: Region) -> float:
-        """How much the parts of the loss grow with a region bypassed, each relative to its own size."""
-        graph = [(name, gm) for name, gm in captured.graphs if name == region.island]
-        bypassed = interpreted(graph, lambda _, gm: AblationInterpreter(gm, [region]))
-        sums = torch.zeros((), dtype=torch.float64)
-        with failing_together(), bypassed, torch.no_grad():
-            for index, batch, before in self._kept:
-                after = take_loss(captured.model, adapter, batch, index, self.seed)
-                sums = sums + batch.count * torch.stack([before, after]).double().cpu()
-        before, after = summed(sums) / sum(gathered(sum(batch.count for _, batch, _ in self._kept)))
-        self._say("ablation", list(captured.regions).index(region) + 1, len(captured.regions))
-        return float(((after - before) / part_sizes(before)).sum())
-
     def _latency(self, twin: nn.Module, captured: Captured, adapter: Adapter, first: Batch) -> Latency:
         """Measured by one process alone."""
         backend, graphs, regions = BACKENDS[str(self.latency_backend)], captured.graphs, captured.regions
@@ -241,24 +217,6 @@ def _summing(regions: Sequence[Region], sums: Sums, island: str, gm: fx.GraphMod
     return SummingInterpreter(gm, [region for region in regions if region.island == island], sums)
 
 
-def _sizes_at_second_size(model: nn.Module, islands: Sequence[Island], adapter: Adapter, first: Batch) -> Any:
-    """Shapes of every node at a second image size.
-
-    Raises
-    ------
-    SettingError
-        If the model does not run at another size.
-    """
-    graphs = [(island.name, island.gm) for island in islands]
-    other = narrower(first)
-    try:
-        return record_sizes(lambda: adapter.predict(model, other), graphs)
-    except Exception as error:  # a model made for one size may refuse another in any way of its own
-        raise SettingError(
-            f"shapes='sampled' runs the model at a second image size, and it failed there: {error}"
-        ) from error
-
-
 def _without_cost(captured: Captured, flops: dict[tuple[str, str], float]) -> Captured:
     """Take out the regions that do no work at inference. Raises `NoRegionError` if none is left."""
     idle = [r for r in captured.regions if not sum(flops.get((r.island, node), 0.0) for node in r.nodes)]
@@ -271,9 +229,8 @@ def _without_cost(captured: Captured, flops: dict[tuple[str, str], float]) -> Ca
 
 
 def _no_region(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionError:
-    rows = [f"  {rejection.name}: {rejection.reason}" for rejection in rejections[:20]]
-    more = [f"  ... and {len(rejections) - 20} more"] if len(rejections) > 20 else []
-    return NoRegionError("\n".join([f"nothing in {type(model).__name__} can be removed:", *rows, *more]))
+    rows = first_few([f"\n  {rejection.name}: {rejection.reason}" for rejection in rejections], most=20, separator="")
+    return NoRegionError(f"nothing in {type(model).__name__} can be removed:{rows}")
 
 
 def _versions() -> dict[str, str]:

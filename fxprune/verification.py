@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxprune.errors import PlanError
 from fxprune.graph import structure_of
 from fxprune.plan import Plan
+from fxprune.text import first_few
 
 
 def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str]) -> None:
@@ -36,7 +37,9 @@ def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str
     gm.graph.lint()
     left = sorted(gone & {node.name for node in gm.graph.nodes})
     if left:
-        raise PlanError(f"island {name or '<model>'!r}: {left[:3]} should be gone but something still reads them")
+        raise PlanError(
+            f"island {name or '<model>'!r}: {first_few(left)} should be gone but something still reads them"
+        )
     after = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     if after != before:
         raise PlanError(f"island {name or '<model>'!r}: its arguments changed from {before} to {after}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import StorageError
 from fxprune.manifest import NAME, Manifest
+from fxprune.text import first_few
 
 FRESH = "load takes the model as it was built before pruning, with as many classes"
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -99,7 +100,7 @@ def read_weights(path: Path, content: bytes, manifest: Manifest) -> dict[str, Te
         raise StorageError(f"{path}: not a safetensors file ({error}); copy the folder again, or save again") from error
     named = {*manifest.tied.values(), *manifest.channels_last}
     if lost := sorted(named - set(stored)):
-        raise StorageError(f"{path}: lacks {few(lost)}, which {NAME} names; save the model again")
+        raise StorageError(f"{path}: lacks {first_few(lost)}, which {NAME} names; save the model again")
     for key in manifest.channels_last:
         memory_format = _FORMATS.get(stored[key].dim(), torch.contiguous_format)
         stored[key] = torch.empty_like(stored[key], memory_format=memory_format).copy_(stored[key])
@@ -130,8 +131,8 @@ def fill(network: nn.Module, values: Mapping[str, Tensor], manifest: Manifest, p
     wrong = [key for key, value in network.state_dict().items() if not _same(value, values[key])]
     if wrong:
         raise StorageError(
-            f"{path}: {few(wrong)} should have a value of its own but shares memory with another weight in this model,"
-            f" which it did not in the saved one; {FRESH}"
+            f"{path}: {first_few(wrong)} should have a value of its own but shares memory with another weight in this"
+            f" model, which it did not in the saved one; {FRESH}"
         )
 
 
@@ -143,7 +144,7 @@ def _refuse_misfit(state: Mapping[str, Any], values: Mapping[str, Tensor], what:
             lines.append(f"{key!r} is {_form(values[key])} in the file and {_form(state[key])} in the model")
     if lines:
         raise StorageError(
-            f"{what}: {few(lines)}. It was saved from a {manifest.network}; {FRESH}. A model that was fused"
+            f"{what}: {first_few(lines)}. It was saved from a {manifest.network}; {FRESH}. A model that was fused"
             " (convolution and norm in one) or otherwise changed after pruning must be saved before that"
         )
 
@@ -159,8 +160,3 @@ def _same(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, NaN included."""
     pair = [value.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for value in (first, second)]
     return first.dtype == second.dtype and torch.equal(*pair)
-
-
-def few(items: Sequence[str], most: int = 3) -> str:
-    """Join the first few items, and say how many more there are."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

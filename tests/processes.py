@@ -146,22 +146,6 @@ def stop_early(folder: Path) -> tuple[list[int], dict[str, Tensor]]:
     return steps, heal(folder, "mimic", steps=20, learning_rate=1e30, progress=note)
 
 
-def resume(folder: Path) -> dict[str, Tensor]:
-    """A training that is interrupted and goes on from a file that only the first process has."""
-    place = folder / f"healing of {rank_and_world()[0]}"
-
-    def stop(stage: str, done: int, total: int | None) -> None:
-        if (stage, done) == ("mimic", 6):
-            raise KeyboardInterrupt
-
-    try:
-        heal(folder, "mimic", steps=10, checkpoint=place, progress=stop)
-    except KeyboardInterrupt:
-        assert place.exists() is (rank_and_world()[0] == 0)
-        return heal(folder, "mimic", steps=10, checkpoint=place)
-    raise AssertionError("it was not interrupted")
-
-
 def prune(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     pruned = fxprune.compile(tiny(), [*partly_labelled(), *batches()[:2]], **options)
     return [plan.to_dict() for plan in plans_carried_out(pruned)], dict(pruned.state_dict())

@@ -9,13 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Subset
 from torchvision.models import resnet18
 
 import fxprune
-from fxprune.bundled import load_dataset, load_detector
 from fxprune.criteria import GATE, part_sizes, relative_loss
-from fxprune.detectors.torchvision import ADAPTER
 from fxprune.errors import LossError
 from tests.models import tiny
 from tests.zoo import ZOO, image_batch, mean_loss
@@ -118,26 +115,6 @@ def test_batch_size_does_not_change_scores() -> None:
         assert a.score == pytest.approx(b.score, rel=1e-3)
 
 
-def test_ablation_is_the_true_increase_of_the_loss() -> None:
-    model, (images, labels) = small_resnet(), labelled(4)
-    batches = [(images[:3], labels[:3]), (images[3:], labels[3:])]
-    analysis = fxprune.analyze(model, batches, criterion="ablation")
-    plan = analysis.plan(0.1)
-
-    def loss(network: nn.Module) -> float:
-        with torch.no_grad():
-            return float(functional.cross_entropy(network(images), labels))
-
-    for index in (0, 3, len(analysis.regions) - 1):
-        regions = tuple(
-            type(region)(**{**region.__dict__, "removed": position == index})
-            for position, region in enumerate(plan.regions)
-        )
-        alone = type(plan)(**{**plan.__dict__, "regions": regions, "islands": analysis.islands})
-        increase = loss(fxprune.apply(model, alone)) - loss(model)
-        assert analysis.regions[index].score == pytest.approx(increase, abs=1e-4)
-
-
 def test_l1_is_the_sum_of_absolute_weights_of_two_dimensions_or_more() -> None:
     model = small_resnet()
     analysis = fxprune.analyze(model, [labelled()], criterion="l1")
@@ -215,22 +192,6 @@ def test_every_part_of_a_loss_weighs_as_much_as_the_others() -> None:
 def test_a_part_of_nothing_counts_as_a_thousandth(parts: list[float], sizes: list[float]) -> None:
     assert part_sizes(torch.tensor(parts)).tolist() == pytest.approx(sizes, rel=2e-3)
     assert bool(torch.isfinite(relative_loss(torch.zeros(2))))
-
-
-def test_ablation_of_a_detector_weighs_the_parts_of_its_loss() -> None:
-    detector = load_detector()
-    (batch,) = fxprune.batches(detector, Subset(load_dataset("calibration"), range(4)), batch_size=4)
-    analysis = fxprune.analyze(detector, [batch], criterion="ablation")
-    plan = analysis.plan(1e-6)
-    (region,) = plan.removed
-
-    def losses(model: nn.Module) -> Tensor:
-        network = copy.deepcopy(model)
-        return ADAPTER.loss(network, ADAPTER.normalize(network, batch)).detach()
-
-    before, after = losses(detector), losses(fxprune.apply(detector, plan))
-    assert len(before) == 2
-    assert region.score == pytest.approx(float(((after - before) / before).sum()), abs=1e-4)
 
 
 def test_nothing_of_a_batch_stays_in_memory() -> None:

@@ -72,16 +72,9 @@ def test_an_infeasible_budget_says_how_much_could_go() -> None:
 def test_an_unknown_criterion(criterion: Any) -> None:
     model = tiny()
     with assert_refused(
-        model, SettingError, "criterion .* is not known; known: .*fisher.*grad_delta.*l1.*ablation.*random.*callable"
+        model, SettingError, "criterion .* is not known; known: .*fisher.*grad_delta.*l1.*random.*callable"
     ):
         fxprune.compile(model, Unread(), 0.1, criterion=criterion)
-
-
-@pytest.mark.parametrize("shapes", ["guessed", None, True, ["proved"]])
-def test_unknown_shapes(shapes: Any) -> None:
-    model = tiny()
-    with assert_refused(model, SettingError, "shapes .* is not known; known: 'proved', 'sampled'"):
-        fxprune.compile(model, Unread(), 0.1, shapes=shapes)
 
 
 @pytest.mark.parametrize("cost", ["watts", None, ["flops"]])
@@ -130,7 +123,7 @@ def test_a_loader_that_is_none(loader: Any) -> None:
         fxprune.compile(model, loader, 0.1)
 
 
-@pytest.mark.parametrize("criterion", ["fisher", "grad_delta", "ablation"])
+@pytest.mark.parametrize("criterion", ["fisher", "grad_delta", "fisher_mended"])
 def test_a_generator_is_read_once(criterion: str) -> None:
     model, yields = tiny(), [0]
 
@@ -157,7 +150,7 @@ def test_a_loader_that_can_be_read_again_is_read_once() -> None:
             reads[0] += 1
             return iter(labelled())
 
-    fxprune.analyze(tiny(), Loader(), criterion="ablation")
+    fxprune.analyze(tiny(), Loader(), criterion="fisher_mended")
     assert reads == [1]
 
 

@@ -158,7 +158,7 @@ def test_an_interrupt_in_the_loader() -> None:
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])
 def test_an_interrupt_in_the_loss(call: int) -> None:
-    """Call by call: while the model is observed, held to its graphs, counted, scored, and ablated."""
+    """Call by call: while the model is observed, held to its graphs, counted, scored, and fitted."""
     model, calls = halfway(), [0]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -169,7 +169,7 @@ def test_an_interrupt_in_the_loss(call: int) -> None:
         return squared(model, batch)
 
     with assert_unchanged(model), pytest.raises(KeyboardInterrupt):
-        fxprune.compile(model, labelled(), 0.1, loss=loss, criterion="ablation")
+        fxprune.compile(model, labelled(), 0.1, loss=loss, criterion="fisher_mended")
     assert calls == [call]
     with assert_unchanged(model):
         assert len(fxprune.analyze(model, labelled(), loss=squared).regions) >= 4

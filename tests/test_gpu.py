@@ -52,7 +52,7 @@ def devices_of(model: nn.Module) -> set[str]:
     return {value.device.type for value in network_of(model).state_dict().values()}
 
 
-@pytest.mark.parametrize("criterion", ["fisher", "fisher_mended", "grad_act", "ablation"])
+@pytest.mark.parametrize("criterion", ["fisher", "fisher_mended", "grad_act"])
 def test_scores_and_plans_are_those_of_the_cpu(detector: nn.Module, items: list[Any], criterion: str) -> None:
     loader = batches(detector, items)
     here = fxprune.analyze(detector, loader, criterion=criterion)
@@ -62,7 +62,7 @@ def test_scores_and_plans_are_those_of_the_cpu(detector: nn.Module, items: list[
     assert [r.name for r in there.plan(0.2).removed] == [r.name for r in here.plan(0.2).removed]
 
 
-@pytest.mark.parametrize("method", ["norms", "affine", "mimic"])
+@pytest.mark.parametrize("method", ["affine", "mimic"])
 def test_what_is_healed_is_what_the_cpu_heals(detector: nn.Module, items: list[Any], method: str) -> None:
     pictures = batches(detector, items, targets=False)
     plan = fxprune.analyze(detector, pictures).plan(0.15)
@@ -75,11 +75,10 @@ def test_what_is_healed_is_what_the_cpu_heals(detector: nn.Module, items: list[A
     here, there = (fxprune.report(model).settings["heal"]["distance"] for model in found.values())
     assert there["before"] == pytest.approx(here["before"], rel=0.02)
     assert there["after"] == pytest.approx(here["after"], rel=0.1)
-    if method != "norms":
-        assert there["after"] < 0.8 * there["before"]
+    assert there["after"] < 0.8 * there["before"]
 
 
-@pytest.mark.parametrize("strategy", ["one_shot", "greedy", "search"])
+@pytest.mark.parametrize("strategy", ["one_shot", "search"])
 def test_compile_takes_a_model_that_is_on_the_device(detector: nn.Module, items: list[Any], strategy: str) -> None:
     model = copy.deepcopy(detector).cuda()
     pruned = fxprune.compile(model, batches(model, items), strategy=strategy, heal="mimic", steps=10, tries=3)
@@ -101,7 +100,7 @@ def test_milliseconds_are_measured_on_the_device(detector: nn.Module, items: lis
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_what_is_pruned_is_compiled_for_the_device(detector: nn.Module, items: list[Any], mode: str) -> None:
     model = copy.deepcopy(detector).cuda()
-    pruned = fxprune.compile(model, batches(model, items), 0.15, heal="norms")
+    pruned = fxprune.compile(model, batches(model, items), 0.15, heal="affine")
     x = torch.rand(2, 3, 160, 160, device="cuda")
     with torch.inference_mode():
         backbone = network_of(pruned).get_submodule("backbone")

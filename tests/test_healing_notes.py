@@ -32,7 +32,7 @@ def cut(model: nn.Module, analysis: Analysis) -> nn.Module:
     return fxprune.apply(model, without(analysis, "blocks.0", "blocks.2"))
 
 
-@pytest.mark.parametrize("method", ["norms", "affine", "mimic"])
+@pytest.mark.parametrize("method", ["affine", "mimic"])
 def test_a_note_says_what_was_done(method: str, model: nn.Module, cut: nn.Module) -> None:
     healed = fxprune.heal(cut, model, images(9), method, steps=5)
     note: Any = fxprune.report(healed).settings["heal"]
@@ -42,10 +42,7 @@ def test_a_note_says_what_was_done(method: str, model: nn.Module, cut: nn.Module
         assert note["distance"][when] == pytest.approx(Distance(pair, read[:7] + read[8:]).mean(read[7:8]), rel=1e-4)
     assert note["seconds"] >= 0
     assert "heal" not in fxprune.report(cut).settings
-    if method == "norms":
-        assert not note.keys() & {"share", "loss"}
-    else:
-        assert 0 <= note["loss"]["after"] < note["loss"]["before"]
+    assert 0 <= note["loss"]["after"] < note["loss"]["before"]
 
 
 def test_a_loss_that_stays_far_off_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +89,7 @@ def test_changes_behind_the_plans_back_are_not_forgotten(model: nn.Module, cut: 
     changed.add_module("more", nn.Linear(2, 2))
     before = alterations(changed)
     assert before
-    healed = fxprune.heal(changed, model, images(), "norms")
+    healed = fxprune.heal(changed, model, images(), "affine")
     assert alterations(healed) == before
     with pytest.raises(StorageError, match="was changed after pruning"):
         fxprune.save(healed, tmp_path / "healed")

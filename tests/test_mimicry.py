@@ -1,8 +1,7 @@
-"""Healing by training: how fast it goes, what decides, and that it goes on where it was stopped."""
+"""Healing by training: how fast it goes and what decides."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,9 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune import mimicry
 from fxprune.detectors.batch import Batch
+from fxprune.distances import Distance
 from fxprune.errors import LossError, ModelError, SettingError
 from fxprune.mimicry import FIRST, pieces
 from fxprune.optimizers import ITERATIONS, QUINTIC, ROWS, Optimizers, orthogonal
@@ -22,6 +23,20 @@ from tests.test_healing import cut, equal, far, images, model
 __all__ = ["cut", "model"]
 
 LONG: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[State]:
+    """The states that a training goes through."""
+    seen: list[State] = []
+    after = State.after
+
+    def noted(self: State, found: float, model: nn.Module, astray: bool) -> State:
+        seen.append(after(self, found, model, astray))
+        return seen[-1]
+
+    monkeypatch.setattr(State, "after", noted)
+    return seen
 
 
 def test_a_training_that_only_harms_gives_back_where_it_began(
@@ -37,36 +52,33 @@ def test_a_training_that_only_harms_gives_back_where_it_began(
 
 
 def test_a_learning_rate_that_is_too_high_is_halved_until_it_does_good(
-    model: nn.Module, cut: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, cut: nn.Module, states: list[State], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxprune.mimicry.WORSE", 1.0)  # noise as images cannot be told apart, whatever the weights
+    monkeypatch.setattr(mimicry, "WORSE", 1.0)  # noise as images cannot be told apart, whatever the weights
     before = fxprune.heal(cut, model, images(9), "affine")
-    place = tmp_path / "healing"
-    healed = fxprune.heal(cut, model, images(9), steps=64, learning_rate=0.5, checkpoint=place)
-    assert torch.load(place)["pace"] < FIRST
+    healed = fxprune.heal(cut, model, images(9), steps=64, learning_rate=0.5)
+    assert states[-1].pace < FIRST
     held = images(9)[7:8]
     assert far(model, healed, held) < far(model, before, held)
 
 
 def test_a_loss_that_is_no_number_goes_back_too(
-    model: nn.Module, cut: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, cut: nn.Module, states: list[State], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxprune.distances.Distance.mean", lambda *_: float("nan"))
-    place = tmp_path / "healing"
-    healed = fxprune.heal(cut, model, images(9), steps=1, checkpoint=place)
-    state = torch.load(place)
-    assert (state["pace"], state["rising"]) == (FIRST / 2, False)
-    assert all(torch.equal(state["weights"][key], state["best_weights"][key]) for key in state["weights"])
+    monkeypatch.setattr(Distance, "mean", lambda *_: float("nan"))
+    began = fxprune.heal(cut, model, images(9), "affine")
+    healed = fxprune.heal(cut, model, images(9), steps=1)
+    assert (states[-1].pace, states[-1].rising) == (FIRST / 2, False)
+    assert equal(healed, began)
     assert all(bool(value.isfinite().all()) for value in healed.state_dict().values())
 
 
 def test_it_grows_until_it_harms_and_never_again() -> None:
     layer = nn.Linear(2, 2)
-    weights = copied(layer)
-    now = State(0, 1.0, 0, 1 / 16, True, weights, weights, {})
+    now = State(1.0, 0, 1 / 16, True, copied(layer))
     paces = []
     for astray in (False, False, True, False, True, False):
-        now = now.after(1, 2.0, layer, Optimizers([*layer.parameters()]), astray)
+        now = now.after(2.0, layer, astray)
         paces.append(now.pace)
     assert paces == [1 / 8, 1 / 4, 1 / 8, 1 / 8, 1 / 16, 1 / 16]
     assert now.stale == 6
@@ -169,34 +181,7 @@ def test_seeds_decide(model: nn.Module, cut: nn.Module) -> None:
     assert not equal(one, other)
 
 
-def test_a_training_goes_on_where_it_was_stopped(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
-    whole = fxprune.heal(cut, model, images(9), **LONG)
-
-    def stop(stage: str, done: int, total: int | None) -> None:
-        if (stage, done) == ("mimic", 11):
-            raise KeyboardInterrupt
-
-    place = tmp_path / "healing"
-    with pytest.raises(KeyboardInterrupt):
-        fxprune.heal(cut, model, images(9), checkpoint=place, progress=stop, **LONG)
-    seen: list[int] = []
-    resumed = fxprune.heal(
-        cut,
-        model,
-        images(9),
-        **LONG,
-        checkpoint=place,
-        progress=lambda stage, done, total: seen.append(done) if stage == "mimic" else None,
-    )
-    assert seen == list(range(11, 21))
-    assert equal(resumed, whole)
-
-
-def test_foreign_checkpoints_are_refused(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
-    place = tmp_path / "healing"
-    fxprune.heal(cut, model, images(), steps=2, checkpoint=place)
-    with pytest.raises(SettingError, match=r"healing is of Schedule\(steps=2.*, not of Schedule\(steps=3"):
-        fxprune.heal(cut, model, images(), steps=3, checkpoint=place)
-    place.write_text("something else")
-    with pytest.raises(SettingError, match="healing is no checkpoint of a healing"):
-        fxprune.heal(cut, model, images(), steps=2, checkpoint=place)
+def test_a_checkpoint_is_no_longer_taken(model: nn.Module, cut: nn.Module) -> None:
+    removed: dict[str, Any] = {"checkpoint": "healing.pt"}
+    with pytest.raises(SettingError, match="checkpoint= is gone"):
+        fxprune.heal(cut, model, images(), **removed)

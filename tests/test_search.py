@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,13 @@ from fxprune.calibration import Calibration
 from fxprune.compilation import read_once
 from fxprune.detectors.batch import Batch
 from fxprune.detectors.choice import choose_adapter
-from fxprune.errors import BudgetError, FxpruneWarning, LossError, SettingError
+from fxprune.errors import FxpruneWarning, SettingError
 from fxprune.healers import Care
 from fxprune.judging import Judge
 from fxprune.plan import Plan
 from fxprune.refitting import refit
 from fxprune.saliency import saliency_maps
-from fxprune.search import STRATEGIES, STRIDE, TRIES, Search
+from fxprune.search import STRATEGIES, TRIES, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
 
@@ -44,33 +43,6 @@ def test_one_shot_is_analyze_plan_apply() -> None:
     assert plans_on(fxprune.compile(model, labelled(), 0.3, heal="none")) == [made.to_dict()]
 
 
-def test_greedy_goes_in_geometric_steps_and_scores_what_is_left() -> None:
-    model = tiny()
-    pruned = fxprune.compile(model, labelled(), 0.5, strategy="greedy")
-    plans = fxprune.report(pruned).plans
-    whole = plans[0].before.flops
-    steps = math.ceil(math.log(0.5) / math.log(1 - STRIDE))
-    assert 1 < len(plans) <= steps
-    for plan, later in zip(plans, [*plans[1:], None], strict=True):
-        step, of = (int(number) for number in plan.settings["step"].split(" of "))
-        assert of == steps
-        assert plan.after.flops <= whole * 0.5 ** (step / steps) * (1 + 1e-9)
-        assert later is None or later.before.flops == pytest.approx(plan.after.flops)
-    assert plans[-1].after.flops <= 0.5 * whole
-    left = {region.name for region in plans[-1].regions if not region.removed}
-    assert left.isdisjoint(region.name for plan in plans for region in plan.removed)
-    assert {type(plan.settings["loss_increase"]) for plan in plans} == {float}
-
-
-def test_greedy_says_at_once_that_a_budget_is_out_of_reach() -> None:
-    seen: list[tuple[str, int]] = []
-    with pytest.raises(BudgetError, match="cannot be removed"):
-        fxprune.compile(
-            tiny(), labelled(), 0.99, strategy="greedy", progress=lambda stage, done, _: seen.append((stage, done))
-        )
-    assert [done for stage, done in seen if stage == "greedy"] == [0]
-
-
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_every_strategy_meets_every_budget_and_changes_nothing(strategy: str) -> None:
     model = tiny()
@@ -86,7 +58,7 @@ def test_every_strategy_meets_every_budget_and_changes_nothing(strategy: str) ->
 
 def test_the_loader_is_read_once_and_labelled_by_the_model_as_it_was() -> None:
     batches = iter(unlabelled())
-    fxprune.compile(tiny(), batches, 0.5, strategy="greedy", heal="mimic")
+    fxprune.compile(tiny(), batches, 0.5, strategy="search", tries=2, heal="mimic", steps=2)
     assert list(batches) == []
 
 
@@ -106,10 +78,7 @@ def test_the_judge_knows_what_the_loss_was() -> None:
     assert judge.worse(pruned) == pytest.approx(losses[0] / losses[1] - 1, rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "search"])
-def test_plans_are_judged_on_other_images_than_they_were_mended_on(
-    strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plans_are_judged_on_other_images_than_they_were_mended_on(monkeypatch: pytest.MonkeyPatch) -> None:
     mended: list[list[Batch]] = []
     judged: list[list[Batch]] = []
     mend, worse = Search.mended, Judge.worse
@@ -124,7 +93,7 @@ def test_plans_are_judged_on_other_images_than_they_were_mended_on(
 
     monkeypatch.setattr(Search, "mended", noted_mend)
     monkeypatch.setattr(Judge, "worse", noted_worse)
-    fxprune.compile(tiny(), unlabelled(), 0.3, strategy=strategy, heal="affine", tries=2)
+    fxprune.compile(tiny(), unlabelled(), 0.3, strategy="search", heal="affine", tries=2)
     assert len(mended) == len(judged) > 1
     for some, others in zip(mended, judged, strict=True):
         assert some
@@ -132,8 +101,7 @@ def test_plans_are_judged_on_other_images_than_they_were_mended_on(
         assert all(one is not other for one in some for other in others)
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "search"])
-def test_where_it_matters_is_looked_at_once(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_matters_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     fitted: list[Any] = []
 
@@ -147,7 +115,7 @@ def test_where_it_matters_is_looked_at_once(strategy: str, monkeypatch: pytest.M
 
     monkeypatch.setattr("fxprune.healers.saliency_maps", noted_maps)
     monkeypatch.setattr("fxprune.healers.refit", noted_refit)
-    fxprune.compile(tiny(), unlabelled(), 0.3, strategy=strategy, heal="affine", tries=3)
+    fxprune.compile(tiny(), unlabelled(), 0.3, strategy="search", heal="affine", tries=3)
     *tried, last = fitted
     assert len(tried) > 1
     assert len({id(saliency) for saliency in tried}) == 1
@@ -173,39 +141,28 @@ class Brittle(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")
-@pytest.mark.parametrize(("strategy", "heal"), [("search", "none"), ("search", "affine"), ("greedy", "affine")])
-def test_a_plan_that_breaks_the_loss_is_the_worst_of_all(strategy: str, heal: str) -> None:
+@pytest.mark.parametrize("heal", ["none", "affine"])
+def test_a_plan_that_breaks_the_loss_is_the_worst_of_all(heal: str) -> None:
     def first(region: Any, _: object) -> float:
         return 0.0 if region.name == "positive" else 1.0
 
-    pruned = fxprune.compile(build(Brittle), labelled(), 0.03, strategy=strategy, heal=heal, criterion=first)
-    plans = fxprune.report(pruned).plans
-    assert strategy == "greedy" or plans[0].settings["tried"] > 1
-    for plan in plans:
-        json.dumps(plan.to_dict(), allow_nan=False)
-    assert ("positive" in {region.name for plan in plans for region in plan.removed}) == (strategy == "greedy")
-
-
-def test_where_greedy_has_broken_the_loss_it_says_by_what() -> None:
-    model = build(Brittle)
-    words = "without positive, which went last, there is no loss to score by what is left"
-    with assert_unchanged(model), pytest.raises(LossError, match=words):
-        fxprune.compile(
-            model, labelled(), 0.055, strategy="greedy", criterion=lambda region, _: float(region.name != "positive")
-        )
+    pruned = fxprune.compile(build(Brittle), labelled(), 0.03, strategy="search", heal=heal, criterion=first)
+    (plan,) = fxprune.report(pruned).plans
+    assert plan.settings["tried"] > 1
+    json.dumps(plan.to_dict(), allow_nan=False)
+    assert "positive" not in {region.name for region in plan.removed}
 
 
 # Interruption --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("strategy", "words"), [("greedy", "1 of 14 steps"), ("search", f"1 of {TRIES} plans")])
-def test_interrupted_it_gives_the_best_so_far(strategy: str, words: str) -> None:
+def test_interrupted_it_gives_the_best_so_far() -> None:
     def stop(stage: str, done: int, total: int | None) -> None:
-        if stage == strategy and done == 1:
+        if stage == "search" and done == 1:
             raise KeyboardInterrupt
 
-    with pytest.warns(FxpruneWarning, match=f"interrupted after {words}; this is the best so far"):
-        pruned = fxprune.compile(tiny(), labelled(), 0.5, strategy=strategy, progress=stop)
+    with pytest.warns(FxpruneWarning, match=f"interrupted after 1 of {TRIES} plans"):
+        pruned = fxprune.compile(tiny(), labelled(), 0.5, strategy="search", progress=stop)
     assert fxprune.report(pruned).removed
 
 
@@ -224,7 +181,11 @@ def test_interrupted_before_anything_was_found_it_ends() -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"strategy": "luck"}, "strategy 'luck' is not known; known: one_shot, greedy, search"),
+        ({"strategy": "luck"}, "strategy 'luck' is not known; known: one_shot, search"),
+        ({"strategy": "greedy"}, "strategy='greedy' is gone: 'one_shot' was never worse"),
+        ({"heal": "norms"}, "heal='norms' is gone: 'affine'"),
+        ({"criterion": "ablation"}, "criterion='ablation' is gone: 'fisher'"),
+        ({"shapes": "sampled"}, "shapes= is gone"),
         ({"heal": "luck"}, "heal 'luck' is not known"),
         ({"tries": 0}, "tries is 0; give a number of plans to try"),
         ({"tries": True}, "tries is True"),

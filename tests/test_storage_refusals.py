@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -151,17 +152,17 @@ def test_another_manifest(folder: Path, content: bytes, match: str) -> None:
     assert_load_refused(folder, StorageError, rf"manifest\.json: .*{match}")
 
 
-@pytest.mark.parametrize("field", sorted(manifest._KINDS))
+@pytest.mark.parametrize("field", sorted(field.name for field in dataclasses.fields(manifest.Manifest)))
 @pytest.mark.parametrize("value", [None, 1, [1], {"a": 1}])
 def test_a_field_of_another_kind(folder: Path, field: str, value: Any) -> None:
     seal(folder, {**read(folder), field: value}, measure=False)
-    assert_load_refused(folder, StorageError, rf"manifest\.json: field '{field}' should be")
+    assert_load_refused(folder, StorageError, rf"manifest\.json: field '(manifest\.)?{field}(\.a)?' should be")
 
 
 def test_an_unknown_field_and_an_edited_one(folder: Path) -> None:
     data = read(folder)
     seal(folder, {**data, "pickle": "x"})
-    assert_load_refused(folder, StorageError, r"manifest\.json: has unknown fields \['pickle'\]")
+    assert_load_refused(folder, StorageError, r"manifest\.json: .* has unknown \['pickle'\]")
     (folder / manifest.NAME).write_text(json.dumps({**data, "training": True}))
     assert_load_refused(folder, StorageError, r"manifest\.json: does not have the digest it names")
     seal(folder, {**data, "tied": {"shift": "nothing"}})

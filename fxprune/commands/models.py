@@ -23,8 +23,9 @@ from fxprune.bundled import CLASS_NAMES, load_detector
 from fxprune.commands.options import ModelOptions
 from fxprune.detectors.choice import network_of
 from fxprune.errors import ModelError, SettingError, StorageError
+from fxprune.graph import is_within
 from fxprune.storage import load
-from fxprune.weights import few
+from fxprune.text import first_few
 
 
 def open_model(options: ModelOptions, device: str) -> nn.Module:
@@ -167,7 +168,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+        if error.name is not None and is_within(name, error.name):
             raise ModelError(f"there is no module {error.name!r}, neither installed nor in {os.getcwd()}") from error
         raise ModelError(f"importing {name} failed: {_failure(error)}") from error
     except (Exception, SystemExit) as error:
@@ -214,7 +215,7 @@ def fill_weights(network: nn.Module, path: Path) -> None:
         if key in state and state[key].shape != value.shape:
             lines.append(f"{key!r} is {tuple(value.shape)} in the file and {tuple(state[key].shape)} in the model")
     if lines:
-        raise StorageError(f"{path} does not fit {type(network).__name__}: {few(lines)}; see --classes")
+        raise StorageError(f"{path} does not fit {type(network).__name__}: {first_few(lines)}; see --classes")
     network.load_state_dict(values)
 
 

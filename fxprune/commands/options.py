@@ -13,8 +13,10 @@ import typer
 
 from fxprune.analysis import COSTS
 from fxprune.criteria import CRITERIA
+from fxprune.errors import SettingError
 from fxprune.healers import HEALERS
 from fxprune.latency import BACKENDS
+from fxprune.options import REMOVED_KEYWORDS, check_choice
 from fxprune.search import STRATEGIES, TRIES
 
 MODEL, DATA, SCORES, RESULT = "Model", "Data", "What goes", "Result"
@@ -29,14 +31,27 @@ def choice(panel: str, text: str, known: Iterable[str], **more: Any) -> Any:
     """An option that takes one of a table's names; another one is a usage error that lists them."""
     allowed = list(known)
 
-    def check(value: Any) -> Any:
+    def check(param: typer.CallbackParam, value: Any) -> Any:
         for name in value if isinstance(value, (list, tuple)) else [value]:
-            if name is not None and name not in allowed:
-                raise typer.BadParameter(f"{name!r} is not known; known: {', '.join(allowed)}")
+            try:
+                if name is not None:
+                    check_choice(str(param.name), name, allowed)
+            except SettingError as error:
+                raise typer.BadParameter(str(error)) from None
         return value
 
     text = f"{text}: {', '.join(allowed)}."
     return option(panel, text, callback=check, autocompletion=lambda: allowed, metavar="NAME", **more)
+
+
+def removed(keyword: str) -> Any:
+    """Describe an option that earlier versions took; it is not in the help, and given it is a usage error."""
+
+    def refuse(value: Any) -> None:
+        if value is not None:
+            raise typer.BadParameter(f"it is gone: {REMOVED_KEYWORDS[keyword]}")
+
+    return typer.Option(f"--{keyword}", hidden=True, callback=refuse)
 
 
 def _known_models() -> list[str]:
@@ -105,7 +120,7 @@ class ScoreOptions:
     """How importance is measured."""
 
     criterion: Annotated[str, choice(SCORES, "Importance", CRITERIA)] = "fisher"
-    shapes: Annotated[str, choice(SCORES, "Regions whose shape is", ("proved", "sampled"))] = "proved"
+    shapes: Annotated[str | None, removed("shapes")] = None
     seed: Annotated[int, option(SCORES, "For samplers in the loss and for random scores.", metavar="N")] = 0
     latency_backend: Annotated[
         str | None, choice(SCORES, "Measure milliseconds; with --cost latency eager unless given", BACKENDS)
@@ -134,7 +149,7 @@ class SearchOptions:
 
     strategy: Annotated[
         str,
-        choice(SCORES, "One plan by score, small steps scored anew, or the best of many plans by trial", STRATEGIES),
+        choice(SCORES, "One plan by score, or the best of many plans by trial", STRATEGIES),
     ] = "one_shot"
     tries: Annotated[int, option(SCORES, "Plans that --strategy search tries.", min=1, metavar="N")] = TRIES
     heal: HealName = "affine"

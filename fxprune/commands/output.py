@@ -10,7 +10,7 @@ from pathlib import Path
 from fxprune.drafts import drafted
 from fxprune.errors import StorageError
 from fxprune.report import Report
-from fxprune.weights import few
+from fxprune.text import first_few
 
 REPORT, PICTURE = "report.md", "picture.html"
 _OURS = re.compile(r"(plan(-[0-9.]+)?|manifest|sweep)\.json|weights\.safetensors|report\.md|picture\.html")
@@ -30,7 +30,7 @@ def check_folder(folder: Path | None, force: bool) -> None:
         raise StorageError(f"{folder} is {'the current folder' if folder.is_dir() else 'a file'}; name another folder")
     names = sorted(path.name for path in folder.iterdir())
     if strangers := [name for name in names if not _OURS.fullmatch(name)]:
-        raise StorageError(f"{folder} holds {few(strangers)}, which fxprune did not write; name another folder")
+        raise StorageError(f"{folder} holds {first_few(strangers)}, which fxprune did not write; name another folder")
     if names and not force:
         raise StorageError(f"{folder} is there already; --force replaces it")
 

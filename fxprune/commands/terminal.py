@@ -27,11 +27,9 @@ from fxprune.rendering import finite
 
 Tell = Callable[[str, int, int | None], None]
 """``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
-UNITS = {"capture": "steps", "stand-ins": "batches", "ablation": "regions", "compile": "regions", "latency": "rounds"}
-UNITS |= {"greedy": "steps", "search": "plans", "norms": "layers", "affine": "layers", "mimic": "steps"}
+UNITS = {"capture": "steps", "stand-ins": "batches", "compile": "regions", "latency": "rounds"}
+UNITS |= {"search": "plans", "affine": "layers", "mimic": "steps"}
 """What a stage counts, if not images."""
-ANALYSIS = ("capture", "stand-ins", "attribution", "ablation", "compile", "latency")
-"""Stages that come in every step of ``"greedy"``; a bar counts all steps."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +60,13 @@ class Terminal:
         )
         with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as bars:
             stages: dict[str, _Stage] = {}
-            steps = 1
 
             def tell(name: str, done: int, total: int | None) -> None:
-                nonlocal steps
                 if name not in stages:
                     for other in stages.values():
                         other.end()
                     stages[name] = _Stage(bars, bars.add_task(name, total=None))
-                if name == "greedy":
-                    steps = total or 1
-                stages[name].tell(done, total, steps if name in ANALYSIS else 1)
+                stages[name].tell(done, total)
 
             yield tell
 
@@ -93,21 +87,20 @@ class Terminal:
 
 @dataclass
 class _Stage:
-    """A bar; of a stage that comes in each of several steps, it counts all of them."""
+    """A bar; of a stage that comes several times, it counts all of them."""
 
     bars: Progress
     task: TaskID
     done: int = 0
     before: int = 0
-    step: int = 1
     endless: bool = True
 
-    def tell(self, done: int, total: int | None, steps: int) -> None:
-        """Move on; less than before is the next step."""
+    def tell(self, done: int, total: int | None) -> None:
+        """Move on; less than before means that the stage has begun again."""
         if done < self.done:
-            self.before, self.step = self.before + self.done, self.step + 1
+            self.before += self.done
         self.done = done
-        whole = None if total is None else self.before + total * max(steps - self.step + 1, 1)
+        whole = None if total is None else self.before + total
         self.endless = whole is None
         self.bars.update(self.task, completed=self.before + done, total=None if (done, whole) == (0, 1) else whole)
 

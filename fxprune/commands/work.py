@@ -35,7 +35,7 @@ from fxprune.latency import backend_for
 from fxprune.picture import Drawable
 from fxprune.plan import Plan
 from fxprune.report import report
-from fxprune.search import FITTED, OTHERS, SAMPLE, steps_to
+from fxprune.search import FITTED, OTHERS, SAMPLE
 from fxprune.selection import check_budget
 from fxprune.storage import save
 
@@ -78,7 +78,6 @@ def analyzed(model: nn.Module, images: Calibrating, scores: ScoreOptions, cost: 
         model,
         images.loader,
         criterion=scores.criterion,
-        shapes=scores.shapes,
         seed=scores.seed,
         latency_backend=backend_for(cost, scores.latency_backend),
         progress=images.counted,
@@ -109,7 +108,6 @@ def cut(
         cost=budget.cost,
         strategy=search.strategy,
         heal=search.heal,
-        shapes=scores.shapes,
         latency_backend=scores.latency_backend,
         seed=scores.seed,
         tries=search.tries,
@@ -128,18 +126,18 @@ def healed(
     return heal(pruned, model, images.loader, method, steps=steps, seed=seed, progress=images.tell)
 
 
-def effort(images: int, budget: float, search: SearchOptions) -> str:
+def effort(images: int, search: SearchOptions) -> str:
     """Say what a search will cost at most; empty if there is none."""
-    tries = {"search": search.tries, "greedy": steps_to(budget)}.get(search.strategy, 0)
+    if search.strategy != "search":
+        return ""
+    tries = search.tries
     saliency, mending = 3 * (search.heal in FITTED), 3 * (search.heal != "none")  # labels, loss and gradient
     mended, judged = saliency + mending * tries, 1 + tries  # the model as it was is judged too
     passes = f"{judged} forward passes over {min(images, OTHERS)}"
     if mended:
         passes = f"{mended} forward passes over {min(images, SAMPLE)} of them and {judged} over {min(images, OTHERS)}"
     passes += ", at most. Ctrl-C takes the best so far"
-    if search.strategy == "search":
-        return f"scores {images} images{' twice' * bool(saliency)}, then tries up to {tries} plans: {passes}"
-    return f"scores {images} images up to {tries} times, and {passes}" if search.strategy == "greedy" else ""
+    return f"scores {images} images{' twice' * bool(saliency)}, then tries up to {tries} plans: {passes}"
 
 
 def evaluated(model: nn.Module, pictures: Pictures, data: DataOptions, stage: str, tell: Tell) -> dict[str, float]:

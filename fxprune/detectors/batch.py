@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import BatchError, ModelError
-from fxprune.graph import map_tensors
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,11 @@ def refuse_boxes(model: nn.Module, *_: Any) -> NoReturn:
     )
 
 
+def confidence_threshold(usual: float, best: float) -> float:
+    """Score from which what a model finds serves as a label: the usual one, or half the best score if that is less."""
+    return min(usual, best / 2)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device of a model's first parameter or buffer; the CPU where it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -145,23 +149,3 @@ def stack_images(images: Any, forms: str) -> Tensor:
     if not len(stacked):
         raise BatchError("the batch holds no image")
     return stacked
-
-
-def narrower(batch: Batch) -> Batch:
-    """Cut every image of a batch to about three quarters of its width, a multiple of 32: a second size to run at.
-
-    Raises
-    ------
-    BatchError
-        If the images are too narrow to be cut.
-    """
-
-    def cut(value: Tensor) -> Tensor:
-        if value.ndim not in (3, 4):
-            return value
-        width = value.shape[-1] * 3 // 4 // 32 * 32
-        if not width:
-            raise BatchError(f"shapes='sampled' needs images wider than 42 px, got {value.shape[-1]}")
-        return value[..., :width]
-
-    return Batch(map_tensors(batch.images, cut), None, batch.count)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.detectors.batch import Adapter, Batch, check_image, device_of
+from fxprune.detectors.batch import Adapter, Batch, check_image, confidence_threshold, device_of
 from fxprune.errors import BatchError, LossError, ModelError
 from fxprune.graph import class_names
 
@@ -127,7 +127,7 @@ def found(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
 
 def _confident(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scores = output["scores"]
-    threshold = min(CONFIDENT, float(scores.max()) / 2) if len(scores) else CONFIDENT
+    threshold = confidence_threshold(CONFIDENT, float(scores.max()) if len(scores) else 1.0)
     sides = output["boxes"][:, 2:] - output["boxes"][:, :2]
     keep = (scores >= threshold) & (sides > 0).all(1)
     target = {key: value[keep] for key, value in output.items() if len(value) == len(keep) and key != "scores"}

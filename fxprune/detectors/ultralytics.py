@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fxprune.detectors.batch import Adapter, Batch, check_image, device_of, stack_images
+from fxprune.detectors.batch import Adapter, Batch, check_image, confidence_threshold, device_of, stack_images
 from fxprune.detectors.decoding import COLUMNS, count_classes, has_queries, read_output, scores_of, suppress
 from fxprune.detectors.letterbox import Placement, clip, letterbox
 from fxprune.errors import BatchError, ModelError, SettingError
@@ -129,7 +129,7 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     height, width = batch.images.shape[-2:]
     with torch.no_grad():
         boxes, rows = read_output(model, predict(model, batch), height, width)
-        threshold = min(CONFIDENT, float(scores_of(model, boxes, rows).max()) / 2)
+        threshold = confidence_threshold(CONFIDENT, float(scores_of(model, boxes, rows).max()))
         found = suppress(model, boxes, rows, confidence=threshold, iou=0.45, limit=100, multi_label=False)
     return Batch(batch.images, _targets(batch.images, [(row[:, :4], row[:, 5]) for row in found]), batch.count)
 
