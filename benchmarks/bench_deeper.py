@@ -1,6 +1,6 @@
 """Deeper cuts: what each strategy and each healing keeps of a trained detector, and how long it takes.
 
-    python -m benchmarks.bench_deeper [MODEL ...]                   # composed digits; train with benchmarks.train first
+    python -m benchmarks.bench_deeper [MODEL ...]                   # composed digits; benchmarks.training.train first
     python -m benchmarks.bench_deeper --cost latency [MODEL ...]    # budgets of milliseconds, on a quiet machine
     python -m benchmarks.bench_deeper --render                      # the table alone
 
@@ -8,7 +8,7 @@ The images come without labels: the detector labels them itself. Rows go to ``re
 detector, strategy, healing, cost and budget; those that are there are not made again, and what another strategy
 or budget removed too is not healed again. Seconds are processor time, which other work on the machine hardly changes.
 The table is ``results/deeper.md``. What ``affine`` and ``mimic`` leave is kept in the cache folder (see
-`benchmarks.train`), for whoever compares it with something else.
+`benchmarks.training.train`), for whoever compares it with something else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import fxprune
 from benchmarks.ablation import plan_removing
 from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
 from benchmarks.subjects import Subject, add_options, subjects
-from benchmarks.train import cache_folder
+from benchmarks.training.train import cache_folder
 from fxprune.calibration import Calibration
 from fxprune.compilation import read_once
 from fxprune.healers import HEALERS

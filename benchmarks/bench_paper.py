@@ -1,6 +1,6 @@
 """The paper's table: what each criterion keeps of a trained detector, budget by budget, and how fast it becomes.
 
-    python -m benchmarks.bench_paper [MODEL ...]                    # composed digits; train with benchmarks.train first
+    python -m benchmarks.bench_paper [MODEL ...]                    # composed digits; benchmarks.training.train first
     python -m benchmarks.bench_paper --coco DIR [MODEL ...]         # COCO 2017 and released weights, where at hand
 
     python -m benchmarks.bench_paper --reuse [MODEL ...]            # evaluate only what the results do not have yet

@@ -122,7 +122,7 @@ def yolov8n(size: int) -> nn.Module:
 
 
 def imagenet_mobilenet_v2() -> nn.Module:
-    """torchvision's ImageNet trunk; `benchmarks.train_demo` says where to get the file offline."""
+    """torchvision's ImageNet trunk; `benchmarks.training.train_demo` says where to get the file offline."""
     features: nn.Module = models.mobilenet_v2(weights="IMAGENET1K_V1").features
     return features
 

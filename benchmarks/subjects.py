@@ -15,7 +15,7 @@ from torchvision import models
 
 import fxprune
 from benchmarks.detectors import DETECTORS
-from benchmarks.train import calibration_folder, digits_folder, load_trained
+from benchmarks.training.train import calibration_folder, digits_folder, load_trained
 from fxprune import CocoDataset
 from fxprune.detectors.batch import device_of
 from fxprune.graph import map_tensors

@@ -1,7 +1,7 @@
 """A small trained detector and the images to judge it by, carried inside the package.
 
 The detector finds handwritten digits on photographs ("composed digits"; `fxprune/data/README.md` says where the pixels
-come from, `benchmarks/train_demo.py` made the files). Nothing here needs a network connection.
+come from, `benchmarks/training/train_demo.py` made the files). Nothing here needs a network connection.
 """
 
 from __future__ import annotations
@@ -156,4 +156,4 @@ def _read(file: Traversable) -> bytes:
 
 
 def _missing(place: Traversable) -> FxpruneError:
-    return FxpruneError(f"{place} is missing; reinstall fxprune, or run `python -m benchmarks.train_demo`.")
+    return FxpruneError(f"{place} is missing; reinstall fxprune, or run `python -m benchmarks.training.train_demo`.")

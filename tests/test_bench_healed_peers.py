@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 import fxprune
-from benchmarks import bench_deeper, bench_healed_peers, results
-from benchmarks.finetune import finetune_for
+from benchmarks import bench_deeper, results
+from benchmarks.peers import bench_healed_peers
 from benchmarks.subjects import TWIN, UNPRUNED, Latencies, Subject
+from benchmarks.training.finetune import finetune_for
 from fxprune.costs import count_params
 from fxprune.search import TRIES
 from fxprune.timing import Timing
@@ -66,18 +67,18 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fxprune, "heal", noted)
     monkeypatch.setattr(bench_deeper, "subjects", lambda options: [subject])
     monkeypatch.setattr(Subject, "unlabelled", Subject.batches)
-    asked = ["tiny", "--strategies", "one_shot", "--heals", "norms", "mimic", "--steps", "2", "--budgets", ".2", ".21"]
+    asked = ["tiny", "--strategies", "one_shot", "--heals", "affine", "mimic", "--steps", "2", "--budgets", ".2", ".21"]
     bench_deeper.main(asked)
     monkeypatch.setattr(bench_deeper, "find", None)  # nor are its plans looked for again
     bench_deeper.main(asked)
-    bench_deeper.main(["tiny", "--strategies", "one_shot", "--heals", "affine", "--steps", "2", "--budgets", ".2"])
-    assert healed == ["norms", "mimic", "affine"]
+    bench_deeper.main(["tiny", "--strategies", "one_shot", "--heals", "none", "--steps", "2", "--budgets", ".2"])
+    assert healed == ["affine", "mimic", "none"]
     *rows, last = results.read_rows("bench_deeper")
     assert all(last[key] == rows[0][key] for key in ("regions", "flops_cut", "search_seconds"))
     assert [(row["budget"], row["heal"]) for row in rows] == [
-        (0.2, "norms"),
+        (0.2, "affine"),
         (0.2, "mimic"),
-        (0.21, "norms"),
+        (0.21, "affine"),
         (0.21, "mimic"),
     ]
     assert rows[0]["regions"] == rows[2]["regions"]

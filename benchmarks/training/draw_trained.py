@@ -1,6 +1,6 @@
 """Pictures of the trained detectors, with what ``fisher`` would remove.
 
-    python -m benchmarks.draw_trained [MODEL ...] [--budget 0.1] [--out pictures]
+    python -m benchmarks.training.draw_trained [MODEL ...] [--budget 0.1] [--out pictures]
 
 For each, a page of the analysis that shows the plan first, and a still picture of the plan. Those in ``docs/`` were
 made so.

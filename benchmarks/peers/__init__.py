@@ -1,0 +1,1 @@
+"""Comparison with channel pruning by Torch-Pruning."""

@@ -1,0 +1,1 @@
+"""Training and fine-tuning of the detectors that are measured, and of the bundled one."""
