@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.analysis import Analysis
-from fxprune.calibration import Calibration
-from fxprune.detectors.choice import choose_adapter
-from fxprune.isolation import private_copy
-from fxprune.judging import Judge
-from fxprune.plan import Plan
+from fxprune.adapters.registry import choose_adapter
+from fxprune.datasets.calibration import Calibration
+from fxprune.healing.loss_change import Judge
+from fxprune.planning.analysis import Analysis
+from fxprune.planning.plan import Plan
+from fxprune.runtime.private_copy import private_copy
 
 
 def analyze_by(criterion: str, model: nn.Module, batches: Sequence[Any], seed: int = 0) -> Analysis:

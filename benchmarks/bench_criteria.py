@@ -5,7 +5,7 @@
 ``grad_delta`` sums ``|g_i (y_i - s_i)|`` over all elements i of a region's exit value y, s being what would stand in
 for it and g the gradient of the loss. Tried beside it, all from one forward and backward pass: sums over a channel or
 over a whole image before the absolute value, squares in its place, a loss whose parts are weighed by their own size
-(`fxprune.criteria.relative_loss`), and regions that are only partly open while the gradient is taken
+(`fxprune.attribution.criteria.relative_loss`), and regions that are only partly open while the gradient is taken
 (``s + gate (y - s)``). ``fisher`` is the squares of channels, squared again, with relative parts and gates of .9. Rows
 go to ``results/bench_criteria.jsonl``; plans that `benchmarks.bench_paper` has evaluated are not evaluated again.
 """
@@ -26,15 +26,16 @@ from torch import Tensor, fx
 import fxprune
 from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import Subject, add_options, subjects
-from fxprune.analysis import Analysis
-from fxprune.calibration import Calibration, take_loss
-from fxprune.criteria import GATE, relative_loss
-from fxprune.detectors.choice import choose_adapter
-from fxprune.graph import is_weighted, map_tensors
-from fxprune.interpreting import interpreted
-from fxprune.isolation import private_copy
-from fxprune.regions import Region
-from fxprune.study import Study
+from fxprune.adapters.calls import take_loss
+from fxprune.adapters.registry import choose_adapter
+from fxprune.attribution.criteria import GATE, relative_loss
+from fxprune.datasets.calibration import Calibration
+from fxprune.graph.fx_utils import is_weighted, map_tensors
+from fxprune.graph.interpreters import interpreted
+from fxprune.graph.records import Region
+from fxprune.planning.analysis import Analysis
+from fxprune.planning.analyzer import Study
+from fxprune.runtime.private_copy import private_copy
 
 Sums = dict[str, Tensor]
 """Per image, float64 (N,), by name."""
@@ -78,7 +79,7 @@ def image_squares(sums: Sums) -> float:
 
 
 def fisher(sums: Sums) -> float:
-    """The square of the Fisher information of gates on channels, as `fxprune.criteria` has it."""
+    """The square of the Fisher information of gates on channels, as `fxprune.attribution.criteria` has it."""
     return float(sums["channel squares"].mean()) ** 2
 
 

@@ -29,12 +29,12 @@ from benchmarks.ablation import plan_removing
 from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
 from benchmarks.subjects import Subject, add_options, subjects
 from benchmarks.training.train import cache_folder
-from fxprune.calibration import Calibration
-from fxprune.compilation import read_once
-from fxprune.healers import HEALERS
-from fxprune.latency import backend_for
-from fxprune.plan import Plan
-from fxprune.search import STRATEGIES, TRIES, Search
+from fxprune.datasets.calibration import Calibration
+from fxprune.healing.methods import HEALERS
+from fxprune.planning.plan import Plan
+from fxprune.profiling.latency import backend_for
+from fxprune.search.compile import read_once
+from fxprune.search.plan_search import STRATEGIES, TRIES, Search
 
 NAME = "bench_deeper"
 BUDGETS = (0.1, 0.2, 0.3, 0.4)

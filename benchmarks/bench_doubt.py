@@ -23,7 +23,7 @@ import fxprune
 from benchmarks.bench_deeper import KEPT, KEYS, add_cut_options, place_of
 from benchmarks.results import RESULTS, Row, read_rows, write_all
 from benchmarks.subjects import Subject, subjects
-from fxprune.evaluation import Boxes, average_precision, true_and_found
+from fxprune.datasets.evaluation import Boxes, average_precision, true_and_found
 
 NAME = "bench_doubt"
 DRAWS = 100

@@ -5,10 +5,10 @@
 For each detector: plans by ``fisher`` that take a tenth and more of its latency, the cut that both ways to find
 a region's part predict (the shares of its nodes under an interpreter; itself cut out, once and several times in a
 row), and the cut that is measured, the unpruned detector and itself again (the A/A floor) in turn with it, all on the
-first calibration batch. The plan is by the way that the backend has in `fxprune.latency.BACKENDS`, bold in the table.
-Detectors are made to find nothing (``--boxes`` leaves them as they are): one that a cut has broken finds boxes
-everywhere, and suppressing those takes longer than what the cut saves. The rest of the time is the same whatever the
-weights are: ``--untrained`` needs no training, other regions are the least important then. Rows go to
+first calibration batch. The plan is by the way that the backend has in `fxprune.profiling.latency.BACKENDS`, bold in
+the table. Detectors are made to find nothing (``--boxes`` leaves them as they are): one that a cut has broken finds
+boxes everywhere, and suppressing those takes longer than what the cut saves. The rest of the time is the same whatever
+the weights are: ``--untrained`` needs no training, other regions are the least important then. Rows go to
 ``results/bench_latency.jsonl``, the table to ``results/latency.md``.
 """
 
@@ -28,12 +28,22 @@ import fxprune
 from benchmarks.bench_time import captured, regions_of
 from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
-from fxprune.analysis import Analysis
-from fxprune.detectors.batch import Adapter, Batch, device_of
-from fxprune.detectors.choice import detector_adapter
+from fxprune.adapters.protocol import Adapter, Batch, device_of
+from fxprune.adapters.registry import detector_adapter
 from fxprune.errors import BudgetError
-from fxprune.latency import BACKENDS, Backend, Probe, Watched, by_nodes, by_pieces, measure_latency, ready_twin, settled
-from fxprune.timing import Ratio, interleave, ratio_of
+from fxprune.planning.analysis import Analysis
+from fxprune.profiling.interleaved_timing import Ratio, interleave, ratio_of
+from fxprune.profiling.latency import (
+    BACKENDS,
+    Backend,
+    Probe,
+    Watched,
+    by_nodes,
+    by_pieces,
+    measure_latency,
+    ready_twin,
+    settled,
+)
 
 PROBES: Mapping[str, Callable[[Watched], Probe]] = {"nodes": by_nodes, "pieces": by_pieces}
 FLAGS = {"untrained": "untrained", "boxes": "with boxes"}

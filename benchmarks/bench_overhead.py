@@ -32,13 +32,15 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.systems import SIX, System, add_options, chosen, sizes_of, write_rows
-from fxprune.attribution import Record
-from fxprune.calibration import Calibration, read_batch
-from fxprune.detectors.batch import Adapter, Batch
-from fxprune.detectors.choice import choose_adapter
-from fxprune.isolation import private_copy
-from fxprune.study import Captured, Study
-from fxprune.timing import Timing, interleave, ratio_of
+from fxprune.adapters.calls import read_batch
+from fxprune.adapters.protocol import Adapter, Batch
+from fxprune.adapters.registry import choose_adapter
+from fxprune.attribution.recorder import Record
+from fxprune.datasets.calibration import Calibration
+from fxprune.graph.records import Captured
+from fxprune.planning.analyzer import Study
+from fxprune.profiling.interleaved_timing import Timing, interleave, ratio_of
+from fxprune.runtime.private_copy import private_copy
 
 PARTS = ("overhead", "captum", "capture")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -29,7 +29,7 @@ from benchmarks import render_paper
 from benchmarks.ablation import analyze_by, plan_removing
 from benchmarks.results import machine, read_rows, replace_rows
 from benchmarks.subjects import UNPRUNED, Subject, add_options, subjects
-from fxprune.analysis import Analysis
+from fxprune.planning.analysis import Analysis
 
 CRITERIA = ("random", "l1", "grad_act", "grad_delta", "fisher", "ablation")
 BLIND = ("random", "l1")

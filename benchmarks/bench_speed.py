@@ -26,10 +26,10 @@ import fxprune
 from benchmarks.bench_time import captured, regions_of
 from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
 from benchmarks.systems import System, add_options, chosen, sizes_of
-from fxprune.detectors.choice import choose_adapter
-from fxprune.graph import map_tensors
-from fxprune.pieces import cut_out
-from fxprune.timing import Ratio, Timing, interleave, ratio_of
+from fxprune.adapters.registry import choose_adapter
+from fxprune.graph.fx_utils import map_tensors
+from fxprune.profiling.interleaved_timing import Ratio, Timing, interleave, ratio_of
+from fxprune.profiling.region_modules import cut_out
 
 BACKENDS: dict[str, Callable[[nn.Module], Callable[..., object]]] = {
     "eager": lambda module: module,

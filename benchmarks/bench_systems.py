@@ -21,7 +21,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 import fxprune
 from benchmarks.systems import Sizes, System, add_options, chosen, sizes_of, write_rows
-from fxprune.analysis import Analysis, conflicts
+from fxprune.planning.analysis import Analysis, conflicts
 
 BUDGET = 0.1
 IMAGES = 2

@@ -27,14 +27,15 @@ from torch.nn import functional
 import fxprune
 from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
-from fxprune.capture import Island, capture
-from fxprune.detectors.batch import device_of
-from fxprune.detectors.choice import detector_adapter
-from fxprune.interpreting import NodeName, NodeTimer
-from fxprune.isolation import private_copy
-from fxprune.plan import Candidate
-from fxprune.regions import Region
-from fxprune.timing import interleave
+from fxprune.adapters.protocol import device_of
+from fxprune.adapters.registry import detector_adapter
+from fxprune.graph.capture import capture
+from fxprune.graph.interpreters import NodeName
+from fxprune.graph.records import Island, Region
+from fxprune.planning.plan import Candidate
+from fxprune.profiling.interleaved_timing import interleave
+from fxprune.profiling.node_timer import NodeTimer
+from fxprune.runtime.private_copy import private_copy
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 

@@ -17,9 +17,9 @@ import fxprune
 from benchmarks.detectors import DETECTORS
 from benchmarks.training.train import calibration_folder, digits_folder, load_trained
 from fxprune import CocoDataset
-from fxprune.detectors.batch import device_of
-from fxprune.graph import map_tensors
-from fxprune.timing import Ratio, Timing, interleave, ratio_of
+from fxprune.adapters.protocol import device_of
+from fxprune.graph.fx_utils import map_tensors
+from fxprune.profiling.interleaved_timing import Ratio, Timing, interleave, ratio_of
 
 BATCH_SIZE = 8
 OFFICIAL = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "yolov8n.pt")

@@ -1,9 +1,9 @@
 """fxprune: a compiler pass over torch.fx that finds the blocks a detector does not need and removes them."""
 
-from fxprune.compilation import compile  # noqa: A004
-from fxprune.datasets import CocoDataset
-from fxprune.drawing import draw
-from fxprune.driver import analyze, apply
+from fxprune.datasets.batches import batches
+from fxprune.datasets.coco import CocoDataset
+from fxprune.datasets.evaluation import evaluate
+from fxprune.deploy.save_load import load, save
 from fxprune.errors import (
     BatchError,
     BudgetError,
@@ -17,14 +17,15 @@ from fxprune.errors import (
     SettingError,
     StorageError,
 )
-from fxprune.evaluation import evaluate
-from fxprune.folding import fold_norms
-from fxprune.healing import heal
-from fxprune.loading import batches
-from fxprune.plan import Plan
-from fxprune.report import report
-from fxprune.storage import load, save
+from fxprune.healing.heal import heal
+from fxprune.planning.analyzer import analyze
+from fxprune.planning.plan import Plan
+from fxprune.reporting.report import report
+from fxprune.rewriting.apply import apply
+from fxprune.rewriting.fold_norms import fold_norms
+from fxprune.search.compile import compile  # noqa: A004
 from fxprune.version import __version__
+from fxprune.visualize.draw import draw
 
 __all__ = [
     "BatchError",

@@ -2,7 +2,7 @@
 
 import sys
 
-from fxprune.cli import main
+from fxprune.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

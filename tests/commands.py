@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.cli import main
+from fxprune.cli.app import main
 
-VAL = Path(str(resources.files("fxprune") / "data" / "val"))
+VAL = Path(str(resources.files("fxprune.demo") / "data" / "val"))
 FEW = ("--limit", "8", "--batch", "8")
 Captured = pytest.CaptureFixture[str]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fxprune.capture import trace_island
-from fxprune.channels import channels_of
-from fxprune.passes.narrowing import narrow_readers
+from fxprune.graph.capture import trace_island
+from fxprune.graph.channels import channels_of
+from fxprune.passes.concat import narrow_readers
 
 EXACT = 1e-12
 """What rounding may change in float64, of values around 1."""

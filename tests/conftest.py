@@ -22,9 +22,9 @@ from torch import nn
 import fxprune
 from benchmarks.systems import SIX, Sizes, System
 from fxprune import Plan
-from fxprune.analysis import Analysis
-from fxprune.cli import main
-from fxprune.report import Report
+from fxprune.cli.app import main
+from fxprune.planning.analysis import Analysis
+from fxprune.reporting.report import Report
 from tests.commands import FEW, VAL
 from tests.models import Detector, Eager, build, labelled, partly_labelled, squared, tiny
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxprune.plan import Candidate, Plan, Totals
-from fxprune.regions import Rejection
+from fxprune.graph.records import Rejection
+from fxprune.planning.plan import Candidate, Plan, Totals
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -14,17 +14,17 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
 
 import fxprune
-from fxprune import fits
-from fxprune.bundled import load_dataset, load_detector
-from fxprune.calibration import Calibration
-from fxprune.detectors import torchvision
-from fxprune.detectors.batch import Batch
-from fxprune.distances import Distance
-from fxprune.driver import plans_carried_out
-from fxprune.healers import Care
-from fxprune.healing import _paired, mend
-from fxprune.judging import Agreement
-from fxprune.ranks import by_first, own_share, rank_and_world
+from fxprune.adapters import torchvision
+from fxprune.adapters.protocol import Batch
+from fxprune.datasets.calibration import Calibration
+from fxprune.demo.bundled import load_dataset, load_detector
+from fxprune.healing.distillation.feature_distance import Distance
+from fxprune.healing.heal import _paired, mend
+from fxprune.healing.methods import Care
+from fxprune.healing.reconstruction import least_squares
+from fxprune.rewriting.history import plans_carried_out
+from fxprune.runtime.distributed import by_first, own_share, rank_and_world
+from fxprune.search.agreement import Agreement
 from tests.models import pixels, tiny
 
 Job = Callable[[Path], Any]
@@ -125,7 +125,7 @@ def heal(folder: Path, method: str, loader: Loader = batches, seed: int = 0, **o
 
 def heal_by_rows(folder: Path) -> dict[str, Tensor]:
     """As if no layer were narrow enough for sums over its weights."""
-    with patch.object(fits, "WIDEST", 0):
+    with patch.object(least_squares, "WIDEST", 0):
         return heal(folder, "affine")
 
 

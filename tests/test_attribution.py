@@ -12,7 +12,7 @@ from torch.nn import functional
 from torchvision.models import resnet18
 
 import fxprune
-from fxprune.criteria import GATE, part_sizes, relative_loss
+from fxprune.attribution.criteria import GATE, part_sizes, relative_loss
 from fxprune.errors import LossError
 from tests.models import tiny
 from tests.zoo import ZOO, image_batch, mean_loss

@@ -17,8 +17,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional
 
 import fxprune
-from fxprune.backend import fxprune_backend
-from fxprune.plan import Plan
+from fxprune.deploy.dynamo_backend import fxprune_backend
+from fxprune.planning.plan import Plan
 from tests.models import labelled, pixels, tiny
 from tests.test_rewrite import plan_for
 from tests.zoo import ZOO, image_batch, mean_loss

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fxprune
-from fxprune.backend import fxprune_backend
+from fxprune.deploy.dynamo_backend import fxprune_backend
 from tests.conftest import Case
 from tests.test_compile_systems import assert_alike, assert_trained_alike, trained
 

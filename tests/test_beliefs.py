@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from fxprune.beliefs import Beliefs
-from fxprune.judging import Judge
+from fxprune.healing.loss_change import Judge
+from fxprune.search.surrogate import Beliefs
 
 NOISE = Judge.noise
 

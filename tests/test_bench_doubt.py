@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import bench_deeper, bench_doubt, results
 from benchmarks.subjects import Subject
-from fxprune.evaluation import Boxes
+from fxprune.datasets.evaluation import Boxes
 from tests.test_bench_peers import make_subject
 
 

@@ -18,9 +18,9 @@ from benchmarks import bench_deeper, results
 from benchmarks.peers import bench_healed_peers
 from benchmarks.subjects import TWIN, UNPRUNED, Latencies, Subject
 from benchmarks.training.finetune import finetune_for
-from fxprune.costs import count_params
-from fxprune.search import TRIES
-from fxprune.timing import Timing
+from fxprune.profiling.flops_params import count_params
+from fxprune.profiling.interleaved_timing import Timing
+from fxprune.search.plan_search import TRIES
 from tests.test_bench_peers import make_items, make_subject, needs_peer
 
 pytestmark = pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")

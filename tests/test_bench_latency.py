@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import bench_latency, results
 from benchmarks.subjects import Subject
-from fxprune.bundled import load_detector
-from fxprune.latency import Backend, Latency, by_nodes
+from fxprune.demo.bundled import load_detector
+from fxprune.profiling.latency import Backend, Latency, by_nodes
 from tests.test_bench_peers import make_subject
 
 ON = {"device": "cpu", "images": 4, "threads": 1, "rounds": 15, "floor": 0.02}
@@ -39,7 +39,7 @@ def test_each_plan_is_predicted_both_ways_and_measured(
         yield make_subject()
 
     monkeypatch.setattr(bench_latency, "subjects", one)
-    monkeypatch.setattr("fxprune.study.measure_latency", measure)
+    monkeypatch.setattr("fxprune.planning.analyzer.measure_latency", measure)
     monkeypatch.setattr(bench_latency, "measure_latency", measure)
     bench_latency.main(["--budgets", "0.2", "0.3", "0.01", "--rounds", "2"])
     rows = [json.loads(line) for line in (results_folder / "bench_latency.jsonl").read_text().splitlines()]

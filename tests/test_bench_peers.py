@@ -26,7 +26,7 @@ from benchmarks.peers.channels import (
 from benchmarks.peers.handover import WAYS, Prepared, flops_of, is_c2f, prepare, unsplit
 from benchmarks.subjects import Items, Subject
 from benchmarks.training.finetune import finetune
-from fxprune.costs import count_params
+from fxprune.profiling.flops_params import count_params
 
 needs_peer = pytest.mark.skipif(find_spec("torch_pruning") is None, reason="torch_pruning is in the bench extra only")
 

@@ -20,7 +20,7 @@ from benchmarks.data import SPLITS, DigitsConfig, digit_pool, load_sources, phot
 from benchmarks.training import draw_trained
 from benchmarks.training.train_torchvision import copy_matching, fit
 from benchmarks.training.train_ultralytics import write_data
-from fxprune.bundled import load_dataset, load_detector
+from fxprune.demo.bundled import load_dataset, load_detector
 from tests.test_bench_peers import make_subject
 
 Target = dict[str, Tensor]

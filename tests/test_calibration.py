@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from torch import Tensor, nn
 
-from fxprune import calibration as calibrations
-from fxprune.calibration import Calibration
-from fxprune.detectors import classifier
-from fxprune.detectors.batch import Batch
+from fxprune.adapters import classifier
+from fxprune.adapters.protocol import Batch
+from fxprune.datasets import calibration as calibrations
+from fxprune.datasets.calibration import Calibration
 from tests.models import pixels, tiny
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune.capture import capture, trace_island
-from fxprune.graph import fingerprint
-from fxprune.shapes import propagate, specs_of
+from fxprune.graph.capture import capture, trace_island
+from fxprune.graph.fx_utils import fingerprint
+from fxprune.graph.symbolic_shapes import propagate, specs_of
 from tests.zoo import ZOO, conv, image_batch, mean_loss
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import fxprune
-from fxprune import drawing
-from fxprune.bundled import load_detector
-from fxprune.cli import main
-from fxprune.commands import work
-from fxprune.commands.tables import curve
-from fxprune.latency import BACKENDS, Latency
+from fxprune.cli import steps
+from fxprune.cli.app import main
+from fxprune.cli.tables import curve
+from fxprune.demo.bundled import load_detector
+from fxprune.profiling.latency import BACKENDS, Latency
+from fxprune.visualize import draw as drawing
 from tests.commands import FEW, Captured, refusal
 
 
@@ -95,7 +95,7 @@ def test_sweep_gives_a_point_a_budget_and_the_reason_where_there_is_none(
     arguments = ["sweep", "bundled", *FEW, "--criterion", "l1", "--budgets", "0.1,0.9", "--out", str(out)]
     for width in (80, 160):
         monkeypatch.setenv("COLUMNS", str(width))
-        monkeypatch.setattr(work, "analyzed", remembered(work.analyzed))
+        monkeypatch.setattr(steps, "analyzed", remembered(steps.analyzed))
         assert main([*arguments, "--force"]) == 0
         text = capsys.readouterr().out
         assert max(map(len, text.splitlines())) <= width
@@ -122,7 +122,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         settings = {"device": "cpu", "images": 8, "threads": 1, "rounds": 15, "floor": 0.02}
         return Latency(80.0, {region.name: 8.0 for region in regions}, settings)
 
-    monkeypatch.setattr("fxprune.study.measure_latency", measure)
+    monkeypatch.setattr("fxprune.planning.analyzer.measure_latency", measure)
     return backends
 
 
@@ -265,7 +265,7 @@ def test_warnings_of_others_are_shown_on_demand(monkeypatch: pytest.MonkeyPatch,
         warnings.warn("old and rusty", UserWarning, stacklevel=1)
         raise fxprune.ModelError("gone")
 
-    monkeypatch.setattr(work, "open_model", warned)
+    monkeypatch.setattr(steps, "open_model", warned)
     assert refusal(capsys, "eval", "bundled") == "fxprune: ModelError: gone"
     assert main(["eval", "bundled", "--debug"]) == 1
     assert "old and rusty" in capsys.readouterr().err
@@ -277,7 +277,7 @@ def test_a_surprise_is_one_paragraph_and_a_traceback_on_demand(
     def broken(*_: Any) -> Any:
         raise RuntimeError("a wheel\ncame off")
 
-    monkeypatch.setattr(work, "open_model", broken)
+    monkeypatch.setattr(steps, "open_model", broken)
     assert refusal(capsys, "eval", "bundled") == (
         "fxprune: unexpected RuntimeError: a wheel came off. --debug shows where"
     )

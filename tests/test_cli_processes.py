@@ -15,13 +15,13 @@ import pytest
 COMMAND = [str(Path(sys.executable).parent / "fxprune")]
 OWN = """\
 import ctypes
-import fxprune.bundled
+import fxprune.demo.bundled
 
 def build():
     ctypes.CDLL(None).puts(b"said in C")
     print("built", flush=True)
     ctypes.CDLL(None).fflush(None)
-    return fxprune.bundled.load_detector()
+    return fxprune.demo.bundled.load_detector()
 """
 
 
@@ -53,7 +53,7 @@ def test_a_full_disk_behind_stdout_is_said() -> None:
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_it_analyzes_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
-    images = Path(__file__).parent.parent / "fxprune" / "data" / "calibration" / "images"
+    images = Path(__file__).parent.parent / "fxprune" / "demo" / "data" / "calibration" / "images"
     process = subprocess.Popen(
         [*COMMAND, "prune", "mine:build", "--images", str(images), "--out", "out"],
         stdout=subprocess.PIPE,
@@ -73,7 +73,7 @@ def test_ctrl_c_while_it_analyzes_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_is_printed_in_c_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
-    images = Path(__file__).parent.parent / "fxprune" / "data" / "calibration" / "images"
+    images = Path(__file__).parent.parent / "fxprune" / "demo" / "data" / "calibration" / "images"
     command = [
         *COMMAND,
         "analyze",
@@ -92,7 +92,7 @@ def test_what_is_printed_in_c_is_no_result(tmp_path: Path) -> None:
 
 
 def test_stdout_is_one_document_whatever_ultralytics_says(tmp_path: Path) -> None:
-    images = Path(__file__).parent.parent / "fxprune" / "data" / "calibration" / "images"
+    images = Path(__file__).parent.parent / "fxprune" / "demo" / "data" / "calibration" / "images"
     environment = os.environ | {"YOLO_VERBOSE": "true", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [*COMMAND, "analyze", "ultralytics:yolov8n.yaml", "--images", str(images), "--limit", "2", "--size", "64",

@@ -11,15 +11,16 @@ import pytest
 from rich.console import Console
 
 import fxprune
-from fxprune.bundled import load_detector
-from fxprune.cli import main
-from fxprune.commands.data import open_pictures
-from fxprune.commands.options import DataOptions, SearchOptions
-from fxprune.commands.terminal import Terminal
-from fxprune.commands.work import effort
-from fxprune.healers import HEALERS
-from fxprune.judging import Agreement, Judge
-from fxprune.search import STRATEGIES
+from fxprune.cli.app import main
+from fxprune.cli.calibration_images import open_pictures
+from fxprune.cli.options import DataOptions, SearchOptions
+from fxprune.cli.steps import effort
+from fxprune.cli.terminal import Terminal
+from fxprune.demo.bundled import load_detector
+from fxprune.healing.loss_change import Judge
+from fxprune.healing.methods import HEALERS
+from fxprune.search.agreement import Agreement
+from fxprune.search.plan_search import STRATEGIES
 from tests.commands import FEW, VAL, Captured, refusal
 
 PRUNE = ("prune", "bundled", *FEW, "--budget", "0.2")

@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 import torchvision
 
-from fxprune.bundled import build_detector, load_detector
-from fxprune.cli import main
-from fxprune.commands.data import calibration_batches, open_pictures
-from fxprune.commands.folders import ImageFolder
-from fxprune.commands.models import fill_weights, open_model
-from fxprune.commands.options import DataOptions, ModelOptions
+from fxprune.cli.app import main
+from fxprune.cli.calibration_images import calibration_batches, open_pictures
+from fxprune.cli.models import fill_weights, open_model
+from fxprune.cli.options import DataOptions, ModelOptions
+from fxprune.datasets.folders import ImageFolder
+from fxprune.demo.bundled import build_detector, load_detector
 from fxprune.errors import DatasetError, FxpruneWarning, ModelError, SettingError, StorageError
 from tests.commands import VAL, Captured, refusal
 
@@ -74,7 +74,7 @@ def test_errors_in_the_users_module_are_readable(own: Callable[[str], None], sou
 
 
 def test_what_the_users_module_prints_is_no_result(own: Callable[[str], None], capsys: Captured) -> None:
-    own("from fxprune.bundled import load_detector\nprint('hello')\ndef build():\n    return load_detector()\n")
+    own("from fxprune.demo.bundled import load_detector\nprint('hello')\ndef build():\n    return load_detector()\n")
     assert main(["eval", "mine:build", "--json", "--images", str(VAL / "images"), "--annotations",
                  str(VAL / "annotations.json"), "--limit", "4"]) == 0  # fmt: skip
     captured = capsys.readouterr()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fxprune.cli import main
-from fxprune.commands import output, work
+from fxprune.cli import output, steps
+from fxprune.cli.app import main
 from tests.commands import Captured, refusal
 
 
@@ -49,7 +49,7 @@ def test_a_full_disk_leaves_the_earlier_run(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(work, "write_report", full)
+    monkeypatch.setattr(steps, "write_report", full)
     text = refusal(capsys, "apply", "bundled", pruned_folder / "plan.json", "--out", out, "--force")
     assert "cannot be written (No space left on device)" in text
     assert {path: path.read_bytes() for path in out.iterdir()} == before

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxprune.bundled import load_dataset
-from fxprune.cli import main
-from fxprune.commands.data import calibration_batches, open_pictures
-from fxprune.commands.folders import YoloDataset
-from fxprune.commands.models import open_model
-from fxprune.commands.options import DataOptions, ModelOptions
+from fxprune.cli.app import main
+from fxprune.cli.calibration_images import calibration_batches, open_pictures
+from fxprune.cli.models import open_model
+from fxprune.cli.options import DataOptions, ModelOptions
+from fxprune.datasets.folders import YoloDataset
+from fxprune.demo.bundled import load_dataset
 from fxprune.errors import DatasetError, FxpruneError, SettingError
 from tests.commands import VAL, Captured
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fxprune.bundled import CLASS_NAMES, build_detector, load_dataset, load_detector
-from fxprune.cli import main
-from fxprune.demo import run_demo
+from fxprune.cli.app import main
+from fxprune.demo.bundled import CLASS_NAMES, build_detector, load_dataset, load_detector
+from fxprune.demo.run import run_demo
 from fxprune.errors import BudgetError, FxpruneError
 
 

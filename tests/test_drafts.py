@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fxprune import StorageError
-from fxprune.drafts import drafted
+from fxprune.runtime.atomic_write import drafted
 
 
 def write_file(place: Path, text: str) -> None:

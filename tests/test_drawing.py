@@ -18,9 +18,9 @@ from torch import nn
 
 import fxprune
 from fxprune import PlanError, SettingError, StorageError
-from fxprune.drawing import FORMATS, draw_picture
-from fxprune.flowcharts import dot_text, mermaid_text
-from fxprune.rendering import evaluate, page_text, png_bytes, svg_text
+from fxprune.visualize.draw import FORMATS, draw_picture
+from fxprune.visualize.graphviz_mermaid import dot_text, mermaid_text
+from fxprune.visualize.renderer import evaluate, page_text, png_bytes, svg_text
 from tests.pictures import PICTURES, Row, residual
 
 SVG = "{http://www.w3.org/2000/svg}"

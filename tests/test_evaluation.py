@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from fxprune.bundled import load_dataset
+from fxprune.datasets.evaluation import evaluate
+from fxprune.demo.bundled import load_dataset
 from fxprune.errors import BatchError, ModelError, SettingError
-from fxprune.evaluation import evaluate
 
 
 class Oracle(nn.Module):

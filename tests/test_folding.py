@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import fxprune
 from fxprune import ModelError, Plan, StorageError
-from fxprune.passes.absorbing import absorb_norms
+from fxprune.passes.fold_batchnorm import absorb_norms
 from tests.concatenations import traced
 from tests.models import Detector, build, pixels
 

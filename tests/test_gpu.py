@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.bundled import load_dataset, load_detector
-from fxprune.cli import main
-from fxprune.detectors.choice import network_of
-from fxprune.graph import map_tensors
+from fxprune.adapters.registry import network_of
+from fxprune.cli.app import main
+from fxprune.demo.bundled import load_dataset, load_detector
+from fxprune.graph.fx_utils import map_tensors
 from tests.conftest import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]

@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune.analysis import Analysis
-from fxprune.detectors.choice import choose_adapter
-from fxprune.distances import Distance
+from fxprune.adapters.registry import choose_adapter
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
-from fxprune.fits import RIDGE, fit_affine
-from fxprune.healers import BLENDS, HEALERS, Care
-from fxprune.healing import mend
-from fxprune.isolation import private_copy
-from fxprune.judging import Judge
-from fxprune.pairs import Pair, pair_up
-from fxprune.plan import Plan
-from fxprune.refitting import refit
-from fxprune.sampling import Sight
-from fxprune.schedules import copied
+from fxprune.healing.distillation.feature_distance import Distance
+from fxprune.healing.distillation.schedule import copied
+from fxprune.healing.heal import mend
+from fxprune.healing.loss_change import Judge
+from fxprune.healing.methods import BLENDS, HEALERS, Care
+from fxprune.healing.reconstruction.layerwise import refit
+from fxprune.healing.reconstruction.least_squares import RIDGE, Sight, fit_affine
+from fxprune.healing.teacher_student import Pair, pair_up
+from fxprune.planning.analysis import Analysis
+from fxprune.planning.plan import Plan
+from fxprune.runtime.private_copy import private_copy
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import Eager, build, labelled, pixels, squared, tiny
 
@@ -162,7 +161,7 @@ def test_how_far_to_go_is_decided_by_the_loss_on_images_that_nothing_was_fitted_
         return refit(pair, batches, *rest)
 
     monkeypatch.setattr(Judge, "astray", astray)
-    monkeypatch.setattr("fxprune.healers.refit", fit)
+    monkeypatch.setattr("fxprune.healing.methods.refit", fit)
     found = fxprune.heal(cut, model, images(), "affine")
     assert fxprune.report(found).settings["heal"]["share"] == best
     healed = found.state_dict()

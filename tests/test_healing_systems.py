@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fxprune
-from fxprune.detectors.choice import network_of
+from fxprune.adapters.registry import network_of
 from tests.conftest import Case
 from tests.hostile import assert_unchanged
 
@@ -30,7 +30,9 @@ def unlabelled(case: Case) -> list[Any]:
 @pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")  # weights are random
 @pytest.mark.parametrize("method", ["affine", "mimic"])
 def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.healers.BLENDS", (1.0,))  # weights are random, their loss says little of how far to go
+    monkeypatch.setattr(
+        "fxprune.healing.methods.BLENDS", (1.0,)
+    )  # weights are random, their loss says little of how far to go
     with assert_unchanged(case.model), assert_unchanged(case.pruned):
         healed = fxprune.heal(case.pruned, case.model, unlabelled(case), method, steps=4)
     report = fxprune.report(healed)

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
-from fxprune.passes.cleanup import remove_dead_code
-from fxprune.passes.idling import skip_idle
+from fxprune.passes.dead_code import remove_dead_code
+from fxprune.passes.identity_ops import skip_idle
 from tests.concatenations import image, traced
 
 # Idle layers ----------------------------------------------------------------------------------------------------------

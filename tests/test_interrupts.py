@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.interrupts import uninterrupted
-from fxprune.shapes import propagate, specs_of
-from fxprune.tracer import StructureTracer
+from fxprune.graph.symbolic_shapes import propagate, specs_of
+from fxprune.graph.tracer import StructureTracer
+from fxprune.runtime.signals import uninterrupted
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.passes.cleanup import remove_dead_code
-from fxprune.passes.narrowing import join_parts
+from fxprune.passes.concat import join_parts
+from fxprune.passes.dead_code import remove_dead_code
 from tests.concatenations import EXACT, distance, image, narrow, traced
 
 # A value in its own parts ---------------------------------------------------------------------------------------------

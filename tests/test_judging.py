@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.bundled import load_dataset, load_detector
-from fxprune.detectors import classifier, torchvision, ultralytics
-from fxprune.detectors.batch import Batch
-from fxprune.detectors.choice import choose_adapter
-from fxprune.evaluation import Boxes
-from fxprune.judging import SURE, Agreement, Judge, judge_of
+from fxprune.adapters import classifier, torchvision, ultralytics
+from fxprune.adapters.protocol import Batch
+from fxprune.adapters.registry import choose_adapter
+from fxprune.datasets.evaluation import Boxes
+from fxprune.demo.bundled import load_dataset, load_detector
+from fxprune.healing.loss_change import Judge
+from fxprune.search.agreement import SURE, Agreement, judge_of
 from tests.models import labelled, pixels, tiny
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 import fxprune
 from benchmarks.bench_time import captured, regions_of
 from fxprune import SettingError
-from fxprune.detectors import classifier
-from fxprune.latency import (
+from fxprune.adapters import classifier
+from fxprune.profiling.latency import (
     BACKENDS,
     Backend,
     Latency,

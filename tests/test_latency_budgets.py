@@ -13,8 +13,8 @@ from torch import nn
 
 import fxprune
 from fxprune import BudgetError, Plan, SettingError
-from fxprune.analysis import Analysis
-from fxprune.latency import BACKENDS, Backend, Latency, ready_twin
+from fxprune.planning.analysis import Analysis
+from fxprune.profiling.latency import BACKENDS, Backend, Latency, ready_twin
 from tests.models import Detector, build, labelled, pixels
 
 X = pixels(2, 3, 16, 16)
@@ -37,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
         backends.append(backend)
         return Latency(10.0, FIGURES, ON)
 
-    monkeypatch.setattr("fxprune.study.measure_latency", measure)
+    monkeypatch.setattr("fxprune.planning.analyzer.measure_latency", measure)
     return backends
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fxprune.flowcharts import edges
-from fxprune.rendering import SHEET, evaluate
+from fxprune.visualize.graphviz_mermaid import edges
+from fxprune.visualize.renderer import SHEET, evaluate
 from tests.pictures import PICTURES, Row, detector, residual
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fxprune.errors import ModelError
-from fxprune.lockstep import Meet, run_in_step
+from fxprune.healing.reconstruction.lockstep import Meet, run_in_step
 
 
 def test_all_meet_before_any_goes_on_and_each_gets_its_answer() -> None:

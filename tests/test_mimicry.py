@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune import mimicry
-from fxprune.detectors.batch import Batch
-from fxprune.distances import Distance
+from fxprune.adapters.protocol import Batch
 from fxprune.errors import LossError, ModelError, SettingError
-from fxprune.mimicry import FIRST, pieces
-from fxprune.optimizers import ITERATIONS, QUINTIC, ROWS, Optimizers, orthogonal
-from fxprune.schedules import State, copied
+from fxprune.healing.distillation import feature_mimic
+from fxprune.healing.distillation.feature_distance import Distance
+from fxprune.healing.distillation.feature_mimic import FIRST, pieces
+from fxprune.healing.distillation.muon import ITERATIONS, QUINTIC, ROWS, Optimizers, orthogonal
+from fxprune.healing.distillation.schedule import State, copied
 from tests.hostile import assert_refused
 from tests.models import labelled, pixels, tiny
 from tests.test_healing import cut, equal, far, images, model
@@ -45,7 +45,7 @@ def test_a_training_that_only_harms_gives_back_where_it_began(
     held = images(9)[7:8]
     harmed = fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0)
     assert far(model, harmed, held) <= far(model, cut, held)
-    monkeypatch.setattr("fxprune.healers.BLENDS", (1.0,))
+    monkeypatch.setattr("fxprune.healing.methods.BLENDS", (1.0,))
     began = fxprune.heal(cut, model, images(9), "affine")
     assert equal(began, fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0))
     assert not equal(began, fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=1e-3))
@@ -54,7 +54,7 @@ def test_a_training_that_only_harms_gives_back_where_it_began(
 def test_a_learning_rate_that_is_too_high_is_halved_until_it_does_good(
     model: nn.Module, cut: nn.Module, states: list[State], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mimicry, "WORSE", 1.0)  # noise as images cannot be told apart, whatever the weights
+    monkeypatch.setattr(feature_mimic, "WORSE", 1.0)  # noise as images cannot be told apart, whatever the weights
     before = fxprune.heal(cut, model, images(9), "affine")
     healed = fxprune.heal(cut, model, images(9), steps=64, learning_rate=0.5)
     assert states[-1].pace < FIRST

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.channels import channels_of
-from fxprune.passes.narrowing import NARROWED
+from fxprune.graph.channels import channels_of
+from fxprune.passes.concat import NARROWED
 from tests.concatenations import EXACT, Joining, distance, image, narrow, plain, traced
 
 widths = st.lists(st.integers(1, 5), min_size=1, max_size=4)

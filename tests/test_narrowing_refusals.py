@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from fxprune.capture import trace_island
-from fxprune.passes.narrowing import NARROWED, narrow_readers
+from fxprune.graph.capture import trace_island
+from fxprune.passes.concat import NARROWED, narrow_readers
 from tests.concatenations import Joining, image, narrow, plain, traced
 
 # Left alone ----------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fxprune
 from benchmarks.systems import SIX
 from fxprune import Plan
-from fxprune.passes.cleanup import remove_dead_code
-from fxprune.passes.narrowing import NARROWED
+from fxprune.passes.concat import NARROWED
+from fxprune.passes.dead_code import remove_dead_code
 from tests.concatenations import Joining, narrow, traced
 from tests.conftest import SMALL, give_values
 from tests.models import params_of, pixels
@@ -66,7 +66,7 @@ def as_they_were(model: nn.Module, plan: Plan) -> nn.Module:
         return remove_dead_code(gm)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxprune.driver.clean_up", dead_code_alone)
+        patch.setattr("fxprune.rewriting.apply.clean_up", dead_code_alone)
         return fxprune.apply(model, plan)
 
 

@@ -16,8 +16,8 @@ from torchvision import models
 import fxprune
 from benchmarks.bench_time import captured
 from fxprune import Plan
-from fxprune.interpreting import NodeTimer
-from fxprune.latency import overwriting
+from fxprune.profiling.latency import overwriting
+from fxprune.profiling.node_timer import NodeTimer
 from tests.models import Block, build, finite, labelled, pixels
 
 

@@ -21,7 +21,7 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
     packed = set(zipfile.ZipFile(wheel).namelist())
     tree = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxprune").rglob("*.py")}
     tree |= {f"fxprune/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "passes").rglob("*.py")}
-    for folder in ("data", "page"):
+    for folder in ("demo/data", "visualize/web"):
         tree |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxprune" / folder).rglob("*") if path.is_file()}
     tree.add("fxprune/py.typed")
     assert {name for name in tree if "__pycache__" not in name} <= packed

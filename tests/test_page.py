@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fxprune.drawing import draw_picture
+from fxprune.visualize.draw import draw_picture
 from tests.pictures import PICTURES, Row, residual
 
 webdriver: Any = pytest.importorskip("selenium.webdriver", reason="pip install selenium")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import fxprune
 from benchmarks.systems import SIX, Sizes, System
 from fxprune import ModelError, Plan
-from fxprune.analysis import Analysis
-from fxprune.driver import remember
-from fxprune.picture import FIRST, LAST, make_picture
-from fxprune.plan import IMAGES, RESULTS, Link
+from fxprune.graph.records import IMAGES, RESULTS, Link
+from fxprune.planning.analysis import Analysis
+from fxprune.rewriting.history import remember
+from fxprune.visualize.network_view import FIRST, LAST, make_picture
 from tests.models import Block, Detector, build, finite, labelled, tiny
 
 

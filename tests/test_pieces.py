@@ -13,8 +13,8 @@ from torchvision.models import resnet18
 
 import fxprune
 from benchmarks.bench_time import captured, regions_of
-from fxprune.capture import Island
-from fxprune.pieces import Piece, cut_out
+from fxprune.graph.records import Island
+from fxprune.profiling.region_modules import Piece, cut_out
 from tests.models import Block, Detector, build, pixels, tiny
 
 X = pixels(2, 3, 16, 16)

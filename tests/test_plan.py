@@ -13,9 +13,9 @@ from torch import nn
 
 import fxprune
 from fxprune import Plan
-from fxprune.analysis import Analysis
-from fxprune.plan import Candidate, IslandRecord, Link, NodeRecord, Totals
-from fxprune.regions import Rejection
+from fxprune.graph.records import Link, Rejection
+from fxprune.planning.analysis import Analysis
+from fxprune.planning.plan import Candidate, IslandRecord, NodeRecord, Totals
 from tests.models import flops_of, labelled, params_of
 
 # To JSON and back ----------------------------------------------------------------------------------------------------

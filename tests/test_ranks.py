@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import fxprune
-from fxprune.attribution import Record, merged
-from fxprune.bundled import load_dataset, load_detector
+from fxprune.attribution.recorder import Record, merged
+from fxprune.demo.bundled import load_dataset, load_detector
 from tests import processes
 from tests.processes import Job, analyze, heal, prune
 from tests.test_recipes import README, blocks_under

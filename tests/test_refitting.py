@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import fits
-from fxprune.fits import Fit, fit_affine
-from fxprune.healers import Care
-from fxprune.healing import mend
-from fxprune.sampling import Sight
+from fxprune.healing.heal import mend
+from fxprune.healing.methods import Care
+from fxprune.healing.reconstruction import least_squares
+from fxprune.healing.reconstruction.least_squares import Fit, Sight, fit_affine
 from tests.models import build, labelled, pixels
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Fit]] = {
@@ -52,9 +51,9 @@ def test_by_rows_gives_what_by_weights_gives(make: Callable[[], nn.Module], monk
     layer, wide = build(make).eval(), build(make).eval()
     x = pixels(8, 6, 7, 9, seed=1) + 5
     wanted = layer(x.flip(0)) + 3 * layer(x)
-    monkeypatch.setattr(fits, "_fit_channels", lambda *_: None)
+    monkeypatch.setattr(least_squares, "_fit_channels", lambda *_: None)
     fit_affine(layer, Sight([x], [wanted]))
-    monkeypatch.setattr(fits, "WIDEST", 1)
+    monkeypatch.setattr(least_squares, "WIDEST", 1)
     sums: dict[str, Tensor] = {}
     for part in (slice(0, 3), slice(3, 8)):
         fit_affine(wide, Sight([x[part]], [wanted[part]], sums=sums))

@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 import fxprune
-from fxprune.capture import trace_island
 from fxprune.errors import NoRegionError
-from fxprune.graph import SINK, SOURCE, is_weighted, value_graph
-from fxprune.regions import find_regions
-from fxprune.shapes import Signatures, propagate, specs_of
+from fxprune.graph.capture import trace_island
+from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, value_graph
+from fxprune.graph.region_finder import find_regions
+from fxprune.graph.symbolic_shapes import Signatures, propagate, specs_of
 from tests.zoo import ZOO, image_batch, mean_loss
 
 NAMES = sorted(ZOO)

@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune import ModelError, Plan
-from fxprune.report import Report
+from fxprune.reporting.report import Report
 from tests.hostile import removed
 from tests.models import Detector, Tiny, build, flops_of, labelled, params_of, partly_labelled
 

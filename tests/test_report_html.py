@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from torch import nn
 
 import fxprune
-from fxprune.report import Report
+from fxprune.reporting.report import Report
 from tests.plans import HOSTILE, block, plan_of
 
 

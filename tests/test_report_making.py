@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from fxprune.report import Report
-from fxprune.report_making import signed
+from fxprune.reporting.history_tables import signed
+from fxprune.reporting.report import Report
 from tests.models import labelled
 from tests.plans import block, plan_of
 

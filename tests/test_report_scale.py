@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxprune.report_scale import Scale, scale_of
+from fxprune.reporting.importance_scale import Scale, scale_of
 
 SCORES = st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=20)
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from fxprune.report import Report
-from fxprune.report_parts import change, quantity
-from fxprune.report_sections import MOST
+from fxprune.reporting.report import Report
+from fxprune.reporting.sections import MOST
+from fxprune.reporting.table_model import change, quantity
 from tests.plans import HOSTILE, block, plan_of
 
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune.analysis import Analysis, conflicts
 from fxprune.passes.bypass import bypass_regions
-from fxprune.passes.cleanup import remove_dead_code
-from fxprune.plan import Plan
+from fxprune.passes.dead_code import remove_dead_code
+from fxprune.planning.analysis import Analysis, conflicts
+from fxprune.planning.plan import Plan
 from tests.zoo import ZOO, image_batch, mean_loss
 
 

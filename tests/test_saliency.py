@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import fits
-from fxprune.detectors.choice import choose_adapter
-from fxprune.distances import Distance
-from fxprune.fits import RIDGE, fit_affine
-from fxprune.isolation import private_copy
-from fxprune.pairs import Pair, pair_up
-from fxprune.saliency import FLOOR, Maps, saliency_maps, turned
-from fxprune.sampling import Sight
+from fxprune.adapters.registry import choose_adapter
+from fxprune.healing.distillation.feature_distance import Distance
+from fxprune.healing.reconstruction import least_squares
+from fxprune.healing.reconstruction.least_squares import RIDGE, Sight, fit_affine
+from fxprune.healing.saliency import FLOOR, Maps, saliency_maps, turned
+from fxprune.healing.teacher_student import Pair, pair_up
+from fxprune.runtime.private_copy import private_copy
 from tests.models import build, labelled, pixels, tiny
 
 HALF = 4
@@ -132,8 +131,8 @@ def test_rows_of_features_have_no_places() -> None:
 @pytest.mark.parametrize("kind", ["weights", "rows"])
 @torch.no_grad()
 def test_fits_solve_the_weighted_least_squares(bias: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fits, "_fit_channels", lambda *_: torch.zeros(()))
-    monkeypatch.setattr(fits, "WIDEST", 5000 if kind == "weights" else 1)
+    monkeypatch.setattr(least_squares, "_fit_channels", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(least_squares, "WIDEST", 5000 if kind == "weights" else 1)
     layer: Any = build(partial(nn.Conv2d, 3, 2, 1, bias=bias))
     x, y = pixels(4, 3, 6, 6, seed=1) + 3, pixels(4, 2, 6, 6, seed=2)
     weights = pixels(4, 6, 6, seed=3) ** 4

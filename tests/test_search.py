@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.calibration import Calibration
-from fxprune.compilation import read_once
-from fxprune.detectors.batch import Batch
-from fxprune.detectors.choice import choose_adapter
+from fxprune.adapters.protocol import Batch
+from fxprune.adapters.registry import choose_adapter
+from fxprune.datasets.calibration import Calibration
 from fxprune.errors import FxpruneWarning, SettingError
-from fxprune.healers import Care
-from fxprune.judging import Judge
-from fxprune.plan import Plan
-from fxprune.refitting import refit
-from fxprune.saliency import saliency_maps
-from fxprune.search import STRATEGIES, TRIES, Search
+from fxprune.healing.loss_change import Judge
+from fxprune.healing.methods import Care
+from fxprune.healing.reconstruction.layerwise import refit
+from fxprune.healing.saliency import saliency_maps
+from fxprune.planning.plan import Plan
+from fxprune.search.compile import read_once
+from fxprune.search.plan_search import STRATEGIES, TRIES, Search
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
 
@@ -113,8 +113,8 @@ def test_where_it_matters_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         fitted.append(saliency)
         return refit(pair, batches, fit, tell, saliency)
 
-    monkeypatch.setattr("fxprune.healers.saliency_maps", noted_maps)
-    monkeypatch.setattr("fxprune.healers.refit", noted_refit)
+    monkeypatch.setattr("fxprune.healing.methods.saliency_maps", noted_maps)
+    monkeypatch.setattr("fxprune.healing.methods.refit", noted_refit)
     fxprune.compile(tiny(), unlabelled(), 0.3, strategy="search", heal="affine", tries=3)
     *tried, last = fitted
     assert len(tried) > 1

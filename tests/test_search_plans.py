@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.judging import Judge
+from fxprune.healing.loss_change import Judge
 from tests.models import Block, Tiny, build, labelled, pixels, tiny
 
 

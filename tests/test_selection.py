@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxprune.errors import BudgetError
-from fxprune.selection import Item, check_budget, select
+from fxprune.planning.ilp import Item, check_budget, select
 
 Instance = tuple[list[float], list[Item], list[tuple[int, int]], float, float]
 

@@ -14,10 +14,9 @@ from torch.nn import functional
 
 import fxprune
 from benchmarks.bench_time import captured, regions_of
-from fxprune import standins
-from fxprune.plan import RESULTS, Link
-from fxprune.regions import Region
-from fxprune.standins import PLACES, LinearMap, SummingInterpreter, Sums, absorbed, nearest_maps
+from fxprune.attribution import linear_recovery
+from fxprune.attribution.linear_recovery import PLACES, LinearMap, SummingInterpreter, Sums, absorbed, nearest_maps
+from fxprune.graph.records import RESULTS, Link, Region
 from tests.models import Detector, build, labelled, pixels
 
 # The nearest map -----------------------------------------------------------------------------------------------------
@@ -51,7 +50,7 @@ def test_maps_are_the_least_squares_over_all_batches(monkeypatch: pytest.MonkeyP
     images = [x, pixels(3, 3, 12, 12, seed=1)]
     sums = sums_of(island.gm, regions, images)
     held = nearest_maps(sums)
-    monkeypatch.setattr(standins, "RIDGE", 1e-12)
+    monkeypatch.setattr(linear_recovery, "RIDGE", 1e-12)
     free = nearest_maps(sums)
     assert isinstance(model, Mixing)
     with torch.no_grad():

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn, retinanet_resnet50_fpn
 
 import fxprune
-from fxprune.bundled import build_detector, load_dataset, load_detector
-from fxprune.detectors.choice import network_of
+from fxprune.adapters.registry import network_of
+from fxprune.demo.bundled import build_detector, load_dataset, load_detector
 from tests.hostile import assert_unchanged
 from tests.models import Tiny, labelled, pixels, tiny
 from tests.test_systems import batched, boxed

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune import ModelError, PlanError, SettingError, StorageError, manifest
+from fxprune import ModelError, PlanError, SettingError, StorageError
+from fxprune.deploy import manifest
 from tests.hostile import assert_refused, changed
 from tests.models import Eager, labelled, pixels, tiny
 

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune import ModelError, SettingError, StorageError, weights
-from fxprune.verification import differences, inventory
+from fxprune import ModelError, SettingError, StorageError
+from fxprune.deploy import weights
+from fxprune.rewriting.history import differences, inventory
 from tests.hostile import assert_refused, assert_unchanged
 from tests.models import Eager, labelled, pixels, squared, tiny
 

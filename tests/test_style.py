@@ -32,7 +32,7 @@ def test_files_and_functions_are_short() -> None:
     for folder in ("fxprune", "passes", "tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
-            if text.count("\n") > 300:
+            if text.count("\n") > 400:
                 long.append(str(path))
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.FunctionDef) and (node.end_lineno or node.lineno) - node.lineno + 1 > 60:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
-from fxprune.detectors.choice import choose_adapter, network_of
+from fxprune.adapters.registry import choose_adapter, network_of
 
 classification, detection = torchvision.models, torchvision.models.detection
 
@@ -216,7 +216,7 @@ def test_nothing_in_the_package_names_a_model() -> None:
 
     root = Path(fxprune.__file__).parent
     names = ("resnet", "retinanet", "faster", "yolov", "shufflenet", "c2f", "bottleneck")
-    demo_files = {"bundled.py", "demo.py"}
+    demo_files = {"bundled.py", "run.py"}
     for path in root.rglob("*.py"):
         code = "\n".join(
             line for line in path.read_text(encoding="utf-8").lower().splitlines() if not line.lstrip().startswith("#")

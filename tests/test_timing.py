@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxprune.timing import Ratio, Timing, interleave, median_error, ratio_of, stopwatch
+from fxprune.profiling.interleaved_timing import Ratio, Timing, interleave, median_error, ratio_of, stopwatch
 from tests.clocks import FakeClock
 
 
@@ -211,7 +211,7 @@ def test_a_stopwatch_on_cuda_notes_the_devices_moments_and_waits_once_asked(monk
 
 FAULTS = """
 import resource, torch
-from fxprune.timing import settle_memory
+from fxprune.profiling.interleaved_timing import settle_memory
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

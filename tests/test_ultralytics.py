@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import fxprune
-from fxprune.detectors.ultralytics import rewrap
+from fxprune.adapters.ultralytics import rewrap
 from tests.test_systems import batched
 
 ultralytics = pytest.importorskip("ultralytics")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import CocoDataset, ModelError, SettingError
-from fxprune.detectors.batch import Batch
-from fxprune.detectors.letterbox import place
-from fxprune.detectors.ultralytics import ADAPTER, side_of
+from fxprune.adapters.protocol import Batch
+from fxprune.adapters.ultralytics import ADAPTER, side_of
+from fxprune.adapters.ultralytics_letterbox import place
 
 ultralytics = pytest.importorskip("ultralytics")
 from ultralytics.models.rtdetr.val import RTDETRValidator  # noqa: E402

@@ -36,9 +36,9 @@ from benchmarks.subjects import UNPRUNED, Items, Subject, add_options, subjects
 from benchmarks.training.finetune import finetune
 from benchmarks.training.train import digits_folder
 from fxprune import CocoDataset
-from fxprune.calibration import read_batch
-from fxprune.costs import count_params
-from fxprune.detectors.choice import choose_adapter
+from fxprune.adapters.calls import read_batch
+from fxprune.adapters.registry import choose_adapter
+from fxprune.profiling.flops_params import count_params
 
 OURS = ("fisher", "ablation", "grad_act", "l1")
 PEERS = {

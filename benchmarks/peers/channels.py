@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.peers.handover import Prepared, Way, collect, flops_of, prepare, tracing, ways_for
-from fxprune.calibration import take_loss
+from fxprune.adapters.calls import take_loss
 
 TRIAL = 0.1
 """Pruning ratio at which a way is tried."""

@@ -15,11 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fxprune.calibration import read_batch, take_loss
-from fxprune.costs import count_flops
-from fxprune.detectors.batch import Adapter, Batch
-from fxprune.detectors.choice import choose_adapter
-from fxprune.isolation import private_copy
+from fxprune.adapters.calls import read_batch, take_loss
+from fxprune.adapters.protocol import Adapter, Batch
+from fxprune.adapters.registry import choose_adapter
+from fxprune.profiling.flops_params import count_flops
+from fxprune.runtime.private_copy import private_copy
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from benchmarks.results import RESULTS, Row, read_rows
-from fxprune.timing import median_error
+from fxprune.profiling.interleaved_timing import median_error
 
 LEVEL = 0.005
 """Differences in mAP up to this count as level."""

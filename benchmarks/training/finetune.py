@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.calibration import read_batch, take_loss
-from fxprune.detectors.choice import choose_adapter
-from fxprune.isolation import private_copy
+from fxprune.adapters.calls import read_batch, take_loss
+from fxprune.adapters.registry import choose_adapter
+from fxprune.runtime.private_copy import private_copy
 
 
 class Tuning:

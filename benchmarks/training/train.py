@@ -35,8 +35,8 @@ from torch import nn
 from benchmarks.data import SPLITS, DigitsConfig, load_sources, write_split
 from benchmarks.detectors import DETECTORS
 from benchmarks.results import replace_rows
-from fxprune.datasets import CocoDataset
-from fxprune.evaluation import evaluate
+from fxprune.datasets.coco import CocoDataset
+from fxprune.datasets.evaluation import evaluate
 
 WEIGHTS = "weights.safetensors"
 

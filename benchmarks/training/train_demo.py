@@ -1,4 +1,4 @@
-"""Train the bundled detector on composed digits and write `fxprune/data/`: images, annotations and weights.
+"""Train the bundled detector on composed digits and write `fxprune/demo/data/`: images, annotations and weights.
 
     python -m benchmarks.training.train_demo [--epochs 14] [--images 2400] [--seed 0] [--device cpu] [--threads 1]
 
@@ -28,12 +28,12 @@ from torchvision.ops import stochastic_depth
 
 from benchmarks.data import DigitsConfig, load_sources, write_split
 from benchmarks.training.train_torchvision import BATCH_SIZE, Sample, draw_batches, train_epoch
-from fxprune.bundled import WEIGHTS_FILE, build_detector, load_dataset, load_detector
-from fxprune.datasets import CocoDataset
-from fxprune.evaluation import evaluate
+from fxprune.datasets.coco import CocoDataset
+from fxprune.datasets.evaluation import evaluate
+from fxprune.demo.bundled import WEIGHTS_FILE, build_detector, load_dataset, load_detector
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-DATA = ROOT / "fxprune" / "data"
+DATA = ROOT / "fxprune" / "demo" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "train_demo.jsonl"
 LEARNING_RATE = 2e-3
 DROP_DEPTH = 0.1
@@ -41,7 +41,7 @@ DROP_DEPTH = 0.1
 
 def main(argv: list[str] | None = None) -> None:
     """Compose the data, train, save, and log the accuracy of what was saved."""
-    parser = argparse.ArgumentParser(description="Train the bundled detector and write fxprune/data.")
+    parser = argparse.ArgumentParser(description="Train the bundled detector and write fxprune/demo/data.")
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--images", type=int, default=2400, help="training images to compose")
     parser.add_argument("--seed", type=int, default=0)

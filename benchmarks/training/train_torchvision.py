@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.detectors import Recipe
-from fxprune.datasets import CocoDataset
-from fxprune.evaluation import evaluate
+from fxprune.datasets.coco import CocoDataset
+from fxprune.datasets.evaluation import evaluate
 
 BATCH_SIZE = 16
 

@@ -1,0 +1,89 @@
+"""Image classifiers: a tensor of images in, a tensor of logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_boxes, stack_images
+from fxprune.errors import BatchError, ModelError
+
+FORMS = "(Tensor(N, 3, H, W), Tensor(N) of class indices), or images alone as Tensor(N, 3, H, W)"
+
+
+def normalize(model: nn.Module, raw: Any) -> Batch:
+    """Read a classifier's batch; see `FORMS`."""
+    if isinstance(raw, Mapping):
+        raise BatchError(f"got a dict with keys {sorted(map(str, raw))}; known forms for a classifier: {FORMS}")
+    pair = isinstance(raw, (list, tuple)) and len(raw) == 2 and isinstance(raw[1], Tensor) and raw[1].ndim != 3
+    device = device_of(model)
+    if not pair:
+        alone = raw[0] if isinstance(raw, (list, tuple)) and len(raw) == 1 and _rank(raw[0]) == 4 else raw
+        images = stack_images(alone, FORMS).to(device)
+        return Batch(images, None, len(images))
+    images, labels = stack_images(raw[0], FORMS).to(device), raw[1].to(device)
+    if len(labels) != len(images):
+        raise BatchError(f"{len(images)} images but {len(labels)} labels")
+    if labels.ndim == 1 and labels.is_floating_point():
+        raise BatchError("labels are floating point; give class indices as integers, or probabilities (N, classes)")
+    return Batch(images, labels.long() if labels.ndim == 1 else labels.float(), len(images))
+
+
+def _rank(value: Any) -> int:
+    return value.ndim if isinstance(value, Tensor) else -1
+
+
+def predict(model: nn.Module, batch: Batch) -> Tensor:
+    """Return logits (N, classes).
+
+    Raises
+    ------
+    ModelError
+        If the model gives something else, for then its loss is not known.
+    """
+    output = model.eval()(batch.images)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ModelError(
+            f"{type(model).__name__} returned {got}, not logits (N, classes): give a loss as"
+            " loss=callable(model, batch) -> scalar tensor"
+        )
+    return output
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross entropy, mean over the images, with every module in eval mode."""
+    logits, labels = predict(model, batch), batch.targets
+    if labels.ndim == 2 and labels.shape != logits.shape:
+        raise BatchError(f"labels have {labels.shape[1]} classes, the model {logits.shape[1]}")
+    if labels.ndim == 1 and (int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]):
+        raise BatchError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, the model knows 0 to {logits.shape[1] - 1}"
+        )
+    return functional.cross_entropy(logits, labels)
+
+
+def label(model: nn.Module, batch: Batch) -> Batch:
+    """Use the model's own most likely class as the label of each image."""
+    with torch.no_grad():
+        return Batch(batch.images, predict(model, batch).argmax(1), batch.count)
+
+
+ADAPTER = Adapter(
+    family="classifier",
+    forms=FORMS,
+    fits=lambda model, raw: True,
+    prepare=lambda model: None,
+    normalize=normalize,
+    loss=loss,
+    predict=predict,
+    label=label,
+    found=lambda model, batch: None,
+    detect=refuse_boxes,
+    collate=refuse_boxes,
+    root_is_function=True,
+)

@@ -1,0 +1,64 @@
+"""Any other model, by the caller's own ``loss(model, batch)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_boxes
+from fxprune.errors import LossError
+from fxprune.graph.fx_utils import map_tensors
+
+FORMS = "whatever the given loss(model, batch) takes"
+
+
+def adapter_of(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
+    """Make the adapter of a user's loss.
+
+    The loss is taken with the model in eval mode and should be the mean over the images of the batch; the batch is
+    handed on as the loader gave it, tensors moved to the model's device.
+    """
+
+    def compute(model: nn.Module, batch: Batch) -> Tensor:
+        value = loss(model.eval(), batch.images)
+        if not isinstance(value, Tensor):
+            raise LossError(f"loss(model, batch) returned {type(value).__name__}, not a scalar tensor")
+        if value.numel() != 1:
+            raise LossError(f"the loss has shape {tuple(value.shape)}; return a scalar, e.g. loss.mean()")
+        return value.reshape(1)
+
+    def label(model: nn.Module, batch: Batch) -> Batch:
+        return Batch(batch.images, batch.images, batch.count)  # the loss makes its own targets of what it is given
+
+    return Adapter(
+        family="model with the caller's loss",
+        forms=FORMS,
+        fits=lambda model, raw: True,
+        prepare=lambda model: None,
+        normalize=normalize,
+        loss=compute,
+        predict=compute,
+        label=label,
+        found=lambda model, batch: None,
+        detect=refuse_boxes,
+        collate=refuse_boxes,
+        root_is_function=True,
+    )
+
+
+def normalize(model: nn.Module, raw: Any) -> Batch:
+    """Move a batch to the model's device and count its images: the leading dimension of its first tensor of rank 4.
+
+    A list of images (3, H, W) counts its items.
+    """
+    device = device_of(model)
+    moved = map_tensors(dict(raw), lambda value: value.to(device)) if isinstance(raw, Mapping) else None
+    moved = map_tensors(raw, lambda value: value.to(device)) if moved is None else moved
+    tensors = [leaf for leaf in tree_leaves(moved) if isinstance(leaf, torch.Tensor)]
+    stacked = [len(tensor) for tensor in tensors if tensor.ndim == 4]
+    singles = sum(tensor.ndim == 3 for tensor in tensors)
+    return Batch(moved, moved, max(1, stacked[0] if stacked else singles))

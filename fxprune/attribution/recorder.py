@@ -1,0 +1,220 @@
+"""What importance is computed from: gradients and activations, recorded by an interpreter that runs the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.errors import LossError
+from fxprune.graph.fx_utils import is_weighted, map_tensors
+from fxprune.graph.interpreters import NodeName
+from fxprune.graph.records import Region
+
+
+@dataclass
+class Record:
+    """Sums of gradient times activation, batch by batch.
+
+    Attributes
+    ----------
+    nodes : dict
+        Per node ``E_x [sum_i |dL/dA_i * A_i|]``: the score of arXiv 2602.14040, expectation over the images seen.
+    deltas : dict
+        Per region ``E_x [sum_i |dL/dy_i * (y_i - s_i)|]``, y its exit value and s the value that would stand in.
+    fishers : dict
+        Per region ``E_x [sum_c (sum_{i in c} dL/dy_i * (y_i - s_i))^2]``, c the channels (second dimension) of every
+        row of every call: the Fisher information of gates ``a_c`` on them that let ``s_c + a_c (y_c - s_c)`` through.
+    shapes : dict
+        Per node the shape of its value at the first call; only single tensors.
+    images : int
+        Images seen.
+    """
+
+    nodes: dict[NodeName, float] = field(default_factory=dict)
+    deltas: dict[str, float] = field(default_factory=dict)
+    fishers: dict[str, float] = field(default_factory=dict)
+    shapes: dict[NodeName, tuple[int, ...]] = field(default_factory=dict)
+    images: int = 0
+    _pending: dict[tuple[str, Any], list[Tensor]] = field(default_factory=dict)
+    _room: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What it found; its room for products stays behind."""
+        return {**vars(self), "_pending": {}, "_room": None}
+
+    def add(self, kind: str, key: NodeName | str, value: Tensor) -> None:
+        """Note one term of the batch under way: ``nodes`` of a node, ``deltas`` or ``fishers`` of a region.
+
+        Nothing is read from the device yet.
+        """
+        self._pending.setdefault((kind, key), []).append(value)
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """Return room for a product, reused from one value to the next: large new tensors cost more than the sum."""
+        if self._room is None or self._room.numel() < like.numel() or self._room.dtype != like.dtype:
+            self._room = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        return self._room[: like.numel()].view(like.shape)
+
+    def close_batch(self, index: int, images: int) -> None:
+        """Take the batch under way into the expectation.
+
+        The loss is the mean over `images` of each image's own loss, so the terms already sum to a mean over them, and
+        squared ones to a mean divided by their number; batches count by their number of images.
+
+        Raises
+        ------
+        LossError
+            If a gradient held NaN or infinity; names the batch and the node, and takes nothing of it.
+        """
+        pending, self._pending = self._pending, {}
+        sums = [torch.stack(terms).double().sum() for terms in pending.values()]
+        means = dict(zip(pending, torch.stack(sums).tolist() if sums else [], strict=True))
+        for (_, key), value in means.items():
+            if not math.isfinite(value):
+                where = key if isinstance(key, str) else ".".join(filter(None, key))
+                raise LossError(f"batch {index}: the gradient at {where!r} is NaN or infinite; leave that batch out")
+        weight = images / (self.images + images)
+        known: dict[str, dict[Any, float]] = {"nodes": self.nodes, "deltas": self.deltas, "fishers": self.fishers}
+        for running in known.values():
+            for key in running:
+                running[key] *= 1 - weight
+        for (kind, key), value in means.items():
+            factor = weight * images if kind == "fishers" else weight
+            known[kind][key] = known[kind].get(key, 0.0) + factor * value
+        self.images += images
+
+
+def merged(records: Sequence[Record]) -> Record:
+    """Join records of different batches of one model; expectations count by their images."""
+    images = sum(record.images for record in records)
+
+    def joined(kind: Callable[[Record], dict[Any, float]]) -> dict[Any, float]:
+        sums: dict[Any, float] = {}
+        for record in records:
+            for key, value in kind(record).items():
+                sums[key] = sums.get(key, 0.0) + value * (record.images / images)
+        return sums
+
+    return Record(
+        joined(lambda record: record.nodes),
+        joined(lambda record: record.deltas),
+        joined(lambda record: record.fishers),
+        {key: shape for record in reversed(records) for key, shape in record.shapes.items()},
+        images,
+    )
+
+
+class RegionInterpreter(fx.Interpreter):
+    """Runs a graph and keeps at hand what stands in for its regions until they end.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        The graph.
+    regions : iterable of Region
+        Those of its regions that are looked at.
+    """
+
+    def __init__(self, gm: fx.GraphModule, regions: Iterable[Region]) -> None:
+        super().__init__(gm)
+        self.exits: dict[str, list[Region]] = {}
+        for region in regions:
+            self.exits.setdefault(region.exit, []).append(region)
+        self.kept = {region.stand_in for found in self.exits.values() for region in found}
+        self.stand_ins: dict[str, Tensor] = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; what it computed is let go of, for hooks on it would keep it alive for good."""
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self.stand_ins.clear()
+
+
+class RecordingInterpreter(RegionInterpreter):
+    """Runs a graph and hooks every value: as its gradient comes, both become one number and are let go.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        The graph.
+    island : str
+        Its path in the model.
+    record : Record
+        Where the numbers go.
+    regions : sequence of Region
+        The island's regions.
+    gate : float
+        How far every region is open while the gradients are taken: its exit is ``s + gate (y - s)``, s what would
+        stand in for it. With 1 the graph runs as it is.
+    maps : mapping of str to callable
+        By region, what is made of the value that stands in for it, to give s; where there is none that is s.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        island: str,
+        record: Record,
+        regions: Iterable[Region],
+        gate: float = 1.0,
+        maps: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(gm, regions)
+        self.island, self.record, self.gate, self.maps = island, record, gate, maps
+        self.weighted = {node.name for node in gm.graph.nodes if is_weighted(gm, node)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node and hook its value."""
+        value = super().run_node(n)
+        if n.op == "output":
+            return map_tensors(value, torch.clone)  # what comes next may overwrite it
+        if n.name in self.weighted:
+            value = map_tensors(value, _tracked)
+        if not isinstance(value, Tensor) or n.op == "get_attr":
+            return value
+        self.record.shapes.setdefault((self.island, n.name), tuple(value.shape))
+        if value.requires_grad:
+            value = self._hooked(n.name, value)
+        if n.name in self.kept:
+            self.stand_ins[n.name] = value
+        return value
+
+    def _hooked(self, name: str, value: Tensor) -> Tensor:
+        """Return the value, gated if regions end in it, with a hook on it."""
+        record, key = self.record, (self.island, name)
+        regions, activation = self.exits.get(name, ()), value.detach()
+        stand_ins = {region.name: self._stand_in(region) for region in regions}
+        differences = [(region.name, stand_ins[region.name].detach()) for region in regions]
+        if regions and self.gate != 1.0:
+            largest = max(regions, key=lambda region: len(region.nodes))
+            value = torch.lerp(stand_ins[largest.name], value, self.gate)
+
+        def hook(gradient: Tensor) -> None:
+            scratch = record.scratch(gradient)
+            record.add("nodes", key, torch.mul(gradient, activation, out=scratch).abs_().sum())
+            for region, stand_in in differences:
+                product = torch.sub(activation, stand_in, out=scratch).mul_(gradient)
+                channels = product.flatten(2).sum(2) if product.ndim > 2 else product
+                record.add("fishers", region, channels.square().sum())
+                record.add("deltas", region, product.abs_().sum())
+
+        value.register_hook(hook)  # type: ignore[no-untyped-call]
+        return value
+
+    def _stand_in(self, region: Region) -> Tensor:
+        value = self.stand_ins[region.stand_in]
+        return self.maps[region.name](value) if region.name in self.maps else value
+
+
+def _tracked(value: Tensor) -> Tensor:
+    """Make what a layer gives a value that gradients reach, even if all weights are frozen."""
+    if value.is_floating_point() and not value.requires_grad and torch.is_grad_enabled():
+        return value.detach().requires_grad_()
+    return value

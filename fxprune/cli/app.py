@@ -1,0 +1,237 @@
+"""The command line: ``fxprune COMMAND MODEL``. A command takes groups of options and returns a `Result`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fxprune.attribution.criteria import CRITERIA
+from fxprune.cli import options as o
+from fxprune.cli import output, steps, tables
+from fxprune.cli.calibration_images import check_data, open_pictures
+from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions, SearchOptions
+from fxprune.cli.runner import EXIT_STATUS, Command, keep_stdout, runnable, told, version_line
+from fxprune.cli.terminal import Result, Terminal, open_terminal
+from fxprune.demo.run import DEMO_CRITERIA, run_demo
+from fxprune.planning.ilp import check_budget
+from fxprune.planning.plan import Plan
+from fxprune.reporting.report import report
+from fxprune.rewriting.history import plans_carried_out
+from fxprune.visualize import draw as drawing
+from fxprune.visualize.network_view import Drawable
+
+EPILOG = f"""\
+[bold]Examples[/]
+
+  fxprune sweep bundled --budgets 0.1,0.2,0.3\n
+  fxprune prune ultralytics:best.pt --data data.yaml --out pruned
+
+Exit status: {", ".join(f"{status} {meaning}" for status, meaning in EXIT_STATUS.items())}."""
+
+_DEMO = list(DEMO_CRITERIA)
+
+app = typer.Typer(
+    name="fxprune",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    Examples
+    --------
+    >>> main(["demo", "--budget", "0.2", "--criterion", "fisher"])   # doctest: +SKIP
+    0
+    """
+    if argv is None:
+        keep_stdout()
+    try:
+        with told(open_terminal(), debug=False):
+            typer.main.get_command(app)(args=None if argv is None else list(argv), prog_name="fxprune")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def command(panel: str) -> Callable[[Command], Command]:
+    """Register a command under a heading of the help."""
+
+    def register(function: Command) -> Command:
+        app.command(name=function.__name__.rstrip("_"), rich_help_panel=panel)(runnable(function))
+        return function
+
+    return register
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the versions and the device.", metavar="", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Find the blocks a detector does not need, and remove them."""
+
+
+@command("Try it")
+def demo(
+    terminal: Terminal,
+    budget: Annotated[float, typer.Option(help="Fraction of the FLOPs to remove.")] = 0.1,
+    criterion: Annotated[list[str], o.choice("Options", "May be given more than once", CRITERIA)] = _DEMO,
+) -> None:
+    """Prune the bundled detector by several criteria, and compare."""
+    run_demo(terminal.out, terminal.err, budget, tuple(criterion))
+
+
+@command("Look")
+def analyze(
+    terminal: Terminal,
+    model: ModelOptions,
+    data: DataOptions,
+    scores: ScoreOptions,
+    budget: BudgetOptions,
+    out: OutputOptions,
+) -> Result:
+    """Score every block that could go; mark those a budget takes."""
+    with terminal.progress() as tell:
+        network = steps.checked(model, data, budget, out, tell)
+        analysis = steps.analyzed(network, steps.calibrating(network, data, tell), scores, budget.cost)
+        plan = analysis.plan(budget.budget, budget.cost)
+
+        def fill(draft: Path) -> None:
+            plan.save(draft / "plan.json")
+            output.write_report(report(plan), draft / output.REPORT)
+
+        remark = steps.written(out, fill, analysis, plan, tell)
+    return Result(plan.to_dict(), report(plan), remark)
+
+
+@command("Look")
+def eval_(terminal: Terminal, model: ModelOptions, data: DataOptions, json: o.JsonFlag = False) -> Result:
+    """Measure average precision, as COCO does."""
+    check_data(model, data, boxes=True)
+    with terminal.progress() as tell:
+        network = steps.opened(model, data.device, tell)
+        pictures = open_pictures(network, data, "val")
+        scores = steps.evaluated(network, pictures, data, "evaluate", tell)
+    images = len(pictures.dataset)
+    return Result({"model": model.model, "images": images, **scores}, tables.scores_view(scores, images))
+
+
+@command("Look")
+def sweep(
+    terminal: Terminal,
+    model: ModelOptions,
+    data: DataOptions,
+    scores: ScoreOptions,
+    out: OutputOptions,
+    budgets: Annotated[str, o.option(o.SCORES, "Fractions of the cost, with commas between.")] = "0.1,0.2,0.3",
+    cost: o.CostName = "flops",
+    heal: o.HealName = "affine",
+) -> Result:
+    """Prune by several budgets; show mAP and cost of each."""
+    check_data(model, data, boxes=True)
+    fractions = [check_budget(fraction) for fraction in o.read_numbers(budgets)]
+    output.check_folder(out.out, out.force)
+    with terminal.progress() as tell:
+        network = steps.opened(model, data.device, tell)
+        images = steps.calibrating(network, data, tell, heal)
+        analysis = steps.analyzed(network, images, scores, cost)
+        points, plans = steps.swept(network, analysis, fractions, cost, data, images, heal)
+        document = {
+            "model": model.model,
+            "cost": cost,
+            "heal": heal,
+            "settings": dict(analysis.settings),
+            "points": [point.to_dict() for point in points],
+        }
+
+        def fill(draft: Path) -> None:
+            steps.save_sweep(document, plans, draft)
+
+        remark = steps.written(out, fill, analysis, None, tell)
+    return Result(document, tables.sweep_view(points, terminal.out.width, cost, heal), remark)
+
+
+@command("Look")
+def draw(
+    terminal: Terminal,
+    model: ModelOptions,
+    picture: Annotated[Path, typer.Argument(help="File to write: .html .svg .png .dot .mmd", show_default=False)],
+    data: DataOptions,
+    scores: ScoreOptions,
+    plan: Annotated[Path | None, o.option(o.SCORES, "Draw this plan; nothing is analyzed.", metavar="FILE")] = None,
+    force: o.ForceFlag = False,
+    json: o.JsonFlag = False,
+) -> Result:
+    """Draw what could go, or what went."""
+    if plan is None and model.pruned is None:
+        check_data(model, data)
+    output.check_file(picture, force)
+    with terminal.progress() as tell:
+        what: Drawable
+        if plan is not None:
+            what = Plan.load(plan)
+        elif model.pruned is not None:
+            what = steps.opened(model, data.device, tell)
+        else:
+            network = steps.opened(model, data.device, tell)
+            what = steps.analyzed(network, steps.calibrating(network, data, tell), scores)
+        tell("draw", 0, 1)
+        output.check_file(picture, force)  # again: it may have appeared meanwhile
+        drawing.draw(what, picture)
+    return Result({"picture": str(picture)}, None, f"wrote {picture}")
+
+
+@command("Cut")
+def prune(
+    terminal: Terminal,
+    model: ModelOptions,
+    data: DataOptions,
+    scores: ScoreOptions,
+    budget: BudgetOptions,
+    search: SearchOptions,
+    out: OutputOptions,
+) -> Result:
+    """Analyze, remove, mend if asked to, and save the smaller model."""
+    with terminal.progress() as tell:
+        network = steps.checked(model, data, budget, out, tell)
+        images = steps.calibrating(network, data, tell, search.heal)
+        if remark := steps.effort(images.images, search):
+            terminal.say(remark, head=f"{search.strategy}:")
+        pruned, analysis = steps.cut(network, images, scores, budget, search)
+        shown = plans_carried_out(pruned)[-1] if analysis else None
+        return steps.finished(pruned, analysis or pruned, shown, out, tell)
+
+
+@command("Cut")
+def apply(
+    terminal: Terminal,
+    model: ModelOptions,
+    plan: Annotated[Path, typer.Argument(help="What analyze --json or --out wrote.", show_default=False)],
+    out: OutputOptions,
+) -> Result:
+    """Carry out a plan that analyze made."""
+    output.check_folder(out.out, out.force)
+    made = Plan.load(plan)
+    with terminal.progress() as tell:
+        pruned = steps.rewritten(steps.opened(model, "cpu", tell), made, tell)
+        return steps.finished(pruned, made, None, out, tell)

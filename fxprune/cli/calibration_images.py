@@ -1,0 +1,193 @@
+"""Where images come from, and whether the model and they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize
+
+from fxprune.adapters import ultralytics
+from fxprune.adapters.registry import network_of
+from fxprune.cli.options import DataOptions, ModelOptions
+from fxprune.datasets.batches import batches
+from fxprune.datasets.class_mapping import categories_of, names_of
+from fxprune.datasets.coco import CocoDataset
+from fxprune.datasets.folders import ImageFolder, YoloDataset
+from fxprune.demo.bundled import load_dataset
+from fxprune.errors import SettingError
+from fxprune.graph.fx_utils import class_names
+
+Split = Literal["calibration", "val"]
+CALIBRATION_IMAGES, HEALING_IMAGES = 64, 256
+"""How many images are enough to score by, and to heal by, unless --limit says otherwise."""
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of the pixels that torchvision's classifiers were trained on."""
+_CLASS_COUNTS = (
+    "head.classification_head.num_classes",
+    "head.classification_head.num_columns",
+    "roi_heads.box_predictor.cls_score.out_features",
+)
+"""Where torchvision's detectors have their number of classes."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images for a model.
+
+    Attributes
+    ----------
+    dataset : map-style dataset
+        Items as `fxprune.CocoDataset` gives them.
+    labelled : bool
+        Whether they have boxes.
+    labels : mapping of int to int, or None
+        The model's class numbers to the data set's labels, as `fxprune.evaluate` takes it.
+    """
+
+    dataset: Any
+    labelled: bool
+    labels: Mapping[int, int] | None
+
+
+def check_data(model: ModelOptions, data: DataOptions, boxes: bool = False) -> None:
+    """Refuse options of data that do not go together, before anything is loaded.
+
+    Raises
+    ------
+    typer.BadParameter
+        Says what to give instead.
+    """
+    if data.data is not None and (data.images or data.annotations):
+        raise typer.BadParameter("--data goes without --images and --annotations")
+    if data.annotations is not None and data.images is None:
+        raise typer.BadParameter("--annotations needs the --images they are of")
+    if data.data is None and data.images is None and model.model != "bundled":
+        raise typer.BadParameter(
+            f"{model.model} needs images: --images FOLDER, with --annotations FILE.json if there are any, or"
+            " --data FILE.yaml (only the bundled model brings its own)"
+        )
+    if boxes and data.images is not None and data.annotations is None:
+        raise typer.BadParameter(
+            "mAP needs true boxes: give --annotations FILE.json of the --images, or --data FILE.yaml"
+        )
+
+
+def open_pictures(model: nn.Module, options: DataOptions, split: Split, heal: str = "none") -> Pictures:
+    """Open the images that the options name, and hold the model's classes to theirs.
+
+    Raises
+    ------
+    DatasetError
+        If they cannot be read.
+    SettingError
+        If the model's classes are not the data set's.
+    """
+    network = network_of(model)
+    dataset: Any
+    if options.data is not None:
+        dataset = YoloDataset(options.data, "train" if split == "calibration" else split)
+    elif options.annotations is not None:
+        dataset = CocoDataset(str(options.images), str(options.annotations))
+    elif options.images is not None:
+        dataset = ImageFolder(options.images)
+    else:
+        dataset = load_dataset(split)
+    enough = CALIBRATION_IMAGES if heal == "none" else HEALING_IMAGES
+    most = options.limit or (enough if split == "calibration" else len(dataset))
+    labels = _numbered(network, dataset) if isinstance(dataset, YoloDataset) else None
+    _check_classes(network, dataset, 0 if labels is None else 1)
+    return Pictures(_spread(dataset, most), not isinstance(dataset, ImageFolder), labels)
+
+
+def _spread(dataset: Any, most: int) -> Any:
+    """At most so many items, evenly spread."""
+    count = len(dataset)
+    return dataset if count <= most else Subset(dataset, [index * count // most for index in range(most)])
+
+
+def _numbered(network: nn.Module, dataset: YoloDataset) -> dict[int, int] | None:
+    """Match classes by number where the model has no names for them: ultralytics counts from 0, torchvision from 1."""
+    names = names_of(network)
+    if names is not None and any(name != str(number) for number, name in names.items()):
+        return None
+    first = 0 if ultralytics.ADAPTER.fits(network, None) else 1
+    return {label + first: label for label in dataset.categories}
+
+
+def _check_classes(network: nn.Module, dataset: Any, shift: int) -> None:
+    """Refuse labels that a torchvision detector without class names cannot know; names are compared elsewhere."""
+    categories = categories_of(dataset)
+    if categories is None or names_of(network) is not None:
+        return
+    for path in _CLASS_COUNTS:
+        try:
+            count = int(attrgetter(path)(network))
+        except AttributeError:
+            continue
+        highest = max(categories, default=0) + shift
+        if highest >= count:
+            raise SettingError(
+                f"this {type(network).__name__} is wrong for the data: it knows classes 1 to {count - 1} (0 is the"
+                f" background), the data set goes up to {highest}; build it with --classes {highest + 1} and weights"
+                " trained for that"
+            )
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def calibration_batches(model: nn.Module, pictures: Pictures, options: DataOptions) -> Sequence[Any]:
+    """Make the batches `fxprune.analyze` takes, whatever the kind of model."""
+    network = network_of(model)
+    check_size(network, options.size)
+    if _is_classifier(network):
+        return _ClassifierBatches(pictures.dataset, options.batch, options.size or 224)
+    return batches(
+        model,
+        pictures.dataset,
+        batch_size=options.batch,
+        labels=pictures.labels,
+        image_size=options.size,
+        targets=pictures.labelled,
+    )
+
+
+def check_size(network: nn.Module, size: int | None) -> None:
+    """Refuse --size where it would not be heeded."""
+    if size is not None and not ultralytics.ADAPTER.fits(network, None) and not _is_classifier(network):
+        raise SettingError(f"--size does not go with {type(network).__name__}, which sizes its images itself")
+
+
+def _is_classifier(network: nn.Module) -> bool:
+    """Whether a model is one of torchvision's classifiers."""
+    names = class_names(network)
+    others = tuple(f"torchvision.models.{part}." for part in ("detection", "segmentation", "video", "optical_flow"))
+    return any(name.startswith("torchvision.models.") and not name.startswith(others) for name in names)
+
+
+@dataclass(frozen=True, eq=False)
+class _ClassifierBatches(Sequence[Tensor]):
+    """Squares without labels, prepared as torchvision's classifiers were trained."""
+
+    dataset: Any
+    batch_size: int
+    side: int
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        prepare = Compose([Resize(round(self.side / 0.875)), CenterCrop(self.side), Normalize(*IMAGENET)])
+        start = range(len(self))[index] * self.batch_size
+        stop = min(start + self.batch_size, len(self.dataset))
+        return torch.stack([prepare(self.dataset[position][0]) for position in range(start, stop)])

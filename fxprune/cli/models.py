@@ -1,0 +1,237 @@
+"""Where a model comes from: its name on the command line, the weights put into it, the pruning done to it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fxprune.adapters.registry import network_of
+from fxprune.cli.options import ModelOptions
+from fxprune.demo.bundled import CLASS_NAMES, load_detector
+from fxprune.deploy.save_load import load
+from fxprune.errors import ModelError, SettingError, StorageError
+from fxprune.graph.fx_utils import is_within
+from fxprune.runtime.text import first_few
+
+
+def open_model(options: ModelOptions, device: str) -> nn.Module:
+    """Build the model that the options name, with its weights, pruned if asked for, in eval mode on the device.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be had; says why.
+    StorageError
+        If the weights do not fit, or the pruned folder does not.
+    SettingError
+        If an option does not go with it.
+    """
+    place = _device(device)
+    torch.manual_seed(0)
+    kind = options.model.partition(":")[0]
+    model = BUILDERS.get(kind, _own)(options)
+    if options.weights is not None and not _is_name(options):
+        fill_weights(network_of(model), Path(options.weights))
+    network_of(model).eval()
+    if options.pruned is not None:
+        model = load(model, options.pruned)
+    network_of(model).to(place)
+    return model
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).split("\n")[0]
+        raise SettingError(f"device {name!r} cannot be used here ({said}); cpu always can") from error
+
+
+def _is_name(options: ModelOptions) -> bool:
+    """Whether --weights names weights that torchvision knows, and no file."""
+    torchvisions = options.model.startswith("torchvision:")
+    return torchvisions and not Path(str(options.weights)).suffix and not Path(str(options.weights)).exists()
+
+
+# Builders ------------------------------------------------------------------------------------------------------------
+
+
+def _bundled(options: ModelOptions) -> nn.Module:
+    if options.classes not in (None, len(CLASS_NAMES)):
+        raise SettingError(f"the bundled detector has {len(CLASS_NAMES)} classes; leave --classes out")
+    model: nn.Module = load_detector()
+    cast(Any, model).names = list(CLASS_NAMES)
+    return model
+
+
+def _torchvision(options: ModelOptions) -> nn.Module:
+    name = options.model.partition(":")[2]
+    if name not in torchvision.models.list_models():
+        raise ModelError(f"torchvision knows no model {name!r}{_like(name, torchvision.models.list_models())}")
+    given: dict[str, Any] = {} if options.classes is None else {"num_classes": options.classes}
+    weights = _pretrained(name, str(options.weights)) if options.weights and _is_name(options) else None
+    if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(name)).parameters:
+        given["weights_backbone"] = None
+    try:
+        model = cast(nn.Module, torchvision.models.get_model(name, weights=weights, **given))
+    except OSError as error:
+        raise ModelError(
+            f"the weights {weights} of {name} cannot be had ({error}): no connection? Give a file, --weights FILE"
+        ) from error
+    except ValueError as error:
+        raise SettingError(f"{name} cannot be built as asked: {error}; see --classes and --weights") from error
+    if weights is not None:
+        cast(Any, model).names = list(weights.meta["categories"])
+    return model
+
+
+def _pretrained(name: str, weights: str) -> Any:
+    known = torchvision.models.get_model_weights(name)
+    if weights not in known.__members__:
+        names = ", ".join(known.__members__)
+        raise SettingError(f"{name} has no weights {weights!r}: there is no such file, and torchvision knows {names}")
+    return known[weights]
+
+
+def _ultralytics(options: ModelOptions) -> nn.Module:
+    if importlib.util.find_spec("ultralytics") is None:
+        raise ModelError('ultralytics is not installed; pip install "fxprune[ultralytics]"')
+    os.environ.setdefault("YOLO_VERBOSE", "false")
+    from ultralytics import YOLO
+
+    name = options.model.partition(":")[2]
+    if not name.endswith((".pt", ".yaml", ".yml")):
+        raise ModelError(f"ultralytics:{name} is neither a .pt nor a .yaml; give the name of such a file")
+    try:
+        model = YOLO(name)
+    except Exception as error:  # whatever ultralytics makes of a file that is missing or is none of its own
+        said = " ".join(str(error).replace("❌", "").split())
+        raise ModelError(f"ultralytics cannot load {name} ({type(error).__name__}: {said})") from error
+    if options.classes is not None:
+        if name.endswith(".pt"):
+            raise SettingError(f"{name} has its own classes; --classes goes with a .yaml")
+        old: Any = network_of(model)
+        new = type(old)(old.yaml, nc=options.classes, verbose=False)
+        new.args, new.task, model.model = old.args, old.task, new
+    return cast(nn.Module, model)
+
+
+def _own(options: ModelOptions) -> nn.Module:
+    """Call the user's own function; the current directory is importable."""
+    module_name, _, function_name = options.model.partition(":")
+    if not function_name:
+        known = torchvision.models.list_models()
+        hint = f"did you mean torchvision:{options.model}" if options.model in known else "see --help"
+        raise ModelError(
+            f"model {options.model!r} is none of bundled, torchvision:NAME, ultralytics:FILE, module:function; {hint}"
+        )
+    if options.classes is not None:
+        raise SettingError(f"--classes does not go with {options.model}; let the function build what you need")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    function = getattr(_import(module_name), function_name, None)
+    if function is None:
+        raise ModelError(f"module {module_name} has no {function_name!r}")
+    try:
+        model = function if isinstance(function, nn.Module) else function()
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{options.model} failed: {_failure(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{options.model} gave {type(model).__name__}; it should give a torch.nn.Module")
+    return model
+
+
+BUILDERS: dict[str, Callable[[ModelOptions], nn.Module]] = {
+    "bundled": _bundled,
+    "torchvision": _torchvision,
+    "ultralytics": _ultralytics,
+}
+"""By what stands before the colon; anything else is a module of the user's."""
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and is_within(name, error.name):
+            raise ModelError(f"there is no module {error.name!r}, neither installed nor in {os.getcwd()}") from error
+        raise ModelError(f"importing {name} failed: {_failure(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"importing {name} failed: {_failure(error)}") from error
+
+
+def _failure(error: BaseException) -> str:
+    """What went wrong in the user's code, and where."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+
+
+def _like(name: str, known: list[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+def fill_weights(network: nn.Module, path: Path) -> None:
+    """Load weights of a file into a network: all of them, and no other.
+
+    Parameters
+    ----------
+    network : Module
+        It is changed.
+    path : Path
+        Safetensors, or what ``torch.save(model.state_dict(), path)`` wrote; read without running any code in it.
+
+    Raises
+    ------
+    StorageError
+        If the file is no such, or keys or shapes differ; names them.
+    """
+    values, state = _read(path), network.state_dict()
+    lines = [f"{key!r} is missing in the file" for key in state if key not in values]
+    lines += [f"{key!r} is not in the model" for key in values if key not in state]
+    for key, value in values.items():
+        if key in state and state[key].shape != value.shape:
+            lines.append(f"{key!r} is {tuple(value.shape)} in the file and {tuple(state[key].shape)} in the model")
+    if lines:
+        raise StorageError(f"{path} does not fit {type(network).__name__}: {first_few(lines)}; see --classes")
+    network.load_state_dict(values)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(path.read_bytes())
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise StorageError(
+            f"{path} holds no plain weights ({type(error).__name__}); give .safetensors, or what"
+            " torch.save(model.state_dict(), file) wrote: pickled models are not opened"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise StorageError(f"{path} holds a {type(content).__name__}, not a state_dict of tensors")
+    return dict(content)

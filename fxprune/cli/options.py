@@ -1,0 +1,240 @@
+"""The options of the commands, in groups: a command takes whole groups, `typer` sees the single options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torchvision
+import typer
+
+from fxprune.attribution.criteria import CRITERIA
+from fxprune.errors import SettingError
+from fxprune.healing.methods import HEALERS
+from fxprune.planning.analysis import COSTS
+from fxprune.profiling.latency import BACKENDS
+from fxprune.runtime.options import REMOVED_KEYWORDS, check_choice
+from fxprune.search.plan_search import STRATEGIES, TRIES
+
+MODEL, DATA, SCORES, RESULT = "Model", "Data", "What goes", "Result"
+
+
+def option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    """Describe an option under a heading of the help; for `typing.Annotated`."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=more.pop("show_default", True), **more)
+
+
+def choice(panel: str, text: str, known: Iterable[str], **more: Any) -> Any:
+    """An option that takes one of a table's names; another one is a usage error that lists them."""
+    allowed = list(known)
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        for name in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                if name is not None:
+                    check_choice(str(param.name), name, allowed)
+            except SettingError as error:
+                raise typer.BadParameter(str(error)) from None
+        return value
+
+    text = f"{text}: {', '.join(allowed)}."
+    return option(panel, text, callback=check, autocompletion=lambda: allowed, metavar="NAME", **more)
+
+
+def removed(keyword: str) -> Any:
+    """Describe an option that earlier versions took; it is not in the help, and given it is a usage error."""
+
+    def refuse(value: Any) -> None:
+        if value is not None:
+            raise typer.BadParameter(f"it is gone: {REMOVED_KEYWORDS[keyword]}")
+
+    return typer.Option(f"--{keyword}", hidden=True, callback=refuse)
+
+
+def _known_models() -> list[str]:
+    detectors = torchvision.models.list_models(module=torchvision.models.detection)
+    return ["bundled", *(f"torchvision:{name}" for name in detectors)]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, with which weights."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="bundled, torchvision:NAME, ultralytics:FILE (.yaml, or .pt: a pickle, so trust its source), or"
+            " module:function of your own.",
+            show_default=False,
+            autocompletion=_known_models,
+        ),
+    ]
+    classes: Annotated[
+        int | None,
+        option(MODEL, "Build it for so many classes; torchvision counts the background.", min=1, metavar="N"),
+    ] = None
+    weights: Annotated[
+        str | None,
+        option(
+            MODEL, "A .safetensors file, a state_dict, or a name torchvision knows such as DEFAULT.", metavar="FILE"
+        ),
+    ] = None
+    pruned: Annotated[
+        Path | None, option(MODEL, "Work on the pruned model that --out or fxprune.save wrote.", metavar="FOLDER")
+    ] = None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how they go through the model."""
+
+    images: Annotated[
+        Path | None, option(DATA, "Folder of images; alone, the model labels them itself.", metavar="FOLDER")
+    ] = None
+    annotations: Annotated[Path | None, option(DATA, "COCO annotations of --images.", metavar="FILE.json")] = None
+    data: Annotated[
+        Path | None, option(DATA, "Data set of ultralytics' form, instead of --images.", metavar="FILE.yaml")
+    ] = None
+    limit: Annotated[
+        int | None,
+        option(
+            DATA,
+            "Use so many images, evenly spread; by default 64 to calibrate, 256 with --heal, and all to evaluate.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None
+    size: Annotated[
+        int | None, option(DATA, "Side in pixels of the square an ultralytics model is fed.", min=1, metavar="N")
+    ] = None
+    batch: Annotated[int, option(DATA, "Images a forward pass.", min=1, metavar="N")] = 16
+    device: Annotated[str, option(DATA, "cpu, cuda, cuda:1, mps, ...", metavar="NAME")] = "cpu"
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How importance is measured."""
+
+    criterion: Annotated[str, choice(SCORES, "Importance", CRITERIA)] = "fisher"
+    shapes: Annotated[str | None, removed("shapes")] = None
+    seed: Annotated[int, option(SCORES, "For samplers in the loss and for random scores.", metavar="N")] = 0
+    latency_backend: Annotated[
+        str | None, choice(SCORES, "Measure milliseconds; with --cost latency eager unless given", BACKENDS)
+    ] = None
+
+
+CostName = Annotated[str, choice(SCORES, "What the budget counts", COSTS)]
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """How much goes."""
+
+    budget: Annotated[
+        float, option(SCORES, "Fraction of the cost to remove, in (0, 1).", "--budget", "-b", metavar="SHARE")
+    ] = 0.1
+    cost: CostName = "flops"
+
+
+HealName = Annotated[str, choice(SCORES, "Mend what the cut broke, without labels", HEALERS)]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How what goes is found, and what is left mended."""
+
+    strategy: Annotated[
+        str,
+        choice(SCORES, "One plan by score, or the best of many plans by trial", STRATEGIES),
+    ] = "one_shot"
+    tries: Annotated[int, option(SCORES, "Plans that --strategy search tries.", min=1, metavar="N")] = TRIES
+    heal: HealName = "affine"
+    steps: Annotated[
+        int, option(SCORES, "Steps, of 4 images each, that --heal mimic trains for at most.", min=1, metavar="N")
+    ] = 400
+
+
+JsonFlag = Annotated[bool, option(RESULT, "One JSON document on stdout.", "--json", metavar="")]
+ForceFlag = Annotated[bool, option(RESULT, "Replace what an earlier run wrote.", "--force", metavar="")]
+DebugFlag = Annotated[
+    bool, typer.Option("--debug", metavar="", help="Show the traceback of an error, and all warnings.")
+]
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where results go."""
+
+    out: Annotated[Path | None, option(RESULT, "Folder to write.", "--out", "-o", metavar="FOLDER")] = None
+    force: ForceFlag = False
+    json: JsonFlag = False
+
+
+def read_numbers(text: str) -> list[float]:
+    """Read numbers with commas between.
+
+    Examples
+    --------
+    >>> read_numbers("0.1, 0.2")
+    [0.1, 0.2]
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 0.1,0.2,0.3") from error
+
+
+def signature_of(function: Callable[..., Any], given: Iterable[type]) -> inspect.Signature:
+    """Return a command's signature with its groups of options spread out, and ``--debug`` added.
+
+    Parameters
+    ----------
+    function : callable
+        Its parameters are groups (dataclasses of this module) or single annotated options.
+    given : iterable of type
+        Parameters of these types are not the user's to give; they are left out.
+
+    Examples
+    --------
+    >>> def command(budget: BudgetOptions) -> None: ...
+    >>> list(signature_of(command, ()).parameters)
+    ['budget', 'cost', 'debug']
+    """
+    hidden = tuple(given)
+    parameters = []
+    for name, hint, default in _parameters(function):
+        if is_dataclass(hint) and isinstance(hint, type):
+            hints = get_type_hints(hint, include_extras=True)
+            if hint not in hidden:
+                parameters += [_keyword(field.name, hints[field.name], field.default) for field in fields(hint)]
+        else:
+            parameters.append(_keyword(name, hint, default))
+    return inspect.Signature([*parameters, _keyword("debug", DebugFlag, False)])
+
+
+def gather(function: Callable[..., Any], values: Mapping[str, Any], given: Mapping[type, Any]) -> dict[str, Any]:
+    """Return a command's arguments from the values of single options: its groups put together again."""
+    arguments = {}
+    for name, hint, _ in _parameters(function):
+        if isinstance(hint, type) and hint in given:
+            arguments[name] = given[hint]
+        elif is_dataclass(hint) and isinstance(hint, type):
+            arguments[name] = hint(**{field.name: values[field.name] for field in fields(hint)})
+        else:
+            arguments[name] = values[name]
+    return arguments
+
+
+def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    """Name, type and default of every parameter."""
+    hints = get_type_hints(function, include_extras=True)
+    return [(name, hints[name], each.default) for name, each in inspect.signature(function).parameters.items()]
+
+
+def _keyword(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    given = inspect.Parameter.empty if default is MISSING else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=hint)

@@ -1,0 +1,71 @@
+"""Files and folders that appear whole or not at all, and replace nothing unasked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from fxprune.errors import StorageError
+from fxprune.reporting.report import Report
+from fxprune.runtime.atomic_write import drafted
+from fxprune.runtime.text import first_few
+
+REPORT, PICTURE = "report.md", "picture.html"
+_OURS = re.compile(r"(plan(-[0-9.]+)?|manifest|sweep)\.json|weights\.safetensors|report\.md|picture\.html")
+
+
+def check_folder(folder: Path | None, force: bool) -> None:
+    """Refuse a folder that cannot be written, before the work.
+
+    Raises
+    ------
+    StorageError
+        If it is there and `force` is not given, or it is a file, or holds anything that fxprune did not write.
+    """
+    if folder is None or not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.resolve() == Path.cwd():
+        raise StorageError(f"{folder} is {'the current folder' if folder.is_dir() else 'a file'}; name another folder")
+    names = sorted(path.name for path in folder.iterdir())
+    if strangers := [name for name in names if not _OURS.fullmatch(name)]:
+        raise StorageError(f"{folder} holds {first_few(strangers)}, which fxprune did not write; name another folder")
+    if names and not force:
+        raise StorageError(f"{folder} is there already; --force replaces it")
+
+
+def check_file(path: Path, force: bool) -> None:
+    """Refuse a file that is there, unless `force` is given, and a folder in its place."""
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; name a file")
+    if os.path.lexists(path) and not force:
+        raise StorageError(f"{path} is there already; --force replaces it")
+
+
+def write_folder(folder: Path, force: bool, fill: Callable[[Path], None]) -> None:
+    """Have a folder filled beside its place, and move it there.
+
+    Parameters
+    ----------
+    folder : Path
+        Its place; folders above it are made.
+    force : bool
+        Whether to replace what an earlier run wrote there.
+    fill : callable
+        ``fill(draft)`` writes the files into an empty folder.
+
+    Raises
+    ------
+    StorageError
+        As `check_folder`; or if it cannot be written. Whatever goes wrong, its place is as it was.
+    """
+    check_folder(folder, force)
+    with drafted(Path(os.path.realpath(folder))) as draft:
+        draft.mkdir()
+        fill(draft)
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write a report as Markdown."""
+    path.write_text(report.to_markdown(), encoding="utf-8")

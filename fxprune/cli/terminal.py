@@ -1,0 +1,139 @@
+"""Results on stdout, everything else on stderr; progress bars with rates."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+from fxprune.runtime.json_text import finite
+
+Tell = Callable[[str, int, int | None], None]
+"""``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
+UNITS = {"capture": "steps", "stand-ins": "batches", "compile": "regions", "latency": "rounds"}
+UNITS |= {"search": "plans", "affine": "layers", "mimic": "steps"}
+"""What a stage counts, if not images."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found: as plain data, as something to look at, and a remark that is no part of either."""
+
+    data: Any
+    view: RenderableType | None
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """The console of the results, and the one of everything else."""
+
+    out: Console
+    err: Console
+
+    @contextmanager
+    def progress(self) -> Iterator[Tell]:
+        """Show a bar for every stage that is told of; nothing where stderr is no terminal."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            _Pace(),
+        )
+        with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as bars:
+            stages: dict[str, _Stage] = {}
+
+            def tell(name: str, done: int, total: int | None) -> None:
+                if name not in stages:
+                    for other in stages.values():
+                        other.end()
+                    stages[name] = _Stage(bars, bars.add_task(name, total=None))
+                stages[name].tell(done, total)
+
+            yield tell
+
+    def show(self, result: Result, as_json: bool) -> None:
+        """Print a result, and its remark."""
+        if as_json:
+            self.out.file.write(to_json(result.data))
+        elif result.view is not None:
+            self.out.print(result.view)
+        self.out.file.flush()
+        if result.remark:
+            self.say(result.remark)
+
+    def say(self, text: str, style: str = "", head: str = "fxprune:") -> None:
+        """Print a remark or an error as one paragraph on stderr."""
+        self.err.print(Text.assemble((head, style), " ", text), soft_wrap=not self.err.is_terminal)
+
+
+@dataclass
+class _Stage:
+    """A bar; of a stage that comes several times, it counts all of them."""
+
+    bars: Progress
+    task: TaskID
+    done: int = 0
+    before: int = 0
+    endless: bool = True
+
+    def tell(self, done: int, total: int | None) -> None:
+        """Move on; less than before means that the stage has begun again."""
+        if done < self.done:
+            self.before += self.done
+        self.done = done
+        whole = None if total is None else self.before + total
+        self.endless = whole is None
+        self.bars.update(self.task, completed=self.before + done, total=None if (done, whole) == (0, 1) else whole)
+
+    def end(self) -> None:
+        """Fill the bar of a stage that does not know how much there is to do: another one has begun."""
+        if self.endless:
+            self.bars.update(self.task, total=self.done)
+
+
+def open_terminal() -> Terminal:
+    """Look at stdout and stderr as they are now; what stdout cannot spell becomes a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Terminal(_Out(file=sys.stdout), Console(stderr=True, file=sys.stderr))
+
+
+def to_json(data: Any) -> str:
+    """Write plain data as strict JSON, numbers that are none as null."""
+    return json.dumps(finite(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+class _Out(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a closed pipe to `fxprune.cli.runner`, where rich would end the process with status 1."""
+        raise
+
+
+class _Pace(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """How much of how much, and how fast on the whole; nothing for a stage of one step."""
+        if task.total is None or task.total <= 1:
+            return Text("")
+        seconds, unit = task.finished_time or task.elapsed, UNITS.get(task.description.split()[0], "img")
+        rate = task.completed / seconds if seconds else 0.0
+        pace = f", {rate:.3g} {unit}/s" if rate >= 1 else f", {1 / rate:.3g} s each" if rate else ""
+        return Text(f"{task.completed:g}/{task.total:g} {unit}{pace}", style="progress.data.speed")

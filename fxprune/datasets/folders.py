@@ -1,0 +1,216 @@
+"""Folders of images: without labels, or with the text files of labels that ultralytics trains on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fxprune.datasets.coco import read_image
+from fxprune.errors import DatasetError, FxpruneWarning
+
+Item = tuple[Tensor, dict[str, Any]]
+
+
+class ImageFolder(Dataset[Item]):
+    """Images of a folder, sorted by name, without labels; items as `fxprune.CocoDataset` gives them, with no box.
+
+    Raises
+    ------
+    DatasetError
+        If the folder is none, or holds no image. That a file is unreadable shows when the item is read.
+
+    Warns
+    -----
+    FxpruneWarning
+        If it holds files that are no images by their name: they are left out, and counted.
+
+    Examples
+    --------
+    >>> len(ImageFolder(Path("pictures")))                          # doctest: +SKIP
+    128
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = list_images(folder)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Item:
+        file = self.files[index]
+        return _read(file), _target(file, [])
+
+
+class YoloDataset(Dataset[Item]):
+    """Images with labels in ultralytics' form, as one of its YAML files describes them; nothing is downloaded.
+
+    Parameters
+    ----------
+    file : Path
+        The YAML: ``path``, ``train``, ``val``, ``names``.
+    split : str
+        ``"train"`` or ``"val"``: a folder, a ``.txt`` list of images, or a list of such.
+
+    Attributes
+    ----------
+    categories : dict of int to str
+        Class numbers, from 0, and their names.
+
+    Raises
+    ------
+    DatasetError
+        If a file is missing or broken; names the file and the line. Labels are read with their image.
+
+    Notes
+    -----
+    Items are as `fxprune.CocoDataset` gives them. The labels of ``.../images/x.jpg`` are in ``.../labels/x.txt``, an
+    object a line: class number, then centre, width and height, or a polygon, divided by the image's width and height.
+    An image without such a file has no object. Lines that are there twice count once.
+
+    Examples
+    --------
+    >>> YoloDataset(Path("data.yaml"), "val").categories            # doctest: +SKIP
+    {0: 'person', 1: 'car'}
+    """
+
+    def __init__(self, file: Path, split: str) -> None:
+        content = _read_yaml(file)
+        self.categories = _read_names(content, file)
+        parts = content.get(split)
+        if not parts:
+            raise DatasetError(f"{file} has no '{split}'; name the folder of its images")
+        roots = _roots(file, content)
+        found = [_find(str(part), roots, file) for part in (parts if isinstance(parts, list) else [parts])]
+        self.files = [image for place in found for image in _images_of(place)]
+        if not any(_labels_of(image).is_file() for image in self.files):
+            raise DatasetError(f"{file}: none of the {len(self.files)} images has labels ({_labels_of(self.files[0])})")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Item:
+        image = _read(self.files[index])
+        size = torch.tensor([image.shape[-1], image.shape[-2]] * 2, dtype=torch.float32)
+        rows = _read_labels(_labels_of(self.files[index]), len(self.categories))
+        return image, _target(self.files[index], rows, size)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files of a folder, sorted by name; see `ImageFolder` for what it raises."""
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is no folder; give the folder the images are in")
+    suffixes = Image.registered_extensions()
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    images = [path for path in files if path.suffix.lower() in suffixes]
+    if not images:
+        raise DatasetError(f"{folder} holds no image among its {len(files)} files")
+    if others := [path.name for path in files if path not in set(images)]:
+        text = f"{folder}: {len(others)} file(s) that are no images by their name are left out, first {others[0]}"
+        warnings.warn(text, FxpruneWarning, stacklevel=2)
+    return images
+
+
+def _read(file: Path) -> Tensor:
+    return read_image(file, {"id": file.name, "width": None, "height": None})
+
+
+def _target(file: Path, rows: Iterable[tuple[float, ...]], size: Tensor | None = None) -> dict[str, Any]:
+    """Boxes in pixels and labels, of rows (class, x1, y1, x2, y2) in [0, 1]."""
+    table = torch.tensor(list(rows), dtype=torch.float32).reshape(-1, 5)
+    boxes = table[:, 1:] if size is None else table[:, 1:] * size
+    return {"boxes": boxes, "labels": table[:, 0].long(), "image_id": file.name}
+
+
+# Ultralytics' files --------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read ({error.strerror}); give the data set's .yaml") from error
+    if not isinstance(content, Mapping):
+        raise DatasetError(f"{file} is no data set of ultralytics' form: it has no 'train', 'val' and 'names'")
+    return content
+
+
+def _read_names(content: Mapping[str, Any], file: Path) -> dict[int, str]:
+    names = content.get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, Mapping) or sorted(names, key=str) != sorted(range(len(names)), key=str):
+        raise DatasetError(f"{file}: 'names' should be the names of the classes 0, 1, ..., is {names!r}")
+    return {int(number): str(name) for number, name in names.items()}
+
+
+def _roots(file: Path, content: Mapping[str, Any]) -> list[Path]:
+    """Folders that the paths of the splits may be relative to."""
+    given = Path(str(content.get("path") or "."))
+    return [file.parent / given, Path.cwd() / given]
+
+
+def _find(part: str, roots: list[Path], file: Path) -> Path:
+    for spelled in (part, part.removeprefix("../")):
+        for root in roots:
+            if (root / spelled).exists():
+                return root / spelled
+    raise DatasetError(f"{file}: {roots[0] / part} is missing; mend the path (nothing is downloaded)")
+
+
+def _images_of(place: Path) -> list[Path]:
+    if place.is_dir():
+        return list_images(place)
+    lines = place.read_text(encoding="utf-8").split("\n")
+    files = [place.parent / line.strip() for line in lines if line.strip()]
+    if not files:
+        raise DatasetError(f"{place} lists no image")
+    return files
+
+
+def _labels_of(image: Path) -> Path:
+    """The last folder named images becomes labels."""
+    parts = list(image.parts)
+    if "images" in parts[:-1]:
+        parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def _read_labels(file: Path, classes: int) -> list[tuple[float, ...]]:
+    """Rows (class, x1, y1, x2, y2) in [0, 1], each once."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    rows = [_read_row(line, f"{file}, line {number}", classes) for number, line in enumerate(lines, 1) if line.strip()]
+    return list(dict.fromkeys(rows))
+
+
+def _read_row(line: str, where: str, classes: int) -> tuple[float, ...]:
+    try:
+        number, *values = map(float, line.split())
+    except ValueError as error:
+        raise DatasetError(f"{where}: not numbers ({error}); a line is class, x, y, width, height") from error
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise DatasetError(f"{where}: {len(values) + 1} numbers; a line is class, x, y, width, height, or a polygon")
+    if number not in range(classes):
+        raise DatasetError(f"{where}: class {number:g}, but the names are of 0 to {classes - 1}")
+    if not all(math.isfinite(value) and -0.01 <= value <= 1.01 for value in values):
+        raise DatasetError(f"{where}: leaves [0, 1]; coordinates are divided by the image's width and height")
+    if len(values) > 4:
+        corners = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
+    else:
+        x, y, width, height = values
+        corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    if corners[2] <= corners[0] or corners[3] <= corners[1]:
+        raise DatasetError(f"{where}: the box has no width or no height; remove it")
+    return (number, *corners)

@@ -1,0 +1,198 @@
+"""What a saved folder holds: its files with their digests, and what plans and weights alone do not say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from fxprune.errors import StorageError
+from fxprune.planning.plan_schema import read_record
+
+FORMAT = 1
+"""Version of the folder's layout; a folder of another version is refused."""
+NAME = "manifest.json"
+WEIGHTS = "weights.safetensors"
+_OURS = re.compile(rf"{re.escape(NAME)}|{re.escape(WEIGHTS)}|plan(-[1-9]\d*)?\.json")
+_DAMAGED = "it is damaged or was edited; copy the whole folder again from where it was saved, or save the model again"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Size in bytes and SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes) -> Entry:
+        """Measure a file's content."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What goes to ``manifest.json``.
+
+    Attributes
+    ----------
+    fxprune, torch : str
+        Versions that wrote the folder.
+    network : str
+        Name of the network's class, for messages.
+    dtype : tuple of str
+        Floating types of its weights and buffers, e.g. ``("float16",)``.
+    training : bool
+        Whether the network was in train mode.
+    exceptions : tuple of str
+        Paths of the modules whose mode is the other one.
+    channels_last : tuple of str
+        Weights whose memory is laid out channels last; the file holds them contiguous.
+    tied : mapping of str to str
+        Keys that are the same tensor as another key, which the file holds.
+    files : mapping of str to Entry
+        Every other file of the folder.
+    """
+
+    fxprune: str
+    torch: str
+    network: str
+    dtype: tuple[str, ...]
+    training: bool
+    exceptions: tuple[str, ...]
+    channels_last: tuple[str, ...]
+    tied: Mapping[str, str]
+    files: Mapping[str, Entry]
+
+    @property
+    def plans(self) -> list[str]:
+        """Names of the plan files, in the order the plans were applied."""
+        return plan_names(len(self.files) - 1)
+
+    def to_bytes(self) -> bytes:
+        """Write it as JSON that carries a digest of itself."""
+        data = {"fxprune_save": FORMAT, **asdict(self)}
+        return (json.dumps({**data, "sha256": _digest(data)}, indent=1) + "\n").encode()
+
+
+def plan_names(count: int) -> list[str]:
+    """Name the plan files of a save: ``plan.json``, or ``plan-1.json``, ``plan-2.json`` and so on, oldest first."""
+    return ["plan.json"] if count == 1 else [f"plan-{index}.json" for index in range(1, count + 1)]
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a folder's manifest.
+
+    Raises
+    ------
+    StorageError
+        If there is no folder or no manifest, it is broken, of another version, or lists files it should not.
+    """
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise StorageError(f"{folder} {what}; give the folder that fxprune.save wrote")
+    path = _inside(folder, NAME)
+    if not path.is_file():
+        raise StorageError(f"{folder} holds no {NAME}; give the folder that fxprune.save wrote, with all its files")
+    return _check(path, parse_json(path, _read(path)))
+
+
+def _check(path: Path, data: Any) -> Manifest:
+    """Hold a manifest to its version, its fields and its own digest."""
+    if not isinstance(data, dict) or "fxprune_save" not in data:
+        raise StorageError(f"{path}: this is no manifest of fxprune.save: it has no field 'fxprune_save'")
+    if data["fxprune_save"] != FORMAT:
+        raise StorageError(
+            f"{path}: the folder has format {data['fxprune_save']!r}, this fxprune reads {FORMAT}; load it with"
+            f" the fxprune that wrote it ({data.get('fxprune', 'unknown')})"
+        )
+
+    def fail(text: str) -> StorageError:
+        return StorageError(f"{path}: {text}; {_DAMAGED}")
+
+    rest = {key: value for key, value in data.items() if key not in ("fxprune_save", "sha256")}
+    if isinstance(files := data.get("files"), dict):
+        entries = {name: read_record(Entry, entry, f"files.{name}", fail) for name, entry in files.items()}
+        rest["files"] = entries
+    manifest: Manifest = read_record(Manifest, rest, "manifest", fail)
+    if not isinstance(files, dict):
+        raise fail(f"field 'files' should be an object, is {files!r}")
+    _check_names(path, set(files))
+    if data.get("sha256") != _digest({key: value for key, value in data.items() if key != "sha256"}):
+        raise StorageError(f"{path}: does not have the digest it names; {_DAMAGED}")
+    return manifest
+
+
+def _check_names(path: Path, names: set[str]) -> None:
+    """Refuse a list of files that leads out of the folder, or is not the list of a save."""
+    for name in sorted(names):
+        if name in (".", "..") or not name == PurePosixPath(name).name == PureWindowsPath(name).name:
+            raise StorageError(f"{path}: the file name {name!r} leads out of the folder; do not trust this folder")
+    expected = {WEIGHTS, *plan_names(max(1, len(names) - 1))}
+    if names != expected:
+        raise StorageError(f"{path}: lists the files {sorted(names)}, expected {sorted(expected)}; {_DAMAGED}")
+
+
+def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Read every file a manifest lists, and hold each to its size and digest.
+
+    Raises
+    ------
+    StorageError
+        If one is missing, is a link out of the folder, or has another size or digest; names it.
+    """
+    contents = {}
+    for name, entry in manifest.files.items():
+        path = _inside(folder, name)
+        if not path.is_file():
+            raise StorageError(f"{path} is missing; {NAME} lists it: copy the whole folder again, or save again")
+        if path.stat().st_size != entry.size:
+            raise StorageError(f"{path} has {path.stat().st_size} bytes, {NAME} says {entry.size}: {_DAMAGED}")
+        contents[name] = _read(path)
+        if Entry.of(contents[name]) != entry:
+            raise StorageError(f"{path} does not have the SHA-256 that {NAME} names: {_DAMAGED}")
+    return contents
+
+
+def parse_json(path: Path, content: bytes) -> Any:
+    """Read JSON; a `StorageError` names the file if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: not a JSON file ({error}); {_DAMAGED}") from error
+
+
+def foreign(folder: Path) -> list[str]:
+    """Name what a folder holds beside the files of a save; everything, if it has no manifest of ours."""
+    names = sorted(path.name for path in folder.iterdir())
+    try:
+        data = parse_json(folder / NAME, _read(folder / NAME))
+    except StorageError:
+        return names
+    if not isinstance(data, dict) or "fxprune_save" not in data:
+        return names
+    return [name for name in names if not _OURS.fullmatch(name) or not (folder / name).is_file()]
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Join a file's name to its folder; refuse a link that leads out of it."""
+    path = folder / name
+    if Path(os.path.realpath(path)).parent != Path(os.path.realpath(folder)):
+        raise StorageError(f"{path} is a link out of the folder; put the file itself there")
+    return path
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read ({error}); check its permissions") from error

@@ -1,0 +1,153 @@
+"""Channels of values: how many there are, what joins them, what takes a part of them, which convolutions read them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.graph.capture import trace_island
+from fxprune.graph.fx_utils import class_names
+from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
+from fxprune.graph.tracer import LEAVES, static_length
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+"""Layers that are linear in their weight. A class derived from one may not be: it may standardize its weight."""
+
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_POOLING = "torch.nn.modules.pooling."
+
+
+def joined(node: fx.Node) -> list[fx.Node]:
+    """Values that a node concatenates along the channels, in order; empty if it does no such thing."""
+    if node.target not in _CONCATENATIONS:
+        return []
+    options: dict[str, Any] = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    values = options.pop("tensors", ())
+    fits = options == {"dim": 1} and isinstance(values, (list, tuple))
+    return list(values) if fits and all(isinstance(value, fx.Node) for value in values) else []
+
+
+def parts_of(node: fx.Node) -> int | None:
+    """How many parts a node takes a value's channels apart into, all of them; None if it does no such thing."""
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    return static_length(node) if dim == 1 and node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def channels_of(gm: fx.GraphModule) -> dict[str, int]:
+    """Read off the layers of a graph how many channels its values have.
+
+    Nothing is run and no shape is assumed: a value that no convolution or norm stands behind is left out.
+
+    Returns
+    -------
+    dict of str to int
+        By node name.
+
+    Examples
+    --------
+    >>> channels_of(fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())))
+    {'_0': 8, '_1': 8}
+    """
+    found: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        width = _layer_width(gm, node, found) if node.op == "call_module" else _width(gm, node, found)
+        if width is not None:
+            found[node.name] = width
+    return found
+
+
+def _layer_width(gm: fx.GraphModule, node: fx.Node, found: dict[str, int]) -> int | None:
+    layer = gm.get_submodule(str(node.target))
+    if isinstance(layer, CONVOLUTIONS):
+        return int(layer.out_channels)  # type: ignore[arg-type]
+    if isinstance(getattr(layer, "num_features", None), int):
+        return int(layer.num_features)  # type: ignore[arg-type]
+    keeps = is_norm(gm, node) or is_activation(gm, node) or class_names(layer)[0].startswith(_POOLING)
+    if keeps and not isinstance(layer, nn.GLU):
+        return _same(node, found)
+    inside = opened(layer)
+    if inside is None:
+        return None
+    (output,) = (inner for inner in inside.graph.nodes if inner.op == "output")
+    return channels_of(inside).get(str(output.args[0]))
+
+
+def _width(gm: fx.GraphModule, node: fx.Node, found: dict[str, int]) -> int | None:
+    """Channels of what a function or a method gives."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if values := joined(node):
+        widths = [found.get(value.name) for value in values]
+        return None if None in widths else sum(width for width in widths if width is not None)
+    if node.target is operator.getitem:
+        return _part_width(node, found)
+    return _same(node, found) if node.target in ADDITIONS or is_activation(gm, node) else None
+
+
+def _same(node: fx.Node, found: dict[str, int]) -> int | None:
+    """The width of all values that a node reads, if that is one."""
+    widths = {found.get(source.name) for source in node.all_input_nodes}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _part_width(node: fx.Node, found: dict[str, int]) -> int | None:
+    split, index = node.args
+    count = parts_of(split) if isinstance(split, fx.Node) else None
+    if count is None or not isinstance(index, int) or not isinstance(split, fx.Node):
+        return None
+    sizes = next(
+        (value for value in (*split.args[1:2], *split.kwargs.values()) if isinstance(value, (list, tuple))), ()
+    )
+    if sizes:
+        size = sizes[index]
+        return size if isinstance(size, int) else None
+    width = found.get(split.all_input_nodes[0].name)
+    return width // count if width is not None and width % count == 0 else None
+
+
+def opened(layer: nn.Module) -> fx.GraphModule | None:
+    """Trace the inside of a module that stays one node of a graph; None if it has none that could be told."""
+    if not any(name in LEAVES for name in class_names(layer)) or "forward" in vars(layer):
+        return None
+    traced = trace_island(layer, frozenset(), exactly=True)
+    return None if traced is None else traced[0]
+
+
+def convolutions_reading(layer: nn.Module) -> list[str] | None:
+    """Find what becomes of the one value a layer is called with.
+
+    Returns
+    -------
+    list of str, or None
+        Paths below the layer of the convolutions that read it; ``[""]`` if it is one. None if anything else does.
+    """
+    if type(layer) in CONVOLUTIONS:
+        return [""]
+    inside = opened(layer)
+    if inside is None:
+        return None
+    taken, *others = [node for node in inside.graph.nodes if node.op == "placeholder"]
+    fitting = [str(user.target) for user in taken.users if _is_convolution(inside, user, taken)]
+    return fitting if fitting and not others and len(fitting) == len(taken.users) else None
+
+
+def _is_convolution(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node is the only call of a convolution, of one value."""
+    if node.op != "call_module" or node.args != (value,) or node.kwargs:
+        return False
+    layer = gm.get_submodule(str(node.target))
+    return type(layer) in CONVOLUTIONS and len(list(calls_of(gm, layer))) == 1
+
+
+def calls_of(gm: fx.GraphModule, layer: nn.Module) -> Iterator[fx.Node]:
+    """Nodes of a graph that call a layer, under any of its paths."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and gm.get_submodule(str(node.target)) is layer:
+            yield node

@@ -1,0 +1,102 @@
+"""Tables of operations: which ones finish the value before them, and which ones add."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from fxprune.graph.fx_utils import WRITTEN, class_names, qualified_name
+
+ADDITIONS: frozenset[Any] = frozenset({operator.add, torch.add, "add"})
+"""Targets that sum two values."""
+
+NORM_MODULES = (
+    "torch.nn.modules.batchnorm.",
+    "torch.nn.modules.normalization.",
+    "torch.nn.modules.instancenorm.",
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+)
+"""Prefixes of class names of modules that rescale each channel of what a layer gave."""
+
+FRESH_MODULES = ("torch.nn.modules.conv.", "torch.nn.modules.linear.Linear", *NORM_MODULES)
+"""Prefixes of class names of modules whose value is a tensor of its own, which their gradient does not need."""
+
+ACTIVATION_MODULES = ("torch.nn.modules.activation.", "torch.nn.modules.dropout.", "torch.nn.modules.linear.Identity")
+"""Prefixes of class names of modules that act on each value alone."""
+
+NORM_FUNCTIONS = frozenset(
+    map(qualified_name, (functional.batch_norm, functional.layer_norm, functional.group_norm, functional.instance_norm))
+)
+ACTIVATION_FUNCTIONS = frozenset(
+    qualified_name(function)
+    for function in (
+        *(torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.relu6, functional.silu, functional.gelu),
+        *(functional.hardswish, functional.hardsigmoid, functional.leaky_relu, functional.mish, functional.elu),
+        *(functional.dropout, functional.softplus, functional.selu),
+    )
+) | {"relu", "sigmoid", "tanh", "contiguous"}
+
+
+def is_norm_layer(layer: nn.Module) -> bool:
+    """Whether a module rescales each channel of what a layer gave."""
+    return class_names(layer)[0].startswith(NORM_MODULES)
+
+
+def channel_dim(layer: nn.Module, value: Tensor) -> int:
+    """Which dimension of what a module gives are channels, the others being images and places."""
+    if isinstance(layer, (nn.Linear, nn.LayerNorm)):
+        return value.ndim - 1
+    return 1 if value.ndim > 3 or is_norm_layer(layer) else value.ndim - 1
+
+
+def rows_of(layer: nn.Module, value: Tensor) -> Tensor:
+    """What a module reads or gives as rows (n, C), one a place."""
+    rows = value.movedim(channel_dim(layer, value), -1)
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node normalizes: it belongs to the layer right before it."""
+    if node.op == "call_module":
+        return is_norm_layer(gm.get_submodule(str(node.target)))
+    return qualified_name(node.target) in NORM_FUNCTIONS
+
+
+def is_spare(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether what reads a node's value may overwrite it: nothing else reads it, it is a tensor of its own, and no
+    gradient needs it."""
+    if len(node.users) != 1:
+        return False
+    if node.op == "call_module":
+        return class_names(gm.get_submodule(str(node.target)))[0].startswith(FRESH_MODULES)
+    called = node.op in ("call_function", "call_method")
+    return called and (node.target in {*ADDITIONS, operator.iadd} or qualified_name(node.target) in NORM_FUNCTIONS)
+
+
+def in_place_layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Path of each layer called that has an in-place flag, the layer, and whether that call may overwrite its input."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and hasattr(layer := gm.get_submodule(str(node.target)), "inplace"):
+            yield str(node.target), layer, all(is_spare(gm, read) for read in node.all_input_nodes)
+
+
+def in_place_functions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
+    """Calls of functions for which the program calls in-place ones, and these, where nothing else reads what they
+    overwrite."""
+    for node in gm.graph.nodes:
+        written, overwritten = node.meta.get(WRITTEN), node.args[0] if node.args else None
+        if written is not None and isinstance(overwritten, fx.Node) and is_spare(gm, overwritten):
+            yield node, written
+
+
+def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node acts on each value alone (activation, dropout): it belongs to whatever is before it."""
+    if node.op == "call_module":
+        layer = gm.get_submodule(str(node.target))
+        return class_names(layer)[0].startswith(ACTIVATION_MODULES) and not isinstance(layer, nn.MultiheadAttention)
+    return qualified_name(node.target) in ACTIVATION_FUNCTIONS

@@ -1,0 +1,229 @@
+"""A symbolic tracer that knows structure: static lengths, leaf modules with reasons, no in-place operation left."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from fxprune.graph.fx_utils import WRITTEN, class_names
+from fxprune.runtime.signals import uninterrupted
+
+LEAVES: dict[str, str] = {
+    "torchvision.ops.misc.FrozenBatchNorm2d": "one normalization, not seven arithmetic nodes",
+    "torchvision.ops.stochastic_depth.StochasticDepth": "reads self.training",
+    "timm.layers.drop.DropPath": "reads self.training",
+    "ultralytics.nn.modules.conv.Conv": "fuse() looks for instances of it and folds its norm",
+}
+"""Modules that stay one node, by qualified class name (subclasses included), each with the reason."""
+
+AUGMENTED: dict[Any, Callable[..., Any]] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
+}
+IN_PLACE: dict[Any, Callable[..., Any]] = {
+    **AUGMENTED,
+    **{
+        getattr(home, name): getattr(home, name[:-1])
+        for home in (torch, functional)
+        for name in dir(home)
+        if name.endswith("_") and not name.startswith("_") and hasattr(home, name[:-1])
+    },
+    torch.zero_: torch.zeros_like,
+}
+"""In-place functions and what computes the same into a new tensor; the augmented assignments are among them."""
+
+_STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
+    "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,
+    "split": lambda sizes=None, *_: len(sizes) if isinstance(sizes, (list, tuple)) else None,
+    "tensor_split": lambda parts=None, *_: parts if isinstance(parts, int) else None,
+}
+
+
+class StructuredProxy(fx.Proxy):
+    """A proxy whose `len` resolves where the length is a constant of the program."""
+
+    def __len__(self) -> int:
+        length = static_length(self.node)
+        return super().__len__() if length is None else length
+
+
+def static_length(node: fx.Node) -> int | None:
+    """Number of values a node yields if the program fixes it (`chunk(2, 1)`, `split((a, b), 1)`), else None."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    rule = _STATIC_LENGTHS.get(str(name))
+    if rule is None or node.op not in ("call_method", "call_function"):
+        return None
+    named = {"chunks": "chunks", "split_size": "sizes", "split_size_or_sections": "sizes"}
+    options = {named[key]: value for key, value in node.kwargs.items() if key in named}
+    return rule(*node.args[1:], **options)
+
+
+def _assigning(written: Callable[..., Any]) -> Callable[..., Any]:
+    """An augmented assignment: as `torch.fx` has it a new value, which remembers how it was written."""
+
+    def assign(self: StructuredProxy, other: Any) -> Any:
+        result = IN_PLACE[written](self, other)
+        if isinstance(result, fx.Proxy):
+            result.node.meta[WRITTEN] = written
+        return result
+
+    return assign
+
+
+for _written in AUGMENTED:
+    setattr(StructuredProxy, f"__{_written.__name__}__", _assigning(_written))
+
+
+class StructureTracer(fx.Tracer):
+    """Trace a module to a functional graph.
+
+    In-place operations become their functional forms, and what the program reads from an overwritten value
+    afterwards reads the new value, so that the graph computes what the module computes with no value overwritten.
+
+    Parameters
+    ----------
+    opaque : collection of str
+        Dotted paths, relative to the root, that stay one node because their inside cannot be traced.
+
+    Attributes
+    ----------
+    culprit : str or None
+        Path of the innermost module whose forward raised while it was traced; "" is the root.
+    owners : dict
+        By node name, the module whose forward made it.
+    called : dict
+        Paths of all modules that were traced into, in order.
+    """
+
+    def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.culprit: str | None = None
+        self.owners: dict[str, str] = {}
+        self.called: dict[str, None] = {}
+        self._active = [""]
+        self._overwritten: dict[fx.Node, fx.Node] = {}
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace to the end, whatever is pressed meanwhile."""
+        with uninterrupted():
+            return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one node: opaque, in `LEAVES`, or a layer of torch.nn itself."""
+        if module_qualified_name in self.opaque or any(name in LEAVES for name in class_names(m)):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace a module call and note which module a failure came from."""
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.called[path] = None
+        self._active.append(path)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.culprit = path if self.culprit is None else self.culprit
+            raise
+        finally:
+            self._active.pop()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Wrap a node."""
+        return StructuredProxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over a value whose length is a constant of the program."""
+        length = static_length(obj.node)
+        return super().iter(obj) if length is None else iter([operator.getitem(obj, i) for i in range(length)])
+
+    def create_arg(self, a: Any) -> Any:
+        """Turn an argument into graph form; an OrderedDict stays one."""
+        if isinstance(a, OrderedDict) and type(a) is OrderedDict:
+            return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
+        if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
+            raise fx.proxy.TraceError(f"a {type(a).__name__} is built inside the module")
+        return super().create_arg(a)
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        """Add a node in functional form."""
+        args = fx.map_arg(args, lambda node: self._current(node))
+        kwargs = fx.map_arg(kwargs, lambda node: self._current(node))
+        overwrites = kind != "placeholder" and self._is_in_place(kind, target, args, kwargs)
+        written = target
+        if overwrites:
+            target, args, kwargs = functional_form(kind, target, args, kwargs)
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind == "call_function" and written in IN_PLACE:
+            node.meta[WRITTEN] = written
+        self.owners[node.name] = self._active[-1]
+        overwritten = args[0] if args else kwargs.get("input")
+        if overwrites and isinstance(overwritten, fx.Node):
+            self._overwritten[overwritten] = node
+        return node
+
+    def _current(self, node: fx.Node) -> fx.Node:
+        while node in self._overwritten:
+            node = self._overwritten[node]
+        return node
+
+    def _is_in_place(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if kind == "call_module":
+            return bool(getattr(self.root.get_submodule(target), "inplace", False)) and target not in self.opaque
+        return is_in_place(kind, target, args, kwargs)
+
+
+def is_in_place(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a function or a method overwrites its first argument."""
+    if kind == "call_method":
+        return str(target).endswith("_") and not str(target).endswith("__")
+    return kind == "call_function" and (target in IN_PLACE or _flag(target, args, kwargs) is not None)
+
+
+def functional_form(
+    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Target and arguments that compute the same into a new tensor."""
+    if kind == "call_method":
+        functional = str(target).rstrip("_")
+        if not hasattr(torch.Tensor, functional):
+            raise fx.proxy.TraceError(f"Tensor.{target} overwrites a value and has no functional form")
+        return functional, args, kwargs
+    if kind == "call_function":
+        flag = _flag(target, args, kwargs)
+        if isinstance(flag, int):
+            args = (*args[:flag], False, *args[flag + 1 :])
+        kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+        return IN_PLACE.get(target, target), args, kwargs
+    return target, args, kwargs
+
+
+def _flag(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Where a call says ``inplace=True``: the position or the name of the argument."""
+    if kwargs.get("inplace") is True:
+        return "inplace"
+    if not any(value is True for value in args):
+        return None
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a built-in function says nothing of its arguments, and has no such flag
+        return None
+    position = names.index("inplace") if "inplace" in names else len(args)
+    return position if position < len(args) and args[position] is True else None

@@ -1,0 +1,85 @@
+"""From a captured model to candidates: a row a region, a row a node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from fxprune.attribution.criteria import absolute_weights
+from fxprune.attribution.recorder import Record
+from fxprune.errors import LossError, NoRegionError, SettingError
+from fxprune.graph.fx_utils import dotted, operation_name
+from fxprune.graph.interpreters import Graphs, NodeName
+from fxprune.graph.records import Captured, Region, Rejection
+from fxprune.planning.plan import Candidate, NodeRecord
+from fxprune.profiling.flops_params import ParameterGroup
+from fxprune.profiling.latency import Latency
+from fxprune.runtime.text import first_few
+
+
+def candidates(
+    regions: Sequence[Region],
+    scores: dict[str, float],
+    flops: dict[NodeName, float],
+    groups: Sequence[ParameterGroup],
+    latency: Latency,
+) -> tuple[tuple[Candidate, ...], list[Rejection]]:
+    """Join regions with scores and costs; those without a score are refused, never taken for unimportant."""
+    wrong = next((region.name for region in regions if not abs(scores.get(region.name, 0.0)) < float("inf")), None)
+    if wrong is not None:
+        raise SettingError(f"the criterion gave {scores[wrong]} for region {wrong!r}; scores must be finite numbers")
+    scored = [region for region in regions if region.name in scores]
+    reason = "no gradient reached it on any calibration batch, so its importance is not known"
+    refused = [Rejection(region.name, reason) for region in regions if region.name not in scores]
+    if not scored:
+        raise LossError("no region received a gradient: the loss does not depend on what could be removed")
+    members = {region.name: {(region.island, node) for node in region.nodes} for region in scored}
+    rows = [
+        Candidate(
+            **region.__dict__,
+            score=scores[region.name],
+            flops=sum(flops.get(key, 0.0) for key in members[region.name]),
+            params=sum(group.params for group in groups if members[region.name].issuperset(group.readers)),
+            block=not any(members[region.name] < other for other in members.values()),
+            latency_ms=latency.regions_ms.get(region.name),
+        )
+        for region in scored
+    ]
+    return tuple(rows), refused
+
+
+def node_records(graphs: Graphs, record: Record, flops: dict[NodeName, float]) -> Iterator[NodeRecord]:
+    """Say of every node what it is and what was found of it."""
+    for island, gm in graphs:
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                continue
+            key, called = (island, node.name), node.op == "call_module"
+            yield NodeRecord(
+                name=dotted(island, str(node.target) if called else node.name),
+                island=island,
+                node=node.name,
+                op=operation_name(gm, node),
+                reads=tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
+                shape=record.shapes.get(key),
+                grad_act=record.nodes.get(key),
+                l1=(absolute_weights([gm.get_submodule(str(node.target))]) or None) if called else None,
+                flops=flops.get(key, 0.0),
+            )
+
+
+def without_cost(captured: Captured, flops: dict[tuple[str, str], float]) -> Captured:
+    """Take out the regions that do no work at inference. Raises `NoRegionError` if none is left."""
+    idle = [r for r in captured.regions if not sum(flops.get((r.island, node), 0.0) for node in r.nodes)]
+    reason = "it does no floating point work at inference on the first calibration batch"
+    rejections = [*captured.rejections, *(Rejection(region.name, reason) for region in idle)]
+    regions = [region for region in captured.regions if region not in idle]
+    if not regions:
+        raise _no_region(captured.model, rejections)
+    return Captured(captured.model, captured.islands, regions, rejections)
+
+
+def _no_region(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionError:
+    rows = first_few([f"\n  {rejection.name}: {rejection.reason}" for rejection in rejections], most=20, separator="")
+    return NoRegionError(f"nothing in {type(model).__name__} can be removed:{rows}")

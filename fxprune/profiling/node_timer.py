@@ -1,0 +1,120 @@
+"""Milliseconds of single nodes: an interpreter runs the graphs and notes when each node begins and ends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.graph.interpreters import Graphs, NodeName, interpreted
+from fxprune.graph.operators import in_place_functions
+from fxprune.profiling.interleaved_timing import stopwatch
+
+
+@dataclass
+class NodeTimes:
+    """Milliseconds of one run under the interpreter.
+
+    Attributes
+    ----------
+    nodes_ms : dict
+        Of each node, all its calls together.
+    outermost_ms : float
+        Of all nodes, without those inside of another graph's node.
+    graphs_ms : float
+        Of the outermost graphs, the interpreter's own work included.
+    """
+
+    nodes_ms: dict[NodeName, float] = field(default_factory=lambda: defaultdict(float))
+    outermost_ms: float = 0.0
+    graphs_ms: float = 0.0
+
+    def share(self, nodes: Iterable[NodeName]) -> float:
+        """Share of some nodes in what all take."""
+        own = sum(self.nodes_ms.get(node, 0.0) for node in nodes)
+        return own / self.outermost_ms if self.outermost_ms else 0.0
+
+
+class NodeTimer:
+    """Runs a model whose graphs are in place, and notes when each node (None: each graph) begins and ends.
+
+    Attributes
+    ----------
+    runs : list of list
+        The notes of every run.
+    """
+
+    def __init__(self, graphs: Graphs, device: torch.device | None, clock: Callable[[], float]) -> None:
+        self.moment, self.between = stopwatch(device, clock)
+        self.graphs = graphs
+        self.interpreters = {name: _TimingInterpreter(gm, name, self) for name, gm in graphs}
+        self.depth = 0
+        self.runs: list[list[tuple[str, str | None, int, Any, Any]]] = []
+
+    def run(self, call: Callable[[], Any]) -> None:
+        """Run the model once."""
+        self.runs.append([])
+        with interpreted(self.graphs, lambda name, gm: self.interpreters[name]):
+            call()
+
+    def note(self, island: str, node: str | None, begin: Any) -> None:
+        """Note that something ends now."""
+        self.runs[-1].append((island, node, self.depth, begin, self.moment()))
+
+    def times(self) -> list[NodeTimes]:
+        """Add up the notes of every run."""
+        found = []
+        for run in self.runs:
+            found.append(times := NodeTimes())
+            for island, node, depth, begin, end in run:
+                milliseconds = self.between(begin, end)
+                if node is not None:
+                    times.nodes_ms[island, node] += milliseconds
+                    times.outermost_ms += milliseconds if depth == 1 else 0.0
+                elif depth == 0:
+                    times.graphs_ms += milliseconds
+        return found
+
+
+class _TimingInterpreter(fx.Interpreter):
+    """Times calls alone: no other way of running a graph looks arguments up as an interpreter does.
+
+    Functions overwrite what those of the program do, unless something else reads it.
+    """
+
+    def __init__(self, gm: fx.GraphModule, island: str, timer: NodeTimer) -> None:
+        super().__init__(gm)
+        self.island, self.timer, self.current = island, timer, ""
+        self.written = {node.name: written for node, written in in_place_functions(gm)}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        begin = self.timer.moment()
+        self.timer.depth += 1
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self.timer.depth -= 1
+            self.timer.note(self.island, None, begin)
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.current = n.name
+        return super().run_node(n)
+
+    def call_module(self, *args: Any) -> Any:
+        return self._timed(super().call_module, args)
+
+    def call_function(self, target: Any, *args: Any) -> Any:
+        return self._timed(super().call_function, (self.written.get(self.current, target), *args))
+
+    def call_method(self, *args: Any) -> Any:
+        return self._timed(super().call_method, args)
+
+    def _timed(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        node, begin = self.current, self.timer.moment()
+        value = run(*args)
+        self.timer.note(self.island, node, begin)
+        return value

@@ -1,0 +1,167 @@
+"""What was removed, what stayed and why, before and after: as a value that prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from torch import nn
+
+from fxprune.adapters.registry import network_of
+from fxprune.graph.records import Rejection
+from fxprune.planning.plan import Candidate, Plan, Totals
+from fxprune.reporting.history_tables import Step, steps_of
+from fxprune.reporting.html import html
+from fxprune.reporting.sections import describe
+from fxprune.reporting.table_model import Section, change
+from fxprune.reporting.text import markdown, terminal
+from fxprune.rewriting.history import SPARED, plans_carried_out
+
+
+@dataclass(frozen=True)
+class Report:
+    """What fxprune did to a model, or would do.
+
+    It prints as tables in the terminal's width, and shows itself in a notebook.
+
+    Attributes
+    ----------
+    plans : tuple of Plan
+        What was carried out, oldest first.
+    applied : bool
+        Whether it was; False for the report of a plan.
+    spared : mapping of str to float
+        ``flops`` and ``params`` that layers save which became narrower since they read one tensor twice.
+
+    Examples
+    --------
+    >>> report = fxprune.report(pruned)                            # doctest: +SKIP
+    >>> print(report)                                              # doctest: +SKIP
+    >>> Path("report.md").write_text(report.to_markdown())         # doctest: +SKIP
+    >>> [region.name for region in report.regions if region.removed]  # doctest: +SKIP
+    ['backbone.body.layer3.4']
+    """
+
+    plans: tuple[Plan, ...]
+    applied: bool = True
+    spared: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def before(self) -> Totals:
+        """FLOPs per calibration image, parameters and blocks of the model as first given."""
+        return self.plans[0].before
+
+    @property
+    def after(self) -> Totals:
+        """The same of the model as it is now."""
+        return self.steps[-1].after
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What went one after the other, what the model cost then, and how much its loss had grown."""
+        *others, last = steps_of(self.plans)
+        less = {name: getattr(last.after, name) - count for name, count in self.spared.items()}
+        return (*others, replace(last, after=replace(last.after, **less)))
+
+    @property
+    def regions(self) -> tuple[Candidate, ...]:
+        """Every candidate by ascending score, with `removed`; scores of several prunings do not compare."""
+        *earlier, last = self.plans
+        regions = [*last.regions, *(region for plan in earlier for region in plan.removed)]
+        return tuple(sorted(regions, key=lambda region: region.score))
+
+    @property
+    def removed(self) -> tuple[Candidate, ...]:
+        """The regions that went."""
+        return tuple(region for region in self.regions if region.removed)
+
+    @property
+    def rejections(self) -> tuple[Rejection, ...]:
+        """What could not go, and why."""
+        return self.plans[-1].rejections
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Criterion, images, targets, seed, versions, `budget` and `cost` of the last pruning.
+
+        Also `prunings`, how many there were, and, if there was more than one, `earlier`: the settings of the others,
+        each with the names of what it `removed`.
+        """
+        *others, last = self.plans
+        earlier = [{**_settings(plan), "removed": [region.name for region in plan.removed]} for plan in others]
+        return {**_settings(last), "prunings": len(self.plans), **({"earlier": earlier} if earlier else {})}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, ready for JSON."""
+        data = {
+            "applied": self.applied,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "steps": [asdict(step) for step in self.steps],
+            "regions": [asdict(region) for region in self.regions],
+            "rejections": [asdict(rejection) for rejection in self.rejections],
+            "settings": self.settings,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(data))
+        return plain
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown, for a model card or a pull request."""
+        return markdown(self._sections())
+
+    def __repr__(self) -> str:
+        flops = change(self.before.flops, self.after.flops)
+        return f"<Report: {len(self.removed)} of {len(self.regions)} candidates, {flops} FLOPs; print it to see more>"
+
+    def __str__(self) -> str:
+        width = shutil.get_terminal_size((100, 24)).columns
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console.print(self)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from terminal(self._sections(), options.max_width)
+
+    def _repr_html_(self) -> str:
+        return html(self._sections())
+
+    def _sections(self) -> tuple[Section, ...]:
+        return describe(self.plans, self.applied, self.before, self.after)
+
+
+def report(pruned: nn.Module | Plan) -> Report:
+    """Say what was removed from a model, or what a plan would remove.
+
+    Parameters
+    ----------
+    pruned : Module or Plan
+        What `fxprune.compile` or `fxprune.apply` returned; if it was pruned more than once, the report adds up. Or a
+        plan that was not carried out.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    ModelError
+        If the model was not pruned by fxprune.
+
+    Examples
+    --------
+    >>> print(fxprune.report(pruned))                              # doctest: +SKIP
+    >>> print(fxprune.report(analysis.plan(budget=0.2)))           # doctest: +SKIP
+    """
+    if isinstance(pruned, Plan):
+        return Report((pruned,), applied=False)
+    return Report(plans_carried_out(pruned), spared=getattr(network_of(pruned), SPARED, {}))
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    return {**plan.settings, "budget": plan.budget, "cost": plan.cost}

@@ -1,0 +1,182 @@
+"""What a report says, as sections of rows: the terminal, Markdown and HTML draw these and say nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from fxprune.graph.records import Rejection
+from fxprune.planning.analysis import conflicts
+from fxprune.planning.plan import Candidate, Plan, Totals
+from fxprune.reporting.history_tables import healed, making, step_by_step, timed_on
+from fxprune.reporting.importance_scale import Scale, scale_of
+from fxprune.reporting.table_model import (
+    MOST_NAMES,
+    Column,
+    Row,
+    Section,
+    change,
+    counted,
+    milliseconds,
+    quantity,
+    share_of,
+)
+from fxprune.runtime.text import first_few
+
+MOST = 40
+"""Blocks in a chart, unless more than these were removed."""
+REMOVED, RIVAL = "✂", "~"
+
+# What differs between two reasons of one kind.
+DETAILS = {
+    r"^it turns \S+ into \S+,": "it changes the shape,",
+    r"^it could become '.*', but what lies between is also read by .*": (
+        "it could become an earlier value, but what lies between is also read elsewhere"
+    ),
+}
+
+
+def describe(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals) -> tuple[Section, ...]:
+    """Say everything of one or more prunings.
+
+    Parameters
+    ----------
+    plans : sequence of Plan
+        Oldest first.
+    applied : bool
+        Whether they were carried out.
+    before, after : Totals
+        The model before the first, and after the last.
+
+    Returns
+    -------
+    tuple of Section
+
+    Examples
+    --------
+    >>> [section.title for section in describe([plan], False, plan.before, plan.after)]  # doctest: +SKIP
+    """
+    last = plans[-1]
+    gone = sum(len(plan.removed) for plan in plans)
+    candidates = len(last.regions) + gone - len(last.removed)
+    title = f"{'fxprune removed' if applied else 'This plan removes'} {gone} of {candidates} candidates"
+    steps = f" in {len(plans)} steps" if len(plans) > 1 else ""
+    sections = (
+        _costs(title + steps, before, after, plans),
+        step_by_step(plans, after) if len(plans) > 1 else None,
+        healed(plans) if applied else None,
+        _chart(last, before, f" before step {len(plans)}" if len(plans) > 1 else ""),
+        _refused(last.rejections) if last.rejections else None,
+        making(plans),
+    )
+    return tuple(section for section in sections if section)
+
+
+def _costs(title: str, before: Totals, after: Totals, plans: Sequence[Plan]) -> Section:
+    columns = (Column("", "words"), *(Column(name, "number") for name in ("before", "after", "change")))
+    rows = [
+        ("FLOPs per image", quantity(before.flops), quantity(after.flops), change(before.flops, after.flops)),
+        ("parameters", quantity(before.params), quantity(after.params), change(before.params, after.params)),
+        ("blocks", str(before.blocks), str(after.blocks), f"{after.blocks - before.blocks:d}".replace("-", "−")),
+    ]
+    first, last = before.latency_ms, after.latency_ms
+    if first is not None and last is not None and len({repr(timed_on(plan)) for plan in plans}) == 1:
+        name = f"latency (ms, {timed_on(plans[-1]).get('backend')}, predicted)"
+        rows.append((name, milliseconds(first), milliseconds(last), change(first, last)))
+    return Section(title, columns, tuple(Row(cells) for cells in rows))
+
+
+def _chart(plan: Plan, whole: Totals, when: str) -> Section:
+    scale = scale_of(region.score for region in plan.regions)
+    columns: tuple[Column, ...] = (
+        Column("", "mark"),
+        Column("block", "name"),
+        Column("importance", "bar", scale.ends),
+        Column("score", "number"),
+        Column("FLOPs", "number"),
+        Column("params", "number"),
+    )
+    timed = any(region.latency_ms is not None for region in plan.regions)
+    if timed:
+        columns = (*columns, Column("ms", "number"))
+    marks = _marks(plan.regions)
+    shown: list[Row] = []
+    hidden: list[Row] = []
+    blocks, room = 0, MOST - len(plan.removed)
+    for index in sorted(range(len(marks)), key=lambda index: plan.regions[index].score):
+        region = plan.regions[index]
+        fits = region.block and not region.removed and room > 0
+        room -= fits
+        rows = shown if fits or region.removed else hidden
+        blocks += region.block and rows is hidden
+        rows.append(_row(region, marks[index], scale, whole, timed))
+    title = f"Importance by {plan.settings.get('criterion')}{when}, least first"
+    more = _hidden(columns, hidden, blocks, len(marks))
+    return Section(title, columns, tuple(shown), tuple(_legend(plan, scale, shown)), more)
+
+
+def _marks(regions: tuple[Candidate, ...]) -> list[str]:
+    """Mark what goes, and what cannot go with it."""
+    gone = {index for index, region in enumerate(regions) if region.removed}
+    rivals = {index for some in conflicts(regions) if some & gone for index in some}
+    return [REMOVED if index in gone else RIVAL if index in rivals else "" for index in range(len(regions))]
+
+
+def _row(region: Candidate, mark: str, scale: Scale, whole: Totals, timed: bool = False) -> Row:
+    name = f"{region.name} (drop)" if region.kind == "drop" else region.name
+    share, params = share_of(region.flops, whole.flops), quantity(region.params)
+    latency = (milliseconds(region.latency_ms or 0.0),) if timed else ()
+    score = scale.write(region.score)
+    return Row((mark, name, scale.bar(region.score), score, share, params, *latency), region.removed)
+
+
+def _legend(plan: Plan, scale: Scale, rows: Sequence[Row]) -> Iterator[str]:
+    choice = "of all choices that meet the budget, the one with the least summed importance."
+    tried = plan.settings.get("tried", 1)
+    if tried != 1:
+        best = "that finds most of what was found" if "agreement" in plan.settings else "whose loss grew least"
+        choice = f"of {tried} plans that meet the budget, proposed by importance, the one {best}."
+    yield f"{REMOVED} goes: {choice}"
+    if any(row.cells[0] == RIVAL for row in rows):
+        yield f"{RIVAL} overlaps with one that goes; only one of them can."
+    if any(str(row.cells[1]).endswith(" (drop)") for row in rows):
+        yield "(drop): the sum that it feeds keeps the other operand."
+    yield scale.words
+
+
+def _hidden(columns: tuple[Column, ...], rows: Sequence[Row], blocks: int, every: int) -> Section | None:
+    inside = len(rows) - blocks
+    parts = [f"{counted(inside, 'candidate')} inside of blocks"] if inside else []
+    parts += [counted(blocks, "more important block")] if blocks else []
+    if not parts:
+        return None
+    return Section(f"Not shown: {' and '.join(parts)}. All {every}: report.regions", columns, tuple(rows))
+
+
+def _refused(rejections: Sequence[Rejection]) -> Section:
+    groups: dict[str, list[Rejection]] = {}
+    for rejection in rejections:
+        groups.setdefault(_kind_of(rejection.reason), []).append(rejection)
+    rows = [
+        Row(
+            (
+                str(len(some)),
+                kind if len(some) > 1 else some[0].reason,
+                first_few([one.name for one in some], MOST_NAMES),
+            )
+        )
+        for kind, some in groups.items()
+    ]
+    columns = (Column("", "number"), Column("why", "words"), Column("layers", "words"))
+    each = Section(
+        f"Each of the {len(rejections)} with its reason: report.rejections",
+        (Column("layer", "name"), Column("why", "words")),
+        tuple(Row((rejection.name, rejection.reason)) for rejection in rejections),
+    )
+    return Section("Cannot go", columns, tuple(rows), more=each if len(groups) < len(rejections) else None)
+
+
+def _kind_of(reason: str) -> str:
+    for pattern, kind in DETAILS.items():
+        reason = re.sub(pattern, kind, reason)
+    return reason

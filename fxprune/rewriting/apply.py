@@ -1,0 +1,150 @@
+"""`apply` a plan: take its regions out of a copy of the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torchvision
+from torch import fx, nn
+
+from fxprune.adapters.registry import like_the_model, network_of
+from fxprune.errors import FxpruneWarning, PlanError
+from fxprune.graph.capture import install, trace_island
+from fxprune.graph.channels import channels_of
+from fxprune.graph.fx_utils import dotted, fingerprint
+from fxprune.passes.bypass import bypass_regions
+from fxprune.passes.concat import NARROWED
+from fxprune.passes.pipeline import clean_up
+from fxprune.planning.plan import Candidate, IslandRecord, Plan
+from fxprune.rewriting.history import alterations, plans_of, remember, spared
+from fxprune.rewriting.verification import verify_graph, verify_weights
+from fxprune.runtime.private_copy import private_copy
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Carry out a plan on a copy of a model.
+
+    Parameters
+    ----------
+    model : Module
+        The model the plan was made for, or one of the same structure with other weights. It is not changed.
+    plan : Plan
+        From `Analysis.plan` or `Plan.load`.
+
+    Returns
+    -------
+    Module
+        The same kind of model, its mode, device and dtype kept, the plan's regions gone from its graphs, its
+        parameters and its `state_dict`. A model that is one graph as a whole comes back as a `GraphModule`. A
+        convolution that would read one tensor twice reads it once, the weights of both added up.
+
+    Raises
+    ------
+    PlanError
+        If the plan was made for another structure; names the part that does not fit.
+
+    Warns
+    -----
+    FxpruneWarning
+        If a module that the rewrite dissolves carries hooks; names it.
+
+    Examples
+    --------
+    >>> pruned = fxprune.apply(model, analysis.plan(0.1))          # doctest: +SKIP
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"expected a Plan, got {type(plan).__name__}; read a file with Plan.load(path)")
+    unlisted = {region.island for region in plan.removed} - {island.name for island in plan.islands}
+    if unlisted:
+        raise PlanError(f"the plan removes regions of {sorted(unlisted)} but does not list these among its islands")
+    network = network_of(model)
+    with torch.inference_mode(False):
+        shell = nn.Module()
+        shell.add_module("root", private_copy(network, keep_precision=True))
+        narrowed: dict[str, tuple[int, ...]] = {}
+        for record in plan.islands:
+            narrowed |= _rewrite(shell, record, plan)
+        pruned = shell.get_submodule("root")
+    verify_weights(network, pruned, plan, narrowed)
+    saved = spared({node.name: node.flops for node in plan.nodes}, network.state_dict(), narrowed)
+    unhealed = {key: value for key, value in plan.settings.items() if key != "heal"}
+    plans = [*plans_of(network), replace(plan, settings=unhealed).to_dict()]
+    remember(pruned, plans, alterations(network), saved)
+    return like_the_model(model, pruned)
+
+
+def traced_island(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.GraphModule:
+    """Trace one island of a plan in a model and hold it to its fingerprint.
+
+    Raises
+    ------
+    PlanError
+        If the model has no such part, or one of another structure.
+    """
+    where = f"island {record.name or '<model>'!r}"
+    try:
+        module = model.get_submodule(record.name)
+    except AttributeError:
+        raise PlanError(f"the plan needs {where}, which this model does not have") from None
+    traced = trace_island(module, frozenset(record.opaque), exactly=True)
+    found = None if traced is None else fingerprint(traced[0])
+    if traced is None or found != record.fingerprint:
+        raise PlanError(
+            f"{where} of this model has fingerprint {found}, the plan was made for {record.fingerprint}:"
+            f" the structure differs{_other_versions(plan)}; analyze this model and make a new plan"
+        )
+    return traced[0]
+
+
+def _other_versions(plan: Plan) -> str:
+    """Say which libraries have another version than when the plan was made, for their models may be others too."""
+    made = plan.settings.get("versions")
+    known = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    known = {name: version.partition("+")[0] for name, version in known.items()}
+    then = {name: str(made[name]).partition("+")[0] for name in known if isinstance(made, Mapping) and name in made}
+    others = [f"{name} {then[name]}, here is {known[name]}" for name in then if then[name] != known[name]]
+    return f" (it was made with {' and '.join(others)})" if others else ""
+
+
+def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Take the plan's regions out of one island of a model, and what is spare then; give the weights' new shapes."""
+    path = ".".join(filter(None, ("root", record.name)))
+    gm = traced_island(shell.get_submodule("root"), record, plan)
+    _warn_of_hooks(record.name, shell.get_submodule(path), gm)
+    removed = [region for region in plan.removed if region.island == record.name]
+    _check_nodes(removed, gm)
+    arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    channels = channels_of(gm)
+    bypass_regions(gm, {region.exit: region.stand_in for region in removed})
+    clean_up(gm, channels, shell)
+    verify_graph(record.name, arguments, gm, {node for region in removed for node in region.nodes})
+    install(shell, path, gm, functional=False)
+    return {dotted(record.name, key): shape for key, shape in gm.meta[NARROWED].items()}
+
+
+def _check_nodes(removed: list[Candidate], gm: fx.GraphModule) -> None:
+    """Refuse a plan whose regions do not name values of the graph, each stand-in before its exit."""
+    order = {node.name: index for index, node in enumerate(gm.graph.nodes)}
+    for region in removed:
+        for name in (region.exit, region.stand_in):
+            if name not in order:
+                raise PlanError(f"region {region.name!r} names {name!r}, which is no node of its island's graph")
+        if order[region.stand_in] >= order[region.exit]:
+            raise PlanError(f"region {region.name!r} reads {region.stand_in!r}, which comes after {region.exit!r}")
+
+
+def _warn_of_hooks(island: str, module: nn.Module, gm: fx.GraphModule) -> None:
+    called = tuple(f"{node.target}." for node in gm.graph.nodes if node.op == "call_module")
+    for name, part in module.named_modules():
+        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        if any(hooks) and not f"{name}.".startswith(called):
+            shown = ".".join(filter(None, (island, name))) or "the model itself"
+            warnings.warn(
+                f"{shown} carries hooks; it becomes part of a graph and they are gone in the pruned model."
+                " Register them on the result, or on a layer that stays",
+                FxpruneWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,80 @@
+"""Batch norms folded into the convolutions before them, for inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.adapters.registry import like_the_model, network_of
+from fxprune.errors import ModelError
+from fxprune.graph.channels import opened
+from fxprune.graph.fx_utils import structure_of
+from fxprune.graph.tracer import StructureTracer
+from fxprune.passes.fold_batchnorm import absorb_norms, absorbable, absorbed
+from fxprune.runtime.private_copy import private_copy
+
+FUSED = "forward_fuse"
+"""Method by which a leaf module says how it runs without its norm."""
+
+
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Fold batch norms into the convolutions before them, in a copy for inference.
+
+    Works on the graphs of a pruned model, on any other `torch.fx.GraphModule`, and on modules with a fused forward of
+    their own (ultralytics' ``Conv``). What lies outside of these, such as parts of a detector in which nothing was
+    removed, keeps its norms. So does a convolution that is called twice or that anything else reads.
+
+    Parameters
+    ----------
+    model : Module
+        What `fxprune.compile`, `fxprune.apply` or `torch.fx.symbolic_trace` returned. It is not changed.
+
+    Returns
+    -------
+    Module
+        The same kind of model, in eval mode; its outputs are the same but for rounding. Training it no longer
+        updates any statistics. Save the model before, `fxprune.save` takes none that was folded.
+
+    Raises
+    ------
+    ModelError
+        If there is no graph to fold norms in.
+
+    Examples
+    --------
+    >>> served = fxprune.fold_norms(pruned)                        # doctest: +SKIP
+    """
+    network = network_of(model)
+    twin = private_copy(network, keep_precision=True).eval()
+    graphs = [module for module in twin.modules() if isinstance(module, fx.GraphModule)]
+    folded = [_fold_inside(module) for module in list(twin.modules())]
+    if not graphs and not any(folded):
+        raise ModelError(
+            f"{type(network).__name__} holds no graph to fold norms in; give a pruned model, or torch.fx.symbolic_trace"
+            " of one"
+        )
+    for gm in graphs:
+        absorb_norms(gm)
+    return like_the_model(model, twin)
+
+
+def _fold_inside(layer: nn.Module) -> bool:
+    """Fold the one norm in a leaf module that can run without it; say whether there was one."""
+    inside = opened(layer) if hasattr(layer, FUSED) else None
+    pairs = [] if inside is None else list(absorbable(inside))
+    if inside is None or len(pairs) != 1:
+        return False
+    ((convolution, norm),) = ((str(node.target) for node in pair) for pair in pairs)
+    both = absorbed(inside.get_submodule(convolution), inside.get_submodule(norm))
+    absorb_norms(inside)
+    tracer = StructureTracer()
+    tracer.traced_func_name = FUSED
+    if structure_of(tracer.trace(layer)) != structure_of(inside.graph):
+        return False
+    layer.set_submodule(convolution, both)
+    owner, _, name = norm.rpartition(".")
+    delattr(layer.get_submodule(owner), name)
+    fused: Any = getattr(layer, FUSED)
+    layer.forward = fused
+    return True

@@ -1,0 +1,134 @@
+"""What a pruned network remembers: the plans applied to it, what it is made of, what narrower layers save."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxprune.adapters.registry import network_of
+from fxprune.errors import ModelError
+from fxprune.graph.fx_utils import is_within, structure_of
+from fxprune.planning.plan import Plan
+
+PLANS = "fxprune_plans"
+"""Attribute of a pruned network: the plans applied to it, oldest first, as plain data."""
+LAYOUT = "fxprune_layout"
+"""Attribute of a pruned network: what it was made of when its last plan had been carried out, as plain data."""
+SPARED = "fxprune_spared"
+"""Attribute of a pruned network: what narrower layers save on top of its last plan, by cost."""
+
+
+def plans_of(network: nn.Module) -> list[dict[str, Any]]:
+    """Plans that were applied to a network, oldest first, as plain data; empty if none was."""
+    return list(getattr(network, PLANS, ()))
+
+
+def plans_carried_out(model: nn.Module) -> tuple[Plan, ...]:
+    """Plans that were applied to a model, oldest first.
+
+    Raises
+    ------
+    ModelError
+        If none was.
+    """
+    plans = tuple(Plan.from_dict(data) for data in plans_of(network_of(model)))
+    if not plans:
+        raise ModelError(
+            f"{type(model).__name__} carries no fxprune plan: it was not pruned, or rebuilt since; give what"
+            " fxprune.analyze, Analysis.plan or fxprune.compile returned"
+        )
+    return plans
+
+
+def alterations(network: nn.Module) -> list[str]:
+    """Say what was changed in a pruned network's structure behind its plans' back; empty if nothing is known of it."""
+    layout = getattr(network, LAYOUT, None)
+    return [] if layout is None else [*layout["altered"], *differences(layout["parts"], network)]
+
+
+def remember(
+    network: nn.Module, plans: list[dict[str, Any]], altered: list[str], saved: dict[str, Any] | None = None
+) -> None:
+    """Leave notes on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
+    saved = getattr(network, SPARED, {}) if saved is None else saved
+    notes = {PLANS: plans, LAYOUT: {"parts": inventory(network), "altered": altered}, SPARED: saved}
+    for name, value in notes.items():
+        setattr(network, name, value)
+    if isinstance(network, fx.GraphModule):
+        network.meta["_user_preserved_attributes"] = {**network.meta.get("_user_preserved_attributes", {}), **notes}
+
+
+_TENSOR = "a tensor"
+
+
+def inventory(network: nn.Module) -> dict[str, str]:
+    """Say what a network is made of: its modules by path, the shapes of its state by key, in words.
+
+    A graph counts with what it does. Batch norms of all kinds count as one: `SyncBatchNorm` computes the same.
+
+    Examples
+    --------
+    >>> inventory(nn.Linear(2, 3))
+    {'': 'a Linear', 'weight': 'a tensor (3, 2)', 'bias': 'a tensor (3,)'}
+    """
+    found = {path: _describe(module) for path, module in network.named_modules(remove_duplicate=False)}
+    for key, value in network.state_dict().items():
+        found[key] = f"{_TENSOR} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{_TENSOR} of no shape"
+    return found
+
+
+def differences(before: Mapping[str, str], network: nn.Module) -> list[str]:
+    """Say, part by part, what is no longer as an earlier inventory has it; empty if all is.
+
+    A module that came or went shows in its tensors; if it has none (a loss), it does not matter.
+    """
+    now, lines = inventory(network), []
+    for name in {**before, **now}:
+        was, new = before.get(name), now.get(name)
+        if was == new or (None in (was, new) and not str(was or new).startswith(_TENSOR)):
+            continue
+        lines.append(f"{name!r} is new" if was is None else f"{name!r} was {was} and is {new or 'gone'}")
+    return lines
+
+
+def _describe(module: nn.Module) -> str:
+    if isinstance(module, fx.GraphModule):
+        return f"the graph {hashlib.sha256(repr(structure_of(module.graph)).encode()).hexdigest()[:8]}"
+    kind = _BatchNorm if isinstance(module, _BatchNorm) else type(module)
+    return f"a {kind.__qualname__}"
+
+
+def spared(
+    flops: Mapping[str, float], before: Mapping[str, Tensor], narrowed: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Count what narrower layers save.
+
+    Parameters
+    ----------
+    flops : mapping of str to float
+        By path, operations of each layer as it was.
+    before : mapping of str to Tensor
+        Weights as they were, by path.
+    narrowed : mapping of str to tuple of int
+        Shapes since, of those that became narrower.
+
+    Returns
+    -------
+    dict
+        ``flops`` and ``params``.
+
+    Examples
+    --------
+    >>> spared({"conv": 200.0}, {"conv.weight": torch.ones(4, 5)}, {"conv.weight": (4, 3)})
+    {'flops': 80.0, 'params': 8}
+    """
+    saved = {key: before[key].numel() - math.prod(shape) for key, shape in narrowed.items()}
+    layers = {key: max((path for path in flops if is_within(key, path)), key=len, default="") for key in saved}
+    shares = {key: saved[key] / before[key].numel() for key in saved}
+    return {"flops": sum(flops.get(layers[key], 0.0) * shares[key] for key in saved), "params": sum(saved.values())}

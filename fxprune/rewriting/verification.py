@@ -1,0 +1,66 @@
+"""Checks of a rewritten model: its graphs, and the weights that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx, nn
+
+from fxprune.errors import PlanError
+from fxprune.planning.plan import Plan
+from fxprune.runtime.text import first_few
+
+
+def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str]) -> None:
+    """Check one rewritten graph: well-formed, called as before, and nothing left of what should have gone.
+
+    Parameters
+    ----------
+    name : str
+        Path of the island, for the message.
+    before : list of str
+        Placeholder names of the graph before the rewrite.
+    gm : GraphModule
+        The graph after it.
+    gone : set of str
+        Nodes that the plan removes.
+
+    Raises
+    ------
+    PlanError
+        If a check fails: the plan does not describe regions of this graph.
+    """
+    gm.graph.lint()
+    left = sorted(gone & {node.name for node in gm.graph.nodes})
+    if left:
+        raise PlanError(
+            f"island {name or '<model>'!r}: {first_few(left)} should be gone but something still reads them"
+        )
+    after = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    if after != before:
+        raise PlanError(f"island {name or '<model>'!r}: its arguments changed from {before} to {after}")
+
+
+def verify_weights(original: nn.Module, pruned: nn.Module, plan: Plan, narrowed: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that what is left of the weights is the original's, under its names, and that the removed ones are gone.
+
+    Parameters
+    ----------
+    original, pruned : Module
+        Before and after.
+    plan : Plan
+        What was carried out, for the message.
+    narrowed : mapping of str to tuple of int
+        Shapes of the weights that are meant to have a new one.
+
+    Raises
+    ------
+    PlanError
+        If a key is new, or a tensor has another shape than it should.
+    """
+    shapes = {key: tuple(value.shape) for key, value in original.state_dict().items() if hasattr(value, "shape")}
+    expected = shapes | {key: shape for key, shape in narrowed.items() if key in shapes}
+    for key, value in pruned.state_dict().items():
+        if isinstance(value, torch.Tensor) and expected.get(key) != tuple(value.shape):
+            raise PlanError(f"the plan for {len(plan.removed)} regions changed weight {key!r}; report this as a bug")

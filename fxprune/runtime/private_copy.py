@@ -1,0 +1,62 @@
+"""Keep the caller's model and randomness as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx, nn
+
+from fxprune.errors import ModelError
+from fxprune.runtime.distributed import alike
+
+
+def private_copy(network: nn.Module, keep_precision: bool = False) -> nn.Module:
+    """Copy a network to work on.
+
+    Parameters
+    ----------
+    network : Module
+        The caller's; it is not changed.
+    keep_precision : bool
+        Whether the copy keeps its precision and gradients' settings. Else it is in float32, since scores in half
+        precision underflow and many CPU kernels lack it, and its weights take no gradients.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be copied; says why.
+    """
+    try:
+        twin = copy.deepcopy(network)
+    except Exception as error:  # deepcopy runs the model's own code and may fail in any way of its own
+        raise ModelError(
+            f"{type(network).__name__} cannot be copied ({type(error).__name__}: {error}); fxprune works on a copy."
+            " Detach tensors the model keeps from its last run, or build it anew"
+        ) from error
+    copies = dict(twin.named_modules())
+    for name, old in network.named_modules():
+        new = copies.get(name)
+        if isinstance(old, fx.GraphModule) and isinstance(new, fx.GraphModule):
+            type(new).__name__ = type(old).__name__  # which torch forgets; every graph module has a class of its own
+    return twin if keep_precision else twin.float().requires_grad_(False)
+
+
+def check_same_weights(network: nn.Module) -> None:
+    """Raise `ModelError` unless all processes hold the same weights."""
+    values = (*network.parameters(), *network.buffers())
+    if not alike(lambda: sum(float(value.detach().double().abs().sum()) for value in values)):
+        raise ModelError(
+            f"the processes hold {type(network).__name__} with different weights; load one file in all of them, or"
+            " set one seed before it is built"
+        )
+
+
+@contextmanager
+def untouched_randomness(network: nn.Module) -> Iterator[None]:
+    """Restore torch's random state, on the CPU and on the network's devices, at the end of the block."""
+    devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
+        yield

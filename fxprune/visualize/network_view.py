@@ -1,0 +1,296 @@
+"""What a picture of a network shows, as plain data: blocks, what flows between them, and what goes at each budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from torch import nn
+
+from fxprune.errors import BudgetError
+from fxprune.graph.records import IMAGES, RESULTS
+from fxprune.planning.analysis import Analysis
+from fxprune.planning.plan import Candidate, NodeRecord, Plan, cost_of
+from fxprune.rewriting.history import plans_carried_out
+
+FIRST, LAST = -1, -2
+"""Stand for the images and the results among blocks."""
+SIZES = {"size", "getattr", "dim"}
+"""Operations that give sizes if they give no tensor; what is computed of them alone is left out of pictures."""
+
+Drawable = Analysis | Plan | nn.Module
+
+
+def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
+    """Gather what a picture of a network shows.
+
+    Parameters
+    ----------
+    what : Analysis, Plan or Module
+        An analysis has plans for every budget in whole percents, a model that was pruned in steps one for each step,
+        with all that went by then.
+    shown : Plan, optional
+        A plan of the analysis to show first; the others are by its cost.
+
+    Returns
+    -------
+    dict
+        Plain data, ready for JSON: ``nodes`` and ``edges``, ``blocks`` and ``block_edges`` (`FIRST` and `LAST` stand
+        for images and results), ``regions``, ``rejections``, ``plans``, ``initial`` (the plan shown first, or None).
+
+    Raises
+    ------
+    ModelError
+        If a model was not pruned by fxprune.
+
+    Examples
+    --------
+    >>> picture = make_picture(fxprune.analyze(model, loader))     # doctest: +SKIP
+    >>> [block["label"] for block in picture["blocks"]]            # doctest: +SKIP
+    """
+    plans = _plans(what, shown)
+    network = what if isinstance(what, (Analysis, Plan)) else plans[0]
+    flow = Flow(tuple(_shown(network.nodes)), network)
+    names = flow.names
+    ascending = sorted(range(len(network.regions)), key=lambda index: network.regions[index].score)
+    ranks = {index: rank for rank, index in enumerate(ascending, 1)}
+    return {
+        "title": str(network.settings.get("model", "")),
+        "settings": dict(network.settings),
+        "before": vars(network.before),
+        "cost": plans[0].cost if plans else "flops",
+        "plans": [_plan_row(plan) for plan in plans],
+        "initial": _position(plans, shown) if isinstance(what, Analysis) else len(plans) - 1,
+        "regions": [
+            {**_region_row(region, names), "rank": ranks[index]} for index, region in enumerate(network.regions)
+        ],
+        "rejections": [vars(rejection) for rejection in network.rejections],
+        "nodes": [
+            {"id": index, "name": node.name, "op": node.op, "island": node.island, "shape": node.shape,
+             "flops": node.flops, "grad_act": node.grad_act, "block": flow.blocks[index]}
+            for index, node in enumerate(flow.nodes)
+        ],
+        "edges": [list(edge) for edge in flow.edges],
+        "blocks": list(_block_rows(flow)),
+        "block_edges": [list(edge) for edge in _between_blocks(flow)],
+        "islands": [{"name": island} for island in dict.fromkeys(node.island for node in flow.nodes)],
+    }  # fmt: skip
+
+
+def _plans(what: Drawable, shown: Plan | None) -> list[Plan]:
+    if isinstance(what, Plan):
+        return [what]
+    if isinstance(what, Analysis):
+        cost, own = (shown.cost, [shown]) if shown else ("flops", [])
+        others = [plan for plan in _plans_by_percent(what, cost) if not shown or plan.budget != shown.budget]
+        return sorted([*own, *others], key=lambda plan: plan.budget)
+    return _added_up(plans_carried_out(what))
+
+
+def _added_up(plans: Sequence[Plan]) -> list[Plan]:
+    """Plans of the first network, each with all that went by then; the last one alone if that network lacks a block."""
+    first, gone, found, blocks = plans[0], set[str](), [], plans[0].before.blocks
+    for plan in plans if len(plans) > 1 else ():
+        gone |= {region.name for region in plan.removed}
+        blocks -= plan.before.blocks - plan.after.blocks
+        after = replace(plan.after, blocks=blocks)
+        regions = tuple(replace(region, removed=region.name in gone) for region in first.regions)
+        share = 1 - (cost_of(after, first.cost) or 0.0) / (cost_of(first.before, first.cost) or 1.0)
+        settings = {key: value for key, value in first.settings.items() if key not in ("step", "loss_increase")}
+        found.append(replace(first, settings=settings, regions=regions, after=after, budget=share))
+    return found if found and gone <= {region.name for region in first.regions} else [plans[-1]]
+
+
+def _position(plans: Sequence[Plan], shown: Plan | None) -> int | None:
+    return next((index for index, plan in enumerate(plans) if plan is shown), None)
+
+
+def _plans_by_percent(analysis: Analysis, cost: str) -> Iterator[Plan]:
+    floor = analysis.settings["latency"]["floor"] if cost == "latency" else 0.0
+    for percent in range(max(math.ceil(100 * floor), 1), 100):
+        try:
+            yield analysis.plan(percent / 100, cost)
+        except BudgetError:
+            return
+
+
+def _plan_row(plan: Plan) -> dict[str, Any]:
+    removed = [index for index, region in enumerate(plan.regions) if region.removed]
+    return {"budget": plan.budget, "removed": removed, "after": vars(plan.after)}
+
+
+def _region_row(region: Candidate, names: dict[tuple[str, str], int]) -> dict[str, Any]:
+    return {
+        "name": region.name, "kind": region.kind, "score": region.score, "flops": region.flops,
+        "params": region.params, "latency_ms": region.latency_ms, "layers": list(region.layers),
+        "nodes": _inside(region, names),
+        "exit": names[region.island, region.exit], "stand_in": names.get((region.island, region.stand_in)),
+    }  # fmt: skip
+
+
+def _inside(region: Candidate, names: dict[tuple[str, str], int]) -> list[int]:
+    return [names[region.island, node] for node in region.nodes if (region.island, node) in names]
+
+
+def _shown(nodes: Sequence[NodeRecord]) -> Iterator[NodeRecord]:
+    """Leave out inputs and outputs of islands, and arithmetic on sizes."""
+    sizes: set[tuple[str, str]] = set()
+    for node in nodes:
+        of_sizes = bool(node.reads) and all((node.island, name) in sizes for name in node.reads)
+        if node.shape is None and (node.op in SIZES or of_sizes):
+            sizes.add((node.island, node.node))
+        elif node.op not in ("input", "output"):
+            yield node
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Nodes of a whole model, what flows between them, and the blocks that they make.
+
+    Attributes
+    ----------
+    nodes : tuple of NodeRecord
+        Those that do something; inputs and outputs of islands are left out, their neighbours joined.
+    network : Analysis or Plan
+        What they are from.
+    """
+
+    nodes: tuple[NodeRecord, ...]
+    network: Analysis | Plan
+
+    @cached_property
+    def names(self) -> dict[tuple[str, str], int]:
+        """Position of every node."""
+        return {(node.island, node.node): index for index, node in enumerate(self.nodes)}
+
+    @cached_property
+    def edges(self) -> list[tuple[int, int]]:
+        """Pairs of positions, `FIRST` and `LAST` among them."""
+        found: dict[tuple[int, int], None] = {}
+        for index, node in enumerate(self.nodes):
+            for name in node.reads:
+                found |= {(source, index): None for source in self._givers(node.island, name)}
+        read = {source for source, _ in found}
+        ends = [*self._given_to(RESULTS), *(index for index in range(len(self.nodes)) if index not in read)]
+        found |= {(source, LAST): None for source in ends if source != FIRST}
+        return list(found)
+
+    @cached_property
+    def islands(self) -> nx.DiGraph:
+        """What flows from island to island; a shared head that reads its own results does so once."""
+        graph: nx.DiGraph = nx.DiGraph()
+        for link in self.network.links:
+            if not (graph.has_node(link.target) and graph.has_node(link.source)) or not nx.has_path(
+                graph, link.target, link.source
+            ):
+                graph.add_edge(link.source, link.target)
+        return graph
+
+    def _given_to(self, island: str) -> list[int]:
+        """Positions of the nodes whose values an island is given."""
+        found: dict[int, None] = {}
+        for source in self.islands.predecessors(island) if island in self.islands else [IMAGES]:
+            found |= dict.fromkeys([FIRST] if source == IMAGES else self._given_by(source))
+        return list(found)
+
+    def _given_by(self, island: str) -> list[int]:
+        """Positions of the nodes whose values an island gives; what it hands through is its givers'."""
+        outputs = [node for node in self.network.nodes if node.island == island and node.op == "output"]
+        found: dict[int, None] = {}
+        for name in (name for node in outputs for name in node.reads):
+            found |= dict.fromkeys(self._givers(island, name))
+        return list(found)
+
+    def _givers(self, island: str, name: str) -> list[int]:
+        """Positions of what gives a value that is read in an island: a node, another island, or nothing shown."""
+        if (island, name) in self.names:
+            return [self.names[island, name]]
+        return self._given_to(island) if (island, name) in self.inputs else []
+
+    @cached_property
+    def inputs(self) -> set[tuple[str, str]]:
+        """What the islands are given."""
+        return {(node.island, node.node) for node in self.network.nodes if node.op == "input"}
+
+    @cached_property
+    def owners(self) -> dict[int, Candidate]:
+        """The outermost region of every node that is in one; of two that overlap the first."""
+        found: dict[int, Candidate] = {}
+        for region in self.network.regions:
+            inside = _inside(region, self.names)
+            if region.block and not any(index in found for index in inside):
+                found |= dict.fromkeys(inside, region)
+        return found
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Block of every node.
+
+        An outermost region is a block. Of what is left, a layer that works begins one, and whatever else reads
+        values of one block only belongs to that; what brings several together begins one too.
+        """
+        sources: dict[int, set[int]] = {index: set() for index in range(len(self.nodes))}
+        for source, target in self.edges:
+            if target != LAST:
+                sources[target].add(source)
+        blocks: list[int] = []
+        heads: list[int] = []  # the first node of every block
+        of_region: dict[str, int] = {}
+        for index, node in enumerate(self.nodes):
+            block = len(heads)
+            read = {blocks[source] if FIRST < source < index else FIRST for source in sources[index]}
+            only = read.pop() if len(read) == 1 else FIRST
+            if index in self.owners:
+                block = of_region.setdefault(self.owners[index].name, block)
+            elif only != FIRST and not node.flops and heads[only] not in self.owners:
+                block = only if self.nodes[heads[only]].island == node.island else block
+            if block == len(heads):
+                heads.append(index)
+            blocks.append(block)
+        return blocks
+
+
+def _block_rows(flow: Flow) -> Iterator[dict[str, Any]]:
+    reasons = {rejection.name: rejection.reason for rejection in flow.network.rejections}
+    regions = {region.name: index for index, region in enumerate(flow.network.regions)}
+    members: dict[int, list[int]] = {}
+    for index, block in enumerate(flow.blocks):
+        members.setdefault(block, []).append(index)
+    for block, inside in sorted(members.items()):
+        nodes, region = [flow.nodes[index] for index in inside], flow.owners.get(inside[0])
+        working = [node for node in nodes if node.flops]
+        refused = next((reasons[node.name] for node in nodes if node.name in reasons), None)
+        yield {
+            "id": block,
+            "label": region.name if region else _layer(working[0], flow) if working else _summary(nodes),
+            "region": None if region is None else regions[region.name],
+            "nodes": inside,
+            "island": nodes[0].island,
+            "glue": not working,
+            "summary": _summary(nodes),
+            "reason": None if region else refused,
+            "flops": sum(node.flops for node in nodes),
+            "params": region.params if region else None,
+        }
+
+
+def _layer(node: NodeRecord, flow: Flow) -> str:
+    """Name the layer that a node is; one that was captured by itself is a graph of one function."""
+    alone = sum(bool(other.flops) for other in flow.nodes if other.island == node.island) == 1
+    return node.island if alone and node.name == f"{node.island}.{node.node}" else node.name
+
+
+def _summary(nodes: Sequence[NodeRecord]) -> str:
+    ops = dict.fromkeys(node.op for node in nodes)
+    return " · ".join([op for op in ops if op != "getitem"] or ops)
+
+
+def _between_blocks(flow: Flow) -> list[tuple[int, int]]:
+    """What flows between blocks, each pair once."""
+    of = {FIRST: FIRST, LAST: LAST, **dict(enumerate(flow.blocks))}
+    pairs = dict.fromkeys((of[source], of[target]) for source, target in flow.edges)
+    return [pair for pair in pairs if pair[0] != pair[1]]

@@ -1,0 +1,156 @@
+"""What a bypass leaves behind where values are concatenated: one value twice, and a value in its own parts."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.graph.channels import calls_of, convolutions_reading, joined, parts_of
+from fxprune.graph.fx_utils import dotted, tied_tensors
+from fxprune.graph.operators import ADDITIONS
+
+NARROWED = "fxprune_narrowed"
+"""Key of a graph's meta: weights that were narrowed, by path, and their shapes since."""
+
+
+def narrow_readers(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module | None = None) -> PassResult:
+    """Replaces concatenations that hold a value twice by ones that hold it once, their readers by narrower ones.
+
+    A convolution is linear: of channels that are the same, it needs the sum of their weights. Exact but for the
+    rounding of that sum. Left alone is a concatenation that anything but such convolutions reads: ones that are called
+    once, are not grouped, and share no weight.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        Rewritten in place; the layers that become narrower are copies. ``gm.meta[NARROWED]`` says which these are.
+    channels : mapping of str to int
+        How many channels the values have, by node name; see `fxprune.graph.channels.channels_of`.
+    model : Module, optional
+        What the graph is a part of; weights shared with other parts of it are left alone.
+
+    Returns
+    -------
+    PassResult
+        `modified` says whether any reader became narrower.
+    """
+    tied = tied_tensors(gm if model is None else model)
+    narrowed: dict[str, tuple[int, ...]] = {}
+    for node in gm.graph.nodes:
+        values = [_multiple(value) for value in joined(node)]
+        rests = list(dict.fromkeys(value for value, _ in values))
+        widths = [channels.get(value.name, 0) for value, _ in values]
+        if rests == joined(node) or not all(widths):
+            continue
+        readers = {user: _weights(gm, user, node, sum(widths), tied) for user in node.users}
+        if not all(readers.values()):
+            continue
+        for user, paths in readers.items():
+            layer = copy.deepcopy(gm.get_submodule(str(user.target)))
+            for path in paths:
+                _narrow(layer.get_submodule(path), values, widths)
+            gm.set_submodule(str(user.target), layer)
+            keys = [dotted(str(user.target), path, "weight") for path in paths]
+            narrowed |= {key: tuple(gm.get_parameter(key).shape) for key in keys}
+        node.args, node.kwargs = (rests, 1), {}
+    gm.meta[NARROWED] = narrowed
+    gm.recompile()
+    return PassResult(gm, bool(narrowed))
+
+
+def join_parts(gm: fx.GraphModule) -> PassResult:
+    """Replaces all parts of a value, concatenated in their order, by the value. Exact bit for bit.
+
+    Only if convolutions alone read the concatenation, or if the value lies in memory as the concatenation would.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        Rewritten in place.
+
+    Returns
+    -------
+    PassResult
+        `modified` says whether any concatenation went.
+    """
+    modified = False
+    for node in gm.graph.nodes:
+        whole = _whole(joined(node))
+        if whole is not None and _may_go(gm, node, whole):
+            modified |= bool(node.replace_all_uses_with(whole))
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(gm, modified)
+
+
+def _multiple(node: fx.Node) -> tuple[fx.Node, int]:
+    """What a value is a multiple of, and how many times it is that: a value added to itself is twice that value."""
+    factor = 1
+    while node.target in ADDITIONS and node.args == (*node.all_input_nodes,) * 2 and not node.kwargs:
+        factor, node = 2 * factor, node.all_input_nodes[0]
+    return node, factor
+
+
+def _weights(gm: fx.GraphModule, user: fx.Node, value: fx.Node, width: int, tied: set[int]) -> list[str]:
+    """Paths below the layer that a node calls of the convolutions to narrow; empty if it cannot be narrowed."""
+    if user.op != "call_module" or user.args != (value,) or user.kwargs:
+        return []
+    layer = gm.get_submodule(str(user.target))
+    if len(list(calls_of(gm, layer))) > 1 or any(id(tensor) in tied for tensor in _tensors(layer)):
+        return []
+    paths = convolutions_reading(layer) or []
+    fits = all(_is_plain(layer.get_submodule(path), width) for path in paths)
+    return paths if fits else []
+
+
+def _tensors(layer: nn.Module) -> list[Tensor]:
+    return [*layer.parameters(), *layer.buffers()]
+
+
+def _is_plain(convolution: Any, width: int) -> bool:
+    """Whether a convolution reads all of so many channels for every one that it gives, by a weight of its own."""
+    plain = type(convolution._parameters.get("weight")) is nn.Parameter
+    return plain and bool(convolution.groups == 1 and convolution.in_channels == width)
+
+
+def _narrow(convolution: nn.Module, values: Sequence[tuple[fx.Node, int]], widths: Sequence[int]) -> None:
+    weight = convolution.get_parameter("weight")
+    axis = 0 if convolution.transposed else 1
+    precise = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    sums: dict[fx.Node, Tensor] = {}
+    for (value, factor), part in zip(values, torch.split(precise, list(widths), axis), strict=True):
+        part = part * factor if factor > 1 else part
+        sums[value] = sums[value] + part if value in sums else part
+    narrow = torch.cat(list(sums.values()), axis).to(weight.dtype)
+    convolution.weight = nn.Parameter(narrow, weight.requires_grad)
+    convolution.in_channels = narrow.shape[axis]  # type: ignore[assignment]
+
+
+def _whole(values: Sequence[fx.Node]) -> fx.Node | None:
+    """The value of which these are all parts, in order."""
+    split = values[0].args[0] if values and values[0].target is operator.getitem else None
+    if not isinstance(split, fx.Node) or parts_of(split) != len(values):
+        return None
+    parts = [(operator.getitem, (split, index)) for index in range(len(values))]
+    return split.all_input_nodes[0] if [(value.target, value.args) for value in values] == parts else None
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    """Whether a value lies in memory in the order of its axes, as the program itself says."""
+    while node.target == "view":
+        node = node.all_input_nodes[0]
+    return node.target == "contiguous" and len(node.args) == 1 and not node.kwargs
+
+
+def _may_go(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+    """Whether no reader of a concatenation can tell it from an equal value, however that lies in memory."""
+    layers = [gm.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
+    if len(layers) == len(node.users) and all(convolutions_reading(layer) for layer in layers):
+        return True
+    return _is_contiguous(value) and not any(user.op == "output" for user in node.users)

@@ -1,0 +1,68 @@
+"""Out of a graph and its module goes what nothing reads any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxprune.graph.fx_utils import has_effect
+
+
+def remove_dead_code(gm: fx.GraphModule) -> PassResult:
+    """Replaces a graph, its modules and its parameters by those that the output needs.
+
+    Torch's own `delete_all_unused_submodules` leaves parameters and buffers on modules that stay, the root among
+    them; here they go too.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        Rewritten in place.
+
+    Returns
+    -------
+    PassResult
+        `modified` says whether anything went.
+    """
+    before = (len(gm.graph.nodes), len(gm.state_dict()))
+    gm.graph.eliminate_dead_code(is_impure_node=has_effect)
+    gm.delete_all_unused_submodules()  # before their tensors: other graphs may call them
+    called = {f"{node.target}." for node in gm.graph.nodes if node.op == "call_module"}
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    tensors = [name for name, _ in gm.named_parameters(remove_duplicate=False)]
+    tensors += [name for name, _ in gm.named_buffers(remove_duplicate=False)]
+    for name in tensors:
+        if name not in read and not any(name.startswith(prefix) for prefix in called):
+            owner, _, leaf = name.rpartition(".")
+            delattr(gm.get_submodule(owner), leaf)
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(gm, before != (len(gm.graph.nodes), len(gm.state_dict())))
+
+
+def remove_unread(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
+    """Replaces a graph by one without the named nodes, as far as nothing else reads them.
+
+    Unlike `remove_dead_code` it leaves everything else alone, such as updates of statistics that nobody reads.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        Rewritten in place.
+    names : collection of str
+        Names of nodes.
+
+    Returns
+    -------
+    PassResult
+        `modified` says whether any node went.
+    """
+    before = len(gm.graph.nodes)
+    for node in reversed(list(gm.graph.nodes)):
+        if node.name in names and not node.users:
+            gm.graph.erase_node(node)
+    gm.graph.lint()
+    gm.recompile()
+    return PassResult(gm, before != len(gm.graph.nodes))
