@@ -17,7 +17,7 @@ from torch import nn
 import fxprune
 from fxprune.adapters.registry import choose_adapter
 from fxprune.datasets.calibration import Calibration
-from fxprune.healing.loss_change import Judge
+from fxprune.healing.loss_change import LossChange
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.plan import Plan
 from fxprune.runtime.private_copy import private_copy
@@ -40,9 +40,9 @@ def analyze_by_ablation(model: nn.Module, batches: Sequence[Any]) -> Analysis:
     adapter = choose_adapter(network, calibration.first_raw, None)
     adapter.prepare(network)
     with torch.no_grad():
-        judge = Judge(model, adapter, list(calibration.own(network, adapter)), seed=0)
+        judge = LossChange(model, adapter, list(calibration.own(network, adapter)), seed=0)
         scores = [
-            judge.worse(fxprune.apply(model, plan_removing(analysis, {region.name}))) for region in analysis.regions
+            judge.increase(fxprune.apply(model, plan_removing(analysis, {region.name}))) for region in analysis.regions
         ]
     regions = tuple(replace(region, score=score) for region, score in zip(analysis.regions, scores, strict=True))
     return replace(analysis, regions=regions, settings={**analysis.settings, "criterion": "ablation"})

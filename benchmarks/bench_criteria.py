@@ -26,12 +26,12 @@ from torch import Tensor, fx
 import fxprune
 from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import Subject, add_options, subjects
-from fxprune.adapters.calls import take_loss
+from fxprune.adapters.calls import batch_loss
 from fxprune.adapters.registry import choose_adapter
-from fxprune.attribution.criteria import GATE, relative_loss
+from fxprune.attribution.criteria import FISHER_GATE, relative_loss
 from fxprune.datasets.calibration import Calibration
 from fxprune.graph.fx_utils import is_weighted, map_tensors
-from fxprune.graph.interpreters import interpreted
+from fxprune.graph.interpreters import run_with
 from fxprune.graph.records import Region
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.analyzer import Study
@@ -96,9 +96,9 @@ VARIANTS: dict[str, tuple[Pass, Callable[[Sums], float]]] = {
     "squares of channels, relative": (RELATIVE, mean_of("channel squares")),
     "squares of images, relative": (RELATIVE, image_squares),
     "squares of images, gates of .8": (Pass(relative_loss, 0.8), image_squares),
-    "squares of channels, gates of .9": (Pass(relative_loss, GATE), mean_of("channel squares")),
+    "squares of channels, gates of .9": (Pass(relative_loss, FISHER_GATE), mean_of("channel squares")),
     "fisher without gates": (RELATIVE, fisher),
-    "fisher": (Pass(relative_loss, GATE), fisher),
+    "fisher": (Pass(relative_loss, FISHER_GATE), fisher),
     "fisher, gates of .8": (Pass(relative_loss, 0.8), fisher),
 }
 
@@ -166,10 +166,10 @@ class Captive:
             regions = [region for region in self.captured.regions if region.island == island]
             return TermInterpreter(gm, regions, batch_sums, taken.gate)
 
-        with interpreted(self.captured.graphs, make):
+        with run_with(self.captured.graphs, make):
             for index, batch in enumerate(self.batches):
                 batch_sums.clear()
-                parts = take_loss(self.captured.model, self.adapter, batch, index, 0)
+                parts = batch_loss(self.captured.model, self.adapter, batch, index, 0)
                 taken.loss(parts).backward()  # type: ignore[no-untyped-call]
                 for name, calls in batch_sums.items():
                     for key in calls[0]:
@@ -193,9 +193,9 @@ class TermInterpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, regions: Iterable[Region], sums: dict[str, list[Sums]], gate: float) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.sums, self.gate = sums, gate
-        self.exits: dict[str, list[Region]] = defaultdict(list)
+        self.regions_by_exit: dict[str, list[Region]] = defaultdict(list)
         for region in regions:
-            self.exits[region.exit].append(region)
+            self.regions_by_exit[region.exit].append(region)
         self.values = {node.name: node for node in gm.graph.nodes}
         self.weighted = {node.name for node in gm.graph.nodes if is_weighted(gm, node)}
 
@@ -204,7 +204,7 @@ class TermInterpreter(fx.Interpreter):
         value = super().run_node(n)
         if n.name in self.weighted and torch.is_grad_enabled():
             value = map_tensors(value, lambda t: t if t.requires_grad else t.detach().requires_grad_())
-        regions = self.exits.get(n.name, ())
+        regions = self.regions_by_exit.get(n.name, ())
         if not regions or not isinstance(value, Tensor) or not value.requires_grad:
             return value
         stand_ins = {region: self.env[self.values[region.stand_in]] for region in regions}

@@ -30,11 +30,11 @@ from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
 from benchmarks.subjects import Subject, add_options, subjects
 from benchmarks.training.train import cache_folder
 from fxprune.datasets.calibration import Calibration
-from fxprune.healing.methods import HEALERS
+from fxprune.healing.methods import METHODS
 from fxprune.planning.plan import Plan
-from fxprune.profiling.latency import backend_for
-from fxprune.search.compile import read_once
-from fxprune.search.plan_search import STRATEGIES, TRIES, Search
+from fxprune.profiling.latency import choose_backend
+from fxprune.search.compile import materialize_calibration
+from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES, SearchSettings
 
 NAME = "bench_deeper"
 BUDGETS = (0.1, 0.2, 0.3, 0.4)
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure what the results lack of the detectors asked for, and render the table."""
     parser = argparse.ArgumentParser(description="mAP of deeper cuts by strategy and healing.")
     add_cut_options(parser)
-    parser.add_argument("--heals", nargs="+", default=list(HEALERS), choices=list(HEALERS))
+    parser.add_argument("--heals", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--cost", default="flops", choices=COSTS)
-    parser.add_argument("--tries", type=int, default=TRIES)
+    parser.add_argument("--tries", type=int, default=DEFAULT_TRIES)
     parser.add_argument("--steps", type=int, default=400, help="of mimic")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -80,7 +80,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
     """Make the rows of one detector that are not there yet; each is written as soon as it is known."""
     images = subject.unlabelled()
     calibration = Calibration(images)
-    read_once(subject.model, calibration, None)
+    materialize_calibration(subject.model, calibration, None)
     for budget in options.budgets:
         for strategy in options.strategies:
             wanted = [heal for heal in options.heals if not known(subject, strategy, heal, budget, options.cost)]
@@ -132,15 +132,15 @@ def find(
 ) -> tuple[list[Plan], Row]:
     """The plans of a strategy, what they save, and the seconds that it took."""
     started = time.process_time()
-    search = Search(
+    search = SearchSettings(
         strategy=strategy,
         budget=budget,
         cost=options.cost,
         criterion="fisher",
-        mend="affine",
+        trial_method="affine",
         loss=None,
         seed=0,
-        latency_backend=backend_for(options.cost, None),
+        latency_backend=choose_backend(options.cost, None),
         tries=options.tries,
         progress=lambda stage, done, total: None,
     )

@@ -23,7 +23,7 @@ import fxprune
 from benchmarks.bench_deeper import KEPT, KEYS, add_cut_options, place_of
 from benchmarks.results import RESULTS, Row, read_rows, write_all
 from benchmarks.subjects import Subject, subjects
-from fxprune.datasets.evaluation import Boxes, average_precision, true_and_found
+from fxprune.datasets.evaluation import Boxes, average_precision, collect_boxes
 
 NAME = "bench_doubt"
 DRAWS = 100
@@ -72,7 +72,7 @@ def measure(subject: Subject, cuts: Sequence[Row]) -> None:
 
 def found_by(subject: Subject, model: nn.Module) -> tuple[list[Boxes], list[Boxes]]:
     """True and detected boxes of the val images."""
-    return true_and_found(model.eval(), subject.val, image_size=subject.image_size)
+    return collect_boxes(model.eval(), subject.val, image_size=subject.image_size)
 
 
 def scores(truth: Sequence[Boxes], found: Sequence[Boxes]) -> NDArray[np.float64]:

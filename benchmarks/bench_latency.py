@@ -32,20 +32,20 @@ from fxprune.adapters.protocol import Adapter, Batch, device_of
 from fxprune.adapters.registry import detector_adapter
 from fxprune.errors import BudgetError
 from fxprune.planning.analysis import Analysis
-from fxprune.profiling.interleaved_timing import Ratio, interleave, ratio_of
+from fxprune.profiling.interleaved_timing import Ratio, compute_ratio, interleave
 from fxprune.profiling.latency import (
     BACKENDS,
     Backend,
     Probe,
-    Watched,
-    by_nodes,
-    by_pieces,
+    ProbeInputs,
+    backend_copy,
+    compiled_probe,
+    frozen_eval_mode,
     measure_latency,
-    ready_twin,
-    settled,
+    node_probe,
 )
 
-PROBES: Mapping[str, Callable[[Watched], Probe]] = {"nodes": by_nodes, "pieces": by_pieces}
+PROBES: Mapping[str, Callable[[ProbeInputs], Probe]] = {"nodes": node_probe, "pieces": compiled_probe}
 FLAGS = {"untrained": "untrained", "boxes": "with boxes"}
 GOAL = 0.15
 """How far a predicted cut may be from the measured one, as a share of that."""
@@ -119,9 +119,9 @@ def milliseconds(
         assert analysis.before.latency_ms is not None
         return analysis.before.latency_ms, {region.name: region.latency_ms or 0.0 for region in analysis.regions}
     other = replace(known, probe=PROBES[probe])
-    model, islands = captured(subject.model, batch.images, adapter.root_is_function)
+    model, islands = captured(subject.model, batch.images, adapter.whole_model_is_graph)
     graphs = [(island.name, island.gm) for island in islands]
-    twin = ready_twin(subject.model, other)
+    twin = backend_copy(subject.model, other)
     found = measure_latency(other, twin, model, graphs, regions_of(analysis.regions), adapter, batch)
     assert found.whole_ms is not None
     return found.whole_ms, found.regions_ms
@@ -141,14 +141,14 @@ def time_all(
 ) -> tuple[dict[Any, Ratio], float]:
     """Every pruned version, and the unpruned model again, over the unpruned model; and that in milliseconds."""
     named = {UNPRUNED: model, **{str(budget): version for budget, version in versions.items()}}
-    twins = {name: ready_twin(one, backend) for name, one in named.items()}
-    with torch.no_grad(), backend.during(), ExitStack() as stack:
+    twins = {name: backend_copy(one, backend) for name, one in named.items()}
+    with torch.no_grad(), backend.context(), ExitStack() as stack:
         for twin in twins.values():
-            stack.enter_context(settled(twin))
+            stack.enter_context(frozen_eval_mode(twin))
         functions = {name: partial(adapter.predict, twin, batch) for name, twin in twins.items()}
         timings = interleave({**functions, TWIN: functions[UNPRUNED]}, rounds=rounds, warmup=3, device=device_of(model))
     base = timings[UNPRUNED]
-    return {key: ratio_of(timings[str(key)], base) for key in (*versions, TWIN)}, base.median_ms
+    return {key: compute_ratio(timings[str(key)], base) for key in (*versions, TWIN)}, base.median_ms
 
 
 def table() -> Iterator[str]:

@@ -32,14 +32,14 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.systems import SIX, System, add_options, chosen, sizes_of, write_rows
-from fxprune.adapters.calls import read_batch
+from fxprune.adapters.calls import normalize_and_label
 from fxprune.adapters.protocol import Adapter, Batch
 from fxprune.adapters.registry import choose_adapter
-from fxprune.attribution.recorder import Record
+from fxprune.attribution.recorder import AttributionRecord
 from fxprune.datasets.calibration import Calibration
 from fxprune.graph.records import Captured
 from fxprune.planning.analyzer import Study
-from fxprune.profiling.interleaved_timing import Timing, interleave, ratio_of
+from fxprune.profiling.interleaved_timing import Timing, compute_ratio, interleave
 from fxprune.runtime.private_copy import private_copy
 
 PARTS = ("overhead", "captum", "capture")
@@ -62,7 +62,7 @@ def prepare(model: nn.Module, raw: Any) -> Prepared:
     twin, own = private_copy(model), copy.deepcopy(raw)
     adapter = choose_adapter(twin, own, None)
     adapter.prepare(twin)
-    return Prepared(twin, own, adapter, read_batch(twin, adapter, own, 0)[0])
+    return Prepared(twin, own, adapter, normalize_and_label(twin, adapter, own, 0)[0])
 
 
 def capture_of(study: Study, ready: Prepared) -> Captured:
@@ -70,7 +70,7 @@ def capture_of(study: Study, ready: Prepared) -> Captured:
     return study.capture(ready.model, ready.adapter, ready.batch)
 
 
-def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Callable[[], Record]:
+def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Callable[[], AttributionRecord]:
     """Make the attribution pass of `fxprune.analyze` over one batch; every node and region is recorded."""
     study, ready = Study(criterion, None, 0), prepare(model, raw)
     captured = capture_of(study, ready)
@@ -98,7 +98,7 @@ def bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
 
 def compared(timings: dict[str, Timing], name: str, base: str) -> dict[str, Any]:
     """One ratio as plain data."""
-    ratio = ratio_of(timings[name], timings[base])
+    ratio = compute_ratio(timings[name], timings[base])
     return {key: round(getattr(ratio, key), 4) for key in ("median", "low", "high")}
 
 
@@ -119,8 +119,8 @@ def measure_overhead(system: System, options: argparse.Namespace) -> dict[str, A
         "part": "overhead",
         "system": system.name,
         "images": record.images,
-        "nodes": len(record.nodes),
-        "regions": len(record.deltas),
+        "nodes": len(record.grad_act),
+        "regions": len(record.grad_delta),
         "recording_ms": round(timings["recording"].median_ms, 1),
         "training_ms": round(timings["training"].median_ms, 1),
         "frozen_ms": round(timings["frozen"].median_ms, 1),
@@ -168,7 +168,7 @@ def measure_captum(options: argparse.Namespace) -> dict[str, Any]:
     some = [names[index] for index in spread]
     recording = recording_pass(model, raw, "grad_act")  # the same gradients as Captum's: no gates
     together = captum_pass(model, raw, names, at_once=True)
-    ours, theirs = recording().nodes, together()
+    ours, theirs = recording().grad_act, together()
     apart = [abs(ours["", name.replace(".", "_")] / theirs[name] - 1) for name in names]
     functions: dict[str, Callable[[], object]] = {
         "recording": recording,

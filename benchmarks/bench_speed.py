@@ -28,8 +28,8 @@ from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
 from benchmarks.systems import System, add_options, chosen, sizes_of
 from fxprune.adapters.registry import choose_adapter
 from fxprune.graph.fx_utils import map_tensors
-from fxprune.profiling.interleaved_timing import Ratio, Timing, interleave, ratio_of
-from fxprune.profiling.region_modules import cut_out
+from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave
+from fxprune.profiling.region_modules import extract_regions
 
 BACKENDS: dict[str, Callable[[nn.Module], Callable[..., object]]] = {
     "eager": lambda module: module,
@@ -70,7 +70,7 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
     plans = {f"{budget:.0%}": analysis.plan(budget) for budget in options.budgets}
     batch = map_tensors(raw["img"] if isinstance(raw, dict) else raw[0], lambda value: value.to(options.device))
     model = model.to(options.device)
-    twin, islands = captured(model, batch, choose_adapter(model, raw, None).root_is_function)
+    twin, islands = captured(model, batch, choose_adapter(model, raw, None).whole_model_is_graph)
     prepare = BACKENDS[backend]
     versions = {WHOLE: model, AGAIN: model} | {name: fxprune.apply(model, plan).eval() for name, plan in plans.items()}
     ready = {name: prepare(version) for name, version in versions.items() if name != AGAIN}
@@ -80,15 +80,15 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
     removed = {region.name: region for plan in plans.values() for region in plan.removed}
     with torch.inference_mode():
         graphs = [(island.name, island.gm) for island in islands]
-        for piece in cut_out(partial(twin, batch), graphs, regions_of(removed.values())):
-            module, values = piece.in_a_row(1)
+        for piece in extract_regions(partial(twin, batch), graphs, regions_of(removed.values())):
+            module, values = piece.chained(1)
             functions[f"region {piece.region}"] = partial(prepare(module), *values)
         timings = interleave(functions, rounds=options.rounds, warmup=3, device=options.device)
     rows = []
     for (name, plan), budget in zip(plans.items(), options.budgets, strict=True):
         gone = [timings[f"region {region.name}"] for region in plan.removed]
-        ratio, floor = ratio_of(timings[name], timings[WHOLE]), ratio_of(timings[AGAIN], timings[WHOLE])
-        own = ratio_of(summed(gone), timings[WHOLE])
+        ratio, floor = compute_ratio(timings[name], timings[WHOLE]), compute_ratio(timings[AGAIN], timings[WHOLE])
+        own = compute_ratio(summed(gone), timings[WHOLE])
         rows.append({
             "system": system.name, "backend": backend, "device": options.device, "images": images, "budget": budget,
             "flops_cut": 1 - plan.after.flops / plan.before.flops, "ms": timings[WHOLE].median_ms,

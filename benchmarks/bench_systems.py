@@ -21,7 +21,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 import fxprune
 from benchmarks.systems import Sizes, System, add_options, chosen, sizes_of, write_rows
-from fxprune.planning.analysis import Analysis, conflicts
+from fxprune.planning.analysis import Analysis, exclusive_sets
 
 BUDGET = 0.1
 IMAGES = 2
@@ -33,7 +33,7 @@ def largest_share(analysis: Analysis) -> float:
     Regions that do not conflict share no node, so their FLOPs add up: a heaviest independent set, solved exactly.
     """
     flops = np.array([region.flops for region in analysis.regions]) / analysis.before.flops
-    rivals = conflicts(analysis.regions)
+    rivals = exclusive_sets(analysis.regions)
     rows = np.zeros((len(rivals), len(flops)))
     for row, some in zip(rows, rivals, strict=True):
         row[list(some)] = 1

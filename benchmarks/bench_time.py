@@ -29,7 +29,7 @@ from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
 from fxprune.adapters.protocol import device_of
 from fxprune.adapters.registry import detector_adapter
-from fxprune.graph.capture import capture
+from fxprune.graph.capture import capture_islands
 from fxprune.graph.interpreters import NodeName
 from fxprune.graph.records import Island, Region
 from fxprune.planning.plan import Candidate
@@ -62,7 +62,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """One row: shares of the time, and what a plan takes."""
     plan = fxprune.analyze(subject.model, subject.batches()).plan(options.budget)
     batch = subject.timed_batch(options.timed_images)
-    model, islands = captured(subject.model, batch, detector_adapter(subject.model).root_is_function)
+    model, islands = captured(subject.model, batch, detector_adapter(subject.model).whole_model_is_graph)
     with torch.inference_mode():
         times, whole = time_nodes(model, islands, batch, options.rounds)
         pruned = fxprune.apply(subject.model, plan).eval()
@@ -96,7 +96,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
 
 def captured(model: nn.Module, batch: Any, root_is_function: bool) -> tuple[nn.Module, list[Island]]:
     """A copy of a model with its graphs in place, as they are called at inference."""
-    return capture(private_copy(model).eval(), lambda network: network.eval()(batch), root_is_function)
+    return capture_islands(private_copy(model).eval(), lambda network: network.eval()(batch), root_is_function)
 
 
 def regions_of(candidates: Iterable[Candidate]) -> list[Region]:

@@ -19,7 +19,7 @@ from benchmarks.training.train import calibration_folder, digits_folder, load_tr
 from fxprune import CocoDataset
 from fxprune.adapters.protocol import device_of
 from fxprune.graph.fx_utils import map_tensors
-from fxprune.profiling.interleaved_timing import Ratio, Timing, interleave, ratio_of
+from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave
 
 BATCH_SIZE = 8
 OFFICIAL = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "yolov8n.pt")
@@ -37,7 +37,7 @@ class Latencies:
 
     def ratio(self, name: str) -> Ratio:
         """A version's latency over the unpruned detector's, round by round."""
-        return ratio_of(self.timings[name], self.timings[UNPRUNED])
+        return compute_ratio(self.timings[name], self.timings[UNPRUNED])
 
     def columns(self, name: str) -> dict[str, float]:
         """Keys of a row: ratios and the A/A floor as median and quartiles, and the median in milliseconds."""

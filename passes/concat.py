@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.graph.channels import calls_of, convolutions_reading, joined, parts_of
-from fxprune.graph.fx_utils import dotted, tied_tensors
+from fxprune.graph.channels import call_nodes, concatenated_values, input_convolutions, split_count
+from fxprune.graph.fx_utils import join_path, tied_tensors
 from fxprune.graph.operators import ADDITIONS
 
-NARROWED = "fxprune_narrowed"
+NARROWED_WEIGHTS = "fxprune_narrowed"
 """Key of a graph's meta: weights that were narrowed, by path, and their shapes since."""
 
 
-def narrow_readers(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module | None = None) -> PassResult:
+def deduplicate_concat(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module | None = None) -> PassResult:
     """Replaces concatenations that hold a value twice by ones that hold it once, their readers by narrower ones.
 
     A convolution is linear: of channels that are the same, it needs the sum of their weights. Exact but for the
@@ -29,7 +29,8 @@ def narrow_readers(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Mo
     Parameters
     ----------
     gm : GraphModule
-        Rewritten in place; the layers that become narrower are copies. ``gm.meta[NARROWED]`` says which these are.
+        Rewritten in place; the layers that become narrower are copies. ``gm.meta[NARROWED_WEIGHTS]`` says which these
+        are.
     channels : mapping of str to int
         How many channels the values have, by node name; see `fxprune.graph.channels.channels_of`.
     model : Module, optional
@@ -43,12 +44,12 @@ def narrow_readers(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Mo
     tied = tied_tensors(gm if model is None else model)
     narrowed: dict[str, tuple[int, ...]] = {}
     for node in gm.graph.nodes:
-        values = [_multiple(value) for value in joined(node)]
+        values = [_as_multiple(value) for value in concatenated_values(node)]
         rests = list(dict.fromkeys(value for value, _ in values))
         widths = [channels.get(value.name, 0) for value, _ in values]
-        if rests == joined(node) or not all(widths):
+        if rests == concatenated_values(node) or not all(widths):
             continue
-        readers = {user: _weights(gm, user, node, sum(widths), tied) for user in node.users}
+        readers = {user: _narrowable_convolutions(gm, user, node, sum(widths), tied) for user in node.users}
         if not all(readers.values()):
             continue
         for user, paths in readers.items():
@@ -56,15 +57,15 @@ def narrow_readers(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Mo
             for path in paths:
                 _narrow(layer.get_submodule(path), values, widths)
             gm.set_submodule(str(user.target), layer)
-            keys = [dotted(str(user.target), path, "weight") for path in paths]
+            keys = [join_path(str(user.target), path, "weight") for path in paths]
             narrowed |= {key: tuple(gm.get_parameter(key).shape) for key in keys}
         node.args, node.kwargs = (rests, 1), {}
-    gm.meta[NARROWED] = narrowed
+    gm.meta[NARROWED_WEIGHTS] = narrowed
     gm.recompile()
     return PassResult(gm, bool(narrowed))
 
 
-def join_parts(gm: fx.GraphModule) -> PassResult:
+def collapse_split_concat(gm: fx.GraphModule) -> PassResult:
     """Replaces all parts of a value, concatenated in their order, by the value. Exact bit for bit.
 
     Only if convolutions alone read the concatenation, or if the value lies in memory as the concatenation would.
@@ -81,15 +82,15 @@ def join_parts(gm: fx.GraphModule) -> PassResult:
     """
     modified = False
     for node in gm.graph.nodes:
-        whole = _whole(joined(node))
-        if whole is not None and _may_go(gm, node, whole):
+        whole = _split_source(concatenated_values(node))
+        if whole is not None and _is_replaceable(gm, node, whole):
             modified |= bool(node.replace_all_uses_with(whole))
     gm.graph.lint()
     gm.recompile()
     return PassResult(gm, modified)
 
 
-def _multiple(node: fx.Node) -> tuple[fx.Node, int]:
+def _as_multiple(node: fx.Node) -> tuple[fx.Node, int]:
     """What a value is a multiple of, and how many times it is that: a value added to itself is twice that value."""
     factor = 1
     while node.target in ADDITIONS and node.args == (*node.all_input_nodes,) * 2 and not node.kwargs:
@@ -97,15 +98,17 @@ def _multiple(node: fx.Node) -> tuple[fx.Node, int]:
     return node, factor
 
 
-def _weights(gm: fx.GraphModule, user: fx.Node, value: fx.Node, width: int, tied: set[int]) -> list[str]:
+def _narrowable_convolutions(
+    gm: fx.GraphModule, user: fx.Node, value: fx.Node, width: int, tied: set[int]
+) -> list[str]:
     """Paths below the layer that a node calls of the convolutions to narrow; empty if it cannot be narrowed."""
     if user.op != "call_module" or user.args != (value,) or user.kwargs:
         return []
     layer = gm.get_submodule(str(user.target))
-    if len(list(calls_of(gm, layer))) > 1 or any(id(tensor) in tied for tensor in _tensors(layer)):
+    if len(list(call_nodes(gm, layer))) > 1 or any(id(tensor) in tied for tensor in _tensors(layer)):
         return []
-    paths = convolutions_reading(layer) or []
-    fits = all(_is_plain(layer.get_submodule(path), width) for path in paths)
+    paths = input_convolutions(layer) or []
+    fits = all(_is_narrowable(layer.get_submodule(path), width) for path in paths)
     return paths if fits else []
 
 
@@ -113,7 +116,7 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
     return [*layer.parameters(), *layer.buffers()]
 
 
-def _is_plain(convolution: Any, width: int) -> bool:
+def _is_narrowable(convolution: Any, width: int) -> bool:
     """Whether a convolution reads all of so many channels for every one that it gives, by a weight of its own."""
     plain = type(convolution._parameters.get("weight")) is nn.Parameter
     return plain and bool(convolution.groups == 1 and convolution.in_channels == width)
@@ -132,10 +135,10 @@ def _narrow(convolution: nn.Module, values: Sequence[tuple[fx.Node, int]], width
     convolution.in_channels = narrow.shape[axis]  # type: ignore[assignment]
 
 
-def _whole(values: Sequence[fx.Node]) -> fx.Node | None:
+def _split_source(values: Sequence[fx.Node]) -> fx.Node | None:
     """The value of which these are all parts, in order."""
     split = values[0].args[0] if values and values[0].target is operator.getitem else None
-    if not isinstance(split, fx.Node) or parts_of(split) != len(values):
+    if not isinstance(split, fx.Node) or split_count(split) != len(values):
         return None
     parts = [(operator.getitem, (split, index)) for index in range(len(values))]
     return split.all_input_nodes[0] if [(value.target, value.args) for value in values] == parts else None
@@ -148,9 +151,9 @@ def _is_contiguous(node: fx.Node) -> bool:
     return node.target == "contiguous" and len(node.args) == 1 and not node.kwargs
 
 
-def _may_go(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
+def _is_replaceable(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     """Whether no reader of a concatenation can tell it from an equal value, however that lies in memory."""
     layers = [gm.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
-    if len(layers) == len(node.users) and all(convolutions_reading(layer) for layer in layers):
+    if len(layers) == len(node.users) and all(input_convolutions(layer) for layer in layers):
         return True
     return _is_contiguous(value) and not any(user.op == "output" for user in node.users)

@@ -42,7 +42,7 @@ def remove_dead_code(gm: fx.GraphModule) -> PassResult:
     return PassResult(gm, before != (len(gm.graph.nodes), len(gm.state_dict())))
 
 
-def remove_unread(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
+def erase_unused(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
     """Replaces a graph by one without the named nodes, as far as nothing else reads them.
 
     Unlike `remove_dead_code` it leaves everything else alone, such as updates of statistics that nobody reads.

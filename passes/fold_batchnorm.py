@@ -11,16 +11,16 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fxprune.graph.channels import CONVOLUTIONS, calls_of
+from fxprune.graph.channels import CONVOLUTIONS, call_nodes
 from fxprune.graph.fx_utils import class_names
 from fxprune.passes.dead_code import remove_dead_code
 
-FIXED = "torchvision.ops.misc.FrozenBatchNorm2d"
+FROZEN_BATCHNORM = "torchvision.ops.misc.FrozenBatchNorm2d"
 """A norm that no training changes."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def absorb_norms(gm: fx.GraphModule) -> PassResult:
+def fold_batchnorm(gm: fx.GraphModule) -> PassResult:
     """Replaces a convolution and the batch norm that alone reads it by one convolution. Exact but for rounding.
 
     Only norms in eval mode, or fixed ones; only convolutions that are called once.
@@ -35,53 +35,53 @@ def absorb_norms(gm: fx.GraphModule) -> PassResult:
     PassResult
         `modified` says whether any norm went.
     """
-    pairs = list(absorbable(gm))
+    pairs = list(foldable_pairs(gm))
     for convolution, norm in pairs:
         layers = [gm.get_submodule(str(node.target)) for node in (convolution, norm)]
-        gm.set_submodule(str(convolution.target), absorbed(*layers))
+        gm.set_submodule(str(convolution.target), folded_convolution(*layers))
         norm.replace_all_uses_with(convolution)
     if pairs:
         remove_dead_code(gm)
     return PassResult(gm, bool(pairs))
 
 
-def absorbable(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
+def foldable_pairs(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Find convolutions and the norms that they can absorb."""
     for node in gm.graph.nodes:
         reader = next(iter(node.users)) if len(node.users) == 1 else None
         if reader is None or {node.op, reader.op} != {"call_module"} or reader.args != (node,) or reader.kwargs:
             continue
         convolution, norm = (gm.get_submodule(str(found.target)) for found in (node, reader))
-        if _can_absorb(convolution) and _is_settled(norm) and len(list(calls_of(gm, convolution))) == 1:
+        if _is_foldable(convolution) and _is_fixed_norm(norm) and len(list(call_nodes(gm, convolution))) == 1:
             yield node, reader
 
 
-def absorbed(convolution: nn.Module, norm: nn.Module) -> nn.Module:
+def folded_convolution(convolution: nn.Module, norm: nn.Module) -> nn.Module:
     """The convolution that computes what a convolution and a norm do; computed in float32 at least."""
     weight = convolution.get_parameter("weight")
     precise = torch.promote_types(weight.dtype, torch.float32)
-    first, second = (_twin(layer).to(precise).eval() for layer in (convolution, norm))
+    first, second = (_copy_layer(layer).to(precise).eval() for layer in (convolution, norm))
     with torch.no_grad():
         both: nn.Module = fuse_conv_bn_eval(first, second, transpose=first.transposed).to(weight.dtype)
     both.training = convolution.training
     return both.requires_grad_(weight.requires_grad)
 
 
-def _twin(layer: nn.Module) -> Any:
+def _copy_layer(layer: nn.Module) -> Any:
     return copy.deepcopy(layer)
 
 
-def _can_absorb(layer: Any) -> bool:
+def _is_foldable(layer: Any) -> bool:
     if type(layer) not in CONVOLUTIONS or type(layer._parameters.get("weight")) is not nn.Parameter:
         return False
     return not (layer.transposed and layer.groups > 1) and not _has_hooks(layer)
 
 
-def _is_settled(layer: Any) -> bool:
+def _is_fixed_norm(layer: Any) -> bool:
     """Whether a layer is a norm by statistics that are the same at every call."""
     if _has_hooks(layer):
         return False
-    return class_names(layer)[0] == FIXED or (
+    return class_names(layer)[0] == FROZEN_BATCHNORM or (
         type(layer) in _NORMS and not layer.training and layer.running_mean is not None
     )
 

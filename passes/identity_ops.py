@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fxprune.graph.fx_utils import class_names
 
-IDLE: Mapping[str, Callable[[Any], bool]] = {
+IDENTITY_MODULES: Mapping[str, Callable[[Any], bool]] = {
     "torch.nn.modules.linear.Identity": lambda layer: True,
     **{f"torch.nn.modules.dropout.Dropout{rank}": lambda layer: layer.p == 0 for rank in ("", "1d", "2d", "3d")},
     "torchvision.ops.stochastic_depth.StochasticDepth": lambda layer: layer.p == 0,
@@ -32,11 +32,11 @@ _CLAMPS: Mapping[Any, Callable[..., tuple[float, float]]] = {
 """What cuts values off at both ends of a range and does nothing else, and that range."""
 
 
-def skip_idle(gm: fx.GraphModule) -> PassResult:
+def remove_identity_ops(gm: fx.GraphModule) -> PassResult:
     """Replaces operations that give what they are given by what they are given, in train mode and in eval mode.
 
-    These are layers in `IDLE`, and of two activations such as ``relu(relu(x))`` the one whose work the other does.
-    What the graph gives, and layers with hooks, stay.
+    These are layers in `IDENTITY_MODULES`, and of two activations such as ``relu(relu(x))`` the one whose work the
+    other does. What the graph gives, and layers with hooks, stay.
 
     Parameters
     ----------
@@ -55,9 +55,9 @@ def skip_idle(gm: fx.GraphModule) -> PassResult:
         (source,) = node.all_input_nodes
         own, before = _clamp(gm, node), _clamp(gm, source)
         seen = any(user.op == "output" for user in node.users)
-        if not seen and (_is_idle(gm, node) or (own and before and _holds(own, before))):
+        if not seen and (_is_identity(gm, node) or (own and before and _contains(own, before))):
             modified |= bool(node.replace_all_uses_with(source))
-        elif own and before and _holds(before, own) and len(source.users) == 1 and not _has_hooks(gm, source):
+        elif own and before and _contains(before, own) and len(source.users) == 1 and not _has_hooks(gm, source):
             node.replace_input_with(source, source.all_input_nodes[0])
             modified = True
     gm.graph.lint()
@@ -72,11 +72,11 @@ def _has_hooks(gm: fx.GraphModule, node: fx.Node) -> bool:
     return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
 
 
-def _is_idle(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module" or node.kwargs or len(node.args) != 1:
         return False
     layer = gm.get_submodule(str(node.target))
-    return IDLE.get(class_names(layer)[0], lambda layer: False)(layer)
+    return IDENTITY_MODULES.get(class_names(layer)[0], lambda layer: False)(layer)
 
 
 def _clamp(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
@@ -89,5 +89,5 @@ def _clamp(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
     return _CLAMPS[node.target](*node.args, **node.kwargs) if node.target in _CLAMPS else None
 
 
-def _holds(wide: tuple[float, float], narrow: tuple[float, float]) -> bool:
+def _contains(wide: tuple[float, float], narrow: tuple[float, float]) -> bool:
     return wide[0] <= narrow[0] and narrow[1] <= wide[1]

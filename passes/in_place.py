@@ -10,14 +10,14 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.graph.operators import in_place_functions
 from fxprune.graph.tracer import functional_form, is_in_place
 
-VIEWS = frozenset(
+VIEW_OPERATIONS = frozenset(
     {"getitem", "chunk", "split", "view", "reshape", "transpose", "permute", "flatten", "unbind", "detach", "squeeze"}
     | {"unsqueeze", "expand", "narrow", "select", "t", "contiguous"}
 )
 """Operations whose value may share memory with their input's."""
 
 
-def clear_in_place(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
+def functionalize(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
     """Replaces operations that overwrite one of the named values by ones that compute a new value.
 
     What reads the overwritten value afterwards reads the new one. Left alone are operations on the graph's inputs and
@@ -42,7 +42,7 @@ def clear_in_place(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
         target = node.args[0] if node.args else None
         if not isinstance(target, fx.Node) or target.name not in names:
             continue
-        if target.op in ("placeholder", "get_attr") or _name(target) in VIEWS:
+        if target.op in ("placeholder", "get_attr") or _target_name(target) in VIEW_OPERATIONS:
             continue
         node.target, node.args, node.kwargs = functional_form(node.op, node.target, node.args, dict(node.kwargs))
         later = {user for user in target.users if user is not node and user > node}
@@ -52,7 +52,7 @@ def clear_in_place(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
     return PassResult(gm, modified)
 
 
-def overwrite_again(gm: fx.GraphModule) -> PassResult:
+def reinplace(gm: fx.GraphModule) -> PassResult:
     """Replaces functions by the in-place ones that the program calls, where nothing else reads what they overwrite.
 
     Parameters
@@ -72,5 +72,5 @@ def overwrite_again(gm: fx.GraphModule) -> PassResult:
     return PassResult(gm, modified)
 
 
-def _name(node: fx.Node) -> str:
+def _target_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.passes.concat import join_parts, narrow_readers
+from fxprune.passes.concat import collapse_split_concat, deduplicate_concat
 from fxprune.passes.dead_code import remove_dead_code
-from fxprune.passes.identity_ops import skip_idle
-from fxprune.passes.in_place import overwrite_again
+from fxprune.passes.identity_ops import remove_identity_ops
+from fxprune.passes.in_place import reinplace
 
 
-def clean_up(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module) -> PassResult:
+def run_pipeline(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module) -> PassResult:
     """Replaces a graph by one that computes the same with less.
 
     Parameters
@@ -32,10 +32,10 @@ def clean_up(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module) 
     """
     results = (
         remove_dead_code(gm),
-        skip_idle(gm),
-        narrow_readers(gm, channels, model),
-        join_parts(gm),
+        remove_identity_ops(gm),
+        deduplicate_concat(gm, channels, model),
+        collapse_split_concat(gm),
         remove_dead_code(gm),
-        overwrite_again(gm),
+        reinplace(gm),
     )
     return PassResult(gm, any(result.modified for result in results))

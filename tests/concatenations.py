@@ -9,22 +9,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fxprune.graph.capture import trace_island
+from fxprune.graph.capture import trace_module
 from fxprune.graph.channels import channels_of
-from fxprune.passes.concat import narrow_readers
+from fxprune.passes.concat import deduplicate_concat
 
 EXACT = 1e-12
 """What rounding may change in float64, of values around 1."""
 
 
 def traced(model: nn.Module) -> Any:
-    found = trace_island(model, frozenset(), exactly=True)
+    found = trace_module(model, frozenset(), fixed_opaque=True)
     assert found is not None
     return found[0]
 
 
 def narrow(gm: fx.GraphModule, model: nn.Module | None = None) -> bool:
-    return narrow_readers(gm, channels_of(gm), model).modified
+    return deduplicate_concat(gm, channels_of(gm), model).modified
 
 
 def distance(first: Tensor, second: Tensor) -> float:

@@ -49,7 +49,7 @@ class Sketch:
         return number
 
     def picture(self, removed: list[list[int]], initial: int | None) -> Row:
-        """The sketch in the form that `fxprune.visualize.network_view.make_picture` returns."""
+        """The sketch in the form that `fxprune.visualize.network_view.build_view` returns."""
         for rank, row in enumerate(sorted(self.regions, key=lambda row: float(row["score"])), start=1):
             row["rank"] = rank
         flops = sum(row["flops"] for row in self.blocks)

@@ -18,13 +18,13 @@ from fxprune.adapters import torchvision
 from fxprune.adapters.protocol import Batch
 from fxprune.datasets.calibration import Calibration
 from fxprune.demo.bundled import load_dataset, load_detector
-from fxprune.healing.distillation.feature_distance import Distance
-from fxprune.healing.heal import _paired, mend
-from fxprune.healing.methods import Care
+from fxprune.healing.distillation.feature_distance import FeatureDistance
+from fxprune.healing.heal import _make_pair, heal_student
+from fxprune.healing.methods import HealingContext
 from fxprune.healing.reconstruction import least_squares
-from fxprune.rewriting.history import plans_carried_out
-from fxprune.runtime.distributed import by_first, own_share, rank_and_world
-from fxprune.search.agreement import Agreement
+from fxprune.rewriting.history import applied_plans
+from fxprune.runtime.distributed import rank_and_world, run_on_rank_zero, take_shard
+from fxprune.search.agreement import DetectionAgreement
 from tests.models import pixels, tiny
 
 Job = Callable[[Path], Any]
@@ -125,14 +125,14 @@ def heal(folder: Path, method: str, loader: Loader = batches, seed: int = 0, **o
 
 def heal_by_rows(folder: Path) -> dict[str, Tensor]:
     """As if no layer were narrow enough for sums over its weights."""
-    with patch.object(least_squares, "WIDEST", 0):
+    with patch.object(least_squares, "MAX_PRIMAL_INPUTS", 0):
         return heal(folder, "affine")
 
 
 def fit_unlooked(folder: Path) -> None:
     """Fits the layers by batches of which no other process has seen that one cannot be run."""
     model, pruned = _pruned(0)
-    mend(pruned, model, four_channels(), "affine", None, Care())
+    heal_student(pruned, model, four_channels(), "affine", None, HealingContext())
 
 
 def stop_early(folder: Path) -> tuple[list[int], dict[str, Tensor]]:
@@ -148,14 +148,14 @@ def stop_early(folder: Path) -> tuple[list[int], dict[str, Tensor]]:
 
 def prune(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     pruned = fxprune.compile(tiny(), [*partly_labelled(), *batches()[:2]], **options)
-    return [plan.to_dict() for plan in plans_carried_out(pruned)], dict(pruned.state_dict())
+    return [plan.to_dict() for plan in applied_plans(pruned)], dict(pruned.state_dict())
 
 
 def measure_distance(folder: Path) -> float:
     """How far the features of a pruned model are off."""
     model, pruned = _pruned(0)
-    pair, read = _paired(model, pruned, plans_carried_out(pruned), Calibration(batches()), None)
-    return Distance(pair, read).mean(read)
+    pair, read = _make_pair(model, pruned, applied_plans(pruned), Calibration(batches()), None)
+    return FeatureDistance(pair, read).mean(read)
 
 
 def measure_agreement(folder: Path) -> float:
@@ -166,8 +166,8 @@ def measure_agreement(folder: Path) -> float:
             weight.mul_(0.9)
     dataset = load_dataset("calibration")
     batches = [Batch([dataset[2 * index + place][0] for place in (0, 1)], None, 2) for index in range(4)]
-    judge = Agreement(model, torchvision.ADAPTER, own_share(list(enumerate(batches))))
-    return judge.worse(other)
+    judge = DetectionAgreement(model, torchvision.ADAPTER, take_shard(list(enumerate(batches))))
+    return judge.increase(other)
 
 
 def broken_criterion(region: Any, modules: Any) -> float:
@@ -186,7 +186,7 @@ def fail_alone(folder: Path) -> Any:
     def fail() -> None:
         raise fxprune.errors.SettingError("it is Monday")
 
-    return by_first(fail)
+    return run_on_rank_zero(fail)
 
 
 def _pruned(seed: int) -> tuple[nn.Module, nn.Module]:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torchvision.models import resnet18
 
 import fxprune
-from fxprune.attribution.criteria import GATE, part_sizes, relative_loss
+from fxprune.attribution.criteria import FISHER_GATE, part_sizes, relative_loss
 from fxprune.errors import LossError
 from tests.models import tiny
 from tests.zoo import ZOO, image_batch, mean_loss
@@ -167,7 +167,7 @@ def test_no_gradient_raises_and_never_prunes() -> None:
 def test_fisher_is_the_mean_square_of_each_images_derivatives_by_gates_on_channels() -> None:
     model, (images, labels) = tiny(), labelled(5, 16)
     analysis = fxprune.analyze(model, [(images[:2], labels[:2] % 5), (images[2:], labels[2:] % 5)], criterion="fisher")
-    gates = torch.full((4, 5, 8, 1, 1), GATE, requires_grad=True)
+    gates = torch.full((4, 5, 8, 1, 1), FISHER_GATE, requires_grad=True)
     x = model.get_submodule("stem")(images)
     for block, gate in zip(model.get_submodule("blocks").children(), gates, strict=True):
         x = x + gate * (block(x) - x)

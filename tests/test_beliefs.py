@@ -7,23 +7,23 @@ import math
 import numpy as np
 import pytest
 
-from fxprune.healing.loss_change import Judge
-from fxprune.search.surrogate import Beliefs
+from fxprune.healing.loss_change import LossChange
+from fxprune.search.surrogate import LinearSurrogate
 
-NOISE = Judge.noise
+NOISE = LossChange.noise_std
 
 
 def test_the_criterion_has_the_first_word() -> None:
-    beliefs = Beliefs([[4.0, 1.0, -2.0]], seed=0, noise=NOISE)
-    assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 0.0]]
+    beliefs = LinearSurrogate([[4.0, 1.0, -2.0]], seed=0, noise_std=NOISE)
+    assert [scores.tolist() for scores in beliefs.propose()] == [[4.0, 1.0, 0.0]]
 
 
 def test_every_opinion_is_heard_before_any_is_drawn() -> None:
-    beliefs = Beliefs([[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]], seed=0, noise=NOISE)
+    beliefs = LinearSurrogate([[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]], seed=0, noise_std=NOISE)
     between = [pytest.approx(2.0), 1.0, 0.0]
-    assert [scores.tolist() for scores in beliefs.draws()] == [[4.0, 1.0, 9.0], [1.0, 1.0, 0.0], between]
-    beliefs.learn((True, True, False), 0.5)
-    first, second, *_ = [scores.tolist() for scores in beliefs.draws()]
+    assert [scores.tolist() for scores in beliefs.propose()] == [[4.0, 1.0, 9.0], [1.0, 1.0, 0.0], between]
+    beliefs.observe((True, True, False), 0.5)
+    first, second, *_ = [scores.tolist() for scores in beliefs.propose()]
     assert (first, second) == ([1.0, 1.0, 0.0], between)
     mean, covariance = beliefs.posterior()
     assert mean[2] == 0.0  # between nothing and much, and as uncertain as that is
@@ -31,20 +31,20 @@ def test_every_opinion_is_heard_before_any_is_drawn() -> None:
 
 
 def test_trials_outweigh_scores() -> None:
-    beliefs = Beliefs([[1.0, 4.0, 9.0, 16.0]], seed=0, noise=NOISE)
+    beliefs = LinearSurrogate([[1.0, 4.0, 9.0, 16.0]], seed=0, noise_std=NOISE)
     truth = np.array([0.9, 0.1, 0.2, 0.3])  # the one that scores least does most damage
     for taken in ((1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 0, 1, 0)):
-        beliefs.learn(tuple(map(bool, taken)), math.expm1(float(truth @ np.array(taken))))
+        beliefs.observe(tuple(map(bool, taken)), math.expm1(float(truth @ np.array(taken))))
     mean, covariance = beliefs.posterior()
     np.testing.assert_allclose(mean, truth, atol=0.05)
     assert np.all(np.linalg.eigvalsh(covariance) > -1e-9)
 
 
 def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
-    beliefs = Beliefs([[1.0, 4.0, 9.0]], seed=0, noise=NOISE)
+    beliefs = LinearSurrogate([[1.0, 4.0, 9.0]], seed=0, noise_std=NOISE)
     before = None
     for number in range(3):
-        beliefs.learn((True, False, False), 0.5)
+        beliefs.observe((True, False, False), 0.5)
         _, covariance = beliefs.posterior()
         before = before or covariance[2, 2]
         assert covariance[2, 2] == pytest.approx(before)
@@ -54,21 +54,21 @@ def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
 
 def test_the_longer_nothing_better_is_found_the_wilder_the_draws() -> None:
     def spread(losses: list[float]) -> float:
-        beliefs = Beliefs([[1.0, 2.0, 3.0]], seed=0, noise=NOISE)
+        beliefs = LinearSurrogate([[1.0, 2.0, 3.0]], seed=0, noise_std=NOISE)
         for loss in losses:
-            beliefs.learn((True, True, False), loss)
-        _, first, *_ = beliefs.draws()
+            beliefs.observe((True, True, False), loss)
+        _, first, *_ = beliefs.propose()
         return float(np.abs(first - beliefs.posterior()[0]).max())
 
-    assert Beliefs([[1.0]], 0, NOISE).stale() == 0
+    assert LinearSurrogate([[1.0]], 0, NOISE).trials_without_gain() == 0
     assert spread([1.0] * 13) > 2 * spread([1.0])
     assert spread([2.0**-number for number in range(13)]) < 0.5 * spread([1.0] * 13)
 
 
 def test_the_same_seed_draws_the_same() -> None:
     def drawn(seed: int) -> list[list[float]]:
-        beliefs = Beliefs([[1.0, 2.0]], seed, NOISE)
-        beliefs.learn((True, False), 0.3)
-        return [scores.tolist() for scores in beliefs.draws()]
+        beliefs = LinearSurrogate([[1.0, 2.0]], seed, NOISE)
+        beliefs.observe((True, False), 0.3)
+        return [scores.tolist() for scores in beliefs.propose()]
 
     assert drawn(0) == drawn(0) != drawn(1)

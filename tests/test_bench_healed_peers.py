@@ -20,7 +20,7 @@ from benchmarks.subjects import TWIN, UNPRUNED, Latencies, Subject
 from benchmarks.training.finetune import finetune_for
 from fxprune.profiling.flops_params import count_params
 from fxprune.profiling.interleaved_timing import Timing
-from fxprune.search.plan_search import TRIES
+from fxprune.search.plan_search import DEFAULT_TRIES
 from tests.test_bench_peers import make_items, make_subject, needs_peer
 
 pytestmark = pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")
@@ -82,7 +82,7 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
         (0.21, "mimic"),
     ]
     assert rows[0]["regions"] == rows[2]["regions"]
-    known = bench_deeper.found_before(subject, "one_shot", 0.2, Namespace(cost="flops", tries=TRIES))
+    known = bench_deeper.found_before(subject, "one_shot", 0.2, Namespace(cost="flops", tries=DEFAULT_TRIES))
     assert known
     ((plan,), _) = known
     assert 1 - plan.after.flops / plan.before.flops == rows[0]["flops_cut"]

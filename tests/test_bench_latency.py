@@ -13,7 +13,7 @@ import torch
 from benchmarks import bench_latency, results
 from benchmarks.subjects import Subject
 from fxprune.demo.bundled import load_detector
-from fxprune.profiling.latency import Backend, Latency, by_nodes
+from fxprune.profiling.latency import Backend, Latency, node_probe
 from tests.test_bench_peers import make_subject
 
 ON = {"device": "cpu", "images": 4, "threads": 1, "rounds": 15, "floor": 0.02}
@@ -28,7 +28,7 @@ def results_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def measure(backend: Backend, model: Any, captured: Any, graphs: Any, regions: Any, *_: Any, **__: Any) -> Latency:
     """Stands in for the measuring: every region a quarter by its nodes, a fifth by itself."""
-    share = 0.25 if backend.probe is by_nodes else 0.2
+    share = 0.25 if backend.probe is node_probe else 0.2
     return Latency(8.0, {region.name: 8.0 * share for region in regions}, ON)
 
 

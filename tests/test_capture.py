@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune.graph.capture import capture, trace_island
+from fxprune.graph.capture import capture_islands, trace_module
 from fxprune.graph.fx_utils import fingerprint
-from fxprune.graph.symbolic_shapes import propagate, specs_of
+from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
 from tests.zoo import ZOO, conv, image_batch, mean_loss
 
 
@@ -64,7 +64,7 @@ class Named(nn.Module):
 
 @pytest.mark.parametrize("part", [Dropping, Branching])
 def test_a_part_that_cannot_be_traced_stays_one_node(part: type[nn.Module]) -> None:
-    traced = trace_island(Holder(part()), frozenset())
+    traced = trace_module(Holder(part()), frozenset())
     assert traced is not None
     gm, opaque = traced
     assert opaque == {"part"}
@@ -73,12 +73,12 @@ def test_a_part_that_cannot_be_traced_stays_one_node(part: type[nn.Module]) -> N
 
 @pytest.mark.parametrize("part", [Dropping, Branching])
 def test_a_module_whose_own_forward_stands_in_the_way_is_no_island(part: type[nn.Module]) -> None:
-    assert trace_island(part(), frozenset()) is None
+    assert trace_module(part(), frozenset()) is None
 
 
 def test_islands_are_found_inside_what_is_opaque() -> None:
     model = Holder(nn.Sequential(Dropping())).eval()
-    _, islands = capture(copy.deepcopy(model), lambda network: network(image_batch()), True)
+    _, islands = capture_islands(copy.deepcopy(model), lambda network: network(image_batch()), True)
     assert [island.name for island in islands] == ["", "part.0.one"]
     analysis = fxprune.analyze(model, [image_batch()], loss=mean_loss)
     names = {region.name for region in analysis.regions}
@@ -99,12 +99,12 @@ def test_modes_are_restored_by_tracing() -> None:
     model = Holder(Dropping())
     model.get_submodule("part.one").eval()
     modes = [module.training for module in model.modules()]
-    trace_island(model, frozenset())
+    trace_module(model, frozenset())
     assert [module.training for module in model.modules()] == modes
 
 
 def test_an_ordered_dict_stays_one() -> None:
-    traced = trace_island(Named(), frozenset())
+    traced = trace_module(Named(), frozenset())
     assert traced is not None
     output = traced[0](image_batch())
     assert type(output) is OrderedDict
@@ -116,7 +116,7 @@ def test_a_graph_gives_what_its_module_gave(name: str) -> None:
     model = ZOO[name].build().eval()
     x = image_batch()
     wanted = model(x.clone())
-    captured, islands = capture(copy.deepcopy(model), lambda network: network(x.clone()), True)
+    captured, islands = capture_islands(copy.deepcopy(model), lambda network: network(x.clone()), True)
     assert [island.name for island in islands] == [""]
     output = captured(x.clone())
     pairs = zip(output, wanted, strict=True) if isinstance(wanted, (list, tuple)) else [(output, wanted)]
@@ -143,7 +143,7 @@ def test_a_graph_that_gives_something_else_is_taken_back() -> None:
             network.calls = 0
         return network(image_batch())
 
-    captured, islands = capture(model, run, True)
+    captured, islands = capture_islands(model, run, True)
     assert isinstance(captured, Counting)
     assert [island.name for island in islands] == ["one", "two"]
 
@@ -160,7 +160,7 @@ def test_one_module_under_two_names_is_replaced_under_both() -> None:
             x = self.stem(x)
             return self.second(self.first(x)) if float(x.sum()) > -1e9 else x
 
-    model, islands = capture(Twice(), lambda network: network(image_batch()), True)
+    model, islands = capture_islands(Twice(), lambda network: network(image_batch()), True)
     assert [island.name for island in islands] == ["stem", "first"]
     assert model.get_submodule("first") is model.get_submodule("second")
 
@@ -168,7 +168,7 @@ def test_one_module_under_two_names_is_replaced_under_both() -> None:
 def test_plain_attributes_survive_capture_and_deepcopy() -> None:
     model = ZOO["split_concat"].build()
     model.f, model.i, model.type = -1, 7, "C2f"  # type: ignore[assignment]
-    traced = trace_island(model, frozenset())
+    traced = trace_module(model, frozenset())
     assert traced is not None
     twin = copy.deepcopy(traced[0])
     assert [getattr(twin, name) for name in ("f", "i", "type")] == [-1, 7, "C2f"]
@@ -176,7 +176,7 @@ def test_plain_attributes_survive_capture_and_deepcopy() -> None:
 
 def test_fingerprints_tell_structures_apart_and_not_weights() -> None:
     def of(model: nn.Module) -> str:
-        traced = trace_island(model, frozenset())
+        traced = trace_module(model, frozenset())
         assert traced is not None
         return fingerprint(traced[0])
 
@@ -204,12 +204,12 @@ class Tall(nn.Module):
 
 
 def test_growing_formulas_are_shortened_and_stay_provable() -> None:
-    traced = trace_island(Tall(), frozenset())
+    traced = trace_module(Tall(), frozenset())
     assert traced is not None
-    signatures = propagate(traced[0], specs_of((image_batch((33, 41)),)), {})
+    signatures = propagate_symbolic(traced[0], tensor_specs((image_batch((33, 41)),)), {})
     assert signatures.failure == ""
     names = [node.name for node in traced[0].graph.nodes if node.name.startswith("convs")]
     assert len(names) == 4
     pads = [node.name for node in traced[0].graph.nodes if node.name.startswith("pad")]
-    assert all(signatures.agree(pad, layer) for pad, layer in zip(pads, names, strict=True))
-    assert not signatures.agree(names[0], names[1])
+    assert all(signatures.provably_equal(pad, layer) for pad, layer in zip(pads, names, strict=True))
+    assert not signatures.provably_equal(names[0], names[1])

@@ -13,7 +13,7 @@ import torch
 import fxprune
 from fxprune.cli import steps
 from fxprune.cli.app import main
-from fxprune.cli.tables import curve
+from fxprune.cli.tables import draw_curve
 from fxprune.demo.bundled import load_detector
 from fxprune.profiling.latency import BACKENDS, Latency
 from fxprune.visualize import draw as drawing
@@ -95,7 +95,7 @@ def test_sweep_gives_a_point_a_budget_and_the_reason_where_there_is_none(
     arguments = ["sweep", "bundled", *FEW, "--criterion", "l1", "--budgets", "0.1,0.9", "--out", str(out)]
     for width in (80, 160):
         monkeypatch.setenv("COLUMNS", str(width))
-        monkeypatch.setattr(steps, "analyzed", remembered(steps.analyzed))
+        monkeypatch.setattr(steps, "run_analysis", remembered(steps.run_analysis))
         assert main([*arguments, "--force"]) == 0
         text = capsys.readouterr().out
         assert max(map(len, text.splitlines())) <= width
@@ -213,7 +213,7 @@ def test_version_names_torch_and_the_device(capsys: Captured) -> None:
 
 
 def test_a_curve_rises_to_its_right() -> None:
-    lines = curve([(0.8, 0.2), (1.0, 0.8)], 60).plain.splitlines()
+    lines = draw_curve([(0.8, 0.2), (1.0, 0.8)], 60).plain.splitlines()
     assert max(map(len, lines)) <= 60
     assert lines[0].startswith(" 0.80 ┤")
     marks = [(number, line.index("●")) for number, line in enumerate(lines) if "●" in line]

@@ -12,14 +12,14 @@ from rich.console import Console
 
 import fxprune
 from fxprune.cli.app import main
-from fxprune.cli.calibration_images import open_pictures
+from fxprune.cli.calibration_images import open_images
 from fxprune.cli.options import DataOptions, SearchOptions
-from fxprune.cli.steps import effort
+from fxprune.cli.steps import describe_effort
 from fxprune.cli.terminal import Terminal
 from fxprune.demo.bundled import load_detector
-from fxprune.healing.loss_change import Judge
-from fxprune.healing.methods import HEALERS
-from fxprune.search.agreement import Agreement
+from fxprune.healing.loss_change import LossChange
+from fxprune.healing.methods import METHODS
+from fxprune.search.agreement import DetectionAgreement
 from fxprune.search.plan_search import STRATEGIES
 from tests.commands import FEW, VAL, Captured, refusal
 
@@ -98,8 +98,8 @@ def test_a_loss_that_healing_leaves_is_told_where_nothing_is_measured(
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the second plan is judged."""
     judged: list[Any] = []
-    for kind in (Judge, Agreement):
-        monkeypatch.setattr(kind, "worse", _stopping(kind.worse, judged))
+    for kind in (LossChange, DetectionAgreement):
+        monkeypatch.setattr(kind, "increase", _stopping(kind.increase, judged))
 
 
 def _stopping(worse: Any, judged: list[Any]) -> Any:
@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(HEALERS, "mimic", stop)
+    monkeypatch.setitem(METHODS, "mimic", stop)
     out = tmp_path / "out"
     assert main([*PRUNE, "--strategy", "search", "--criterion", "l1", "--heal", "mimic", "--out", str(out)]) == 130
     said = capsys.readouterr()
@@ -144,7 +144,7 @@ def test_a_second_ctrl_c_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("heal", "limit", "count"), [("none", None, 64), ("affine", None, 200), ("mimic", 9, 9)])
 def test_healing_reads_more_images(heal: str, limit: int | None, count: int) -> None:
     options = DataOptions(images=VAL / "images", limit=limit)
-    assert len(open_pictures(load_detector(), options, "calibration", heal).dataset) == count
+    assert len(open_images(load_detector(), options, "calibration", heal).dataset) == count
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_healing_reads_more_images(heal: str, limit: int | None, count: int) -> 
     ],
 )
 def test_the_effort_is_said(search: SearchOptions, said: str) -> None:
-    found = effort(200, search)
+    found = describe_effort(200, search)
     assert said in found
     assert bool(said) == bool(found)
 
@@ -171,7 +171,7 @@ def test_what_was_removed_is_refused_with_what_to_use(option: str, value: str, c
 
 @pytest.mark.parametrize("option", ["--strategy", "--heal"])
 def test_unknown_names_are_refused(option: str, capsys: Captured) -> None:
-    known = STRATEGIES if option == "--strategy" else HEALERS
+    known = STRATEGIES if option == "--strategy" else METHODS
     text = refusal(capsys, "prune", "bundled", option, "luck", status=2)
     assert f"'luck' is not known; known: {', '.join(known)}" in text
 

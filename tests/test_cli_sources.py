@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from fxprune.cli.app import main
-from fxprune.cli.calibration_images import calibration_batches, open_pictures
+from fxprune.cli.calibration_images import calibration_batches, open_images
 from fxprune.cli.models import fill_weights, open_model
 from fxprune.cli.options import DataOptions, ModelOptions
 from fxprune.datasets.folders import ImageFolder
@@ -159,14 +159,14 @@ def test_folders_without_images(tmp_path: Path) -> None:
 def test_classifiers_take_images_alone(images: Path) -> None:
     model = open_model(ModelOptions("torchvision:resnet18"), "cpu")
     options = DataOptions(images=images, size=64, batch=3)
-    loader = calibration_batches(model, open_pictures(model, options, "calibration"), options)
+    loader = calibration_batches(model, open_images(model, options, "calibration"), options)
     assert [tuple(batch.shape) for batch in loader] == [(3, 3, 64, 64), (1, 3, 64, 64)]
 
 
 def test_limit_spreads_the_images_evenly() -> None:
-    pictures = open_pictures(load_detector(), DataOptions(limit=4), "val")
+    pictures = open_images(load_detector(), DataOptions(limit=4), "val")
     assert [pictures.dataset[index][1]["image_id"] for index in range(4)] == [1, 51, 101, 151]
-    assert len(open_pictures(load_detector(), DataOptions(), "val").dataset) == 200
+    assert len(open_images(load_detector(), DataOptions(), "val").dataset) == 200
 
 
 def test_annotations_that_do_not_fit(images: Path, tmp_path: Path, capsys: Captured) -> None:

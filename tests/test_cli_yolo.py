@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxprune.cli.app import main
-from fxprune.cli.calibration_images import calibration_batches, open_pictures
+from fxprune.cli.calibration_images import calibration_batches, open_images
 from fxprune.cli.models import open_model
 from fxprune.cli.options import DataOptions, ModelOptions
 from fxprune.datasets.folders import YoloDataset
@@ -66,7 +66,7 @@ def test_yolo_models_without_names_are_matched_by_number(yolo: Path) -> None:
     model = open_model(ModelOptions("ultralytics:yolov8n.yaml", classes=10), "cpu")
     yolo.write_text(yolo.read_text(encoding="utf-8").replace("'3'", "three"), encoding="utf-8")
     options = DataOptions(data=yolo, size=64)
-    pictures = open_pictures(model, options, "calibration")
+    pictures = open_images(model, options, "calibration")
     assert pictures.labels == {number: number for number in range(10)}
     (batch,) = calibration_batches(model, pictures, options)
     assert batch["img"].shape == (4, 3, 64, 64)
@@ -134,4 +134,4 @@ def test_yaml_with_a_root_a_list_and_a_text_file(yolo: Path, images: Path) -> No
 def test_a_detector_with_too_few_classes_is_wrong_for_the_data(yolo: Path) -> None:
     model = open_model(ModelOptions("torchvision:ssdlite320_mobilenet_v3_large", classes=5), "cpu")
     with pytest.raises(SettingError, match=r"knows classes 1 to 4 .* goes up to 10; build it with --classes 11"):
-        open_pictures(model, DataOptions(data=yolo), "val")
+        open_images(model, DataOptions(data=yolo), "val")

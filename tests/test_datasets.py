@@ -220,10 +220,10 @@ def test_letterboxing_is_grey_around_and_comes_back() -> None:
     assert torch.equal(square[:, 16:48], torch.ones(3, 32, 64))
     assert torch.equal(square[:, :16], torch.full((3, 16, 64), 114 / 255))
     boxes = torch.tensor([[1.0, 2.0, 30.0, 40.0]])
-    assert torch.allclose(placement.back(placement.forth(boxes)), boxes, atol=1e-4)
+    assert torch.allclose(placement.to_image(placement.to_square(boxes)), boxes, atol=1e-4)
     stretched, placement = letterbox(torch.ones(3, 50, 100), 64, stretch=True)
     assert torch.equal(stretched, torch.ones(3, 64, 64))
-    assert placement.forth(boxes).tolist() == [pytest.approx([0.64, 2.56, 19.2, 51.2])]
+    assert placement.to_square(boxes).tolist() == [pytest.approx([0.64, 2.56, 19.2, 51.2])]
 
 
 def test_batches_calibrate_both_families(tmp_path: Path) -> None:

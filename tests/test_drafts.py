@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from fxprune import StorageError
-from fxprune.runtime.atomic_write import drafted
+from fxprune.runtime.atomic_write import atomic_write
 
 
 def write_file(place: Path, text: str) -> None:
-    with drafted(place) as draft:
+    with atomic_write(place) as draft:
         draft.write_text(text)
 
 
 def write_folder(place: Path, text: str) -> None:
-    with drafted(place) as draft:
+    with atomic_write(place) as draft:
         (draft / "inner").mkdir(parents=True)
         (draft / "inner" / "letter").write_text(text)
 

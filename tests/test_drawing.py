@@ -18,9 +18,9 @@ from torch import nn
 
 import fxprune
 from fxprune import PlanError, SettingError, StorageError
-from fxprune.visualize.draw import FORMATS, draw_picture
-from fxprune.visualize.graphviz_mermaid import dot_text, mermaid_text
-from fxprune.visualize.renderer import evaluate, page_text, png_bytes, svg_text
+from fxprune.visualize.draw import FORMATS, write_view
+from fxprune.visualize.graphviz_mermaid import render_dot, render_mermaid
+from fxprune.visualize.renderer import evaluate_js, render_page, render_png, render_svg
 from tests.pictures import PICTURES, Row, residual
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -41,14 +41,14 @@ def test_all_that_can_be_drawn_is_drawn_in_every_format(
 def test_a_file_that_is_there_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.dot"
     path.write_text("old")
-    draw_picture(residual(), path)
-    assert path.read_text() == dot_text(residual())
+    write_view(residual(), path)
+    assert path.read_text() == render_dot(residual())
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.svg.gz", ".png"])
 def test_unknown_suffix_names_the_known_ones(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"\.dot, \.html, \.mmd, \.png, \.svg"):
-        draw_picture(residual(), tmp_path / name)
+        write_view(residual(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
@@ -63,7 +63,7 @@ def test_unwritable_path_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder.svg").mkdir()
     for path in (tmp_path / "file" / "a.dot", tmp_path / "folder.svg"):
         with pytest.raises(StorageError, match="cannot be written"):
-            draw_picture(residual(), path)
+            write_view(residual(), path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "folder.svg"]
 
 
@@ -73,15 +73,15 @@ def test_missing_extra_is_named_and_text_needs_none(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SettingError, match=r'pip install "fxprune\[draw\]"'):
-        draw_picture(residual(), tmp_path / f"a{suffix}")
+        write_view(residual(), tmp_path / f"a{suffix}")
     monkeypatch.setitem(sys.modules, "quickjs", None)
     for other in (".html", ".dot", ".mmd"):
-        draw_picture(residual(), tmp_path / f"a{other}")
+        write_view(residual(), tmp_path / f"a{other}")
 
 
 def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"fxprune\.analyze"):
-        draw_picture({**residual(), "blocks": [], "nodes": [], "edges": [], "block_edges": []}, tmp_path / "a.dot")
+        write_view({**residual(), "blocks": [], "nodes": [], "edges": [], "block_edges": []}, tmp_path / "a.dot")
 
 
 @pytest.mark.parametrize("suffix", sorted(FORMATS))
@@ -93,7 +93,7 @@ def test_what_is_not_known_is_left_out(suffix: str, tmp_path: Path) -> None:
         block |= {"flops": None, "params": None, "summary": ""}
     picture["before"] = {"flops": 0, "params": 0, "blocks": 0}
     path = tmp_path / f"a{suffix}"
-    draw_picture(picture, path)
+    write_view(picture, path)
     text = path.read_bytes().decode("latin-1")
     shown = re.findall(r'id="data">(.*?)</script>|<text[^>]*>(.*?)</text>|label="(.*?)"|\["(.*?)"\]', text, re.DOTALL)
     assert shown or suffix == ".png"
@@ -104,7 +104,7 @@ def test_what_is_not_known_is_left_out(suffix: str, tmp_path: Path) -> None:
 
 
 def test_no_name_breaks_out_of_the_page() -> None:
-    text = page_text(PICTURES["harm"])
+    text = render_page(PICTURES["harm"])
     assert text.count("</script>") == text.count("<script") == 2
     assert "<img" not in text
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
@@ -112,7 +112,7 @@ def test_no_name_breaks_out_of_the_page() -> None:
 
 
 def test_the_page_asks_nothing_of_any_network() -> None:
-    text = page_text(PICTURES["detector"])
+    text = render_page(PICTURES["detector"])
     addresses = set(re.findall(r"\w+://[^\s\"'`<)]*", text))
     assert addresses <= {"http://www.w3.org/2000/svg"}, "a name space is no request"
     assert not re.search(r"(src|href)=\"(?!#)|@import|url\((?!data:)|sourceMappingURL", text)
@@ -120,7 +120,7 @@ def test_the_page_asks_nothing_of_any_network() -> None:
 
 
 def test_harmful_names_are_text_in_svg() -> None:
-    root = ElementTree.fromstring(svg_text(PICTURES["harm"]))
+    root = ElementTree.fromstring(render_svg(PICTURES["harm"]))
     assert {element.tag.removeprefix(SVG) for element in root.iter()} <= {
         "svg",
         "title",
@@ -140,11 +140,11 @@ def test_harmful_names_are_text_in_svg() -> None:
 @pytest.mark.parametrize("name", sorted(PICTURES))
 def test_dot_is_read_by_its_own_parsers(name: str) -> None:
     picture = PICTURES[name]
-    graphs = pydot.graph_from_dot_data(dot_text(picture))
+    graphs = pydot.graph_from_dot_data(render_dot(picture))
     assert len(graphs) == 1
     assert len(graphs[0].get_edges()) == len(picture["block_edges"])
     if which("dot"):
-        done = subprocess.run(["dot", "-Tplain"], input=dot_text(picture).encode(), capture_output=True, check=False)
+        done = subprocess.run(["dot", "-Tplain"], input=render_dot(picture).encode(), capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout.count(b"\nnode ") == len(picture["blocks"]) + 2
 
@@ -152,7 +152,7 @@ def test_dot_is_read_by_its_own_parsers(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(PICTURES))
 def test_mermaid_has_every_block_and_edge_once(name: str) -> None:
     picture = PICTURES[name]
-    lines = mermaid_text(picture).splitlines()
+    lines = render_mermaid(picture).splitlines()
     assert (lines[0], lines[2], lines[3]) == ("---", "---", "flowchart TB")
     assert json.loads(lines[1].removeprefix("title: "))
     boxes = [
@@ -166,8 +166,8 @@ def test_mermaid_has_every_block_and_edge_once(name: str) -> None:
 def test_both_mark_what_is_removed() -> None:
     picture = residual()
     first, second = (f"b{picture['regions'][i]['nodes'] and _block(picture, i)}" for i in (1, 3))
-    assert f"  class {first},{second} removed" in mermaid_text(picture)
-    assert dot_text(picture).count("\\nremoved") == 2
+    assert f"  class {first},{second} removed" in render_mermaid(picture)
+    assert render_dot(picture).count("\\nremoved") == 2
 
 
 def _block(picture: Row, region: int) -> int:
@@ -181,7 +181,7 @@ def _block(picture: Row, region: int) -> int:
 @pytest.mark.parametrize("name", ["residual", "detector"])
 def test_svg_has_every_label_a_legend_and_what_was_saved(name: str) -> None:
     picture = {**PICTURES[name], "initial": 1}
-    texts = [element.text or "" for element in ElementTree.fromstring(svg_text(picture)).iter(f"{SVG}text")]
+    texts = [element.text or "" for element in ElementTree.fromstring(render_svg(picture)).iter(f"{SVG}text")]
     for block in picture["blocks"]:
         label = block["label"].removeprefix(block["island"] + ".")
         assert block["glue"] or label in texts
@@ -196,27 +196,29 @@ def test_svg_says_milliseconds_where_they_were_measured() -> None:
     picture = json.loads(json.dumps(PICTURES["residual"])) | {"initial": 1, "cost": "latency"}
     picture["before"]["latency_ms"] = 1234.5
     picture["plans"][1]["after"]["latency_ms"] = 987.6
-    texts = [element.text or "" for element in ElementTree.fromstring(svg_text(picture)).iter(f"{SVG}text")]
+    texts = [element.text or "" for element in ElementTree.fromstring(render_svg(picture)).iter(f"{SVG}text")]
     caption = " ".join(texts)
     assert "of latency: 2 regions removed" in caption
     assert "latency (ms) 1230 to 988 (\u221220.0 %)" in caption
-    unmeasured = json.dumps([element.text for element in ElementTree.fromstring(svg_text(PICTURES["residual"])).iter()])
+    unmeasured = json.dumps(
+        [element.text for element in ElementTree.fromstring(render_svg(PICTURES["residual"])).iter()]
+    )
     assert "latency" not in unmeasured
 
 
 def test_colours_are_cividis() -> None:
     colormaps = pytest.importorskip("matplotlib", reason="pip install matplotlib").colormaps
     shares = [0.0, 0.1, 0.33, 0.5, 0.77, 1.0]
-    for share, found in zip(shares, evaluate("input.shares.map(fxprune.cividis)", shares=shares), strict=True):
+    for share, found in zip(shares, evaluate_js("input.shares.map(fxprune.cividis)", shares=shares), strict=True):
         colour = [int(found[i : i + 2], 16) for i in (1, 3, 5)]
         assert colour == pytest.approx([255 * value for value in colormaps["cividis"](share)[:3]], abs=6)
 
 
 def test_png_shows_its_texts_and_boxes() -> None:
-    content = png_bytes(residual())
+    content = render_png(residual())
     rows, width = pixels(content)
     assert len({rows[i : i + 3] for i in range(0, len(rows), 3)}) > 20, "one colour would be a blank picture"
-    root = ElementTree.fromstring(svg_text(residual()))
+    root = ElementTree.fromstring(render_svg(residual()))
     assert width == 2 * int(root.attrib["width"])
     for element in root.iter(f"{SVG}text"):
         element.text = ""

@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import fxprune
 from fxprune import ModelError, Plan, StorageError
-from fxprune.passes.fold_batchnorm import absorb_norms
+from fxprune.passes.fold_batchnorm import fold_batchnorm
 from tests.concatenations import traced
 from tests.models import Detector, build, pixels
 
@@ -119,15 +119,15 @@ def test_a_norm_that_two_graphs_share_goes_into_both() -> None:
 
 def test_norms_that_learn_stay_in_the_graph() -> None:
     gm = fx.symbolic_trace(varied(FOLDED["2d"]()).train())
-    assert not absorb_norms(gm).modified
-    assert absorb_norms(gm.eval()).modified
+    assert not fold_batchnorm(gm).modified
+    assert fold_batchnorm(gm.eval()).modified
 
 
 def test_layers_with_hooks_stay() -> None:
     for index in range(2):
         model = varied(FOLDED["2d"]())
         model[index].register_forward_hook(lambda *_: None)
-        assert not absorb_norms(fx.symbolic_trace(model)).modified
+        assert not fold_batchnorm(fx.symbolic_trace(model)).modified
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 0.01), (torch.bfloat16, 0.1)])

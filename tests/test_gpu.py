@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.adapters.registry import network_of
+from fxprune.adapters.registry import unwrap
 from fxprune.cli.app import main
 from fxprune.demo.bundled import load_dataset, load_detector
 from fxprune.graph.fx_utils import map_tensors
@@ -49,7 +49,7 @@ def batches(model: nn.Module, items: list[Any], **options: Any) -> list[Any]:
 
 
 def devices_of(model: nn.Module) -> set[str]:
-    return {value.device.type for value in network_of(model).state_dict().values()}
+    return {value.device.type for value in unwrap(model).state_dict().values()}
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "fisher_mended", "grad_act"])
@@ -103,7 +103,7 @@ def test_what_is_pruned_is_compiled_for_the_device(detector: nn.Module, items: l
     pruned = fxprune.compile(model, batches(model, items), 0.15, heal="affine")
     x = torch.rand(2, 3, 160, 160, device="cuda")
     with torch.inference_mode():
-        backbone = network_of(pruned).get_submodule("backbone")
+        backbone = unwrap(pruned).get_submodule("backbone")
         wanted = backbone(x)
         given: Any = torch.compile(backbone, mode=mode, dynamic=False)(x)
         for name, value in wanted.items():

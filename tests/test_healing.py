@@ -15,14 +15,14 @@ from torch.nn import functional
 import fxprune
 from fxprune.adapters.registry import choose_adapter
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
-from fxprune.healing.distillation.feature_distance import Distance
-from fxprune.healing.distillation.schedule import copied
-from fxprune.healing.heal import mend
-from fxprune.healing.loss_change import Judge
-from fxprune.healing.methods import BLENDS, HEALERS, Care
-from fxprune.healing.reconstruction.layerwise import refit
-from fxprune.healing.reconstruction.least_squares import RIDGE, Sight, fit_affine
-from fxprune.healing.teacher_student import Pair, pair_up
+from fxprune.healing.distillation.feature_distance import FeatureDistance
+from fxprune.healing.distillation.schedule import copy_state
+from fxprune.healing.heal import heal_student
+from fxprune.healing.loss_change import LossChange
+from fxprune.healing.methods import INTERPOLATIONS, METHODS, HealingContext
+from fxprune.healing.reconstruction.layerwise import reconstruct_layers
+from fxprune.healing.reconstruction.least_squares import RELATIVE_RIDGE, LayerRows, fit_layer
+from fxprune.healing.teacher_student import TeacherStudent, pair_models
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.plan import Plan
 from fxprune.runtime.private_copy import private_copy
@@ -60,16 +60,16 @@ def cut(model: nn.Module, analysis: Analysis) -> nn.Module:
     return fxprune.apply(model, without(analysis, "blocks.0", "blocks.2"))
 
 
-def pair_of(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> tuple[Pair, list[Any]]:
+def pair_of(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> tuple[TeacherStudent, list[Any]]:
     old, new = private_copy(model), private_copy(pruned)
     adapter = choose_adapter(old, batches[0], None)
     read = [adapter.normalize(old, batch) for batch in batches]
-    return pair_up(old, new, adapter, read[0], [""]), read
+    return pair_models(old, new, adapter, read[0], [""]), read
 
 
 def far(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> float:
     pair, read = pair_of(model, pruned, batches)
-    return Distance(pair, read).mean(read)
+    return FeatureDistance(pair, read).mean(read)
 
 
 def middle_gone(model: nn.Module) -> nn.Module:
@@ -106,7 +106,7 @@ class Chain(nn.Module):
 def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -> None:
     model: Any = build(Chain)
     pruned: Any = middle_gone(model)
-    healed: Any = mend(pruned, model, images(), "affine", None, Care()).double()
+    healed: Any = heal_student(pruned, model, images(), "affine", None, HealingContext()).double()
     with torch.no_grad():
         x = torch.cat(images())
         now = model.first(x).double()
@@ -114,7 +114,7 @@ def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -
         want = model.last(model.middle(model.first(x))).double().permute(0, 2, 3, 1).reshape(-1, 5)
     bare = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1)
     start = torch.cat([model.last.weight.detach().flatten(1), model.last.bias.detach()[:, None]], 1).double()
-    held = RIDGE * rows.square().sum(0).mean()
+    held = RELATIVE_RIDGE * rows.square().sum(0).mean()
     least = torch.linalg.solve(
         bare.T @ bare + held * torch.eye(55, dtype=torch.float64), bare.T @ want + held * start.T
     )
@@ -135,7 +135,7 @@ def test_affine_keeps_the_spread_of_what_it_can_tell_in_part_only(kind: Callable
     told = torch.tensor([1.0, 0.5, 0.0]).reshape(3, 1, 1)
     wanted = 4 * (told * x + (1 - told) * noise) + 7
     with torch.no_grad():
-        fit_affine(layer, Sight([x[:4], x[4:]], [wanted[:4], wanted[4:]]))
+        fit_layer(layer, LayerRows([x[:4], x[4:]], [wanted[:4], wanted[4:]]))
         given = layer(x)
     torch.testing.assert_close(given.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
     spread, was = given.std((0, 2, 3)), wanted.std((0, 2, 3))
@@ -143,7 +143,7 @@ def test_affine_keeps_the_spread_of_what_it_can_tell_in_part_only(kind: Callable
     assert spread[2] < 0.5 * was[2]  # chance alone is not blown up
 
 
-@pytest.mark.parametrize("best", BLENDS)
+@pytest.mark.parametrize("best", INTERPOLATIONS)
 def test_how_far_to_go_is_decided_by_the_loss_on_images_that_nothing_was_fitted_to(
     best: float, model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,21 +151,21 @@ def test_how_far_to_go_is_decided_by_the_loss_on_images_that_nothing_was_fitted_
     judged: list[Tensor] = []
     fitted: list[Tensor] = []
 
-    def astray(self: Judge, pruned: nn.Module) -> float:
-        tried.append(copied(pruned))
+    def astray(self: LossChange, pruned: nn.Module) -> float:
+        tried.append(copy_state(pruned))
         judged.extend(batch.images for _, batch in self.batches)
-        return abs(BLENDS[len(tried) - 1] - best)
+        return abs(INTERPOLATIONS[len(tried) - 1] - best)
 
-    def fit(pair: Pair, batches: Any, *rest: Any) -> list[str]:
+    def fit(pair: TeacherStudent, batches: Any, *rest: Any) -> list[str]:
         fitted.extend(batch.images for batch in batches)
-        return refit(pair, batches, *rest)
+        return reconstruct_layers(pair, batches, *rest)
 
-    monkeypatch.setattr(Judge, "astray", astray)
-    monkeypatch.setattr("fxprune.healing.methods.refit", fit)
+    monkeypatch.setattr(LossChange, "deviation", astray)
+    monkeypatch.setattr("fxprune.healing.methods.reconstruct_layers", fit)
     found = fxprune.heal(cut, model, images(), "affine")
     assert fxprune.report(found).settings["heal"]["share"] == best
     healed = found.state_dict()
-    assert len(tried) == len(BLENDS)
+    assert len(tried) == len(INTERPOLATIONS)
     assert not any(torch.equal(one, other) for one in judged for other in fitted)
     start, end = cut.state_dict(), tried[0]
     for name, value in healed.items():
@@ -206,7 +206,7 @@ def test_what_comes_before_a_removed_block_is_left_as_it_is(model: nn.Module, an
 # What comes back, and what does not change ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", list(HEALERS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_neither_model_is_changed(method: str, model: nn.Module, cut: nn.Module) -> None:
     with assert_unchanged(model), assert_unchanged(cut):
         fxprune.heal(cut, model, labelled(), method, steps=2)

@@ -13,9 +13,9 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import FxpruneWarning, SettingError, StorageError
-from fxprune.healing.distillation.feature_distance import Distance
+from fxprune.healing.distillation.feature_distance import FeatureDistance
 from fxprune.planning.analysis import Analysis
-from fxprune.rewriting.history import alterations
+from fxprune.rewriting.history import structural_changes
 from fxprune.runtime.private_copy import private_copy
 from tests.hostile import Unread
 from tests.models import build, labelled, tiny
@@ -39,7 +39,9 @@ def test_a_note_says_what_was_done(method: str, model: nn.Module, cut: nn.Module
     assert (note["method"], note["images"], note.get("steps")) == (method, 36, 5 if method == "mimic" else None)
     for when, network in ("before", cut), ("after", healed):
         pair, read = pair_of(model, network, images(9))
-        assert note["distance"][when] == pytest.approx(Distance(pair, read[:7] + read[8:]).mean(read[7:8]), rel=1e-4)
+        assert note["distance"][when] == pytest.approx(
+            FeatureDistance(pair, read[:7] + read[8:]).mean(read[7:8]), rel=1e-4
+        )
     assert note["seconds"] >= 0
     assert "heal" not in fxprune.report(cut).settings
     assert 0 <= note["loss"]["after"] < note["loss"]["before"]
@@ -48,20 +50,20 @@ def test_a_note_says_what_was_done(method: str, model: nn.Module, cut: nn.Module
 def test_a_loss_that_stays_far_off_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     found: Any = fxprune.report(fxprune.heal(cut, model, images(9), "affine")).settings["heal"]
     left = found["loss"]["after"]
-    monkeypatch.setattr("fxprune.healing.heal.LOST", left)
+    monkeypatch.setattr("fxprune.healing.heal.WARN_LOSS_DEVIATION", left)
     advice = "remove less, or try heal='mimic' or strategy='search';"
     with pytest.warns(FxpruneWarning, match=rf"off by {left:.2g} .*{advice}") as caught:
         fxprune.heal(cut, model, images(9), "affine")
     assert caught[0].filename == __file__
-    monkeypatch.setattr("fxprune.healing.heal.LOST", 0.0)
+    monkeypatch.setattr("fxprune.healing.heal.WARN_LOSS_DEVIATION", 0.0)
     with pytest.warns(FxpruneWarning, match="remove less, or try heal='mimic';"):
         fxprune.compile(model, images(9), 0.3, strategy="search", tries=1)
-    monkeypatch.setattr("fxprune.healing.heal.LOST", 1.001 * left)
+    monkeypatch.setattr("fxprune.healing.heal.WARN_LOSS_DEVIATION", 1.001 * left)
     fxprune.heal(cut, model, images(9), "affine")
 
 
 def test_a_loss_that_breaks_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.healing.loss_change.Judge.astray", lambda self, pruned: math.inf)
+    monkeypatch.setattr("fxprune.healing.loss_change.LossChange.deviation", lambda self, pruned: math.inf)
     with pytest.warns(FxpruneWarning, match="is no number: remove less, or try more steps or strategy='search';"):
         healed = fxprune.heal(cut, model, images(9), "mimic", steps=2)
     assert fxprune.report(healed).settings["heal"]["loss"] == {"before": None, "after": None}
@@ -87,10 +89,10 @@ def test_a_healed_models_plan_heals_no_other(model: nn.Module, cut: nn.Module) -
 def test_changes_behind_the_plans_back_are_not_forgotten(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
     changed = private_copy(cut)
     changed.add_module("more", nn.Linear(2, 2))
-    before = alterations(changed)
+    before = structural_changes(changed)
     assert before
     healed = fxprune.heal(changed, model, images(), "affine")
-    assert alterations(healed) == before
+    assert structural_changes(healed) == before
     with pytest.raises(StorageError, match="was changed after pruning"):
         fxprune.save(healed, tmp_path / "healed")
 

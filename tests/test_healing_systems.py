@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fxprune
-from fxprune.adapters.registry import network_of
+from fxprune.adapters.registry import unwrap
 from tests.conftest import Case
 from tests.hostile import assert_unchanged
 
@@ -31,7 +31,7 @@ def unlabelled(case: Case) -> list[Any]:
 @pytest.mark.parametrize("method", ["affine", "mimic"])
 def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fxprune.healing.methods.BLENDS", (1.0,)
+        "fxprune.healing.methods.INTERPOLATIONS", (1.0,)
     )  # weights are random, their loss says little of how far to go
     with assert_unchanged(case.model), assert_unchanged(case.pruned):
         healed = fxprune.heal(case.pruned, case.model, unlabelled(case), method, steps=4)
@@ -39,13 +39,13 @@ def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str, monke
     distance: Any = report.settings["heal"]["distance"]
     assert distance["after"] < 0.6 * distance["before"]
 
-    state, before = network_of(healed).state_dict(), network_of(case.pruned).state_dict()
+    state, before = unwrap(healed).state_dict(), unwrap(case.pruned).state_dict()
     assert {key: (value.shape, value.dtype) for key, value in state.items()} == {
         key: (value.shape, value.dtype) for key, value in before.items()
     }
     assert any(not torch.equal(state[key], before[key]) for key in state)
     assert (report.after, report.removed) == (fxprune.report(case.pruned).after, fxprune.report(case.pruned).removed)
     assert type(healed).__name__ == type(case.pruned).__name__
-    assert not network_of(healed).training
+    assert not unwrap(healed).training
     with torch.no_grad():
         copy.deepcopy(healed)(case.x)

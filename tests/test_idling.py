@@ -11,7 +11,7 @@ from torch.nn import functional
 from torchvision.ops import StochasticDepth
 
 from fxprune.passes.dead_code import remove_dead_code
-from fxprune.passes.identity_ops import skip_idle
+from fxprune.passes.identity_ops import remove_identity_ops
 from tests.concatenations import image, traced
 
 # Idle layers ----------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_idle_layers_go(name: str, training: bool) -> None:
     steps, left = SPARE[name]
     model = Stack(*steps).train(training)
     gm = traced(model)
-    assert skip_idle(gm).modified
+    assert remove_identity_ops(gm).modified
     remove_dead_code(gm)
     assert between(gm) == left
     x = image(dtype=torch.float32)
@@ -84,7 +84,7 @@ def test_idle_layers_go(name: str, training: bool) -> None:
 def test_busy_layers_stay(name: str) -> None:
     gm = traced(Stack(*BUSY[name]))
     before = between(gm)
-    assert not skip_idle(gm).modified
+    assert not remove_identity_ops(gm).modified
     assert between(gm) == before
 
 
@@ -92,7 +92,7 @@ def test_what_is_read_twice_is_computed_once() -> None:
     """With ``relu6`` reading past ``relu``, both would be left."""
     model = Stack(nn.ReLU(), lambda x: functional.relu6(x) + x)
     gm = traced(model)
-    assert not skip_idle(gm).modified
+    assert not remove_identity_ops(gm).modified
 
 
 def test_what_a_graph_gives_and_hooked_layers_stay() -> None:
@@ -100,8 +100,8 @@ def test_what_a_graph_gives_and_hooked_layers_stay() -> None:
     seen: list[Tensor] = []
     model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
     gm = traced(model)
-    assert not skip_idle(gm).modified
+    assert not remove_identity_ops(gm).modified
     gm(image(dtype=torch.float32))
     assert len(seen) == 1
     ends = traced(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity()))
-    assert not skip_idle(ends).modified
+    assert not remove_identity_ops(ends).modified

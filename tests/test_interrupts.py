@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.symbolic_shapes import propagate, specs_of
-from fxprune.graph.tracer import StructureTracer
-from fxprune.runtime.signals import uninterrupted
+from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
+from fxprune.graph.tracer import FunctionalTracer
+from fxprune.runtime.signals import defer_interrupts
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -33,7 +33,7 @@ class Interrupted(nn.Module):
 def test_it_comes_at_the_end_of_the_block() -> None:
     before, reached = signal.getsignal(signal.SIGINT), []
 
-    @uninterrupted()
+    @defer_interrupts()
     def block() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -48,7 +48,7 @@ def test_it_comes_at_the_end_of_the_block() -> None:
 def test_the_blocks_own_error_is_not_lost() -> None:
     before = signal.getsignal(signal.SIGINT)
 
-    @uninterrupted()
+    @defer_interrupts()
     def block(interrupt: bool) -> None:
         if interrupt:
             signal.raise_signal(signal.SIGINT)
@@ -66,7 +66,7 @@ def test_whoever_ignores_it_goes_on_ignoring_it() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     seen = []
     try:
-        with uninterrupted():
+        with defer_interrupts():
             signal.raise_signal(signal.SIGINT)
             seen.append(signal.getsignal(signal.SIGINT))
         seen.append(signal.getsignal(signal.SIGINT))
@@ -77,7 +77,7 @@ def test_whoever_ignores_it_goes_on_ignoring_it() -> None:
 
 def test_other_threads_go_on_without() -> None:
     def block() -> str:
-        with uninterrupted():
+        with defer_interrupts():
             return "done"
 
     with ThreadPoolExecutor(1) as pool:
@@ -88,10 +88,10 @@ def test_a_proof_of_shapes_is_interrupted_not_refused() -> None:
     graph = fx.Graph()
     graph.output(graph.call_function(interrupted, (graph.placeholder("x"),)))
     with pytest.raises(KeyboardInterrupt):
-        propagate(fx.GraphModule(nn.Module(), graph), specs_of((torch.zeros(2, 3, 4, 4),)), {})
+        propagate_symbolic(fx.GraphModule(nn.Module(), graph), tensor_specs((torch.zeros(2, 3, 4, 4),)), {})
 
 
 def test_tracing_is_interrupted_not_refused() -> None:
     with pytest.raises(KeyboardInterrupt):
-        StructureTracer().trace(Interrupted())
-    assert len(StructureTracer().trace(nn.Sequential(nn.ReLU())).nodes) == 3
+        FunctionalTracer().trace(Interrupted())
+    assert len(FunctionalTracer().trace(nn.Sequential(nn.ReLU())).nodes) == 3

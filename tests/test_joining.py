@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.passes.concat import join_parts
+from fxprune.passes.concat import collapse_split_concat
 from fxprune.passes.dead_code import remove_dead_code
 from tests.concatenations import EXACT, distance, image, narrow, traced
 
@@ -70,7 +70,7 @@ KEPT: dict[str, Callable[[Any, Tensor], Any]] = {
 def test_parts_in_order_are_the_value(name: str) -> None:
     model = Parted(JOINS[name]).eval()
     gm = traced(model)
-    assert join_parts(gm).modified
+    assert collapse_split_concat(gm).modified
     remove_dead_code(gm)
     assert not [node for node in gm.graph.nodes if node.target is torch.cat]
     for x in (image(dtype=torch.float32), image(dtype=torch.float32).to(memory_format=torch.channels_last)):
@@ -82,7 +82,7 @@ def test_parts_in_order_are_the_value(name: str) -> None:
 def test_other_parts_are_not_the_value(name: str) -> None:
     model = Parted(KEPT[name]).eval()
     gm = traced(model)
-    assert not join_parts(gm).modified
+    assert not collapse_split_concat(gm).modified
     assert torch.equal(gm(image(dtype=torch.float32)), model(image(dtype=torch.float32)))
 
 
@@ -94,7 +94,7 @@ def test_a_value_twice_and_then_in_its_parts() -> None:
     model = Parted(body).double().eval()
     gm = traced(model)
     assert narrow(gm)
-    assert join_parts(gm).modified
+    assert collapse_split_concat(gm).modified
     remove_dead_code(gm)
     assert [node.name for node in gm.graph.nodes] == ["x", "enter", "wide", "output"]
     assert distance(gm(image()), model(image())) < EXACT

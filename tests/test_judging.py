@@ -16,8 +16,8 @@ from fxprune.adapters.protocol import Batch
 from fxprune.adapters.registry import choose_adapter
 from fxprune.datasets.evaluation import Boxes
 from fxprune.demo.bundled import load_dataset, load_detector
-from fxprune.healing.loss_change import Judge
-from fxprune.search.agreement import SURE, Agreement, judge_of
+from fxprune.healing.loss_change import LossChange
+from fxprune.search.agreement import CONFIDENCE_THRESHOLD, DetectionAgreement, make_plan_judge
 from tests.models import labelled, pixels, tiny
 
 
@@ -26,23 +26,23 @@ def images(count: int) -> list[Tensor]:
     return [dataset[index][0] for index in range(count)]
 
 
-def judged(count: int = 6) -> tuple[nn.Module, Agreement]:
+def judged(count: int = 6) -> tuple[nn.Module, DetectionAgreement]:
     model = load_detector()
     rows = images(count)
     batches = [Batch(rows[:4], None, 4), Batch(rows[4:], None, count - 4)]
-    judge = judge_of(model, torchvision.ADAPTER, list(enumerate(batches)), seed=0)
-    assert isinstance(judge, Agreement)
+    judge = make_plan_judge(model, torchvision.ADAPTER, list(enumerate(batches)), seed=0)
+    assert isinstance(judge, DetectionAgreement)
     return model, judge
 
 
 def test_a_detector_agrees_with_itself_and_less_with_what_lost_blocks() -> None:
     model, judge = judged()
     assert all((boxes.scores == 1).all() for boxes in judge.truth)
-    assert judge.worse(model) == 0.0
-    assert judge.note(0.0) == {"agreement": 1.0}
-    worse = [judge.worse(fxprune.compile(model, [images(4)], budget, heal="none")) for budget in (0.05, 0.4)]
+    assert judge.increase(model) == 0.0
+    assert judge.to_settings(0.0) == {"agreement": 1.0}
+    worse = [judge.increase(fxprune.compile(model, [images(4)], budget, heal="none")) for budget in (0.05, 0.4)]
     assert 0 <= worse[0] < worse[1] < math.inf
-    assert judge.note(0.25) == {"agreement": 0.8}
+    assert judge.to_settings(0.25) == {"agreement": 0.8}
 
 
 def test_what_finds_nothing_or_no_numbers_is_worst() -> None:
@@ -51,7 +51,7 @@ def test_what_finds_nothing_or_no_numbers_is_worst() -> None:
     with torch.no_grad():
         for weight in broken.parameters():
             weight.fill_(math.nan)
-    assert judge.worse(broken) == math.inf
+    assert judge.increase(broken) == math.inf
 
 
 def test_what_is_unsure_of_all_is_held_to_the_half_it_is_surer_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,24 +60,26 @@ def test_what_is_unsure_of_all_is_held_to_the_half_it_is_surer_of(monkeypatch: p
         ones, none = np.ones(count), np.zeros(count, dtype=bool)
         return Boxes(np.ones((count, 4)), np.ones(count, dtype=np.int64), np.array(scores), ones, none)
 
-    monkeypatch.setattr(Agreement, "_found", lambda self, model: [boxes(0.2, 0.11, 0.09), boxes(), boxes(0.05)])
-    judge = Agreement(nn.Identity(), torchvision.ADAPTER, [])
+    monkeypatch.setattr(
+        DetectionAgreement, "_detect_boxes", lambda self, model: [boxes(0.2, 0.11, 0.09), boxes(), boxes(0.05)]
+    )
+    judge = DetectionAgreement(nn.Identity(), torchvision.ADAPTER, [])
     assert [len(found.labels) for found in judge.truth] == [2, 0, 0]
-    assert SURE > 0.2
+    assert CONFIDENCE_THRESHOLD > 0.2
 
 
 def test_the_loss_judges_what_finds_no_boxes_or_more_than_boxes() -> None:
     (x, y), *_ = labelled()
-    assert isinstance(judge_of(tiny(), classifier.ADAPTER, [(0, Batch(x, y, len(x)))], seed=0), Judge)
+    assert isinstance(make_plan_judge(tiny(), classifier.ADAPTER, [(0, Batch(x, y, len(x)))], seed=0), LossChange)
 
     class Masks(nn.Module):
         def forward(self, rows: list[Tensor]) -> list[dict[str, Tensor]]:
             found = {"boxes": torch.ones(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}
             return [{**found, "masks": torch.ones(1, 1, 8, 8)} for _ in rows]
 
-    assert torchvision.found(Masks(), Batch(images(2), None, 2)) is None
-    empty: Any = Agreement(Masks(), torchvision.ADAPTER, [(0, Batch(images(2), None, 2))])
-    assert not empty.possible
+    assert torchvision.detections(Masks(), Batch(images(2), None, 2)) is None
+    empty: Any = DetectionAgreement(Masks(), torchvision.ADAPTER, [(0, Batch(images(2), None, 2))])
+    assert not empty.is_applicable
 
 
 @pytest.mark.parametrize(("name", "boxes_alone"), [("yolov8n", True), ("yolov8n-seg", False)])
@@ -87,7 +89,7 @@ def test_boxes_of_a_batch_are_those_of_its_images(name: str, boxes_alone: bool) 
     torch.manual_seed(0)
     model = kind(f"{name}.yaml", nc=3, verbose=False).eval()
     batch = pixels(2, 3, 64, 64)
-    found = ultralytics.found(model, Batch(batch, None, 2))
+    found = ultralytics.detections(model, Batch(batch, None, 2))
     assert (found is not None) is boxes_alone
     if found is not None:
         wanted = ultralytics.detect(model, list(batch), 64)
@@ -104,8 +106,8 @@ def test_a_search_of_a_detector_says_how_much_is_still_found() -> None:
     report = fxprune.report(pruned)
     (plan,) = report.plans
     adapter = choose_adapter(model, loader[1], None)
-    judge = Agreement(model, adapter, [(0, Batch(loader[1], None, 4))])
-    assert plan.settings["agreement"] == pytest.approx(judge.note(judge.worse(pruned))["agreement"])
+    judge = DetectionAgreement(model, adapter, [(0, Batch(loader[1], None, 4))])
+    assert plan.settings["agreement"] == pytest.approx(judge.to_settings(judge.increase(pruned))["agreement"])
     assert "loss_increase" not in plan.settings
     words = str(report)
     assert "2 plans tried, each judged by what it still finds" in " ".join(words.split())

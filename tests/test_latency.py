@@ -17,13 +17,13 @@ from fxprune.profiling.latency import (
     BACKENDS,
     Backend,
     Latency,
-    Watched,
-    beyond_chance,
-    by_nodes,
-    by_pieces,
+    ProbeInputs,
+    backend_copy,
+    compiled_probe,
+    frozen_eval_mode,
     measure_latency,
-    ready_twin,
-    settled,
+    node_probe,
+    significant_median,
 )
 from tests.clocks import FakeClock
 from tests.models import Block, Detector, build, labelled, pixels, tiny
@@ -63,8 +63,8 @@ def measured(model: nn.Module, clock: FakeClock, backend: Backend = BACKENDS["ea
     batch = adapter.normalize(model, X)
     now = clock.now
     regions = regions_of(fxprune.analyze(model, labelled(), criterion="l1").regions)
-    twin = ready_twin(model, backend)
-    whole, islands = captured(model, X, adapter.root_is_function)
+    twin = backend_copy(model, backend)
+    whole, islands = captured(model, X, adapter.whole_model_is_graph)
     graphs = [(island.name, island.gm) for island in islands]
     clock.now = now
     return measure_latency(
@@ -79,7 +79,7 @@ def on(probe: Callable[..., Any], ready: Callable[[nn.Module], None] = lambda mo
 # What is measured ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+@pytest.mark.parametrize("probe", [node_probe, compiled_probe])
 def test_regions_get_what_their_layers_take(model: nn.Module, clock: FakeClock, probe: Callable[..., Any]) -> None:
     latency = measured(model, clock, on(probe))
     assert latency.whole_ms == pytest.approx(WHOLE)
@@ -108,7 +108,7 @@ def test_a_backend_that_is_twice_as_fast_in_the_graphs_halves_their_regions(mode
             layer: Any = module.get_submodule(name)
             layer.milliseconds = [one / 2 for one in layer.milliseconds]
 
-    latency = measured(model, clock, on(by_nodes, halve))
+    latency = measured(model, clock, on(node_probe, halve))
     assert latency.whole_ms == pytest.approx((WHOLE - OUTSIDE) / 2 + OUTSIDE)
     assert latency.regions_ms == pytest.approx({name: one / 2 for name, one in REGIONS.items()})
 
@@ -118,7 +118,7 @@ def test_what_a_call_of_its_own_costs_a_piece_is_not_the_regions(model: nn.Modul
         if isinstance(module, fx.GraphModule):
             clock.slow_down(module, 7.0)
 
-    assert measured(model, clock, on(by_pieces, pay_for_a_call)).regions_ms == pytest.approx(REGIONS)
+    assert measured(model, clock, on(compiled_probe, pay_for_a_call)).regions_ms == pytest.approx(REGIONS)
 
 
 def test_regions_get_what_one_more_takes_on_average(model: nn.Module, clock: FakeClock) -> None:
@@ -127,7 +127,7 @@ def test_regions_get_what_one_more_takes_on_average(model: nn.Module, clock: Fak
             if name.endswith("norm") and (more := {"1": 6.0, "2": 1.0}.get(name[0])):
                 clock.slow_down(part, more)
 
-    found = measured(model, clock, on(by_pieces, grow_unevenly)).regions_ms
+    found = measured(model, clock, on(compiled_probe, grow_unevenly)).regions_ms
     assert found == pytest.approx({name: own + 3.5 for name, own in REGIONS.items()})
 
 
@@ -137,7 +137,7 @@ def test_equal_regions_are_compiled_once(clock: FakeClock) -> None:
     model = nn.Sequential(mixed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
     for index, milliseconds in ((1, 3.0), (2, 3.0), (3, 3.0), (5, 1.0)):
         clock.slow_down(model.get_submodule(f"0.{index}.conv"), milliseconds)
-    latency = measured(model, clock, on(by_pieces, lambda module: ready.append(module)))
+    latency = measured(model, clock, on(compiled_probe, lambda module: ready.append(module)))
     assert len(ready) == 1 + 2 * 2
     assert latency.regions_ms == pytest.approx({"0.1": 3.0, "0.2": 3.0, "0.3": 3.0, "0.5": 1.0})
 
@@ -155,7 +155,7 @@ class Halves(nn.Module):
         return self.fc(torch.stack([self.body(half).mean((2, 3)) for half in halves]).sum(0))
 
 
-@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+@pytest.mark.parametrize("probe", [node_probe, compiled_probe])
 def test_calls_add_up(clock: FakeClock, probe: Callable[..., Any]) -> None:
     model = distinct(build(Halves), ["body.1.conv", "body.2.conv"])
     clock.slow_down(model.get_submodule("body.1.conv"), 2.0)
@@ -202,10 +202,10 @@ class Pool(nn.Module):
     ],
 )
 def test_what_chance_may_have_made_is_nothing(values: list[float], expected: float) -> None:
-    assert beyond_chance(values) == expected
+    assert significant_median(values) == expected
 
 
-@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+@pytest.mark.parametrize("probe", [node_probe, compiled_probe])
 def test_a_region_that_is_lost_in_noise_saves_nothing(
     model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
 ) -> None:
@@ -226,13 +226,13 @@ def test_the_floor_is_how_far_the_whole_strays_from_itself(model: nn.Module, clo
     assert steady < 1e-9 < 0.02 < measured(model, clock, rounds=8).settings["floor"] < 1
 
 
-@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+@pytest.mark.parametrize("probe", [node_probe, compiled_probe])
 def test_graphs_overwrite_what_the_model_does_while_they_are_timed(
     model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
 ) -> None:
     seen: list[set[bool]] = []
 
-    def watching(watched: Watched) -> Any:
+    def watching(watched: ProbeInputs) -> Any:
         acts = [part.inplace for _, gm in watched.graphs for part in gm.modules() if isinstance(part, nn.ReLU)]
         seen.append(set(acts))
         return probe(watched)
@@ -250,7 +250,7 @@ def test_graphs_overwrite_what_the_model_does_while_they_are_timed(
 
 def test_a_twin_shares_weights_and_nothing_else() -> None:
     model = build(Detector)
-    twin = ready_twin(model, Backend(lambda module: setattr(module, "mark", 1), by_nodes))
+    twin = backend_copy(model, Backend(lambda module: setattr(module, "mark", 1), node_probe))
     pairs = zip(model.state_dict(keep_vars=True).values(), twin.state_dict(keep_vars=True).values(), strict=True)
     assert all(one is other for one, other in pairs)
     assert not {id(part) for part in model.modules()} & {id(part) for part in twin.modules()}
@@ -260,14 +260,14 @@ def test_a_twin_shares_weights_and_nothing_else() -> None:
 
 def test_a_settled_model_stays_in_eval_mode_and_can_be_trained_again() -> None:
     model = tiny().train()
-    with settled(model):
+    with frozen_eval_mode(model):
         assert model.eval() is model
         assert not any(part.training for part in model.modules())
     assert "eval" not in vars(model)
     assert not model.train().eval().training
 
 
-@pytest.mark.parametrize("probe", [by_nodes, by_pieces])
+@pytest.mark.parametrize("probe", [node_probe, compiled_probe])
 def test_a_backend_that_fails_is_said_with_a_way_out(
     model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
 ) -> None:
@@ -275,7 +275,7 @@ def test_a_backend_that_fails_is_said_with_a_way_out(
         raise RuntimeError("no C++ compiler\nfound here")
 
     def refuse(module: nn.Module) -> None:
-        if isinstance(module, fx.GraphModule) or probe is by_nodes:
+        if isinstance(module, fx.GraphModule) or probe is node_probe:
             module.register_forward_pre_hook(fail)
 
     with pytest.raises(SettingError, match=r"RuntimeError: no C\+\+ compiler\); latency_backend='eager'"):
@@ -284,7 +284,7 @@ def test_a_backend_that_fails_is_said_with_a_way_out(
 
 def test_progress_is_told_round_by_round(model: nn.Module, clock: FakeClock) -> None:
     told: list[tuple[str, int, int | None]] = []
-    measured(model, clock, on(by_pieces), tell=lambda *stage: told.append(stage), rounds=3)
+    measured(model, clock, on(compiled_probe), tell=lambda *stage: told.append(stage), rounds=3)
     assert [step for step in told if step[0] == "compile"] == [("compile", done, 5) for done in range(6)]
     assert [done for stage, done, total in told if stage == "latency" and total == 3] == [0, 0, 0, 1, 2, 3]
 
@@ -295,6 +295,6 @@ def test_the_twin_is_what_is_timed_as_a_whole(model: nn.Module, clock: FakeClock
     def mark(module: nn.Module) -> None:
         module.register_forward_pre_hook(lambda *_: called.append("twin"))
 
-    measured(model, clock, on(by_nodes, mark), rounds=4)
+    measured(model, clock, on(node_probe, mark), rounds=4)
     assert called == ["twin"] * (1 + 2 * (4 + 2))
     assert model(X) is not None

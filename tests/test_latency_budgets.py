@@ -14,7 +14,7 @@ from torch import nn
 import fxprune
 from fxprune import BudgetError, Plan, SettingError
 from fxprune.planning.analysis import Analysis
-from fxprune.profiling.latency import BACKENDS, Backend, Latency, ready_twin
+from fxprune.profiling.latency import BACKENDS, Backend, Latency, backend_copy
 from tests.models import Detector, build, labelled, pixels
 
 X = pixels(2, 3, 16, 16)
@@ -143,8 +143,8 @@ def test_no_model_of_many_is_left_in_eager_mode() -> None:
     limit = torch._dynamo.config.recompile_limit
     backend = BACKENDS["inductor"]
     for width in range(1, limit + 3):
-        twin, before = ready_twin(build(Detector, width=width), backend), frames["ok"]
-        with torch.no_grad(), backend.during():
+        twin, before = backend_copy(build(Detector, width=width), backend), frames["ok"]
+        with torch.no_grad(), backend.context():
             twin(X)
         assert frames["ok"] > before
     assert torch._dynamo.config.recompile_limit == limit

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from fxprune.visualize.graphviz_mermaid import edges
-from fxprune.visualize.renderer import SHEET, evaluate
+from fxprune.visualize.graphviz_mermaid import styled_edges
+from fxprune.visualize.renderer import STILL_SIZE, evaluate_js
 from tests.pictures import PICTURES, Row, detector, residual
 
 
 def layout(picture: Row, **state: Any) -> Row:
-    found: Row = evaluate(
+    found: Row = evaluate_js(
         "fxprune.layout(input.picture, Object.assign({open: {}, plan: null}, input.state), input.fit)",
         picture=picture,
         state=state,
-        fit=SHEET if state.pop("wrapped", False) else None,
+        fit=STILL_SIZE if state.pop("wrapped", False) else None,
     )
     return found
 
@@ -137,7 +137,7 @@ def test_what_an_island_is_fed_with_stands_in_for_its_first_region() -> None:
 @pytest.mark.parametrize("initial", [0, 1, 2, 3])
 def test_both_take_the_same_way_past_what_is_removed_as_the_picture(initial: int) -> None:
     picture = {**residual(), "initial": initial}
-    written = {(source, target): look for source, target, look in edges(picture)}
+    written = {(source, target): look for source, target, look in styled_edges(picture)}
     ports = {"in": "images", "out": "outputs"}
     drawn = {(ports.get(a, a), ports.get(b, b)): look for (a, b), look in styles(picture, plan=initial).items()}
     assert written == drawn

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from fxprune.errors import ModelError
-from fxprune.healing.reconstruction.lockstep import Meet, run_in_step
+from fxprune.healing.reconstruction.lockstep import Rendezvous, run_lockstep
 
 
 def test_all_meet_before_any_goes_on_and_each_gets_its_answer() -> None:
     said: list[str] = []
 
     def run(name: str) -> Any:
-        def work(meet: Meet) -> None:
+        def work(meet: Rendezvous) -> None:
             for point in range(2):
                 said.append(f"{name}{point}")
                 said.append(f"{name} got {meet(point, name)}")
@@ -27,7 +27,7 @@ def test_all_meet_before_any_goes_on_and_each_gets_its_answer() -> None:
         said.append(f"{point}: {''.join(values.values())}")
         return {"a": "x"} if point == 0 else {"b": "y"}
 
-    run_in_step({"a": run("a"), "b": run("b")}, decide)
+    run_lockstep({"a": run("a"), "b": run("b")}, decide)
     assert said == [
         "a0", "b0", "0: ab", "a got x", "a1", "b got None", "b1", "1: ab", "a got None", "b got y",
     ]  # fmt: skip
@@ -37,7 +37,7 @@ def test_one_that_is_done_is_not_waited_for() -> None:
     points: list[tuple[Any, list[str]]] = []
 
     def run(times: int) -> Any:
-        def work(meet: Meet) -> None:
+        def work(meet: Rendezvous) -> None:
             for point in range(times):
                 meet(point, None)
 
@@ -47,7 +47,7 @@ def test_one_that_is_done_is_not_waited_for() -> None:
         points.append((point, list(values)))
         return {}
 
-    run_in_step({"short": run(1), "long": run(3)}, decide)
+    run_lockstep({"short": run(1), "long": run(3)}, decide)
     assert points == [(0, ["short", "long"]), (1, ["long"]), (2, ["long"])]
 
 
@@ -55,13 +55,13 @@ def test_one_that_is_done_is_not_waited_for() -> None:
 def test_an_error_ends_all_of_them(where: str) -> None:
     ended: list[str] = []
 
-    def work(meet: Meet) -> None:
+    def work(meet: Rendezvous) -> None:
         try:
             meet("here", 1)
         finally:
             ended.append("one")
 
-    def wrong(meet: Meet) -> None:
+    def wrong(meet: Rendezvous) -> None:
         if where == "run":
             raise ZeroDivisionError("in a run")
         work(meet)
@@ -71,18 +71,18 @@ def test_an_error_ends_all_of_them(where: str) -> None:
 
     threads = threading.active_count()
     with pytest.raises(ZeroDivisionError, match=f"in {'a run' if where == 'run' else 'decide'}"):
-        run_in_step({1: work, 2: wrong, 3: work}, decide)
+        run_lockstep({1: work, 2: wrong, 3: work}, decide)
     assert len(ended) == (1 if where == "run" else 3)  # the third had not begun when the second failed
     assert threading.active_count() == threads
 
 
 def test_different_ways_are_refused() -> None:
     with pytest.raises(ModelError, match=r"some are at left, right.*batches of one size"):
-        run_in_step({1: lambda meet: meet("left", 0), 2: lambda meet: meet("right", 0)}, lambda point, values: {})
+        run_lockstep({1: lambda meet: meet("left", 0), 2: lambda meet: meet("right", 0)}, lambda point, values: {})
 
 
 def test_gradients_are_off_inside_and_as_they_were_outside() -> None:
     inside: list[bool] = []
-    run_in_step({1: lambda meet: inside.append(torch.is_grad_enabled())}, lambda point, values: {})
+    run_lockstep({1: lambda meet: inside.append(torch.is_grad_enabled())}, lambda point, values: {})
     assert inside == [False]
     assert torch.is_grad_enabled()

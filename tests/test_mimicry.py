@@ -12,10 +12,16 @@ import fxprune
 from fxprune.adapters.protocol import Batch
 from fxprune.errors import LossError, ModelError, SettingError
 from fxprune.healing.distillation import feature_mimic
-from fxprune.healing.distillation.feature_distance import Distance
-from fxprune.healing.distillation.feature_mimic import FIRST, pieces
-from fxprune.healing.distillation.muon import ITERATIONS, QUINTIC, ROWS, Optimizers, orthogonal
-from fxprune.healing.distillation.schedule import State, copied
+from fxprune.healing.distillation.feature_distance import FeatureDistance
+from fxprune.healing.distillation.feature_mimic import INITIAL_LR_SCALE, split_batch
+from fxprune.healing.distillation.muon import (
+    BLOCK_ROWS,
+    NEWTON_SCHULZ_COEFFICIENTS,
+    NEWTON_SCHULZ_ITERATIONS,
+    MuonAdamW,
+    newton_schulz,
+)
+from fxprune.healing.distillation.schedule import TrainingState, copy_state
 from tests.hostile import assert_refused
 from tests.models import labelled, pixels, tiny
 from tests.test_healing import cut, equal, far, images, model
@@ -26,16 +32,16 @@ LONG: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3}
 
 
 @pytest.fixture
-def states(monkeypatch: pytest.MonkeyPatch) -> list[State]:
+def states(monkeypatch: pytest.MonkeyPatch) -> list[TrainingState]:
     """The states that a training goes through."""
-    seen: list[State] = []
-    after = State.after
+    seen: list[TrainingState] = []
+    after = TrainingState.advance
 
-    def noted(self: State, found: float, model: nn.Module, astray: bool) -> State:
+    def noted(self: TrainingState, found: float, model: nn.Module, astray: bool) -> TrainingState:
         seen.append(after(self, found, model, astray))
         return seen[-1]
 
-    monkeypatch.setattr(State, "after", noted)
+    monkeypatch.setattr(TrainingState, "advance", noted)
     return seen
 
 
@@ -45,66 +51,68 @@ def test_a_training_that_only_harms_gives_back_where_it_began(
     held = images(9)[7:8]
     harmed = fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0)
     assert far(model, harmed, held) <= far(model, cut, held)
-    monkeypatch.setattr("fxprune.healing.methods.BLENDS", (1.0,))
+    monkeypatch.setattr("fxprune.healing.methods.INTERPOLATIONS", (1.0,))
     began = fxprune.heal(cut, model, images(9), "affine")
     assert equal(began, fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=10.0))
     assert not equal(began, fxprune.heal(cut, model, images(9), "mimic", steps=5, learning_rate=1e-3))
 
 
 def test_a_learning_rate_that_is_too_high_is_halved_until_it_does_good(
-    model: nn.Module, cut: nn.Module, states: list[State], monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, cut: nn.Module, states: list[TrainingState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_mimic, "WORSE", 1.0)  # noise as images cannot be told apart, whatever the weights
+    monkeypatch.setattr(
+        feature_mimic, "DIVERGENCE_RATIO", 1.0
+    )  # noise as images cannot be told apart, whatever the weights
     before = fxprune.heal(cut, model, images(9), "affine")
     healed = fxprune.heal(cut, model, images(9), steps=64, learning_rate=0.5)
-    assert states[-1].pace < FIRST
+    assert states[-1].lr_scale < INITIAL_LR_SCALE
     held = images(9)[7:8]
     assert far(model, healed, held) < far(model, before, held)
 
 
 def test_a_loss_that_is_no_number_goes_back_too(
-    model: nn.Module, cut: nn.Module, states: list[State], monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, cut: nn.Module, states: list[TrainingState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Distance, "mean", lambda *_: float("nan"))
+    monkeypatch.setattr(FeatureDistance, "mean", lambda *_: float("nan"))
     began = fxprune.heal(cut, model, images(9), "affine")
     healed = fxprune.heal(cut, model, images(9), steps=1)
-    assert (states[-1].pace, states[-1].rising) == (FIRST / 2, False)
+    assert (states[-1].lr_scale, states[-1].warming_up) == (INITIAL_LR_SCALE / 2, False)
     assert equal(healed, began)
     assert all(bool(value.isfinite().all()) for value in healed.state_dict().values())
 
 
 def test_it_grows_until_it_harms_and_never_again() -> None:
     layer = nn.Linear(2, 2)
-    now = State(1.0, 0, 1 / 16, True, copied(layer))
+    now = TrainingState(1.0, 0, 1 / 16, True, copy_state(layer))
     paces = []
     for astray in (False, False, True, False, True, False):
-        now = now.after(2.0, layer, astray)
-        paces.append(now.pace)
+        now = now.advance(2.0, layer, astray)
+        paces.append(now.lr_scale)
     assert paces == [1 / 8, 1 / 4, 1 / 8, 1 / 8, 1 / 16, 1 / 16]
-    assert now.stale == 6
+    assert now.checks_without_gain == 6
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (7, [7]), (8, [4, 4]), (14, [5, 4, 5]), (16, [4, 4, 4, 4])])
 def test_a_step_takes_few_images_and_all_are_taken(count: int, sizes: list[int]) -> None:
     whole = pixels(count, 3, 4, 4)
     for form in (whole, list(whole)):
-        parts = pieces(Batch(form, None, count))
+        parts = split_batch(Batch(form, None, count))
         assert [part.count for part in parts] == [len(part.images) for part in parts] == sizes
         assert torch.equal(torch.cat([torch.stack([*part.images]) for part in parts]), whole)
     tokens = Batch({"x": whole}, None, count)
-    assert pieces(tokens) == [tokens]
+    assert split_batch(tokens) == [tokens]
 
 
 def test_optimizers_move_matrices_along_orthogonal_directions() -> None:
     weights = [nn.Parameter(pixels(*shape)) for shape in ((200, 8, 3, 3), (4, 1, 3, 3), (5,))]
     weights[0].data = weights[0].data.contiguous(memory_format=torch.channels_last)
     before = [weight.detach().clone() for weight in weights]
-    optimizers = Optimizers(weights)
+    optimizers = MuonAdamW(weights)
     for weight in weights:
         weight.grad = pixels(*weight.shape, seed=1) - 0.5
     optimizers.step(1e-2)
     moved = [(weight - old).detach() for weight, old in zip(weights, before, strict=True)]
-    for block in torch.split(moved[0].flatten(1), ROWS):
+    for block in torch.split(moved[0].flatten(1), BLOCK_ROWS):
         sizes = torch.linalg.svdvals(block) / (1e-2 * 0.2 * max(block.shape) ** 0.5)
         assert 0.4 < float(sizes.min()) <= float(sizes.max()) < 1.3
     for part in moved[1:]:
@@ -116,7 +124,7 @@ def test_optimizers_move_matrices_along_orthogonal_directions() -> None:
 def test_muon_is_that_of_torch_but_for_its_rounding(shape: tuple[int, int]) -> None:
     ours, theirs = (nn.Parameter(pixels(*shape)) for _ in range(2))
     other = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    own = Optimizers([ours])
+    own = MuonAdamW([ours])
     for seed in range(3):
         ours.grad = theirs.grad = pixels(*shape, seed=seed) - 0.5
         before = ours.detach().clone()
@@ -131,17 +139,20 @@ def test_orthogonal_multiplies_as_newton_schulz_does() -> None:
     for shape in ((5, 70), (70, 5), (32, 32)):
         matrix = pixels(*shape) - 0.5
         wanted = matrix.double() / matrix.double().norm()
-        for _ in range(ITERATIONS):
+        for _ in range(NEWTON_SCHULZ_ITERATIONS):
             square = wanted @ wanted.T
-            wanted = QUINTIC[0] * wanted + (QUINTIC[1] * square + QUINTIC[2] * square @ square) @ wanted
-        assert (orthogonal(matrix) - wanted).norm() < 1e-4 * wanted.norm()
-    assert torch.equal(orthogonal(torch.zeros(4, 8)), torch.zeros(4, 8))
+            wanted = (
+                NEWTON_SCHULZ_COEFFICIENTS[0] * wanted
+                + (NEWTON_SCHULZ_COEFFICIENTS[1] * square + NEWTON_SCHULZ_COEFFICIENTS[2] * square @ square) @ wanted
+            )
+        assert (newton_schulz(matrix) - wanted).norm() < 1e-4 * wanted.norm()
+    assert torch.equal(newton_schulz(torch.zeros(4, 8)), torch.zeros(4, 8))
 
 
 def test_a_weight_without_a_gradient_moves_as_with_zeros() -> None:
     ours, zeros = (nn.Parameter(pixels(4, 20)) for _ in range(2))
     for weight, gradient in ((ours, None), (zeros, torch.zeros(4, 20))):
-        optimizers = Optimizers([weight])
+        optimizers = MuonAdamW([weight])
         weight.grad = pixels(4, 20, seed=1) - 0.5
         optimizers.step(1e-2)
         weight.grad = gradient

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fxprune.graph.channels import channels_of
-from fxprune.passes.concat import NARROWED
+from fxprune.passes.concat import NARROWED_WEIGHTS
 from tests.concatenations import EXACT, Joining, distance, image, narrow, plain, traced
 
 widths = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -47,7 +47,7 @@ def test_the_sums_are_the_weights() -> None:
     model = Joining([2, 3], [1, 2, 1, -2], lambda n: nn.Conv2d(n, 4, 1, bias=False)).double()
     gm = traced(model)
     assert narrow(gm)
-    (key, shape), *others = gm.meta[NARROWED].items()
+    (key, shape), *others = gm.meta[NARROWED_WEIGHTS].items()
     assert (key, shape, others) == ("reader.weight", (4, 5, 1, 1), [])
     first, second, third, fourth = model.reader.weight.split([2, 3, 2, 3], 1)
     assert torch.equal(gm.reader.weight, torch.cat([first + third, second + 2 * fourth], 1))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from fxprune.graph.capture import trace_island
-from fxprune.passes.concat import NARROWED, narrow_readers
+from fxprune.graph.capture import trace_module
+from fxprune.passes.concat import NARROWED_WEIGHTS, deduplicate_concat
 from tests.concatenations import Joining, image, narrow, plain, traced
 
 # Left alone ----------------------------------------------------------------------------------------------------------
@@ -73,14 +73,14 @@ def test_left_alone(name: str) -> None:
     gm = traced(model)
     before = gm.code
     assert not narrow(gm)
-    assert gm.meta[NARROWED] == {}
+    assert gm.meta[NARROWED_WEIGHTS] == {}
     assert gm.code == before
     assert torch.equal(gm(image()), model(image()))
 
 
 def test_a_layer_whose_inside_is_not_known_is_left_alone() -> None:
     model = Joining([2, 3], [1, 2, 2], lambda n: Standardized(n, 4, 3)).double()
-    found = trace_island(model, frozenset({"reader"}), exactly=True)
+    found = trace_module(model, frozenset({"reader"}), fixed_opaque=True)
     assert found is not None
     assert [node.op for node in found[0].graph.nodes][-2] == "call_module"
     assert not narrow(found[0])
@@ -114,9 +114,9 @@ def test_a_width_that_no_layer_tells_is_not_guessed() -> None:
 
     gm = traced(Given())
     assert not narrow(gm)
-    assert narrow_readers(gm, {"x": 1, "y": 4}).modified
+    assert deduplicate_concat(gm, {"x": 1, "y": 4}).modified
     wrong = traced(Given())
-    assert not narrow_readers(wrong, {"x": 1, "y": 2}).modified  # 5 is not 9
+    assert not deduplicate_concat(wrong, {"x": 1, "y": 2}).modified  # 5 is not 9
 
 
 def test_a_weight_that_is_shared_is_left_alone() -> None:

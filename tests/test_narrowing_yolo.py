@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxprune
 from benchmarks.systems import SIX
 from fxprune import Plan
-from fxprune.passes.concat import NARROWED
+from fxprune.passes.concat import NARROWED_WEIGHTS
 from fxprune.passes.dead_code import remove_dead_code
 from tests.concatenations import Joining, narrow, traced
 from tests.conftest import SMALL, give_values
@@ -62,11 +62,11 @@ def as_they_were(model: nn.Module, plan: Plan) -> nn.Module:
     """The plan carried out without clean-ups."""
 
     def dead_code_alone(gm: Any, channels: Any, model: Any) -> Any:
-        gm.meta[NARROWED] = {}
+        gm.meta[NARROWED_WEIGHTS] = {}
         return remove_dead_code(gm)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxprune.rewriting.apply.clean_up", dead_code_alone)
+        patch.setattr("fxprune.rewriting.apply.run_pipeline", dead_code_alone)
         return fxprune.apply(model, plan)
 
 
@@ -205,6 +205,6 @@ def test_layers_that_hold_convolutions(kind: str, narrowed: int) -> None:
         model.reader.forward = MethodType(lambda self, x: self.bn(self.conv(x)) + x.sum(), model.reader)
     gm = traced(model.double().eval())
     assert narrow(gm) == bool(narrowed)
-    assert sum(shape[1] == 5 for shape in gm.meta[NARROWED].values()) == narrowed
+    assert sum(shape[1] == 5 for shape in gm.meta[NARROWED_WEIGHTS].values()) == narrowed
     x = pixels(2, 3, 7, 6).double()
     assert float((gm(x) - model(x)).detach().abs().max()) < 1e-12

@@ -16,7 +16,7 @@ from torchvision import models
 import fxprune
 from benchmarks.bench_time import captured
 from fxprune import Plan
-from fxprune.profiling.latency import overwriting
+from fxprune.profiling.latency import matching_inplace_flags
 from fxprune.profiling.node_timer import NodeTimer
 from tests.models import Block, build, finite, labelled, pixels
 
@@ -223,7 +223,7 @@ def test_captured_layers_overwrite_what_those_of_the_model_do() -> None:
     expected, graphs = model(x), [(island.name, island.gm) for island in islands]
     before = flags(whole)
     assert not any(before.values())
-    with overwriting(graphs, model), torch.no_grad():
+    with matching_inplace_flags(graphs, model), torch.no_grad():
         assert flags(whole) == {**before, "act": True}
         assert torch.equal(whole(x), expected)
     assert flags(whole) == before

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fxprune.visualize.draw import draw_picture
+from fxprune.visualize.draw import write_view
 from tests.pictures import PICTURES, Row, residual
 
 webdriver: Any = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
@@ -42,7 +42,7 @@ def page(browser: Any, tmp_path: Path) -> Any:
 
 
 def opened(browser: Any, picture: Row, folder: Path) -> Any:
-    draw_picture(picture, folder / "page.html")
+    write_view(picture, folder / "page.html")
     browser.get((folder / "page.html").as_uri())
     return browser
 

@@ -17,8 +17,8 @@ from benchmarks.systems import SIX, Sizes, System
 from fxprune import ModelError, Plan
 from fxprune.graph.records import IMAGES, RESULTS, Link
 from fxprune.planning.analysis import Analysis
-from fxprune.rewriting.history import remember
-from fxprune.visualize.network_view import FIRST, LAST, make_picture
+from fxprune.rewriting.history import attach_history
+from fxprune.visualize.network_view import IMAGES_NODE, RESULTS_NODE, build_view
 from tests.models import Block, Detector, build, finite, labelled, tiny
 
 
@@ -27,7 +27,7 @@ def labels(picture: dict[str, Any]) -> list[str]:
 
 
 def arrows(picture: dict[str, Any]) -> set[tuple[str, str]]:
-    names = {FIRST: "images", LAST: "results"} | dict(enumerate(labels(picture)))
+    names = {IMAGES_NODE: "images", RESULTS_NODE: "results"} | dict(enumerate(labels(picture)))
     return {(names[source], names[target]) for source, target in picture["block_edges"]}
 
 
@@ -87,7 +87,7 @@ class Again(nn.Module):
 def test_what_reads_its_own_results_is_drawn_once_through() -> None:
     analysis = fxprune.analyze(build(Again), labelled())
     assert Link("body", "body") in analysis.links
-    picture = make_picture(analysis)
+    picture = build_view(analysis)
     assert arrows(picture) == {
         ("images", "stem"), ("stem", "body.0"), ("body.0", "body.1"), ("body.1", "fc"), ("fc", "results"),
     }  # fmt: skip
@@ -97,7 +97,7 @@ def test_what_reads_its_own_results_is_drawn_once_through() -> None:
 
 
 def test_blocks_and_arrows_of_a_chain(analysis: Analysis) -> None:
-    picture = make_picture(analysis)
+    picture = build_view(analysis)
     names = ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "mean", "fc"]
     assert arrows(picture) == set(zip(["images", *names], [*names, "results"], strict=True))
     stem, first, *_, mean, fc = picture["blocks"]
@@ -111,7 +111,7 @@ def test_blocks_and_arrows_of_a_chain(analysis: Analysis) -> None:
 
 
 def test_arrows_go_from_island_to_island() -> None:
-    picture = make_picture(fxprune.analyze(build(Pyramid), labelled()))
+    picture = build_view(fxprune.analyze(build(Pyramid), labelled()))
     assert {("body.1", "down.0"), ("body.1", "head.0"), ("down.1", "head.0"), ("head.1", "results")} <= arrows(picture)
     assert ("images", "body.0") in arrows(picture)
 
@@ -133,7 +133,7 @@ class Shuffled(nn.Module):
 
 
 def test_arithmetic_on_sizes_is_left_out() -> None:
-    picture = make_picture(fxprune.analyze(build(Shuffled), labelled()))
+    picture = build_view(fxprune.analyze(build(Shuffled), labelled()))
     assert labels(picture) == ["stem", "block", "view · transpose · reshape · mean", "fc"]
     assert not {"size", "floordiv", "getitem"} & {node["op"] for node in picture["nodes"]}
 
@@ -149,12 +149,12 @@ def of_six(system: System) -> tuple[nn.Module, Any]:
 def test_pictures_of_the_six_hold_together(system: System) -> None:
     model, batch = of_six(system)
     analysis = fxprune.analyze(model, [batch], criterion="l1")
-    picture = make_picture(analysis)
+    picture = build_view(analysis)
     graph = nx.DiGraph([tuple(edge) for edge in picture["block_edges"]])
     assert nx.is_directed_acyclic_graph(graph)
-    assert set(graph) == {FIRST, LAST, *range(len(picture["blocks"]))}
-    assert nx.ancestors(graph, LAST) == set(graph) - {LAST}
-    assert nx.descendants(graph, FIRST) == set(graph) - {FIRST}
+    assert set(graph) == {IMAGES_NODE, RESULTS_NODE, *range(len(picture["blocks"]))}
+    assert nx.ancestors(graph, RESULTS_NODE) == set(graph) - {RESULTS_NODE}
+    assert nx.descendants(graph, IMAGES_NODE) == set(graph) - {IMAGES_NODE}
     members = [node for block in picture["blocks"] for node in block["nodes"]]
     assert sorted(members) == list(range(len(picture["nodes"])))
     for region, candidate in zip(picture["regions"], analysis.regions, strict=True):
@@ -168,7 +168,7 @@ def test_pictures_of_the_six_hold_together(system: System) -> None:
 
 
 def test_every_percent_has_the_plan_that_the_analysis_makes(analysis: Analysis) -> None:
-    picture = make_picture(analysis)
+    picture = build_view(analysis)
     assert picture["initial"] is None
     assert [row["budget"] for row in picture["plans"][:3]] == [0.01, 0.02, 0.03]
     for row in picture["plans"]:
@@ -180,7 +180,7 @@ def test_every_percent_has_the_plan_that_the_analysis_makes(analysis: Analysis) 
 @pytest.mark.parametrize(("budget", "cost"), [(0.2, "flops"), (0.255, "params")])
 def test_a_plan_of_the_analysis_can_be_shown_first(analysis: Analysis, budget: float, cost: str) -> None:
     plan = analysis.plan(budget, cost)
-    picture = make_picture(analysis, plan)
+    picture = build_view(analysis, plan)
     budgets = [row["budget"] for row in picture["plans"]]
     assert budgets == sorted(set(budgets))
     assert picture["cost"] == cost
@@ -192,7 +192,7 @@ def test_budgets_of_latency_begin_above_the_noise(analysis: Analysis) -> None:
     regions = tuple(replace(region, latency_ms=2.0) for region in analysis.regions)
     settings = {**analysis.settings, "latency": {"backend": "eager", "floor": 0.0312}}
     timed = replace(analysis, regions=regions, before=replace(analysis.before, latency_ms=10.0), settings=settings)
-    picture = make_picture(timed, timed.plan(0.2, "latency"))
+    picture = build_view(timed, timed.plan(0.2, "latency"))
     assert [row["budget"] for row in picture["plans"]] == [percent / 100 for percent in range(4, 81)]
     assert [region["latency_ms"] for region in picture["regions"]] == [2.0] * 4
     assert picture["plans"][picture["initial"]]["after"]["latency_ms"] == 8.0
@@ -202,9 +202,9 @@ def test_budgets_of_latency_begin_above_the_noise(analysis: Analysis) -> None:
 def test_a_plan_and_a_pruned_model_show_what_went(
     tiny_model: nn.Module, plan: Plan, analysis: Analysis, of: Callable[..., Any]
 ) -> None:
-    picture = make_picture(of(plan, fxprune.apply(tiny_model, plan)))
+    picture = build_view(of(plan, fxprune.apply(tiny_model, plan)))
     assert picture["initial"] == 0
-    assert labels(picture) == labels(make_picture(analysis))
+    assert labels(picture) == labels(build_view(analysis))
     (row,) = picture["plans"]
     assert [picture["regions"][index]["name"] for index in row["removed"]] == [r.name for r in plan.removed]
     assert picture["title"] == "Tiny"
@@ -212,8 +212,8 @@ def test_a_plan_and_a_pruned_model_show_what_went(
 
 
 def test_a_model_pruned_in_steps_shows_all_that_went(pruned_twice: nn.Module, analysis: Analysis) -> None:
-    picture, report = make_picture(pruned_twice), fxprune.report(pruned_twice)
-    assert labels(picture) == labels(make_picture(analysis))
+    picture, report = build_view(pruned_twice), fxprune.report(pruned_twice)
+    assert labels(picture) == labels(build_view(analysis))
     assert picture["initial"] == 1
     names = [{picture["regions"][index]["name"] for index in row["removed"]} for row in picture["plans"]]
     assert names == [set(report.steps[0].removed), {region.name for region in report.removed}]
@@ -227,8 +227,8 @@ def test_a_step_that_takes_what_the_first_network_lacks_is_shown_alone() -> None
     twice = fxprune.compile(once, labelled(), 0.1)
     first, second = fxprune.report(twice).plans
     foreign = [replace(region, name=f"{region.name}, joined") for region in second.regions]
-    remember(twice, [first.to_dict(), replace(second, regions=tuple(foreign)).to_dict()], [])
-    (row,) = make_picture(twice)["plans"]
+    attach_history(twice, [first.to_dict(), replace(second, regions=tuple(foreign)).to_dict()], [])
+    (row,) = build_view(twice)["plans"]
     assert len(row["removed"]) == len(second.removed)
 
 
@@ -237,7 +237,7 @@ BRACKETS = str.maketrans("()", "[]", ",")
 
 
 def test_it_is_json(analysis: Analysis) -> None:
-    picture = make_picture(analysis)
+    picture = build_view(analysis)
     read = json.loads(json.dumps(picture, allow_nan=False))
     assert {name: repr(read[name]).translate(BRACKETS) for name in read} == {
         name: repr(picture[name]).translate(BRACKETS) for name in picture
@@ -246,4 +246,4 @@ def test_it_is_json(analysis: Analysis) -> None:
 
 def test_a_model_that_was_not_pruned_is_refused() -> None:
     with pytest.raises(ModelError, match="Detector carries no fxprune plan: it was not pruned, or rebuilt since; give"):
-        make_picture(build(Detector))
+        build_view(build(Detector))

@@ -14,18 +14,20 @@ from torchvision.models import resnet18
 import fxprune
 from benchmarks.bench_time import captured, regions_of
 from fxprune.graph.records import Island
-from fxprune.profiling.region_modules import Piece, cut_out
+from fxprune.profiling.region_modules import RegionModule, extract_regions
 from tests.models import Block, Detector, build, pixels, tiny
 
 X = pixels(2, 3, 16, 16)
 
 
-def pieces_of(model: nn.Module, x: Tensor = X, root: bool = True) -> tuple[dict[str, Piece], list[Island], nn.Module]:
+def pieces_of(
+    model: nn.Module, x: Tensor = X, root: bool = True
+) -> tuple[dict[str, RegionModule], list[Island], nn.Module]:
     """Every region of a model as a piece, by name; the islands, and the model with these in place."""
     regions = regions_of(fxprune.analyze(model, [(x, torch.arange(len(x)))], criterion="l1").regions)
     twin, islands = captured(model, x, root)
     with torch.no_grad():
-        pieces = cut_out(partial(twin, x), [(island.name, island.gm) for island in islands], regions)
+        pieces = extract_regions(partial(twin, x), [(island.name, island.gm) for island in islands], regions)
     assert [piece.region for piece in pieces] == [region.name for region in regions]
     return {piece.region: piece for piece in pieces}, islands, twin
 
@@ -61,7 +63,7 @@ def test_a_piece_computes_what_its_region_does(make: Callable[[], nn.Module]) ->
         torch.testing.assert_close(piece.module(*call), values[region.island, region.exit])
         assert torch.equal(call[piece.stand_in], values[region.island, region.stand_in])
         assert sum(parameter.numel() for parameter in piece.module.parameters()) == region.params
-        module, given = piece.in_a_row(1)
+        module, given = piece.chained(1)
         torch.testing.assert_close(module(*given), (values[region.island, region.exit],))
 
 
@@ -75,7 +77,7 @@ def test_in_a_row_each_reads_the_one_before_it(make: Callable[[], nn.Module]) ->
         expected = call[piece.stand_in]
         for _ in range(3):
             expected = piece.module(*(expected if i == piece.stand_in else value for i, value in enumerate(call)))
-        module, given = piece.in_a_row(3)
+        module, given = piece.chained(3)
         torch.testing.assert_close(module(*given), (expected,))
         assert sum(p.numel() for p in module.parameters()) == 3 * sum(p.numel() for p in piece.module.parameters())
 
@@ -99,7 +101,7 @@ def test_a_piece_runs_as_often_as_the_model_runs_it() -> None:
         pieces, _, _ = pieces_of(build(Twice))
     piece = pieces["body.1"]
     assert [tuple(value.shape for value in values) for values in piece.calls] == [((2, 8, 16, 8),)] * 2
-    module, given = piece.in_a_row(2)
+    module, given = piece.chained(2)
     expected = [piece.module(piece.module(*call)) for call in piece.calls]
     torch.testing.assert_close(module(*given), tuple(expected))
 
@@ -116,7 +118,7 @@ def test_equal_work_is_of_one_kind() -> None:
             return self.fc(self.layers(x).mean((2, 3)))
 
     pieces, _, _ = pieces_of(build(Mixed))
-    kinds = {name: piece.kind for name, piece in pieces.items()}
+    kinds = {name: piece.work_key for name, piece in pieces.items()}
     assert kinds["layers.1"] == kinds["layers.2"]
     assert len({kinds[name] for name in ("layers.1", "layers.4", "layers.6")}) == 3, "widths and sizes differ"
 
@@ -125,7 +127,7 @@ def test_the_models_weights_stay_as_they_are() -> None:
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pieces, _, twin = pieces_of(model)
-    module, given = pieces["blocks.0"].in_a_row(2)
+    module, given = pieces["blocks.0"].chained(2)
     module(*given)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     shared = {id(p) for p in module.parameters()} & {id(p) for p in twin.parameters()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import fxprune
-from fxprune.attribution.recorder import Record, merged
+from fxprune.attribution.recorder import AttributionRecord, merge_records
 from fxprune.demo.bundled import load_dataset, load_detector
 from tests import processes
 from tests.processes import Job, analyze, heal, prune
@@ -161,8 +161,11 @@ def test_milliseconds_are_the_first_ones(together: list[dict[str, Any]]) -> None
 
 
 def test_records_are_joined_by_images() -> None:
-    one, other = Record({("", "a"): 3.0}, images=1), Record({("", "a"): 1.0, ("", "b"): 4.0}, images=3)
-    assert merged([one, other]).nodes == {("", "a"): 1.5, ("", "b"): 3.0}
+    one, other = (
+        AttributionRecord({("", "a"): 3.0}, images=1),
+        AttributionRecord({("", "a"): 1.0, ("", "b"): 4.0}, images=3),
+    )
+    assert merge_records([one, other]).grad_act == {("", "a"): 1.5, ("", "b"): 3.0}
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.healing.heal import mend
-from fxprune.healing.methods import Care
+from fxprune.healing.heal import heal_student
+from fxprune.healing.methods import HealingContext
 from fxprune.healing.reconstruction import least_squares
-from fxprune.healing.reconstruction.least_squares import Fit, Sight, fit_affine
+from fxprune.healing.reconstruction.least_squares import Fit, LayerRows, fit_layer
 from tests.models import build, labelled, pixels
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Fit]] = {
-    "convolution": (partial(nn.Conv2d, 3, 4, 3, bias=False), fit_affine),
-    "convolution with a bias": (partial(nn.Conv2d, 3, 4, 3, stride=2, padding=1), fit_affine),
-    "groups": (partial(nn.Conv2d, 6, 6, 1, groups=3), fit_affine),
-    "norm": (partial(nn.GroupNorm, 1, 3), fit_affine),
+    "convolution": (partial(nn.Conv2d, 3, 4, 3, bias=False), fit_layer),
+    "convolution with a bias": (partial(nn.Conv2d, 3, 4, 3, stride=2, padding=1), fit_layer),
+    "groups": (partial(nn.Conv2d, 6, 6, 1, groups=3), fit_layer),
+    "norm": (partial(nn.GroupNorm, 1, 3), fit_layer),
 }
 
 
@@ -37,10 +37,10 @@ def test_call_after_call_gives_what_all_at_once_give(kind: str) -> None:
     before = [value.clone() for value in layer.state_dict().values()]
     for number, (x, y) in enumerate(zip(levels, wanted, strict=True)):
         changed = number > 0  # the first level gives what it gave, and is to go on so
-        fit(layer, Sight([x[:2], x[2:]], [y[:2], y[2:]], changed, sums))
+        fit(layer, LayerRows([x[:2], x[2:]], [y[:2], y[2:]], changed, sums))
         alike = [torch.equal(old, new) for old, new in zip(before, layer.state_dict().values(), strict=True)]
         assert all(alike) == (not changed)
-    fit(whole, Sight(levels, wanted))
+    fit(whole, LayerRows(levels, wanted))
     for found, value in zip(layer.state_dict().values(), whole.state_dict().values(), strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
 
@@ -51,12 +51,12 @@ def test_by_rows_gives_what_by_weights_gives(make: Callable[[], nn.Module], monk
     layer, wide = build(make).eval(), build(make).eval()
     x = pixels(8, 6, 7, 9, seed=1) + 5
     wanted = layer(x.flip(0)) + 3 * layer(x)
-    monkeypatch.setattr(least_squares, "_fit_channels", lambda *_: None)
-    fit_affine(layer, Sight([x], [wanted]))
-    monkeypatch.setattr(least_squares, "WIDEST", 1)
+    monkeypatch.setattr(least_squares, "_match_moments", lambda *_: None)
+    fit_layer(layer, LayerRows([x], [wanted]))
+    monkeypatch.setattr(least_squares, "MAX_PRIMAL_INPUTS", 1)
     sums: dict[str, Tensor] = {}
     for part in (slice(0, 3), slice(3, 8)):
-        fit_affine(wide, Sight([x[part]], [wanted[part]], sums=sums))
+        fit_layer(wide, LayerRows([x[part]], [wanted[part]], sums=sums))
     for found, value in zip(wide.state_dict().values(), layer.state_dict().values(), strict=True):
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-3)
 
@@ -70,7 +70,7 @@ def test_wide_groups_are_fitted_alike_on_any_number_of_threads() -> None:
         layer = build(partial(nn.Conv2d, 64, 8, 3, groups=2)).eval()
         try:
             torch.set_num_threads(number)
-            fit_affine(layer, Sight([x], [layer(x.flip(0))]))
+            fit_layer(layer, LayerRows([x], [layer(x.flip(0))]))
         finally:
             torch.set_num_threads(threads)
         found.append(layer.weight)
@@ -105,7 +105,9 @@ def test_a_head_on_every_level_is_fitted_to_all_of_them(second: bool) -> None:
         model, labelled(), 0.01, heal="none", criterion=lambda region, _: float(region.name != "middle")
     )
     assert [region.name for region in fxprune.report(pruned).removed] == ["middle"]
-    healed: Any = mend(pruned, model, [pixels(8, 3, 16, 16, seed=seed) for seed in range(3)], "affine", None, Care())
+    healed: Any = heal_student(
+        pruned, model, [pixels(8, 3, 16, 16, seed=seed) for seed in range(3)], "affine", None, HealingContext()
+    )
     x = pixels(8, 3, 16, 16, seed=7)
     with torch.no_grad():
         before, after = ((found(x) - model(x)).square().reshape(8, 2, 4).mean((0, 2)) for found in (pruned, healed))
@@ -146,7 +148,7 @@ class Activated(nn.BatchNorm2d):
 def test_layers_that_do_more_than_their_kind_are_left_as_they_are(make: Callable[[], nn.Module]) -> None:
     layer, x = build(make).eval(), pixels(4, 3, 8, 8)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    fit_affine(layer, Sight([x], [2 * layer(x) + 1]))
+    fit_layer(layer, LayerRows([x], [2 * layer(x) + 1]))
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
 
 
@@ -167,5 +169,5 @@ def test_norms_are_fitted_where_they_have_their_channels(layer: nn.Module, shape
     second = 1 if shape[1] == 6 and not isinstance(layer, nn.LayerNorm) else -1
     scale = torch.arange(1.0, 7.0).reshape([-1 if axis == second % len(shape) else 1 for axis in range(len(shape))])
     wanted = scale * layer(x) - scale
-    fit_affine(layer, Sight([x], [wanted]))
+    fit_layer(layer, LayerRows([x], [wanted]))
     torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)

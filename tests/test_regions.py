@@ -12,20 +12,20 @@ from torch import fx
 
 import fxprune
 from fxprune.errors import NoRegionError
-from fxprune.graph.capture import trace_island
+from fxprune.graph.capture import trace_module
 from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, value_graph
 from fxprune.graph.region_finder import find_regions
-from fxprune.graph.symbolic_shapes import Signatures, propagate, specs_of
+from fxprune.graph.symbolic_shapes import SymbolicShapes, propagate_symbolic, tensor_specs
 from tests.zoo import ZOO, image_batch, mean_loss
 
 NAMES = sorted(ZOO)
 
 
-def captured(name: str) -> tuple[fx.GraphModule, Signatures]:
+def captured(name: str) -> tuple[fx.GraphModule, SymbolicShapes]:
     """Graph and signatures of a zoo model."""
-    traced = trace_island(ZOO[name].build(), frozenset())
+    traced = trace_module(ZOO[name].build(), frozenset())
     assert traced is not None
-    return traced[0], propagate(traced[0], specs_of((image_batch(),)), {})
+    return traced[0], propagate_symbolic(traced[0], tensor_specs((image_batch(),)), {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,7 +67,7 @@ def test_bypasses_are_closed_by_definition(name: str) -> None:
     for region in found:
         if region.kind == "bypass":
             assert set(region.nodes) == closed(flow, region.stand_in, region.exit)
-            assert shapes.agree(region.stand_in, region.exit)
+            assert shapes.provably_equal(region.stand_in, region.exit)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,7 +80,7 @@ def test_no_smallest_region_is_missed(name: str) -> None:
     pairs = {
         (entry, exit_): members
         for entry, exit_ in product(values, values)
-        if entry != exit_ and shapes.agree(entry, exit_) and (members := closed(flow, entry, exit_)) & weighted
+        if entry != exit_ and shapes.provably_equal(entry, exit_) and (members := closed(flow, entry, exit_)) & weighted
     }
     sets = list(pairs.values())
     smallest = [members for members in sets if not any(other < members and other & weighted for other in sets)]

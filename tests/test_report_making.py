@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from fxprune.reporting.history_tables import signed
+from fxprune.reporting.history_tables import format_signed
 from fxprune.reporting.report import Report
 from tests.models import labelled
 from tests.plans import block, plan_of
@@ -163,7 +163,7 @@ def test_strange_notes_can_be_read(strange: Any) -> None:
 
 
 def test_growth_has_a_sign() -> None:
-    assert [signed(value) for value in (0.01234, -2.0, 0.0, None)] == ["+0.0123", "−2", "+0", ""]
+    assert [format_signed(value) for value in (0.01234, -2.0, 0.0, None)] == ["+0.0123", "−2", "+0", ""]
 
 
 # Of real models ------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from torch import nn
 
 import fxprune
 from fxprune.reporting.report import Report
-from fxprune.reporting.sections import MOST
-from fxprune.reporting.table_model import change, quantity
+from fxprune.reporting.sections import MAX_BLOCKS
+from fxprune.reporting.table_model import format_change, format_quantity
 from tests.plans import HOSTILE, block, plan_of
 
 
@@ -36,8 +36,16 @@ def test_the_text_opens_with_before_and_after(report: Report) -> None:
     head, flops, params, blocks = (line.split() for line in part(report, "fxprune removed 2 of 4 candidates"))
     before, after = report.before, report.after
     assert head == ["before", "after", "change"]
-    assert flops[3:] == [quantity(before.flops), quantity(after.flops), change(before.flops, after.flops)]
-    assert params[1:] == [quantity(before.params), quantity(after.params), change(before.params, after.params)]
+    assert flops[3:] == [
+        format_quantity(before.flops),
+        format_quantity(after.flops),
+        format_change(before.flops, after.flops),
+    ]
+    assert params[1:] == [
+        format_quantity(before.params),
+        format_quantity(after.params),
+        format_change(before.params, after.params),
+    ]
     assert blocks == ["blocks", "4", "2", "−2"]
 
 
@@ -48,7 +56,7 @@ def test_each_block_has_a_bar_its_costs_and_the_removed_ones_a_mark(report: Repo
         assert line.startswith(f"{'✂' if region.removed else ' '}  {region.name} ")
         score, share, params = line.split()[-3:]
         assert float(score) == pytest.approx(region.score, abs=5e-5)
-        assert (share, params) == (f"{region.flops / report.before.flops:.1%}", quantity(region.params))
+        assert (share, params) == (f"{region.flops / report.before.flops:.1%}", format_quantity(region.params))
     lengths = [line.count("█") for line in rows[:4]]
     assert lengths == sorted(lengths)
     assert lengths[-1] / lengths[1] == pytest.approx(report.regions[-1].score / report.regions[1].score, rel=0.2)
@@ -131,8 +139,10 @@ def test_a_long_chart_counts_what_it_leaves_out() -> None:
     report = fxprune.report(plan_of([*blocks, *inside]))
     chart = part(report, "Importance")
     assert [line.split()[1] for line in chart if line.startswith("✂  b")] == ["b0", "b150"]
-    assert sum("b1" in line or " b" in line for line in chart[1:]) >= MOST
-    assert f"Not shown: 100 candidates inside of blocks and {200 - MOST} more important blocks. All 300" in chart[-1]
+    assert sum("b1" in line or " b" in line for line in chart[1:]) >= MAX_BLOCKS
+    assert (
+        f"Not shown: 100 candidates inside of blocks and {200 - MAX_BLOCKS} more important blocks. All 300" in chart[-1]
+    )
     assert len(str(report).splitlines()) < 70
 
 
@@ -219,14 +229,14 @@ def test_a_plan_with_nothing_in_its_settings_can_be_read() -> None:
     [(0, "0"), (12, "12"), (999, "999"), (1_000, "1k"), (12_300_000, "12.3M"), (8.7e9, "8.7G"), (1.5e12, "1.5T")],
 )
 def test_quantities_have_prefixes(value: float, text: str) -> None:
-    assert quantity(value) == text
+    assert format_quantity(value) == text
 
 
 @pytest.mark.parametrize("value", [999.6, 999_600, 999_999])
 def test_quantities_round_into_the_next_prefix(value: float) -> None:
-    assert quantity(value) in ("1k", "1M")
+    assert format_quantity(value) in ("1k", "1M")
 
 
 @pytest.mark.parametrize(("after", "text"), [(180, "−10.0%"), (200, "0.0%"), (210, "+5.0%"), (0, "−100.0%")])
 def test_changes_have_a_sign(after: float, text: str) -> None:
-    assert change(200, after) == text
+    assert format_change(200, after) == text

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.dead_code import remove_dead_code
-from fxprune.planning.analysis import Analysis, conflicts
+from fxprune.planning.analysis import Analysis, exclusive_sets
 from fxprune.planning.plan import Plan
 from tests.zoo import ZOO, image_batch, mean_loss
 
@@ -132,7 +132,7 @@ def test_random_graphs_lose_what_the_plan_says_and_nothing_else(stages: list[lis
     assert swappable <= paths
     chosen = data.draw(st.sets(st.sampled_from(sorted(swappable)), min_size=1))
     position = {region.name: index for index, region in enumerate(analysis.regions)}
-    for some in conflicts(analysis.regions):
+    for some in exclusive_sets(analysis.regions):
         rivals = [index for index in sorted(some) if analysis.regions[index].name in chosen]
         chosen -= {analysis.regions[index].name for index in rivals[1:]}
     plan = plan_for(analysis, chosen)

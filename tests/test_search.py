@@ -15,13 +15,13 @@ from fxprune.adapters.protocol import Batch
 from fxprune.adapters.registry import choose_adapter
 from fxprune.datasets.calibration import Calibration
 from fxprune.errors import FxpruneWarning, SettingError
-from fxprune.healing.loss_change import Judge
-from fxprune.healing.methods import Care
-from fxprune.healing.reconstruction.layerwise import refit
+from fxprune.healing.loss_change import LossChange
+from fxprune.healing.methods import HealingContext
+from fxprune.healing.reconstruction.layerwise import reconstruct_layers
 from fxprune.healing.saliency import saliency_maps
 from fxprune.planning.plan import Plan
-from fxprune.search.compile import read_once
-from fxprune.search.plan_search import STRATEGIES, TRIES, Search
+from fxprune.search.compile import materialize_calibration
+from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES, SearchSettings
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
 
@@ -66,33 +66,35 @@ def test_the_judge_knows_what_the_loss_was() -> None:
     model = tiny()
     calibration = Calibration(labelled())
     pruned = fxprune.compile(model, labelled(), 0.3)
-    read_once(model, calibration, None)
+    materialize_calibration(model, calibration, None)
     adapter = choose_adapter(model, calibration.first_raw, None)
-    judge = Judge(model, adapter, list(calibration.own(model, adapter)), seed=0)
-    assert judge.worse(model) == 0.0
+    judge = LossChange(model, adapter, list(calibration.own(model, adapter)), seed=0)
+    assert judge.increase(model) == 0.0
     losses = [
         float(np.mean([float(nn.functional.cross_entropy(version(x), y).detach()) for x, y in labelled()]))
         for version in (pruned, model)
     ]
     assert losses[1] > 1  # what a loss of one part is relative to
-    assert judge.worse(pruned) == pytest.approx(losses[0] / losses[1] - 1, rel=1e-4)
+    assert judge.increase(pruned) == pytest.approx(losses[0] / losses[1] - 1, rel=1e-4)
 
 
 def test_plans_are_judged_on_other_images_than_they_were_mended_on(monkeypatch: pytest.MonkeyPatch) -> None:
     mended: list[list[Batch]] = []
     judged: list[list[Batch]] = []
-    mend, worse = Search.mended, Judge.worse
+    mend, worse = SearchSettings.heal_trial, LossChange.increase
 
-    def noted_mend(self: Search, pruned: nn.Module, model: nn.Module, images: Calibration, care: Care) -> nn.Module:
+    def noted_mend(
+        self: SearchSettings, pruned: nn.Module, model: nn.Module, images: Calibration, care: HealingContext
+    ) -> nn.Module:
         mended.append(list(images))
         return mend(self, pruned, model, images, care)
 
-    def noted_worse(self: Judge, pruned: nn.Module) -> float:
+    def noted_worse(self: LossChange, pruned: nn.Module) -> float:
         judged.append([batch for _, batch in self.batches])
         return worse(self, pruned)
 
-    monkeypatch.setattr(Search, "mended", noted_mend)
-    monkeypatch.setattr(Judge, "worse", noted_worse)
+    monkeypatch.setattr(SearchSettings, "heal_trial", noted_mend)
+    monkeypatch.setattr(LossChange, "increase", noted_worse)
     fxprune.compile(tiny(), unlabelled(), 0.3, strategy="search", heal="affine", tries=2)
     assert len(mended) == len(judged) > 1
     for some, others in zip(mended, judged, strict=True):
@@ -111,10 +113,10 @@ def test_where_it_matters_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
     def noted_refit(pair: Any, batches: Any, fit: Any, tell: Any, saliency: Any) -> list[str]:
         fitted.append(saliency)
-        return refit(pair, batches, fit, tell, saliency)
+        return reconstruct_layers(pair, batches, fit, tell, saliency)
 
     monkeypatch.setattr("fxprune.healing.methods.saliency_maps", noted_maps)
-    monkeypatch.setattr("fxprune.healing.methods.refit", noted_refit)
+    monkeypatch.setattr("fxprune.healing.methods.reconstruct_layers", noted_refit)
     fxprune.compile(tiny(), unlabelled(), 0.3, strategy="search", heal="affine", tries=3)
     *tried, last = fitted
     assert len(tried) > 1
@@ -161,7 +163,7 @@ def test_interrupted_it_gives_the_best_so_far() -> None:
         if stage == "search" and done == 1:
             raise KeyboardInterrupt
 
-    with pytest.warns(FxpruneWarning, match=f"interrupted after 1 of {TRIES} plans"):
+    with pytest.warns(FxpruneWarning, match=f"interrupted after 1 of {DEFAULT_TRIES} plans"):
         pruned = fxprune.compile(tiny(), labelled(), 0.5, strategy="search", progress=stop)
     assert fxprune.report(pruned).removed
 

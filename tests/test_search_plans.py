@@ -7,20 +7,20 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.healing.loss_change import Judge
+from fxprune.healing.loss_change import LossChange
 from tests.models import Block, Tiny, build, labelled, pixels, tiny
 
 
 def test_search_takes_the_plan_of_least_loss_among_those_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[frozenset[str], float]] = []
-    worse = Judge.worse
+    worse = LossChange.increase
 
-    def noted(self: Judge, pruned: nn.Module) -> float:
+    def noted(self: LossChange, pruned: nn.Module) -> float:
         loss = worse(self, pruned)
         tried.append((frozenset(region.name for region in fxprune.report(pruned).removed), loss))
         return loss
 
-    monkeypatch.setattr(Judge, "worse", noted)
+    monkeypatch.setattr(LossChange, "increase", noted)
     pruned = fxprune.compile(tiny(), labelled(), 0.4, strategy="search", tries=6)
     (plan,) = fxprune.report(pruned).plans
     assert len(tried) == len({regions for regions, _ in tried}) == plan.settings["tried"] <= 6
@@ -44,13 +44,13 @@ class Uneven(Tiny):
 
 def test_what_saves_next_to_nothing_is_not_tried_unless_it_must_go(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[set[str]] = []
-    worse = Judge.worse
+    worse = LossChange.increase
 
-    def noted(self: Judge, pruned: nn.Module) -> float:
+    def noted(self: LossChange, pruned: nn.Module) -> float:
         tried.append({region.name for region in fxprune.report(pruned).removed})
         return worse(self, pruned)
 
-    monkeypatch.setattr(Judge, "worse", noted)
+    monkeypatch.setattr(LossChange, "increase", noted)
     free = lambda region, modules: float(region.name != "slight")  # noqa: E731
     large = [(pixels(2, 3, 64, 64, seed=seed), torch.tensor([seed, 4])) for seed in range(3)]
     analysis = fxprune.analyze(build(Uneven), large)

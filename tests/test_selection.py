@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxprune.errors import BudgetError
-from fxprune.planning.ilp import Item, check_budget, select
+from fxprune.planning.ilp import CostItem, check_budget, choose_regions
 
-Instance = tuple[list[float], list[Item], list[tuple[int, int]], float, float]
+Instance = tuple[list[float], list[CostItem], list[tuple[int, int]], float, float]
 
 
 @st.composite
@@ -21,7 +21,7 @@ def instances(draw: st.DrawFn) -> Instance:
     importance = draw(st.lists(st.integers(0, 9).map(float), min_size=count, max_size=count))
     need = st.frozensets(st.integers(0, count - 1), max_size=3)
     item = st.builds(
-        lambda size, needs: Item(float(size), tuple(needs)), st.integers(1, 20), st.lists(need, max_size=2)
+        lambda size, needs: CostItem(float(size), tuple(needs)), st.integers(1, 20), st.lists(need, max_size=2)
     )
     items = draw(st.lists(item, min_size=1, max_size=8))
     pairs = list(combinations(range(count), 2))
@@ -29,8 +29,8 @@ def instances(draw: st.DrawFn) -> Instance:
     return importance, items, conflicts, 40.0, draw(st.sampled_from([0.05, 0.1, 0.25, 0.5, 0.8]))
 
 
-def saved(items: list[Item], chosen: set[int]) -> float:
-    return sum(item.size for item in items if item.needs and all(need & chosen for need in item.needs))
+def saved(items: list[CostItem], chosen: set[int]) -> float:
+    return sum(item.amount for item in items if item.removers and all(need & chosen for need in item.removers))
 
 
 def feasible(instance: Instance) -> list[set[int]]:
@@ -48,9 +48,9 @@ def test_choice_is_of_least_importance_then_of_least_overshoot(instance: Instanc
     possible = feasible(instance)
     if not possible:
         with pytest.raises(BudgetError, match="at most"):
-            select(importance, items, conflicts, total, budget)
+            choose_regions(importance, items, conflicts, total, budget)
         return
-    chosen = set(select(importance, items, conflicts, total, budget))
+    chosen = set(choose_regions(importance, items, conflicts, total, budget))
     least = min(sum(importance[i] for i in subset) for subset in possible)
     cheapest = min(saved(items, s) for s in possible if sum(importance[i] for i in s) == least)
     assert chosen in possible
@@ -59,19 +59,19 @@ def test_choice_is_of_least_importance_then_of_least_overshoot(instance: Instanc
 
 
 def test_a_negative_importance_is_no_reason_to_remove_more() -> None:
-    items = [Item(10.0, (frozenset([0]),)), Item(10.0, (frozenset([1]),))]
-    assert len(select([-5.0, -1.0], items, [], 100.0, 0.1)) == 1
+    items = [CostItem(10.0, (frozenset([0]),)), CostItem(10.0, (frozenset([1]),))]
+    assert len(choose_regions([-5.0, -1.0], items, [], 100.0, 0.1)) == 1
 
 
 def test_shared_weights_are_saved_only_with_their_last_reader() -> None:
-    shared = Item(50.0, (frozenset([0]), frozenset([1])))
-    assert select([1.0, 1.0, 9.0], [shared, Item(20.0, (frozenset([2]),))], [], 100.0, 0.3) == [0, 1]
+    shared = CostItem(50.0, (frozenset([0]), frozenset([1])))
+    assert choose_regions([1.0, 1.0, 9.0], [shared, CostItem(20.0, (frozenset([2]),))], [], 100.0, 0.3) == [0, 1]
 
 
 def test_scores_of_very_different_size_are_told_apart() -> None:
-    items = [Item(10.0, (frozenset([i]),)) for i in range(4)]
-    assert select([1e-12, 3e-12, 1e6, 2e-12], items, [], 100.0, 0.2) in ([0, 3], [0, 1], [1, 3])
-    assert select([5.0, 1.0, 1e4, 2.0], items, [], 100.0, 0.2) == [1, 3]
+    items = [CostItem(10.0, (frozenset([i]),)) for i in range(4)]
+    assert choose_regions([1e-12, 3e-12, 1e6, 2e-12], items, [], 100.0, 0.2) in ([0, 3], [0, 1], [1, 3])
+    assert choose_regions([5.0, 1.0, 1e4, 2.0], items, [], 100.0, 0.2) == [1, 3]
 
 
 @pytest.mark.parametrize("budget", [0, 1, -0.1, 1.5, float("nan"), "0.1", None, True])
@@ -82,4 +82,4 @@ def test_what_is_no_fraction_is_refused(budget: object) -> None:
 
 def test_an_impossible_budget_says_what_is_possible() -> None:
     with pytest.raises(BudgetError, match=r"30\.0% at most"):
-        select([1.0], [Item(30.0, (frozenset([0]),))], [], 100.0, 0.5)
+        choose_regions([1.0], [CostItem(30.0, (frozenset([0]),))], [], 100.0, 0.5)

@@ -15,7 +15,14 @@ from torch.nn import functional
 import fxprune
 from benchmarks.bench_time import captured, regions_of
 from fxprune.attribution import linear_recovery
-from fxprune.attribution.linear_recovery import PLACES, LinearMap, SummingInterpreter, Sums, absorbed, nearest_maps
+from fxprune.attribution.linear_recovery import (
+    MAX_PLACES,
+    GramInterpreter,
+    GramSums,
+    LinearMap,
+    linearly_absorbable,
+    solve_linear_maps,
+)
 from fxprune.graph.records import RESULTS, Link, Region
 from tests.models import Detector, build, labelled, pixels
 
@@ -35,11 +42,11 @@ class Mixing(nn.Module):
         return self.fc(self.last(self.bend(self.mix(self.stem(x)))).relu().mean((2, 3)))
 
 
-def sums_of(gm: fx.GraphModule, regions: Sequence[Region], images: Sequence[Tensor]) -> Sums:
-    sums: Sums = {}
+def sums_of(gm: fx.GraphModule, regions: Sequence[Region], images: Sequence[Tensor]) -> GramSums:
+    sums: GramSums = {}
     with torch.no_grad():
         for image in images:
-            SummingInterpreter(gm, regions, sums).run(image)
+            GramInterpreter(gm, regions, sums).run(image)
     return sums
 
 
@@ -49,9 +56,9 @@ def test_maps_are_the_least_squares_over_all_batches(monkeypatch: pytest.MonkeyP
     regions = [r for r in regions_of(fxprune.analyze(model, labelled()).regions) if r.name in ("mix", "bend")]
     images = [x, pixels(3, 3, 12, 12, seed=1)]
     sums = sums_of(island.gm, regions, images)
-    held = nearest_maps(sums)
-    monkeypatch.setattr(linear_recovery, "RIDGE", 1e-12)
-    free = nearest_maps(sums)
+    held = solve_linear_maps(sums)
+    monkeypatch.setattr(linear_recovery, "RELATIVE_RIDGE", 1e-12)
+    free = solve_linear_maps(sums)
     assert isinstance(model, Mixing)
     with torch.no_grad():
         stems = [model.stem(image) for image in images]
@@ -73,7 +80,7 @@ def test_large_maps_are_looked_at_in_some_places() -> None:
     _, (island,) = captured(model, x := pixels(1, 3, 96, 96), root_is_function=True)
     regions = [r for r in regions_of(fxprune.analyze(model, labelled()).regions) if r.name == "mix"]
     gram, _ = sums_of(island.gm, regions, [x, x[..., :16, :16]])["mix"]
-    assert float(gram[-1, -1]) == PLACES + 256
+    assert float(gram[-1, -1]) == MAX_PLACES + 256
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 5, 6), (2, 7, 4), (3, 4)])
@@ -126,7 +133,7 @@ REGION = regions_of(fxprune.analyze(build(Detector), labelled(), criterion="rand
 
 def taken_in(name: str, graphs: list[tuple[str, fx.GraphModule]], links: Sequence[Link]) -> bool:
     region = replace(REGION, island="", exit=name)
-    return list(absorbed(graphs, links, [region])) == [region]
+    return list(linearly_absorbable(graphs, links, [region])) == [region]
 
 
 @pytest.mark.parametrize("reader", READERS)

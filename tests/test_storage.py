@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn, retinanet_resnet50_fpn
 
 import fxprune
-from fxprune.adapters.registry import network_of
+from fxprune.adapters.registry import unwrap
 from fxprune.demo.bundled import build_detector, load_dataset, load_detector
 from tests.hostile import assert_unchanged
 from tests.models import Tiny, labelled, pixels, tiny
@@ -32,7 +32,7 @@ X = pixels(2, 3, 16, 16, seed=9)
 
 def outputs(model: nn.Module, x: Any) -> list[Tensor]:
     with torch.no_grad():
-        found = [leaf for leaf in tree_leaves(network_of(model)(x)) if isinstance(leaf, Tensor)]
+        found = [leaf for leaf in tree_leaves(unwrap(model)(x)) if isinstance(leaf, Tensor)]
     assert any(leaf.numel() for leaf in found)
     return found
 
@@ -42,7 +42,7 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def modes(model: nn.Module) -> dict[str, bool]:
-    return {name: module.training for name, module in network_of(model).named_modules()}
+    return {name: module.training for name, module in unwrap(model).named_modules()}
 
 
 def round_trip(pruned: nn.Module, fresh: nn.Module, folder: Path) -> nn.Module:
@@ -51,7 +51,7 @@ def round_trip(pruned: nn.Module, fresh: nn.Module, folder: Path) -> nn.Module:
         fxprune.save(pruned, folder)
     with assert_unchanged(fresh):
         again = fxprune.load(fresh, folder)
-    kept, found, given = (network_of(model).state_dict() for model in (pruned, again, fresh))
+    kept, found, given = (unwrap(model).state_dict() for model in (pruned, again, fresh))
     assert list(found) == list(kept)
     assert equal(list(found.values()), list(kept.values()))
     assert any(not torch.equal(value.float(), given[key].float()) for key, value in found.items())

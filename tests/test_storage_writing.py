@@ -18,7 +18,7 @@ from torch import nn
 import fxprune
 from fxprune import ModelError, SettingError, StorageError
 from fxprune.deploy import weights
-from fxprune.rewriting.history import differences, inventory
+from fxprune.rewriting.history import compare_inventory, take_inventory
 from tests.hostile import assert_refused, assert_unchanged
 from tests.models import Eager, labelled, pixels, squared, tiny
 
@@ -133,10 +133,10 @@ def test_changes_that_do_no_harm(pruned: Any, tmp_path: Path) -> None:
 
 
 def test_an_inventory_ignores_values_and_sees_shapes() -> None:
-    before = inventory(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
-    assert before == inventory(nn.Sequential(nn.Linear(2, 3), nn.ReLU()).double())
-    assert differences(before, nn.Sequential(nn.Linear(2, 3))) == []
-    assert differences(before, nn.Sequential(nn.Linear(2, 4), nn.ReLU())) == [
+    before = take_inventory(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
+    assert before == take_inventory(nn.Sequential(nn.Linear(2, 3), nn.ReLU()).double())
+    assert compare_inventory(before, nn.Sequential(nn.Linear(2, 3))) == []
+    assert compare_inventory(before, nn.Sequential(nn.Linear(2, 4), nn.ReLU())) == [
         "'0.weight' was a tensor (3, 2) and is a tensor (4, 2)",
         "'0.bias' was a tensor (3,) and is a tensor (4,)",
     ]
@@ -162,7 +162,7 @@ def test_weights_in_one_memory_are_told_apart() -> None:
     model = nn.Module()
     for name, part in {"low": memory[:4], "high": memory[2:], "same": memory[:4]}.items():
         model.register_buffer(name, part)
-    state = weights.collect(model)
+    state = weights.collect_state(model)
     assert {key: value.tolist() for key, value in state.values.items()} == {"low": [0, 1, 2, 3], "high": [2, 3, 4, 5]}
     assert state.tied == {"same": "low"}
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
-from fxprune.adapters.registry import choose_adapter, network_of
+from fxprune.adapters.registry import choose_adapter, unwrap
 
 classification, detection = torchvision.models, torchvision.models.detection
 
@@ -150,12 +150,12 @@ def images_of(raw: Any) -> Any:
 def test_a_pruned_system_is_what_it_was_only_smaller(name: str) -> None:
     system = SYSTEMS[name]
     model = system.build()
-    network = network_of(model).eval()
+    network = unwrap(model).eval()
     raw = system.batch(*system.sizes[0])
     before = {key: value.clone() for key, value in network.state_dict().items()}
     pruned = fxprune.compile(model, [raw], budget=0.1, heal="none")
     report = fxprune.report(pruned)
-    smaller = network_of(pruned)
+    smaller = unwrap(pruned)
 
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert type(pruned).__name__ == type(model).__name__
@@ -174,7 +174,7 @@ def test_a_pruned_system_is_what_it_was_only_smaller(name: str) -> None:
     assert report.after.params == sum(parameter.numel() for parameter in smaller.parameters())
     assert report.before.params > report.after.params
 
-    healed = network_of(fxprune.heal(pruned, model, [raw], "affine"))
+    healed = unwrap(fxprune.heal(pruned, model, [raw], "affine"))
     assert type(healed).__name__ == type(smaller).__name__
     assert isinstance(healed, torch.fx.GraphModule) == isinstance(smaller, torch.fx.GraphModule)
     assert {key: value.shape for key, value in healed.state_dict().items()} == {
@@ -192,7 +192,7 @@ def test_a_pruned_system_is_what_it_was_only_smaller(name: str) -> None:
     check_training(smaller, raw)
     twin = copy.deepcopy(pruned)
     assert fxprune.report(twin).to_dict() == report.to_dict()
-    half = network_of(twin).half()
+    half = unwrap(twin).half()
     assert all(value.dtype != torch.float32 for value in half.state_dict().values() if value.is_floating_point())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxprune.profiling.interleaved_timing import Ratio, Timing, interleave, median_error, ratio_of, stopwatch
+from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave, median_error, stopwatch
 from tests.clocks import FakeClock
 
 
@@ -64,8 +64,8 @@ def test_warmup_comes_on_top_of_the_rounds(clock: FakeClock) -> None:
 def test_ratios_are_paired_round_by_round() -> None:
     # A machine that slows down fourfold: the ratio of medians would be 1, the rounds all say 2 and 0.5.
     base = Timing("base", (1.0, 2.0, 4.0))
-    assert ratio_of(Timing("twice", (2.0, 4.0, 8.0)), base) == Ratio("twice", "base", 2.0, 2.0, 2.0, 3)
-    crossed = ratio_of(Timing("crossed", (4.0, 2.0, 1.0)), base)
+    assert compute_ratio(Timing("twice", (2.0, 4.0, 8.0)), base) == Ratio("twice", "base", 2.0, 2.0, 2.0, 3)
+    crossed = compute_ratio(Timing("crossed", (4.0, 2.0, 1.0)), base)
     assert (crossed.median, crossed.low, crossed.high) == (1.0, 0.625, 2.5)
 
 
@@ -73,7 +73,7 @@ def test_drift_that_hits_a_whole_round_cancels(clock: FakeClock) -> None:
     drift = [1.0, 3.0, 2.0, 10.0]
     functions = {"b": clock.taking("b", *(1.5 * d for d in drift)), "a": clock.taking("a", *drift)}
     timings = interleave(functions, rounds=4, warmup=0, clock=clock)
-    ratio = ratio_of(timings["b"], timings["a"])
+    ratio = compute_ratio(timings["b"], timings["a"])
     assert (ratio.low, ratio.median, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
     assert str(ratio) == "1.500 [1.500, 1.500]"
 
@@ -81,7 +81,7 @@ def test_drift_that_hits_a_whole_round_cancels(clock: FakeClock) -> None:
 def test_one_function_under_two_names_has_ratio_one(clock: FakeClock) -> None:
     function = clock.taking("f", 0.5)
     timings = interleave({"a": function, "a again": function}, rounds=5, clock=clock)
-    assert ratio_of(timings["a again"], timings["a"]).median == 1.0
+    assert compute_ratio(timings["a again"], timings["a"]).median == 1.0
 
 
 def test_cuda_is_waited_for_inside_the_timed_span(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +138,9 @@ def test_what_cannot_be_timed_is_refused(clock: FakeClock) -> None:
 
 def test_ratios_that_cannot_be_taken_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'a' was timed 2 times and 'b' 1 times"):
-        ratio_of(Timing("a", (1.0, 1.0)), Timing("b", (1.0,)))
+        compute_ratio(Timing("a", (1.0, 1.0)), Timing("b", (1.0,)))
     with pytest.raises(ValueError, match="'b' took no measurable time"):
-        ratio_of(Timing("a", (1.0,)), Timing("b", (0.0,)))
+        compute_ratio(Timing("a", (1.0,)), Timing("b", (0.0,)))
 
 
 def test_an_error_of_a_timed_function_reaches_the_caller(clock: FakeClock) -> None:
@@ -211,7 +211,7 @@ def test_a_stopwatch_on_cuda_notes_the_devices_moments_and_waits_once_asked(monk
 
 FAULTS = """
 import resource, torch
-from fxprune.profiling.interleaved_timing import settle_memory
+from fxprune.profiling.interleaved_timing import raise_mmap_threshold
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -219,7 +219,7 @@ def page_faults():
         [torch.ones(1_000_000) for _ in range(12)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-settle_memory()
+raise_mmap_threshold()
 page_faults()
 print(page_faults())
 """

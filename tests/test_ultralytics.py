@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import fxprune
-from fxprune.adapters.ultralytics import rewrap
+from fxprune.adapters.ultralytics import rewrap_yolo
 from tests.test_systems import batched
 
 ultralytics = pytest.importorskip("ultralytics")
@@ -54,7 +54,7 @@ def test_fixed_weights_of_the_box_decoder_are_no_candidate(pruned: Any) -> None:
 
 
 def test_predict(pruned: Any) -> None:
-    twin: Any = rewrap(pruned, copy.deepcopy(pruned.model))
+    twin: Any = rewrap_yolo(pruned, copy.deepcopy(pruned.model))
     image = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
     (result,) = twin.predict(image, imgsz=160, verbose=False, conf=0.001)
     assert result.boxes is not None
@@ -70,7 +70,7 @@ def test_val_gives_figures(pruned: Any, tmp_path: Path) -> None:
     names = {index: str(index) for index in range(80)}
     settings = {"path": str(tmp_path), "train": "images", "val": "images", "names": names}
     (tmp_path / "data.yaml").write_text(json.dumps(settings))
-    twin: Any = rewrap(pruned, copy.deepcopy(pruned.model))
+    twin: Any = rewrap_yolo(pruned, copy.deepcopy(pruned.model))
     metrics = twin.val(
         data=str(tmp_path / "data.yaml"),
         imgsz=96,
@@ -102,7 +102,7 @@ def test_a_fused_model_is_pruned_too(model: Any) -> None:
 
 def test_save_and_reload_is_bit_equal(pruned: Any, tmp_path: Path) -> None:
     path = tmp_path / "pruned.pt"
-    twin: Any = rewrap(pruned, copy.deepcopy(pruned.model))
+    twin: Any = rewrap_yolo(pruned, copy.deepcopy(pruned.model))
     twin.save(path)
     reloaded = torch.load(path, weights_only=False)["model"].float().eval()
     expected = copy.deepcopy(pruned.model).half().float().eval()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import CocoDataset, ModelError, SettingError
 from fxprune.adapters.protocol import Batch
-from fxprune.adapters.ultralytics import ADAPTER, side_of
-from fxprune.adapters.ultralytics_letterbox import place
+from fxprune.adapters.ultralytics import ADAPTER, square_side
+from fxprune.adapters.ultralytics_letterbox import compute_placement
 
 ultralytics = pytest.importorskip("ultralytics")
 from ultralytics.models.rtdetr.val import RTDETRValidator  # noqa: E402
@@ -146,7 +146,7 @@ class Puppet:
         draw = torch.Generator().manual_seed(0)
         for image, target in data:
             square = ADAPTER.collate(network, [image], None, SIDE)["img"][0]
-            boxes = place(image.shape[-2], image.shape[-1], SIDE, False).forth(target["boxes"])
+            boxes = compute_placement(image.shape[-2], image.shape[-1], SIDE, False).to_square(target["boxes"])
             sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
             moved = boxes if perfect else boxes + sides * 0.1 * torch.randn(boxes.shape, generator=draw)
             answer = torch.zeros(4 + len(NAMES), 21)
@@ -232,9 +232,9 @@ def test_shares_of_the_image_are_read_as_such() -> None:
 
 def test_the_side_is_the_one_trained_on_else_640(data: CocoDataset) -> None:
     network = make("yolov8n").model
-    assert side_of(network, None) == 640
+    assert square_side(network, None) == 640
     network.args = {"imgsz": 330}
-    assert (side_of(network, None), side_of(network, 64)) == (352, 64)
+    assert (square_side(network, None), square_side(network, 64)) == (352, 64)
     with pytest.raises(SettingError, match="image_size is 0"):
         fxprune.evaluate(network, data, image_size=0)
 

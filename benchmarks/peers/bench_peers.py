@@ -36,7 +36,7 @@ from benchmarks.subjects import UNPRUNED, Items, Subject, add_options, subjects
 from benchmarks.training.finetune import finetune
 from benchmarks.training.train import digits_folder
 from fxprune import CocoDataset
-from fxprune.adapters.calls import read_batch
+from fxprune.adapters.calls import normalize_and_label
 from fxprune.adapters.registry import choose_adapter
 from fxprune.profiling.flops_params import count_params
 
@@ -158,7 +158,7 @@ def compare(subject: Subject, options: argparse.Namespace, training: Sequence[An
 def count_first(model: nn.Module, batches: Sequence[Any]) -> int:
     """FLOPs of one inference on the first calibration batch."""
     adapter = choose_adapter(model, batches[0], None)
-    return flops_of(model, adapter, read_batch(model, adapter, batches[0], 0)[0])
+    return flops_of(model, adapter, normalize_and_label(model, adapter, batches[0], 0)[0])
 
 
 def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Variant], list[Row]]:

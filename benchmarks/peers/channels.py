@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.peers.handover import Prepared, Way, collect, flops_of, prepare, tracing, ways_for
-from fxprune.adapters.calls import take_loss
+from fxprune.adapters.calls import batch_loss
 
 TRIAL = 0.1
 """Pruning ratio at which a way is tried."""
@@ -99,7 +99,7 @@ def check(prepared: Prepared, model: nn.Module) -> None:
         if old.shape[1:] != new.shape[1:]:
             raise PeerError(f"{name} gives {tuple(new.shape[1:])} where it gave {tuple(old.shape[1:])}")
     with torch.no_grad():
-        take_loss(model, adapter, example, 0, seed=0)
+        batch_loss(model, adapter, example, 0, seed=0)
     if flops_of(model.eval(), adapter, example) >= prepared.flops:
         raise PeerError("no FLOPs are saved")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.adapters.calls import read_batch, take_loss
+from fxprune.adapters.calls import batch_loss, normalize_and_label
 from fxprune.adapters.registry import choose_adapter
 from fxprune.runtime.private_copy import private_copy
 
@@ -33,8 +33,8 @@ class Tuning:
 
     def step(self, index: int, number: int, pace: float = 1.0) -> None:
         """One step on one batch, at a share of the learning rate."""
-        batch, _ = read_batch(self.model, self.adapter, self.batches[index], index)
-        loss = take_loss(self.model, self.adapter, batch, index, seed=self.seed + number).sum()
+        batch, _ = normalize_and_label(self.model, self.adapter, self.batches[index], index)
+        loss = batch_loss(self.model, self.adapter, batch, index, seed=self.seed + number).sum()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.weights, 10.0)

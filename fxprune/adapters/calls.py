@@ -15,22 +15,22 @@ from fxprune.errors import BatchError, FxpruneError, LossError
 from fxprune.graph.fx_utils import map_tensors
 
 
-def read_batch(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> tuple[Batch, bool]:
+def normalize_and_label(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> tuple[Batch, bool]:
     """Normalize one batch, label it if need be, and say whether it came with labels; errors name its index."""
-    batch = normalized(model, adapter, raw, index)
-    with _named(index):
+    batch = normalize_batch(model, adapter, raw, index)
+    with _prefix_batch_index(index):
         return (batch, True) if batch.targets is not None else (adapter.label(model, batch), False)
 
 
-def normalized(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
+def normalize_batch(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
     """Bring one batch into the form the adapter works on; errors name its index."""
-    with _named(index):
+    with _prefix_batch_index(index):
         if raw is None:
             raise BatchError(f"got None; known forms: {adapter.forms}")
-        return adapter.normalize(model, map_tensors(raw, _ordinary))
+        return adapter.normalize(model, map_tensors(raw, _copy_inference_tensor))
 
 
-def take_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed: int) -> Tensor:
+def batch_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed: int) -> Tensor:
     """Compute a batch's loss, samplers seeded, and hold it to what a loss must be.
 
     Returns
@@ -47,7 +47,7 @@ def take_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed
     """
     torch.manual_seed(seed)
     try:
-        with _named(index):
+        with _prefix_batch_index(index):
             value = adapter.loss(model, batch)
     except FxpruneError:
         raise
@@ -55,7 +55,7 @@ def take_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed
         text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise BatchError(
             f"batch {index}: the {adapter.family} could not take its loss: {type(error).__name__}: {text.rstrip('.')}."
-            f" {_label_range(batch)}Known forms: {adapter.forms}"
+            f" {_describe_label_range(batch)}Known forms: {adapter.forms}"
         ) from error
     total = float(value.detach().sum())
     if not math.isfinite(total):
@@ -63,13 +63,13 @@ def take_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed
     return value.reshape(-1)
 
 
-def _ordinary(value: Tensor) -> Tensor:
+def _copy_inference_tensor(value: Tensor) -> Tensor:
     """Copy a tensor that was made in inference mode: gradients cannot pass through those."""
     return value.clone() if value.is_inference() else value
 
 
 @contextmanager
-def _named(index: int) -> Iterator[None]:
+def _prefix_batch_index(index: int) -> Iterator[None]:
     """Put the batch's index before the message of an error about it."""
     try:
         yield
@@ -77,7 +77,7 @@ def _named(index: int) -> Iterator[None]:
         raise type(error)(f"batch {index}: {error}") from error.__cause__
 
 
-def _label_range(batch: Batch) -> str:
+def _describe_label_range(batch: Batch) -> str:
     """Say which labels a batch holds: out-of-range labels are the usual cause of a refusal."""
     rows = batch.targets if isinstance(batch.targets, list) else []
     labels = [row["labels"] for row in rows if isinstance(row, dict) and isinstance(row.get("labels"), Tensor)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_boxes, stack_images
+from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection, stack_images
 from fxprune.errors import BatchError, ModelError
 
 FORMS = "(Tensor(N, 3, H, W), Tensor(N) of class indices), or images alone as Tensor(N, 3, H, W)"
@@ -76,14 +76,14 @@ def label(model: nn.Module, batch: Batch) -> Batch:
 ADAPTER = Adapter(
     family="classifier",
     forms=FORMS,
-    fits=lambda model, raw: True,
+    matches=lambda model, raw: True,
     prepare=lambda model: None,
     normalize=normalize,
     loss=loss,
     predict=predict,
     label=label,
-    found=lambda model, batch: None,
-    detect=refuse_boxes,
-    collate=refuse_boxes,
-    root_is_function=True,
+    detections=lambda model, batch: None,
+    detect=refuse_detection,
+    collate=refuse_detection,
+    whole_model_is_graph=True,
 )

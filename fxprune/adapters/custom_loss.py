@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_boxes
+from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection
 from fxprune.errors import LossError
 from fxprune.graph.fx_utils import map_tensors
 
 FORMS = "whatever the given loss(model, batch) takes"
 
 
-def adapter_of(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
+def make_adapter(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
     """Make the adapter of a user's loss.
 
     The loss is taken with the model in eval mode and should be the mean over the images of the batch; the batch is
@@ -37,16 +37,16 @@ def adapter_of(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
     return Adapter(
         family="model with the caller's loss",
         forms=FORMS,
-        fits=lambda model, raw: True,
+        matches=lambda model, raw: True,
         prepare=lambda model: None,
         normalize=normalize,
         loss=compute,
         predict=compute,
         label=label,
-        found=lambda model, batch: None,
-        detect=refuse_boxes,
-        collate=refuse_boxes,
-        root_is_function=True,
+        detections=lambda model, batch: None,
+        detect=refuse_detection,
+        collate=refuse_detection,
+        whole_model_is_graph=True,
     )
 
 

@@ -41,7 +41,7 @@ class Adapter:
         Name for messages and reports.
     forms : str
         The known batch forms, in words.
-    fits : callable
+    matches : callable
         ``(model, raw batch) -> bool``.
     prepare : callable
         ``(model) -> None``: what must be set once on the copy before a loss can be had.
@@ -54,7 +54,7 @@ class Adapter:
         ``(model, Batch) -> outputs`` as at inference; sets eval mode.
     label : callable
         ``(model, Batch) -> Batch`` with the model's own confident outputs as targets.
-    found : callable
+    detections : callable
         ``(model, Batch) -> one dict an image, or None``: what it finds at inference as `detect` gives it, in pixels of
         the batch's images; None where that is not boxes, or more than boxes.
     detect : callable
@@ -64,25 +64,25 @@ class Adapter:
     collate : callable
         ``(model, images, targets or None, image size or None) -> raw batch`` that `normalize` takes, from images
         (3, H, W) in [0, 1] and dicts of ``boxes`` and ``labels`` as `detect` gives them.
-    root_is_function : bool
+    whole_model_is_graph : bool
         Whether the model is just its forward, so that a GraphModule can stand in for the whole of it.
     """
 
     family: str
     forms: str
-    fits: Callable[[nn.Module, Any], bool]
+    matches: Callable[[nn.Module, Any], bool]
     prepare: Callable[[nn.Module], None]
     normalize: Callable[[nn.Module, Any], Batch]
     loss: Callable[[nn.Module, Batch], Tensor]
     predict: Callable[[nn.Module, Batch], Any]
     label: Callable[[nn.Module, Batch], Batch]
-    found: Callable[[nn.Module, Batch], list[dict[str, Tensor]] | None]
+    detections: Callable[[nn.Module, Batch], list[dict[str, Tensor]] | None]
     detect: Callable[[nn.Module, Sequence[Tensor], int | None], list[dict[str, Tensor]]]
     collate: Callable[[nn.Module, Sequence[Tensor], Sequence[Mapping[str, Any]] | None, int | None], Any]
-    root_is_function: bool
+    whole_model_is_graph: bool
 
 
-def refuse_boxes(model: nn.Module, *_: Any) -> NoReturn:
+def refuse_detection(model: nn.Module, *_: Any) -> NoReturn:
     """Stand in for `detect` and `collate` where a model gives no boxes.
 
     Raises

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxprune.adapters import classifier, custom_loss, torchvision, ultralytics
-from fxprune.adapters.protocol import Adapter, refuse_boxes
+from fxprune.adapters.protocol import Adapter, refuse_detection
 from fxprune.errors import ModelError, SettingError
 from fxprune.graph.fx_utils import class_names
 
@@ -28,8 +28,8 @@ def choose_adapter(model: nn.Module, raw: Any, loss: Callable[[nn.Module, Any], 
     if loss is not None:
         if not callable(loss):
             raise SettingError(f"loss must be callable(model, batch) -> scalar tensor, got {type(loss).__name__}")
-        return custom_loss.adapter_of(loss)
-    return next(adapter for adapter in ADAPTERS if adapter.fits(model, raw))
+        return custom_loss.make_adapter(loss)
+    return next(adapter for adapter in ADAPTERS if adapter.matches(model, raw))
 
 
 def detector_adapter(network: nn.Module) -> Adapter:
@@ -41,12 +41,12 @@ def detector_adapter(network: nn.Module) -> Adapter:
         If the model is known to be no detector: one of torchvision's classifiers and the like.
     """
     known = any(name.startswith("torchvision.models.") for name in class_names(network))
-    if known and not torchvision.is_known(network):
-        refuse_boxes(network)
-    return next(adapter for adapter in ADAPTERS if adapter.fits(network, ([], [])))
+    if known and not torchvision.is_torchvision_detector(network):
+        refuse_detection(network)
+    return next(adapter for adapter in ADAPTERS if adapter.matches(network, ([], [])))
 
 
-def network_of(model: Any) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """Return the network to work on: the model itself, or what a `YOLO` object holds.
 
     Raises
@@ -59,12 +59,12 @@ def network_of(model: Any) -> nn.Module:
     for name in class_names(model):
         if name in _WRAPPERS:
             raise ModelError(f"the model is wrapped in {type(model).__name__}: {_WRAPPERS[name]}")
-    network = ultralytics.unwrap(model) if ultralytics.is_wrapper(model) else model
+    network = ultralytics.unwrap_yolo(model) if ultralytics.is_yolo(model) else model
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         raise ModelError("the model's weights are on the meta device; load them first")
     return network
 
 
-def like_the_model(model: nn.Module, network: nn.Module) -> nn.Module:
+def rewrap_like(model: nn.Module, network: nn.Module) -> nn.Module:
     """Give a pruned network the wrapper its original had: a `YOLO` comes back as a `YOLO`."""
-    return ultralytics.rewrap(model, network) if ultralytics.is_wrapper(model) else network
+    return ultralytics.rewrap_yolo(model, network) if ultralytics.is_yolo(model) else network

@@ -16,7 +16,7 @@ FORMS = (
     "(list of Tensor(3, H, W), list of dict(boxes=Tensor(n, 4) xyxy, labels=Tensor(n))),"
     " or images alone as list of Tensor(3, H, W) or Tensor(N, 3, H, W)"
 )
-CONFIDENT = 0.5
+CONFIDENCE_THRESHOLD = 0.5
 """Score from which an output serves as a label; in an image that reaches none, half of its best score."""
 CONVENTION = (
     "a detector of torchvision's convention takes a list of Tensor(3, H, W) and gives, in eval mode, one dict of boxes,"
@@ -24,12 +24,12 @@ CONVENTION = (
 )
 
 
-def fits(model: nn.Module, raw: Any) -> bool:
+def matches(model: nn.Module, raw: Any) -> bool:
     """Whether the model is one of torchvision's detectors, or its batches are theirs."""
-    return is_known(model) or _is_pair(raw)
+    return is_torchvision_detector(model) or _is_pair(raw)
 
 
-def is_known(model: nn.Module) -> bool:
+def is_torchvision_detector(model: nn.Module) -> bool:
     """Whether the model is one of torchvision's own detectors."""
     return any(name.startswith("torchvision.models.detection.") for name in class_names(model))
 
@@ -115,24 +115,24 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     """Use the detector's own confident outputs as targets."""
     with torch.no_grad():
         outputs = predict(model, batch)
-    return Batch(batch.images, [_confident(output) for output in outputs], batch.count)
+    return Batch(batch.images, [_confident_targets(output) for output in outputs], batch.count)
 
 
-def found(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
+def detections(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
     """What the detector finds, if that is boxes alone: no masks, no key points."""
     with torch.no_grad():
         outputs = predict(model, batch)
     return outputs if all(set(output) == {"boxes", "labels", "scores"} for output in outputs) else None
 
 
-def _confident(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _confident_targets(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
     scores = output["scores"]
-    threshold = confidence_threshold(CONFIDENT, float(scores.max()) if len(scores) else 1.0)
+    threshold = confidence_threshold(CONFIDENCE_THRESHOLD, float(scores.max()) if len(scores) else 1.0)
     sides = output["boxes"][:, 2:] - output["boxes"][:, :2]
     keep = (scores >= threshold) & (sides > 0).all(1)
     target = {key: value[keep] for key, value in output.items() if len(value) == len(keep) and key != "scores"}
     if "masks" in target:
-        target["masks"] = (target["masks"][:, 0] > CONFIDENT).to(torch.uint8)
+        target["masks"] = (target["masks"][:, 0] > CONFIDENCE_THRESHOLD).to(torch.uint8)
     return target
 
 
@@ -140,7 +140,7 @@ def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -
     """Run the detector on images of any sizes; it sizes them itself, whatever `image_size`."""
     device = device_of(model)
     rows = [check_image(image, 3, FORMS).to(device) for image in images]
-    if is_known(model):
+    if is_torchvision_detector(model):
         outputs = model(rows)
     else:
         try:
@@ -171,14 +171,14 @@ def collate(
 ADAPTER = Adapter(
     family="torchvision detector",
     forms=FORMS,
-    fits=fits,
+    matches=matches,
     prepare=lambda model: None,
     normalize=normalize,
     loss=loss,
     predict=predict,
     label=label,
-    found=found,
+    detections=detections,
     detect=detect,
     collate=collate,
-    root_is_function=False,
+    whole_model_is_graph=False,
 )

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.adapters.protocol import Adapter, Batch, check_image, confidence_threshold, device_of, stack_images
-from fxprune.adapters.ultralytics_decoding import COLUMNS, count_classes, has_queries, read_output, scores_of, suppress
+from fxprune.adapters.ultralytics_decoding import (
+    BOX_COLUMNS,
+    best_scores,
+    count_classes,
+    decode_output,
+    has_queries,
+    suppress_overlaps,
+)
 from fxprune.adapters.ultralytics_letterbox import Placement, clip, letterbox
 from fxprune.errors import BatchError, ModelError, SettingError
 from fxprune.graph.fx_utils import class_names
@@ -20,18 +27,18 @@ FORMS = (
     "dict(img=Tensor(N, 3, H, W), cls=Tensor(n, 1), bboxes=Tensor(n, 4) xywh in [0, 1], batch_idx=Tensor(n)),"
     " or images alone as dict(img=...) or Tensor(N, 3, H, W)"
 )
-CONFIDENT = 0.25
+CONFIDENCE_THRESHOLD = 0.25
 """Score from which an output serves as a label (ultralytics' own prediction threshold)."""
 IMAGE_SIZE = 640
 """Side of the square where a model does not say what it was trained on (ultralytics' default)."""
 
 
-def is_wrapper(model: nn.Module) -> bool:
+def is_yolo(model: nn.Module) -> bool:
     """Whether the model is a `YOLO`-like object around a network."""
     return "ultralytics.engine.model.Model" in class_names(model)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap_yolo(model: nn.Module) -> nn.Module:
     """Return the network inside a `YOLO` object.
 
     Raises
@@ -45,7 +52,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return network
 
 
-def rewrap(model: nn.Module, network: nn.Module) -> nn.Module:
+def rewrap_yolo(model: nn.Module, network: nn.Module) -> nn.Module:
     """Return a copy of a `YOLO` object around another network; what the old one cached is left behind."""
     twin = copy.copy(model)
     twin.__dict__ = {key: copy.copy(value) for key, value in model.__dict__.items()}
@@ -128,9 +135,9 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     """Use the detector's own confident outputs, after non-maximum suppression, as targets."""
     height, width = batch.images.shape[-2:]
     with torch.no_grad():
-        boxes, rows = read_output(model, predict(model, batch), height, width)
-        threshold = confidence_threshold(CONFIDENT, float(scores_of(model, boxes, rows).max()))
-        found = suppress(model, boxes, rows, confidence=threshold, iou=0.45, limit=100, multi_label=False)
+        boxes, rows = decode_output(model, predict(model, batch), height, width)
+        threshold = confidence_threshold(CONFIDENCE_THRESHOLD, float(best_scores(model, boxes, rows).max()))
+        found = suppress_overlaps(model, boxes, rows, confidence=threshold, iou=0.45, limit=100, multi_label=False)
     return Batch(batch.images, _targets(batch.images, [(row[:, :4], row[:, 5]) for row in found]), batch.count)
 
 
@@ -148,7 +155,7 @@ def _targets(images: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> dict[str
     }
 
 
-def side_of(model: nn.Module, image_size: int | None) -> int:
+def square_side(model: nn.Module, image_size: int | None) -> int:
     """Side of the square the model is fed: as asked, or as trained (else 640), rounded up to a multiple of its stride.
 
     Raises
@@ -166,33 +173,35 @@ def side_of(model: nn.Module, image_size: int | None) -> int:
     return math.ceil(side / stride) * stride
 
 
-def _fit(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -> tuple[Tensor, list[Placement]]:
+def _letterbox_images(
+    model: nn.Module, images: Sequence[Tensor], image_size: int | None
+) -> tuple[Tensor, list[Placement]]:
     """Images of any sizes in squares (N, 3, S, S) on the CPU, and where they lie in them."""
-    side, stretch = side_of(model, image_size), has_queries(model)
+    side, stretch = square_side(model, image_size), has_queries(model)
     pairs = [letterbox(check_image(image, 3, FORMS), side, stretch) for image in images]
     return torch.stack([square for square, _ in pairs]), [placement for _, placement in pairs]
 
 
 def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -> list[dict[str, Tensor]]:
     """Find boxes as ultralytics' ``val(rect=False)`` does: letterboxed, score from .001, at most 300 an image."""
-    squares, placements = _fit(model, images, image_size)
+    squares, placements = _letterbox_images(model, images, image_size)
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     with torch.no_grad():
         output = model(squares.to(device_of(model), dtype))
-        rows = _as_val(model, *read_output(model, output, *squares.shape[-2:]))
-    return [{**row, "boxes": placement.back(row["boxes"])} for row, placement in zip(rows, placements, strict=True)]
+        rows = _suppress_as_val(model, *decode_output(model, output, *squares.shape[-2:]))
+    return [{**row, "boxes": placement.to_image(row["boxes"])} for row, placement in zip(rows, placements, strict=True)]
 
 
-def found(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
+def detections(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
     """The same of a batch as it is, if that is boxes alone: no masks, no key points."""
     with torch.no_grad():
-        boxes, rows = read_output(model, predict(model, batch), *batch.images.shape[-2:])
-        more = boxes.shape[-1] > COLUMNS if rows else boxes.shape[1] > 4 + count_classes(model)
-        return None if more else _as_val(model, boxes, rows)
+        boxes, rows = decode_output(model, predict(model, batch), *batch.images.shape[-2:])
+        more = boxes.shape[-1] > BOX_COLUMNS if rows else boxes.shape[1] > 4 + count_classes(model)
+        return None if more else _suppress_as_val(model, boxes, rows)
 
 
-def _as_val(model: nn.Module, boxes: Tensor, rows: bool) -> list[dict[str, Tensor]]:
-    kept = suppress(model, boxes.float(), rows, confidence=0.001, iou=0.7, limit=300, multi_label=True)
+def _suppress_as_val(model: nn.Module, boxes: Tensor, rows: bool) -> list[dict[str, Tensor]]:
+    kept = suppress_overlaps(model, boxes.float(), rows, confidence=0.001, iou=0.7, limit=300, multi_label=True)
     return [{"boxes": row[:, :4], "labels": row[:, 5].long(), "scores": row[:, 4]} for row in kept]
 
 
@@ -200,14 +209,14 @@ def collate(
     model: nn.Module, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None, image_size: int | None
 ) -> dict[str, Tensor]:
     """Letterbox images, and boxes with them, into a batch of ultralytics' form; see `FORMS`."""
-    squares, placements = _fit(model, images, image_size)
+    squares, placements = _letterbox_images(model, images, image_size)
     if targets is None:
         return {"img": squares}
     pairs = list(zip(targets, placements, strict=True))
-    return _targets(squares, [(_move(target, placement), target["labels"]) for target, placement in pairs])
+    return _targets(squares, [(_move_to_square(target, placement), target["labels"]) for target, placement in pairs])
 
 
-def _move(target: Mapping[str, Any], placement: Placement) -> Tensor:
+def _move_to_square(target: Mapping[str, Any], placement: Placement) -> Tensor:
     """A target's boxes, cut off at the edges of its image, in the pixels of the square."""
     boxes = clip(target["boxes"], placement.height, placement.width)
     outside = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -216,20 +225,20 @@ def _move(target: Mapping[str, Any], placement: Placement) -> Tensor:
             f"box {target['boxes'][outside][0].tolist()} of image {target.get('image_id', '(no id)')} lies outside"
             f" its {placement.width} x {placement.height} pixels or has no size; boxes are x1, y1, x2, y2 in pixels"
         )
-    return placement.forth(boxes)
+    return placement.to_square(boxes)
 
 
 ADAPTER = Adapter(
     family="ultralytics model",
     forms=FORMS,
-    fits=lambda model, raw: "ultralytics.nn.tasks.BaseModel" in class_names(model),
+    matches=lambda model, raw: "ultralytics.nn.tasks.BaseModel" in class_names(model),
     prepare=prepare,
     normalize=normalize,
     loss=loss,
     predict=predict,
     label=label,
-    found=found,
+    detections=detections,
     detect=detect,
     collate=collate,
-    root_is_function=False,
+    whole_model_is_graph=False,
 )

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from fxprune.errors import ModelError
 from fxprune.graph.fx_utils import class_names
 
-COLUMNS = 6
+BOX_COLUMNS = 6
 """Of an end-to-end head's rows: four of a box, score, class."""
 
-NMS_SECONDS = 3600.0
+NMS_TIMEOUT_S = 3600.0
 """Per image, before ultralytics' suppression would give up and return fewer boxes."""
 
 
-def head_of(network: nn.Module) -> Any:
+def find_head(network: nn.Module) -> Any:
     """The last layer of an ultralytics network; None where it is not a list of layers."""
     layers = getattr(network, "model", None)
     return layers[-1] if isinstance(layers, (nn.Sequential, nn.ModuleList)) and len(layers) else None
@@ -25,16 +25,16 @@ def head_of(network: nn.Module) -> Any:
 
 def has_queries(network: nn.Module) -> bool:
     """Whether the head is a decoder of queries: it gives boxes as shares of an image it saw stretched."""
-    return hasattr(head_of(network), "num_queries")
+    return hasattr(find_head(network), "num_queries")
 
 
 def count_classes(network: nn.Module) -> int:
     """Number of classes the head tells apart."""
-    known = getattr(head_of(network), "nc", None) or getattr(network, "nc", None) or len(cast(Any, network).names)
+    known = getattr(find_head(network), "nc", None) or getattr(network, "nc", None) or len(cast(Any, network).names)
     return int(known)
 
 
-def read_output(network: nn.Module, output: Any, height: int, width: int) -> tuple[Tensor, bool]:
+def decode_output(network: nn.Module, output: Any, height: int, width: int) -> tuple[Tensor, bool]:
     """Bring a network's output to pixels.
 
     Parameters
@@ -62,30 +62,30 @@ def read_output(network: nn.Module, output: Any, height: int, width: int) -> tup
     while isinstance(output, (list, tuple)) and output:
         output = output[0]
     name, classes = type(network).__name__, count_classes(network)
-    if any(part.endswith("head.OBB") for part in class_names(head_of(network) or network)):
+    if any(part.endswith("head.OBB") for part in class_names(find_head(network) or network)):
         raise ModelError(
             f"{name} finds rotated boxes, of which fxprune has no reading; give a detector of upright boxes"
         )
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if not isinstance(output, Tensor) or output.ndim != 3:
         raise ModelError(f"{name} gave {shape} instead of boxes (N, channels, k) or (N, k, 6); give a detector")
-    if has_queries(network) and output.shape[-1] == COLUMNS:
+    if has_queries(network) and output.shape[-1] == BOX_COLUMNS:
         centre, size = output[..., :2], output[..., 2:4]
         scale = output.new_tensor([width, height] * 2)
         corners = torch.cat([centre - size / 2, centre + size / 2], -1) * scale
         return torch.cat([corners, output[..., 4:]], -1), True
-    rows = output.shape[-1] == COLUMNS or bool(getattr(network, "end2end", False))
+    rows = output.shape[-1] == BOX_COLUMNS or bool(getattr(network, "end2end", False))
     if not rows and output.shape[1] < 4 + classes:
         raise ModelError(f"{name} gave {shape}, not (N, 4 + {classes} classes, k) or (N, k, 6) boxes; give a detector")
     return output, rows
 
 
-def scores_of(network: nn.Module, boxes: Tensor, rows: bool) -> Tensor:
-    """Scores (N, k) of what `read_output` gave: for columns the best class's."""
+def best_scores(network: nn.Module, boxes: Tensor, rows: bool) -> Tensor:
+    """Scores (N, k) of what `decode_output` gave: for columns the best class's."""
     return boxes[..., 4] if rows else boxes[:, 4 : 4 + count_classes(network)].amax(1)
 
 
-def suppress(
+def suppress_overlaps(
     network: nn.Module, boxes: Tensor, rows: bool, *, confidence: float, iou: float, limit: int, multi_label: bool
 ) -> list[Tensor]:
     """Drop unsure boxes and, of columns, all that overlap a better one of their class.
@@ -93,7 +93,7 @@ def suppress(
     Parameters
     ----------
     boxes, rows
-        What `read_output` gave.
+        What `decode_output` gave.
     confidence : float
         Least score.
     iou : float
@@ -112,6 +112,6 @@ def suppress(
 
     found = non_max_suppression(
         boxes, conf_thres=confidence, iou_thres=iou, multi_label=multi_label, max_det=limit,
-        nc=count_classes(network), max_time_img=NMS_SECONDS, end2end=rows,
+        nc=count_classes(network), max_time_img=NMS_TIMEOUT_S, end2end=rows,
     )  # fmt: skip
-    return [image[:, :COLUMNS] for image in found]
+    return [image[:, :BOX_COLUMNS] for image in found]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GREY = 114
+PADDING_GREY = 114
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Placement:
         """By how much the image was scaled, along x and y."""
         return self.resized[1] / self.width, self.resized[0] / self.height
 
-    def forth(self, boxes: Tensor) -> Tensor:
+    def to_square(self, boxes: Tensor) -> Tensor:
         """Boxes (n, 4) as x1, y1, x2, y2 in pixels of the image, in pixels of the square."""
         return boxes * boxes.new_tensor(self.gain * 2) + boxes.new_tensor(self.pad * 2)
 
-    def back(self, boxes: Tensor) -> Tensor:
+    def to_image(self, boxes: Tensor) -> Tensor:
         """Boxes (n, 4) as x1, y1, x2, y2 in pixels of the square, in pixels of the image and clipped to it."""
         moved = (boxes - boxes.new_tensor(self.pad * 2)) / boxes.new_tensor(self.gain * 2)
         return clip(moved, self.height, self.width)
@@ -58,7 +58,7 @@ def clip(boxes: Tensor, height: int, width: int) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), boxes.new_tensor((width, height) * 2))
 
 
-def place(height: int, width: int, size: int, stretch: bool) -> Placement:
+def compute_placement(height: int, width: int, size: int, stretch: bool) -> Placement:
     """Compute where an image of some height and width lies in a square of side `size`."""
     if stretch:
         return Placement(height, width, size, (size, size), (0, 0))
@@ -95,12 +95,12 @@ def letterbox(image: Tensor, size: int, stretch: bool = False) -> tuple[Tensor, 
     """
     import cv2
 
-    placement = place(image.shape[-2], image.shape[-1], size, stretch)
+    placement = compute_placement(image.shape[-2], image.shape[-1], size, stretch)
     pixels = np.ascontiguousarray((image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
     rows, columns = placement.resized
     if (rows, columns) != pixels.shape[:2]:
         pixels = np.asarray(cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_LINEAR))
     left, top = placement.pad
-    square = np.full((size, size, 3), GREY, dtype=np.uint8)
+    square = np.full((size, size, 3), PADDING_GREY, dtype=np.uint8)
     square[top : top + rows, left : left + columns] = pixels
     return torch.from_numpy(square).permute(2, 0, 1).contiguous().float() / 255, placement

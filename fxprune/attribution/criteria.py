@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxprune.attribution.recorder import Record
+from fxprune.attribution.recorder import AttributionRecord
 from fxprune.errors import SettingError
 from fxprune.graph.records import Region
 from fxprune.runtime.options import check_choice
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ScoringInputs:
     """What a criterion may look at.
 
     Attributes
@@ -31,7 +31,7 @@ class Evidence:
     """
 
     regions: Sequence[Region]
-    record: Record
+    record: AttributionRecord
     modules: Mapping[str, nn.Module]
     seed: int
 
@@ -48,48 +48,48 @@ class Criterion:
         Makes one number of the parts of a batch's loss, to take the gradient of.
     gate : float
         How far regions are open while it is taken; see `RecordingInterpreter`.
-    mended : bool
+    linear_recovery : bool
         Whether regions are measured against the linear map of what stands in for them that comes nearest to what they
         give, where what reads them can take that in; see `fxprune.attribution.linear_recovery`.
     """
 
-    score: Callable[[Evidence], dict[str, float]]
+    score: Callable[[ScoringInputs], dict[str, float]]
     loss: Callable[[Tensor], Tensor] = torch.sum
     gate: float = 1.0
-    mended: bool = False
+    linear_recovery: bool = False
 
 
 RegionScore = Callable[[Region, Mapping[str, nn.Module]], float]
 """A caller's own criterion: the region, and its modules with weights by dotted path; larger is more important."""
 
 
-def _grad_act(evidence: Evidence) -> dict[str, float]:
+def _grad_act(evidence: ScoringInputs) -> dict[str, float]:
     """``E_x [sum_i |dL/dy_i y_i|]`` at the exit value y: the score of a layer in arXiv 2602.14040."""
-    nodes = evidence.record.nodes
+    nodes = evidence.record.grad_act
     found = {region.name: nodes.get((region.island, region.exit), 0.0) for region in evidence.regions}
     return {name: score for name, score in found.items() if score}  # zero throughout: the loss does not see it
 
 
-def _grad_delta(evidence: Evidence) -> dict[str, float]:
+def _grad_delta(evidence: ScoringInputs) -> dict[str, float]:
     """``E_x [sum_i |dL/dy_i (y_i - s_i)|]``: the same, measured against what will stand in for the region, s."""
-    return {name: evidence.record.deltas[name] for name in _grad_act(evidence)}
+    return {name: evidence.record.grad_delta[name] for name in _grad_act(evidence)}
 
 
-def _fisher(evidence: Evidence) -> dict[str, float]:
+def _fisher(evidence: ScoringInputs) -> dict[str, float]:
     """``(E_x [sum_c (dL/da_c)^2])^2``, a_c gates on a region's channels that let ``s_c + a_c (y_c - s_c)`` through.
 
     Inside is the Fisher information of the gates, the second-order estimate of what closing them costs (Theis et al.,
     arXiv 1801.05787; Molchanov et al., arXiv 1906.10771, square the sum over a filter alike). Here closed means what
-    will stand in for the region, not zero, the parts of the loss are relative, and all gates stand at `GATE`. It is
-    squared because scores are added up: one large damage is worse than several small ones of the same sum.
+    will stand in for the region, not zero, the parts of the loss are relative, and all gates stand at `FISHER_GATE`. It
+    is squared because scores are added up: one large damage is worse than several small ones of the same sum.
     """
-    return {name: evidence.record.fishers[name] ** 2 for name in _grad_act(evidence)}
+    return {name: evidence.record.fisher[name] ** 2 for name in _grad_act(evidence)}
 
 
-GATE = 0.9
+FISHER_GATE = 0.9
 """How far regions are open under the criterion ``"fisher"``: at 1 a trained detector's loss is flat and gradients say
 little of what a whole removal does; at .8 deep networks are broken already (`benchmarks.bench_criteria`)."""
-SMALL = 1e-3
+MIN_PART_SHARE = 1e-3
 """A part of a loss under this share of the whole counts as this share, where parts are weighed by their size."""
 
 
@@ -103,11 +103,11 @@ def relative_loss(parts: Tensor) -> Tensor:
 
 
 def part_sizes(parts: Tensor) -> Tensor:
-    """Sizes (P,) that the parts of a loss are measured in, see `SMALL`; a single part stays as it is."""
+    """Sizes (P,) that the parts of a loss are measured in, see `MIN_PART_SHARE`; a single part stays as it is."""
     sizes = parts.detach().abs()
     if len(sizes) == 1:
         return torch.ones_like(sizes)
-    return sizes.clamp_min(max(SMALL * float(sizes.sum()), torch.finfo(sizes.dtype).tiny))
+    return sizes.clamp_min(max(MIN_PART_SHARE * float(sizes.sum()), torch.finfo(sizes.dtype).tiny))
 
 
 def weight_norm(region: Region, modules: Mapping[str, nn.Module]) -> float:
@@ -121,17 +121,17 @@ def absolute_weights(modules: Iterable[nn.Module]) -> float:
     return float(sum(weight.detach().abs().sum(dtype=torch.float64) for weight in weights.values()))
 
 
-def _random(evidence: Evidence) -> dict[str, float]:
+def _random(evidence: ScoringInputs) -> dict[str, float]:
     """Uniform draws."""
     generator = torch.Generator().manual_seed(evidence.seed)
     draws = torch.rand(len(evidence.regions), generator=generator, dtype=torch.float64).tolist()
     return dict(zip((region.name for region in evidence.regions), draws, strict=True))
 
 
-def each_region(criterion: RegionScore) -> Callable[[Evidence], dict[str, float]]:
+def score_each_region(criterion: RegionScore) -> Callable[[ScoringInputs], dict[str, float]]:
     """Make a criterion over all regions from one over a single region and its modules."""
 
-    def score(evidence: Evidence) -> dict[str, float]:
+    def score(evidence: ScoringInputs) -> dict[str, float]:
         found = {}
         for region in evidence.regions:
             modules = {path: evidence.modules[path] for path in region.layers if path in evidence.modules}
@@ -148,17 +148,17 @@ def each_region(criterion: RegionScore) -> Callable[[Evidence], dict[str, float]
 
 
 CRITERIA: dict[str, Criterion] = {
-    "fisher": Criterion(_fisher, loss=relative_loss, gate=GATE),
-    "fisher_mended": Criterion(_fisher, loss=relative_loss, gate=GATE, mended=True),
+    "fisher": Criterion(_fisher, loss=relative_loss, gate=FISHER_GATE),
+    "fisher_mended": Criterion(_fisher, loss=relative_loss, gate=FISHER_GATE, linear_recovery=True),
     "grad_delta": Criterion(_grad_delta),
     "grad_act": Criterion(_grad_act),
-    "l1": Criterion(each_region(weight_norm)),
+    "l1": Criterion(score_each_region(weight_norm)),
     "random": Criterion(_random),
 }
 """Criteria by name. A region that a criterion leaves out has no score and is not pruned."""
 
 
-def criterion_named(criterion: str | RegionScore) -> tuple[str, Criterion]:
+def get_criterion(criterion: str | RegionScore) -> tuple[str, Criterion]:
     """Look a criterion up by name, or wrap the caller's own.
 
     Raises
@@ -167,6 +167,6 @@ def criterion_named(criterion: str | RegionScore) -> tuple[str, Criterion]:
         If the name is not known.
     """
     if callable(criterion):
-        return getattr(criterion, "__name__", type(criterion).__name__), Criterion(each_region(criterion))
+        return getattr(criterion, "__name__", type(criterion).__name__), Criterion(score_each_region(criterion))
     check_choice("criterion", criterion, CRITERIA, others=", or a callable")
     return criterion, CRITERIA[criterion]

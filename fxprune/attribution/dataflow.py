@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 from fxprune.graph.records import IMAGES, RESULTS, Link
 
 
-def follow(run: Callable[[], Tensor], graphs: Sequence[tuple[str, fx.GraphModule]]) -> tuple[Tensor, tuple[Link, ...]]:
+def trace_dataflow(
+    run: Callable[[], Tensor], graphs: Sequence[tuple[str, fx.GraphModule]]
+) -> tuple[Tensor, tuple[Link, ...]]:
     """Run a model once and see which islands take what others gave.
 
     Parameters
@@ -34,7 +36,7 @@ def follow(run: Callable[[], Tensor], graphs: Sequence[tuple[str, fx.GraphModule
     links: dict[Link, None] = {}
 
     def take(values: Any, target: str) -> None:
-        for source in _sources(values, given) or ([IMAGES] if target != RESULTS else []):
+        for source in _source_islands(values, given) or ([IMAGES] if target != RESULTS else []):
             links[Link(source, target)] = None
 
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -65,7 +67,7 @@ def _gradient_nodes(values: Any) -> Iterator[Node]:
             yield get_gradient_edge(leaf).node
 
 
-def _sources(values: Any, given: dict[Node, str]) -> list[str]:
+def _source_islands(values: Any, given: dict[Node, str]) -> list[str]:
     """Islands whose values these were computed from, with no other island between."""
     found: dict[str, None] = {}
     waiting, seen = list(_gradient_nodes(values)), set[Node]()

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.attribution.recorder import RegionInterpreter
-from fxprune.graph.channels import convolutions_reading, joined
+from fxprune.attribution.recorder import StandInInterpreter
+from fxprune.graph.channels import concatenated_values, input_convolutions
 from fxprune.graph.fx_utils import class_names
 from fxprune.graph.interpreters import Graphs, NodeName
 from fxprune.graph.operators import ADDITIONS
 from fxprune.graph.records import RESULTS, Link, Region
-from fxprune.runtime.distributed import gathered, summed
+from fxprune.runtime.distributed import all_gather, all_reduce_sum
 from fxprune.runtime.linear_solver import solve_positive_definite
 
-RIDGE = 1e-3
+RELATIVE_RIDGE = 1e-3
 """How strongly a map is held to leaving its stand-in as it is, relative to the mean square of what it reads."""
-PLACES = 4096
+MAX_PLACES = 4096
 """Places of the feature maps of one call that a fit looks at, at most."""
 
 LINEAR_MODULES = ("torch.nn.modules.pooling.AvgPool", "torch.nn.modules.pooling.AdaptiveAvgPool",
@@ -34,12 +34,12 @@ LINEAR_MODULES = ("torch.nn.modules.pooling.AvgPool", "torch.nn.modules.pooling.
                   "torch.nn.modules.linear.Identity", "torch.nn.modules.dropout.",
                   "torch.nn.modules.batchnorm.", "torchvision.ops.misc.FrozenBatchNorm2d")  # fmt: skip
 """Prefixes of class names of modules that are linear in a value at inference and keep its channels."""
-FLATTENING = ("AdaptiveAvgPool", "Flatten", "adaptive_avg_pool", "flatten", "mean")
+FLATTENING_PREFIXES = ("AdaptiveAvgPool", "Flatten", "adaptive_avg_pool", "flatten", "mean")
 """How names begin of what brings a map's channels to where a linear layer reads them."""
-SHAPING = frozenset({"view", "reshape", "transpose", "chunk", "split", "unbind", "getitem"})
+SHAPE_FUNCTIONS = frozenset({"view", "reshape", "transpose", "chunk", "split", "unbind", "getitem"})
 """Names of functions and methods that only move values; where channels are then is not followed for linear layers."""
 LINEAR_FUNCTIONS = (
-    SHAPING
+    SHAPE_FUNCTIONS
     | {"interpolate", "avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "contiguous", "pad"}
     | {"dropout", "size", "getattr"}
 )
@@ -60,24 +60,24 @@ class LinearMap:
 
     def __call__(self, value: Tensor) -> Tensor:
         """Apply it to a value of any shape that has the channels."""
-        rows = _rows(value)
+        rows = _to_rows(value)
         change = torch.addmm(self.matrix[-1], rows, self.matrix[:-1])
         if value.ndim <= 3:
             return value + change.reshape(value.shape)
         return value + change.reshape(value.movedim(1, -1).shape).movedim(-1, 1)
 
 
-def _rows(value: Tensor) -> Tensor:
+def _to_rows(value: Tensor) -> Tensor:
     """Features as rows (n, C), one a place: maps (N, C, H, W) have their channels second, rows and tokens last."""
     rows = value.movedim(1, -1) if value.ndim > 3 else value
     return rows.reshape(-1, rows.shape[-1])
 
 
-Sums = dict[str, tuple[Tensor, Tensor]]
+GramSums = dict[str, tuple[Tensor, Tensor]]
 """By region, sums over places: products of ``[s, 1]`` with itself, and with ``y - s``."""
 
 
-class SummingInterpreter(RegionInterpreter):
+class GramInterpreter(StandInInterpreter):
     """Runs a graph and adds up, for each region, what its nearest map is solved from.
 
     Parameters
@@ -90,23 +90,23 @@ class SummingInterpreter(RegionInterpreter):
         Where that goes.
     """
 
-    def __init__(self, gm: fx.GraphModule, regions: Sequence[Region], sums: Sums) -> None:
+    def __init__(self, gm: fx.GraphModule, regions: Sequence[Region], sums: GramSums) -> None:
         super().__init__(gm, regions)
         self.sums = sums
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node; where regions end, look at what they got and gave."""
         value = super().run_node(n)
-        if n.name in self.kept:
+        if n.name in self.stand_in_names:
             self.stand_ins[n.name] = value
-        for region in self.exits.get(n.name, ()):
+        for region in self.regions_by_exit.get(n.name, ()):
             self._add(region, self.stand_ins[region.stand_in], value)
         return value
 
     def _add(self, region: Region, stand_in: Tensor, value: Tensor) -> None:
-        given, wanted = _rows(stand_in), _rows(value)
-        if len(given) > PLACES:
-            place = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[:PLACES].to(given.device)
+        given, wanted = _to_rows(stand_in), _to_rows(value)
+        if len(given) > MAX_PLACES:
+            place = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[:MAX_PLACES].to(given.device)
             given, wanted = given[place], wanted[place]
         given = torch.cat([given, given.new_ones(len(given), 1)], 1)
         products = (given.T @ given).double(), (given.T @ (wanted - given[:, :-1])).double()
@@ -114,22 +114,22 @@ class SummingInterpreter(RegionInterpreter):
         self.sums[region.name] = products if before is None else (before[0] + products[0], before[1] + products[1])
 
 
-def nearest_maps(sums: Sums) -> dict[str, LinearMap]:
+def solve_linear_maps(sums: GramSums) -> dict[str, LinearMap]:
     """Solve for the maps that come nearest, in least squares over the places that all processes have seen."""
-    widths = {name: width for found in gathered({name: len(gram) for name, (gram, _) in sums.items()})
+    widths = {name: width for found in all_gather({name: len(gram) for name, (gram, _) in sums.items()})
               for name, width in found.items()}  # fmt: skip
     like = next((gram for gram, _ in sums.values()), torch.empty(0, dtype=torch.float64))
     maps = {}
     for name, width in sorted(widths.items()):
         gram, cross = sums.get(name, (like.new_zeros(width, width), like.new_zeros(width, width - 1)))
-        gram, cross = summed(gram), summed(cross)
-        ridge = torch.full_like(gram[0], RIDGE * float(gram.diagonal()[:-1].mean().clamp_min(1e-12)))
+        gram, cross = all_reduce_sum(gram), all_reduce_sum(cross)
+        ridge = torch.full_like(gram[0], RELATIVE_RIDGE * float(gram.diagonal()[:-1].mean().clamp_min(1e-12)))
         ridge[-1] = 1e-9 * gram[-1, -1]  # a shift costs nothing
         maps[name] = LinearMap(solve_positive_definite(gram + torch.diag(ridge), cross).float())
     return maps
 
 
-def absorbed(graphs: Graphs, links: Sequence[Link], regions: Sequence[Region]) -> Iterator[Region]:
+def linearly_absorbable(graphs: Graphs, links: Sequence[Link], regions: Sequence[Region]) -> Iterator[Region]:
     """Yield the regions of which all that is read is read by layers that can take a linear map in.
 
     Convolutions that mix all channels can, and linear layers behind a pooling; directly or behind what is linear
@@ -137,49 +137,51 @@ def absorbed(graphs: Graphs, links: Sequence[Link], regions: Sequence[Region]) -
     """
     nodes = {(island, node.name): node for island, gm in graphs for node in gm.graph.nodes}
     for region in regions:
-        if _Readers(dict(graphs), links).take_in(region.island, nodes[region.island, region.exit]):
+        if _AbsorptionCheck(dict(graphs), links).can_absorb(region.island, nodes[region.island, region.exit]):
             yield region
 
 
-class _Readers:
+class _AbsorptionCheck:
     """Goes from a value to what reads it."""
 
     def __init__(self, graphs: Mapping[str, fx.GraphModule], links: Sequence[Link]) -> None:
         self.graphs, self.links, self.seen = graphs, links, set[NodeName]()
 
-    def take_in(self, island: str, value: fx.Node, flat: bool = False) -> bool:
+    def can_absorb(self, island: str, value: fx.Node, flat: bool = False) -> bool:
         """Whether all readers can take a linear map of a value in, a map's channels being `flat` for a linear layer."""
         fresh = [user for user in value.users if (island, user.name) not in self.seen]
         self.seen |= {(island, user.name) for user in fresh}
-        return all(self._reader_takes_in(island, user, flat) for user in fresh)
+        return all(self._reader_can_absorb(island, user, flat) for user in fresh)
 
-    def _reader_takes_in(self, island: str, reader: fx.Node, flat: bool) -> bool:
+    def _reader_can_absorb(self, island: str, reader: fx.Node, flat: bool) -> bool:
         gm = self.graphs[island]
         if reader.op == "output":
-            return self._next_take_in(island)
+            return self._islands_can_absorb(island)
         if reader.op != "call_module":
             name = str(getattr(reader.target, "__name__", reader.target)).strip("_")
-            linear = reader.target in {*ADDITIONS, operator.iadd} or name in LINEAR_FUNCTIONS or joined(reader)
-            flat = (flat or name.startswith(FLATTENING)) and name not in SHAPING
-            return bool(linear) and self.take_in(island, reader, flat)
+            linear = (
+                reader.target in {*ADDITIONS, operator.iadd} or name in LINEAR_FUNCTIONS or concatenated_values(reader)
+            )
+            flat = (flat or name.startswith(FLATTENING_PREFIXES)) and name not in SHAPE_FUNCTIONS
+            return bool(linear) and self.can_absorb(island, reader, flat)
         layer = gm.get_submodule(str(reader.target))
         if isinstance(layer, nn.Linear):
             return flat
         kind = class_names(layer)[0]
         if kind.startswith(LINEAR_MODULES):
-            return self.take_in(island, reader, flat or type(layer).__name__.startswith(FLATTENING))
+            return self.can_absorb(island, reader, flat or type(layer).__name__.startswith(FLATTENING_PREFIXES))
         return _mixes_channels(layer)
 
-    def _next_take_in(self, island: str) -> bool:
+    def _islands_can_absorb(self, island: str) -> bool:
         """Whether a graph's result goes to other graphs alone, and these take a linear map in."""
         targets = [link.target for link in self.links if link.source == island]
         if not targets or RESULTS in targets:
             return False
         taken = ((name, node) for name in targets for node in self.graphs[name].graph.nodes if node.op == "placeholder")
-        return all(self.take_in(name, node) for name, node in taken)
+        return all(self.can_absorb(name, node) for name, node in taken)
 
 
 def _mixes_channels(layer: nn.Module) -> bool:
     """Whether what a layer does first is a convolution over all channels."""
-    paths = convolutions_reading(layer) or []
+    paths = input_convolutions(layer) or []
     return bool(paths) and all(getattr(layer.get_submodule(path), "groups", 0) == 1 for path in paths)

@@ -18,16 +18,16 @@ from fxprune.graph.records import Region
 
 
 @dataclass
-class Record:
+class AttributionRecord:
     """Sums of gradient times activation, batch by batch.
 
     Attributes
     ----------
-    nodes : dict
+    grad_act : dict
         Per node ``E_x [sum_i |dL/dA_i * A_i|]``: the score of arXiv 2602.14040, expectation over the images seen.
-    deltas : dict
+    grad_delta : dict
         Per region ``E_x [sum_i |dL/dy_i * (y_i - s_i)|]``, y its exit value and s the value that would stand in.
-    fishers : dict
+    fisher : dict
         Per region ``E_x [sum_c (sum_{i in c} dL/dy_i * (y_i - s_i))^2]``, c the channels (second dimension) of every
         row of every call: the Fisher information of gates ``a_c`` on them that let ``s_c + a_c (y_c - s_c)`` through.
     shapes : dict
@@ -36,9 +36,9 @@ class Record:
         Images seen.
     """
 
-    nodes: dict[NodeName, float] = field(default_factory=dict)
-    deltas: dict[str, float] = field(default_factory=dict)
-    fishers: dict[str, float] = field(default_factory=dict)
+    grad_act: dict[NodeName, float] = field(default_factory=dict)
+    grad_delta: dict[str, float] = field(default_factory=dict)
+    fisher: dict[str, float] = field(default_factory=dict)
     shapes: dict[NodeName, tuple[int, ...]] = field(default_factory=dict)
     images: int = 0
     _pending: dict[tuple[str, Any], list[Tensor]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Record:
         return {**vars(self), "_pending": {}, "_room": None}
 
     def add(self, kind: str, key: NodeName | str, value: Tensor) -> None:
-        """Note one term of the batch under way: ``nodes`` of a node, ``deltas`` or ``fishers`` of a region.
+        """Note one term of the batch under way: ``grad_act`` of a node, ``grad_delta`` or ``fisher`` of a region.
 
         Nothing is read from the device yet.
         """
@@ -80,37 +80,41 @@ class Record:
                 where = key if isinstance(key, str) else ".".join(filter(None, key))
                 raise LossError(f"batch {index}: the gradient at {where!r} is NaN or infinite; leave that batch out")
         weight = images / (self.images + images)
-        known: dict[str, dict[Any, float]] = {"nodes": self.nodes, "deltas": self.deltas, "fishers": self.fishers}
+        known: dict[str, dict[Any, float]] = {
+            "grad_act": self.grad_act,
+            "grad_delta": self.grad_delta,
+            "fisher": self.fisher,
+        }
         for running in known.values():
             for key in running:
                 running[key] *= 1 - weight
         for (kind, key), value in means.items():
-            factor = weight * images if kind == "fishers" else weight
+            factor = weight * images if kind == "fisher" else weight
             known[kind][key] = known[kind].get(key, 0.0) + factor * value
         self.images += images
 
 
-def merged(records: Sequence[Record]) -> Record:
+def merge_records(records: Sequence[AttributionRecord]) -> AttributionRecord:
     """Join records of different batches of one model; expectations count by their images."""
     images = sum(record.images for record in records)
 
-    def joined(kind: Callable[[Record], dict[Any, float]]) -> dict[Any, float]:
+    def joined(kind: Callable[[AttributionRecord], dict[Any, float]]) -> dict[Any, float]:
         sums: dict[Any, float] = {}
         for record in records:
             for key, value in kind(record).items():
                 sums[key] = sums.get(key, 0.0) + value * (record.images / images)
         return sums
 
-    return Record(
-        joined(lambda record: record.nodes),
-        joined(lambda record: record.deltas),
-        joined(lambda record: record.fishers),
+    return AttributionRecord(
+        joined(lambda record: record.grad_act),
+        joined(lambda record: record.grad_delta),
+        joined(lambda record: record.fisher),
         {key: shape for record in reversed(records) for key, shape in record.shapes.items()},
         images,
     )
 
 
-class RegionInterpreter(fx.Interpreter):
+class StandInInterpreter(fx.Interpreter):
     """Runs a graph and keeps at hand what stands in for its regions until they end.
 
     Parameters
@@ -123,10 +127,10 @@ class RegionInterpreter(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, regions: Iterable[Region]) -> None:
         super().__init__(gm)
-        self.exits: dict[str, list[Region]] = {}
+        self.regions_by_exit: dict[str, list[Region]] = {}
         for region in regions:
-            self.exits.setdefault(region.exit, []).append(region)
-        self.kept = {region.stand_in for found in self.exits.values() for region in found}
+            self.regions_by_exit.setdefault(region.exit, []).append(region)
+        self.stand_in_names = {region.stand_in for found in self.regions_by_exit.values() for region in found}
         self.stand_ins: dict[str, Tensor] = {}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +141,7 @@ class RegionInterpreter(fx.Interpreter):
             self.stand_ins.clear()
 
 
-class RecordingInterpreter(RegionInterpreter):
+class RecordingInterpreter(StandInInterpreter):
     """Runs a graph and hooks every value: as its gradient comes, both become one number and are let go.
 
     Parameters
@@ -161,7 +165,7 @@ class RecordingInterpreter(RegionInterpreter):
         self,
         gm: fx.GraphModule,
         island: str,
-        record: Record,
+        record: AttributionRecord,
         regions: Iterable[Region],
         gate: float = 1.0,
         maps: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
@@ -176,20 +180,20 @@ class RecordingInterpreter(RegionInterpreter):
         if n.op == "output":
             return map_tensors(value, torch.clone)  # what comes next may overwrite it
         if n.name in self.weighted:
-            value = map_tensors(value, _tracked)
+            value = map_tensors(value, _require_grad)
         if not isinstance(value, Tensor) or n.op == "get_attr":
             return value
         self.record.shapes.setdefault((self.island, n.name), tuple(value.shape))
         if value.requires_grad:
-            value = self._hooked(n.name, value)
-        if n.name in self.kept:
+            value = self._attach_hook(n.name, value)
+        if n.name in self.stand_in_names:
             self.stand_ins[n.name] = value
         return value
 
-    def _hooked(self, name: str, value: Tensor) -> Tensor:
+    def _attach_hook(self, name: str, value: Tensor) -> Tensor:
         """Return the value, gated if regions end in it, with a hook on it."""
         record, key = self.record, (self.island, name)
-        regions, activation = self.exits.get(name, ()), value.detach()
+        regions, activation = self.regions_by_exit.get(name, ()), value.detach()
         stand_ins = {region.name: self._stand_in(region) for region in regions}
         differences = [(region.name, stand_ins[region.name].detach()) for region in regions]
         if regions and self.gate != 1.0:
@@ -198,12 +202,12 @@ class RecordingInterpreter(RegionInterpreter):
 
         def hook(gradient: Tensor) -> None:
             scratch = record.scratch(gradient)
-            record.add("nodes", key, torch.mul(gradient, activation, out=scratch).abs_().sum())
+            record.add("grad_act", key, torch.mul(gradient, activation, out=scratch).abs_().sum())
             for region, stand_in in differences:
                 product = torch.sub(activation, stand_in, out=scratch).mul_(gradient)
                 channels = product.flatten(2).sum(2) if product.ndim > 2 else product
-                record.add("fishers", region, channels.square().sum())
-                record.add("deltas", region, product.abs_().sum())
+                record.add("fisher", region, channels.square().sum())
+                record.add("grad_delta", region, product.abs_().sum())
 
         value.register_hook(hook)  # type: ignore[no-untyped-call]
         return value
@@ -213,7 +217,7 @@ class RecordingInterpreter(RegionInterpreter):
         return self.maps[region.name](value) if region.name in self.maps else value
 
 
-def _tracked(value: Tensor) -> Tensor:
+def _require_grad(value: Tensor) -> Tensor:
     """Make what a layer gives a value that gradients reach, even if all weights are frozen."""
     if value.is_floating_point() and not value.requires_grad and torch.is_grad_enabled():
         return value.detach().requires_grad_()

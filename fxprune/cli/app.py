@@ -11,15 +11,15 @@ import typer
 from fxprune.attribution.criteria import CRITERIA
 from fxprune.cli import options as o
 from fxprune.cli import output, steps, tables
-from fxprune.cli.calibration_images import check_data, open_pictures
+from fxprune.cli.calibration_images import check_data, open_images
 from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions, SearchOptions
-from fxprune.cli.runner import EXIT_STATUS, Command, keep_stdout, runnable, told, version_line
+from fxprune.cli.runner import EXIT_STATUS, Command, keep_stdout, report_errors, typer_command, version_line
 from fxprune.cli.terminal import Result, Terminal, open_terminal
 from fxprune.demo.run import DEMO_CRITERIA, run_demo
 from fxprune.planning.ilp import check_budget
 from fxprune.planning.plan import Plan
 from fxprune.reporting.report import report
-from fxprune.rewriting.history import plans_carried_out
+from fxprune.rewriting.history import applied_plans
 from fxprune.visualize import draw as drawing
 from fxprune.visualize.network_view import Drawable
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         keep_stdout()
     try:
-        with told(open_terminal(), debug=False):
+        with report_errors(open_terminal(), debug=False):
             typer.main.get_command(app)(args=None if argv is None else list(argv), prog_name="fxprune")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
@@ -67,7 +67,7 @@ def command(panel: str) -> Callable[[Command], Command]:
     """Register a command under a heading of the help."""
 
     def register(function: Command) -> Command:
-        app.command(name=function.__name__.rstrip("_"), rich_help_panel=panel)(runnable(function))
+        app.command(name=function.__name__.rstrip("_"), rich_help_panel=panel)(typer_command(function))
         return function
 
     return register
@@ -112,15 +112,15 @@ def analyze(
 ) -> Result:
     """Score every block that could go; mark those a budget takes."""
     with terminal.progress() as tell:
-        network = steps.checked(model, data, budget, out, tell)
-        analysis = steps.analyzed(network, steps.calibrating(network, data, tell), scores, budget.cost)
+        network = steps.load_checked_model(model, data, budget, out, tell)
+        analysis = steps.run_analysis(network, steps.open_calibration(network, data, tell), scores, budget.cost)
         plan = analysis.plan(budget.budget, budget.cost)
 
         def fill(draft: Path) -> None:
             plan.save(draft / "plan.json")
             output.write_report(report(plan), draft / output.REPORT)
 
-        remark = steps.written(out, fill, analysis, plan, tell)
+        remark = steps.write_outputs(out, fill, analysis, plan, tell)
     return Result(plan.to_dict(), report(plan), remark)
 
 
@@ -129,9 +129,9 @@ def eval_(terminal: Terminal, model: ModelOptions, data: DataOptions, json: o.Js
     """Measure average precision, as COCO does."""
     check_data(model, data, boxes=True)
     with terminal.progress() as tell:
-        network = steps.opened(model, data.device, tell)
-        pictures = open_pictures(network, data, "val")
-        scores = steps.evaluated(network, pictures, data, "evaluate", tell)
+        network = steps.load_model(model, data.device, tell)
+        pictures = open_images(network, data, "val")
+        scores = steps.evaluate_model(network, pictures, data, "evaluate", tell)
     images = len(pictures.dataset)
     return Result({"model": model.model, "images": images, **scores}, tables.scores_view(scores, images))
 
@@ -143,7 +143,7 @@ def sweep(
     data: DataOptions,
     scores: ScoreOptions,
     out: OutputOptions,
-    budgets: Annotated[str, o.option(o.SCORES, "Fractions of the cost, with commas between.")] = "0.1,0.2,0.3",
+    budgets: Annotated[str, o.option(o.SCORES_PANEL, "Fractions of the cost, with commas between.")] = "0.1,0.2,0.3",
     cost: o.CostName = "flops",
     heal: o.HealName = "affine",
 ) -> Result:
@@ -152,10 +152,10 @@ def sweep(
     fractions = [check_budget(fraction) for fraction in o.read_numbers(budgets)]
     output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
-        network = steps.opened(model, data.device, tell)
-        images = steps.calibrating(network, data, tell, heal)
-        analysis = steps.analyzed(network, images, scores, cost)
-        points, plans = steps.swept(network, analysis, fractions, cost, data, images, heal)
+        network = steps.load_model(model, data.device, tell)
+        images = steps.open_calibration(network, data, tell, heal)
+        analysis = steps.run_analysis(network, images, scores, cost)
+        points, plans = steps.sweep_budgets(network, analysis, fractions, cost, data, images, heal)
         document = {
             "model": model.model,
             "cost": cost,
@@ -167,7 +167,7 @@ def sweep(
         def fill(draft: Path) -> None:
             steps.save_sweep(document, plans, draft)
 
-        remark = steps.written(out, fill, analysis, None, tell)
+        remark = steps.write_outputs(out, fill, analysis, None, tell)
     return Result(document, tables.sweep_view(points, terminal.out.width, cost, heal), remark)
 
 
@@ -178,7 +178,9 @@ def draw(
     picture: Annotated[Path, typer.Argument(help="File to write: .html .svg .png .dot .mmd", show_default=False)],
     data: DataOptions,
     scores: ScoreOptions,
-    plan: Annotated[Path | None, o.option(o.SCORES, "Draw this plan; nothing is analyzed.", metavar="FILE")] = None,
+    plan: Annotated[
+        Path | None, o.option(o.SCORES_PANEL, "Draw this plan; nothing is analyzed.", metavar="FILE")
+    ] = None,
     force: o.ForceFlag = False,
     json: o.JsonFlag = False,
 ) -> Result:
@@ -191,10 +193,10 @@ def draw(
         if plan is not None:
             what = Plan.load(plan)
         elif model.pruned is not None:
-            what = steps.opened(model, data.device, tell)
+            what = steps.load_model(model, data.device, tell)
         else:
-            network = steps.opened(model, data.device, tell)
-            what = steps.analyzed(network, steps.calibrating(network, data, tell), scores)
+            network = steps.load_model(model, data.device, tell)
+            what = steps.run_analysis(network, steps.open_calibration(network, data, tell), scores)
         tell("draw", 0, 1)
         output.check_file(picture, force)  # again: it may have appeared meanwhile
         drawing.draw(what, picture)
@@ -213,13 +215,13 @@ def prune(
 ) -> Result:
     """Analyze, remove, mend if asked to, and save the smaller model."""
     with terminal.progress() as tell:
-        network = steps.checked(model, data, budget, out, tell)
-        images = steps.calibrating(network, data, tell, search.heal)
-        if remark := steps.effort(images.images, search):
+        network = steps.load_checked_model(model, data, budget, out, tell)
+        images = steps.open_calibration(network, data, tell, search.heal)
+        if remark := steps.describe_effort(images.image_count, search):
             terminal.say(remark, head=f"{search.strategy}:")
-        pruned, analysis = steps.cut(network, images, scores, budget, search)
-        shown = plans_carried_out(pruned)[-1] if analysis else None
-        return steps.finished(pruned, analysis or pruned, shown, out, tell)
+        pruned, analysis = steps.prune_and_heal(network, images, scores, budget, search)
+        shown = applied_plans(pruned)[-1] if analysis else None
+        return steps.save_result(pruned, analysis or pruned, shown, out, tell)
 
 
 @command("Cut")
@@ -233,5 +235,5 @@ def apply(
     output.check_folder(out.out, out.force)
     made = Plan.load(plan)
     with terminal.progress() as tell:
-        pruned = steps.rewritten(steps.opened(model, "cpu", tell), made, tell)
-        return steps.finished(pruned, made, None, out, tell)
+        pruned = steps.apply_plan(steps.load_model(model, "cpu", tell), made, tell)
+        return steps.save_result(pruned, made, None, out, tell)

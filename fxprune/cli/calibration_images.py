@@ -14,10 +14,10 @@ from torch.utils.data import Subset
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize
 
 from fxprune.adapters import ultralytics
-from fxprune.adapters.registry import network_of
+from fxprune.adapters.registry import unwrap
 from fxprune.cli.options import DataOptions, ModelOptions
 from fxprune.datasets.batches import batches
-from fxprune.datasets.class_mapping import categories_of, names_of
+from fxprune.datasets.class_mapping import dataset_categories, model_class_names
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.folders import ImageFolder, YoloDataset
 from fxprune.demo.bundled import load_dataset
@@ -27,7 +27,7 @@ from fxprune.graph.fx_utils import class_names
 Split = Literal["calibration", "val"]
 CALIBRATION_IMAGES, HEALING_IMAGES = 64, 256
 """How many images are enough to score by, and to heal by, unless --limit says otherwise."""
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of the pixels that torchvision's classifiers were trained on."""
 _CLASS_COUNTS = (
     "head.classification_head.num_classes",
@@ -38,7 +38,7 @@ _CLASS_COUNTS = (
 
 
 @dataclass(frozen=True)
-class Pictures:
+class EvaluationImages:
     """Images for a model.
 
     Attributes
@@ -79,7 +79,7 @@ def check_data(model: ModelOptions, data: DataOptions, boxes: bool = False) -> N
         )
 
 
-def open_pictures(model: nn.Module, options: DataOptions, split: Split, heal: str = "none") -> Pictures:
+def open_images(model: nn.Module, options: DataOptions, split: Split, heal: str = "none") -> EvaluationImages:
     """Open the images that the options name, and hold the model's classes to theirs.
 
     Raises
@@ -89,7 +89,7 @@ def open_pictures(model: nn.Module, options: DataOptions, split: Split, heal: st
     SettingError
         If the model's classes are not the data set's.
     """
-    network = network_of(model)
+    network = unwrap(model)
     dataset: Any
     if options.data is not None:
         dataset = YoloDataset(options.data, "train" if split == "calibration" else split)
@@ -101,30 +101,30 @@ def open_pictures(model: nn.Module, options: DataOptions, split: Split, heal: st
         dataset = load_dataset(split)
     enough = CALIBRATION_IMAGES if heal == "none" else HEALING_IMAGES
     most = options.limit or (enough if split == "calibration" else len(dataset))
-    labels = _numbered(network, dataset) if isinstance(dataset, YoloDataset) else None
+    labels = _match_numbers(network, dataset) if isinstance(dataset, YoloDataset) else None
     _check_classes(network, dataset, 0 if labels is None else 1)
-    return Pictures(_spread(dataset, most), not isinstance(dataset, ImageFolder), labels)
+    return EvaluationImages(_pick_evenly(dataset, most), not isinstance(dataset, ImageFolder), labels)
 
 
-def _spread(dataset: Any, most: int) -> Any:
+def _pick_evenly(dataset: Any, most: int) -> Any:
     """At most so many items, evenly spread."""
     count = len(dataset)
     return dataset if count <= most else Subset(dataset, [index * count // most for index in range(most)])
 
 
-def _numbered(network: nn.Module, dataset: YoloDataset) -> dict[int, int] | None:
+def _match_numbers(network: nn.Module, dataset: YoloDataset) -> dict[int, int] | None:
     """Match classes by number where the model has no names for them: ultralytics counts from 0, torchvision from 1."""
-    names = names_of(network)
+    names = model_class_names(network)
     if names is not None and any(name != str(number) for number, name in names.items()):
         return None
-    first = 0 if ultralytics.ADAPTER.fits(network, None) else 1
+    first = 0 if ultralytics.ADAPTER.matches(network, None) else 1
     return {label + first: label for label in dataset.categories}
 
 
 def _check_classes(network: nn.Module, dataset: Any, shift: int) -> None:
     """Refuse labels that a torchvision detector without class names cannot know; names are compared elsewhere."""
-    categories = categories_of(dataset)
-    if categories is None or names_of(network) is not None:
+    categories = dataset_categories(dataset)
+    if categories is None or model_class_names(network) is not None:
         return
     for path in _CLASS_COUNTS:
         try:
@@ -143,9 +143,9 @@ def _check_classes(network: nn.Module, dataset: Any, shift: int) -> None:
 # Batches -------------------------------------------------------------------------------------------------------------
 
 
-def calibration_batches(model: nn.Module, pictures: Pictures, options: DataOptions) -> Sequence[Any]:
+def calibration_batches(model: nn.Module, pictures: EvaluationImages, options: DataOptions) -> Sequence[Any]:
     """Make the batches `fxprune.analyze` takes, whatever the kind of model."""
-    network = network_of(model)
+    network = unwrap(model)
     check_size(network, options.size)
     if _is_classifier(network):
         return _ClassifierBatches(pictures.dataset, options.batch, options.size or 224)
@@ -161,7 +161,7 @@ def calibration_batches(model: nn.Module, pictures: Pictures, options: DataOptio
 
 def check_size(network: nn.Module, size: int | None) -> None:
     """Refuse --size where it would not be heeded."""
-    if size is not None and not ultralytics.ADAPTER.fits(network, None) and not _is_classifier(network):
+    if size is not None and not ultralytics.ADAPTER.matches(network, None) and not _is_classifier(network):
         raise SettingError(f"--size does not go with {type(network).__name__}, which sizes its images itself")
 
 
@@ -187,7 +187,7 @@ class _ClassifierBatches(Sequence[Tensor]):
         return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
-        prepare = Compose([Resize(round(self.side / 0.875)), CenterCrop(self.side), Normalize(*IMAGENET)])
+        prepare = Compose([Resize(round(self.side / 0.875)), CenterCrop(self.side), Normalize(*IMAGENET_MEAN_STD)])
         start = range(len(self))[index] * self.batch_size
         stop = min(start + self.batch_size, len(self.dataset))
         return torch.stack([prepare(self.dataset[position][0]) for position in range(start, stop)])

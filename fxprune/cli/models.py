@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fxprune.adapters.registry import network_of
+from fxprune.adapters.registry import unwrap
 from fxprune.cli.options import ModelOptions
 from fxprune.demo.bundled import CLASS_NAMES, load_detector
 from fxprune.deploy.save_load import load
@@ -43,13 +43,13 @@ def open_model(options: ModelOptions, device: str) -> nn.Module:
     place = _device(device)
     torch.manual_seed(0)
     kind = options.model.partition(":")[0]
-    model = BUILDERS.get(kind, _own)(options)
+    model = BUILDERS.get(kind, _call_builder)(options)
     if options.weights is not None and not _is_name(options):
-        fill_weights(network_of(model), Path(options.weights))
-    network_of(model).eval()
+        fill_weights(unwrap(model), Path(options.weights))
+    unwrap(model).eval()
     if options.pruned is not None:
         model = load(model, options.pruned)
-    network_of(model).to(place)
+    unwrap(model).to(place)
     return model
 
 
@@ -82,7 +82,7 @@ def _bundled(options: ModelOptions) -> nn.Module:
 def _torchvision(options: ModelOptions) -> nn.Module:
     name = options.model.partition(":")[2]
     if name not in torchvision.models.list_models():
-        raise ModelError(f"torchvision knows no model {name!r}{_like(name, torchvision.models.list_models())}")
+        raise ModelError(f"torchvision knows no model {name!r}{_suggest(name, torchvision.models.list_models())}")
     given: dict[str, Any] = {} if options.classes is None else {"num_classes": options.classes}
     weights = _pretrained(name, str(options.weights)) if options.weights and _is_name(options) else None
     if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(name)).parameters:
@@ -125,13 +125,13 @@ def _ultralytics(options: ModelOptions) -> nn.Module:
     if options.classes is not None:
         if name.endswith(".pt"):
             raise SettingError(f"{name} has its own classes; --classes goes with a .yaml")
-        old: Any = network_of(model)
+        old: Any = unwrap(model)
         new = type(old)(old.yaml, nc=options.classes, verbose=False)
         new.args, new.task, model.model = old.args, old.task, new
     return cast(nn.Module, model)
 
 
-def _own(options: ModelOptions) -> nn.Module:
+def _call_builder(options: ModelOptions) -> nn.Module:
     """Call the user's own function; the current directory is importable."""
     module_name, _, function_name = options.model.partition(":")
     if not function_name:
@@ -183,7 +183,7 @@ def _failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
 
 
-def _like(name: str, known: list[str]) -> str:
+def _suggest(name: str, known: list[str]) -> str:
     from difflib import get_close_matches
 
     near = get_close_matches(name, known, 3)

@@ -13,13 +13,13 @@ import typer
 
 from fxprune.attribution.criteria import CRITERIA
 from fxprune.errors import SettingError
-from fxprune.healing.methods import HEALERS
+from fxprune.healing.methods import METHODS
 from fxprune.planning.analysis import COSTS
 from fxprune.profiling.latency import BACKENDS
 from fxprune.runtime.options import REMOVED_KEYWORDS, check_choice
-from fxprune.search.plan_search import STRATEGIES, TRIES
+from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES
 
-MODEL, DATA, SCORES, RESULT = "Model", "Data", "What goes", "Result"
+MODEL_PANEL, DATA_PANEL, SCORES_PANEL, RESULT_PANEL = "Model", "Data", "What goes", "Result"
 
 
 def option(panel: str, text: str, *names: str, **more: Any) -> Any:
@@ -75,16 +75,18 @@ class ModelOptions:
     ]
     classes: Annotated[
         int | None,
-        option(MODEL, "Build it for so many classes; torchvision counts the background.", min=1, metavar="N"),
+        option(MODEL_PANEL, "Build it for so many classes; torchvision counts the background.", min=1, metavar="N"),
     ] = None
     weights: Annotated[
         str | None,
         option(
-            MODEL, "A .safetensors file, a state_dict, or a name torchvision knows such as DEFAULT.", metavar="FILE"
+            MODEL_PANEL,
+            "A .safetensors file, a state_dict, or a name torchvision knows such as DEFAULT.",
+            metavar="FILE",
         ),
     ] = None
     pruned: Annotated[
-        Path | None, option(MODEL, "Work on the pruned model that --out or fxprune.save wrote.", metavar="FOLDER")
+        Path | None, option(MODEL_PANEL, "Work on the pruned model that --out or fxprune.save wrote.", metavar="FOLDER")
     ] = None
 
 
@@ -93,41 +95,41 @@ class DataOptions:
     """Which images, and how they go through the model."""
 
     images: Annotated[
-        Path | None, option(DATA, "Folder of images; alone, the model labels them itself.", metavar="FOLDER")
+        Path | None, option(DATA_PANEL, "Folder of images; alone, the model labels them itself.", metavar="FOLDER")
     ] = None
-    annotations: Annotated[Path | None, option(DATA, "COCO annotations of --images.", metavar="FILE.json")] = None
+    annotations: Annotated[Path | None, option(DATA_PANEL, "COCO annotations of --images.", metavar="FILE.json")] = None
     data: Annotated[
-        Path | None, option(DATA, "Data set of ultralytics' form, instead of --images.", metavar="FILE.yaml")
+        Path | None, option(DATA_PANEL, "Data set of ultralytics' form, instead of --images.", metavar="FILE.yaml")
     ] = None
     limit: Annotated[
         int | None,
         option(
-            DATA,
+            DATA_PANEL,
             "Use so many images, evenly spread; by default 64 to calibrate, 256 with --heal, and all to evaluate.",
             min=1,
             metavar="N",
         ),
     ] = None
     size: Annotated[
-        int | None, option(DATA, "Side in pixels of the square an ultralytics model is fed.", min=1, metavar="N")
+        int | None, option(DATA_PANEL, "Side in pixels of the square an ultralytics model is fed.", min=1, metavar="N")
     ] = None
-    batch: Annotated[int, option(DATA, "Images a forward pass.", min=1, metavar="N")] = 16
-    device: Annotated[str, option(DATA, "cpu, cuda, cuda:1, mps, ...", metavar="NAME")] = "cpu"
+    batch: Annotated[int, option(DATA_PANEL, "Images a forward pass.", min=1, metavar="N")] = 16
+    device: Annotated[str, option(DATA_PANEL, "cpu, cuda, cuda:1, mps, ...", metavar="NAME")] = "cpu"
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
     """How importance is measured."""
 
-    criterion: Annotated[str, choice(SCORES, "Importance", CRITERIA)] = "fisher"
+    criterion: Annotated[str, choice(SCORES_PANEL, "Importance", CRITERIA)] = "fisher"
     shapes: Annotated[str | None, removed("shapes")] = None
-    seed: Annotated[int, option(SCORES, "For samplers in the loss and for random scores.", metavar="N")] = 0
+    seed: Annotated[int, option(SCORES_PANEL, "For samplers in the loss and for random scores.", metavar="N")] = 0
     latency_backend: Annotated[
-        str | None, choice(SCORES, "Measure milliseconds; with --cost latency eager unless given", BACKENDS)
+        str | None, choice(SCORES_PANEL, "Measure milliseconds; with --cost latency eager unless given", BACKENDS)
     ] = None
 
 
-CostName = Annotated[str, choice(SCORES, "What the budget counts", COSTS)]
+CostName = Annotated[str, choice(SCORES_PANEL, "What the budget counts", COSTS)]
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,12 @@ class BudgetOptions:
     """How much goes."""
 
     budget: Annotated[
-        float, option(SCORES, "Fraction of the cost to remove, in (0, 1).", "--budget", "-b", metavar="SHARE")
+        float, option(SCORES_PANEL, "Fraction of the cost to remove, in (0, 1).", "--budget", "-b", metavar="SHARE")
     ] = 0.1
     cost: CostName = "flops"
 
 
-HealName = Annotated[str, choice(SCORES, "Mend what the cut broke, without labels", HEALERS)]
+HealName = Annotated[str, choice(SCORES_PANEL, "Mend what the cut broke, without labels", METHODS)]
 
 
 @dataclass(frozen=True)
@@ -149,17 +151,19 @@ class SearchOptions:
 
     strategy: Annotated[
         str,
-        choice(SCORES, "One plan by score, or the best of many plans by trial", STRATEGIES),
+        choice(SCORES_PANEL, "One plan by score, or the best of many plans by trial", STRATEGIES),
     ] = "one_shot"
-    tries: Annotated[int, option(SCORES, "Plans that --strategy search tries.", min=1, metavar="N")] = TRIES
+    tries: Annotated[int, option(SCORES_PANEL, "Plans that --strategy search tries.", min=1, metavar="N")] = (
+        DEFAULT_TRIES
+    )
     heal: HealName = "affine"
     steps: Annotated[
-        int, option(SCORES, "Steps, of 4 images each, that --heal mimic trains for at most.", min=1, metavar="N")
+        int, option(SCORES_PANEL, "Steps, of 4 images each, that --heal mimic trains for at most.", min=1, metavar="N")
     ] = 400
 
 
-JsonFlag = Annotated[bool, option(RESULT, "One JSON document on stdout.", "--json", metavar="")]
-ForceFlag = Annotated[bool, option(RESULT, "Replace what an earlier run wrote.", "--force", metavar="")]
+JsonFlag = Annotated[bool, option(RESULT_PANEL, "One JSON document on stdout.", "--json", metavar="")]
+ForceFlag = Annotated[bool, option(RESULT_PANEL, "Replace what an earlier run wrote.", "--force", metavar="")]
 DebugFlag = Annotated[
     bool, typer.Option("--debug", metavar="", help="Show the traceback of an error, and all warnings.")
 ]
@@ -169,7 +173,7 @@ DebugFlag = Annotated[
 class OutputOptions:
     """Where results go."""
 
-    out: Annotated[Path | None, option(RESULT, "Folder to write.", "--out", "-o", metavar="FOLDER")] = None
+    out: Annotated[Path | None, option(RESULT_PANEL, "Folder to write.", "--out", "-o", metavar="FOLDER")] = None
     force: ForceFlag = False
     json: JsonFlag = False
 
@@ -188,7 +192,7 @@ def read_numbers(text: str) -> list[float]:
         raise typer.BadParameter(f"{text!r} is no list of numbers such as 0.1,0.2,0.3") from error
 
 
-def signature_of(function: Callable[..., Any], given: Iterable[type]) -> inspect.Signature:
+def spread_signature(function: Callable[..., Any], given: Iterable[type]) -> inspect.Signature:
     """Return a command's signature with its groups of options spread out, and ``--debug`` added.
 
     Parameters
@@ -201,7 +205,7 @@ def signature_of(function: Callable[..., Any], given: Iterable[type]) -> inspect
     Examples
     --------
     >>> def command(budget: BudgetOptions) -> None: ...
-    >>> list(signature_of(command, ()).parameters)
+    >>> list(spread_signature(command, ()).parameters)
     ['budget', 'cost', 'debug']
     """
     hidden = tuple(given)
@@ -216,7 +220,9 @@ def signature_of(function: Callable[..., Any], given: Iterable[type]) -> inspect
     return inspect.Signature([*parameters, _keyword("debug", DebugFlag, False)])
 
 
-def gather(function: Callable[..., Any], values: Mapping[str, Any], given: Mapping[type, Any]) -> dict[str, Any]:
+def gather_arguments(
+    function: Callable[..., Any], values: Mapping[str, Any], given: Mapping[type, Any]
+) -> dict[str, Any]:
     """Return a command's arguments from the values of single options: its groups put together again."""
     arguments = {}
     for name, hint, _ in _parameters(function):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from fxprune.errors import StorageError
 from fxprune.reporting.report import Report
-from fxprune.runtime.atomic_write import drafted
+from fxprune.runtime.atomic_write import atomic_write
 from fxprune.runtime.text import first_few
 
 REPORT, PICTURE = "report.md", "picture.html"
-_OURS = re.compile(r"(plan(-[0-9.]+)?|manifest|sweep)\.json|weights\.safetensors|report\.md|picture\.html")
+_WRITTEN_NAMES = re.compile(r"(plan(-[0-9.]+)?|manifest|sweep)\.json|weights\.safetensors|report\.md|picture\.html")
 
 
 def check_folder(folder: Path | None, force: bool) -> None:
@@ -29,7 +29,7 @@ def check_folder(folder: Path | None, force: bool) -> None:
     if not folder.is_dir() or folder.resolve() == Path.cwd():
         raise StorageError(f"{folder} is {'the current folder' if folder.is_dir() else 'a file'}; name another folder")
     names = sorted(path.name for path in folder.iterdir())
-    if strangers := [name for name in names if not _OURS.fullmatch(name)]:
+    if strangers := [name for name in names if not _WRITTEN_NAMES.fullmatch(name)]:
         raise StorageError(f"{folder} holds {first_few(strangers)}, which fxprune did not write; name another folder")
     if names and not force:
         raise StorageError(f"{folder} is there already; --force replaces it")
@@ -61,7 +61,7 @@ def write_folder(folder: Path, force: bool, fill: Callable[[Path], None]) -> Non
         As `check_folder`; or if it cannot be written. Whatever goes wrong, its place is as it was.
     """
     check_folder(folder, force)
-    with drafted(Path(os.path.realpath(folder))) as draft:
+    with atomic_write(Path(os.path.realpath(folder))) as draft:
         draft.mkdir()
         fill(draft)
 

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 import typer
 
-from fxprune.cli.options import gather, signature_of
+from fxprune.cli.options import gather_arguments, spread_signature
 from fxprune.cli.terminal import Result, Terminal, open_terminal
 from fxprune.errors import FxpruneError, FxpruneWarning
 from fxprune.version import __version__
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
-EXIT_STATUS = {0: "fine", FAILED: "it failed", USAGE: "wrong usage", INTERRUPTED: "Ctrl-C"}
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_STATUS = {0: "fine", EXIT_FAILED: "it failed", EXIT_USAGE: "wrong usage", EXIT_INTERRUPTED: "Ctrl-C"}
 """What the exit statuses mean. A reader that closes the pipe early is fine."""
 
 Command = Callable[..., Result | None]
 
 
-def runnable(command: Command) -> Callable[..., None]:
+def typer_command(command: Command) -> Callable[..., None]:
     """Make what `typer` calls of a command that takes groups of options and returns a `Result`.
 
     Parameters
@@ -36,15 +36,15 @@ def runnable(command: Command) -> Callable[..., None]:
 
     def run(**values: Any) -> None:
         terminal = open_terminal()
-        with told(terminal, values["debug"]):
+        with report_errors(terminal, values["debug"]):
             with contextlib.redirect_stdout(sys.stderr):
-                result = command(**gather(command, values, {Terminal: terminal}))
+                result = command(**gather_arguments(command, values, {Terminal: terminal}))
             if result is not None:
                 terminal.show(result, values["json"])
             terminal.out.file.flush()
 
     run.__doc__, run.__name__, run.__annotations__ = command.__doc__, command.__name__, {}
-    run.__signature__ = signature_of(command, [Terminal])  # type: ignore[attr-defined]
+    run.__signature__ = spread_signature(command, [Terminal])  # type: ignore[attr-defined]
     return run
 
 
@@ -59,7 +59,7 @@ def keep_stdout() -> None:
 
 
 @contextlib.contextmanager
-def told(terminal: Terminal, debug: bool) -> Iterator[None]:
+def report_errors(terminal: Terminal, debug: bool) -> Iterator[None]:
     """Turn errors into a paragraph on stderr and `typer.Exit`; warnings of fxprune into remarks, others into nothing.
 
     Parameters
@@ -74,13 +74,13 @@ def told(terminal: Terminal, debug: bool) -> Iterator[None]:
             warnings.simplefilter("default" if debug else "ignore")
             if not debug:
                 warnings.simplefilter("always", FxpruneWarning)
-                warnings.showwarning = _remark(terminal)
+                warnings.showwarning = _make_showwarning(terminal)
             yield
     except (typer.Exit, typer.BadParameter):
         raise
     except KeyboardInterrupt:
         terminal.say("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         _drop_output(terminal)
         raise typer.Exit(0) from None
@@ -89,8 +89,8 @@ def told(terminal: Terminal, debug: bool) -> Iterator[None]:
             _drop_output(terminal)
         if debug:
             terminal.err.print_exception()
-        terminal.say(describe(error), "bold red")
-        raise typer.Exit(FAILED) from error
+        terminal.say(describe_error(error), "bold red")
+        raise typer.Exit(EXIT_FAILED) from error
 
 
 def _drop_output(terminal: Terminal) -> None:
@@ -99,12 +99,12 @@ def _drop_output(terminal: Terminal) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.out.file.fileno())
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Say what happened in one paragraph.
 
     Examples
     --------
-    >>> describe(FileNotFoundError(2, "No such file or directory", "plan.json"))
+    >>> describe_error(FileNotFoundError(2, "No such file or directory", "plan.json"))
     'plan.json: No such file or directory'
     """
     if isinstance(error, FxpruneError):
@@ -115,7 +115,7 @@ def describe(error: Exception) -> str:
     return f"unexpected {type(error).__name__}{f': {said}' if said else ''}. --debug shows where"
 
 
-def _remark(terminal: Terminal) -> Callable[..., None]:
+def _make_showwarning(terminal: Terminal) -> Callable[..., None]:
     return lambda message, *_, **__: terminal.say(str(message), "yellow", "note:")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.adapters.registry import network_of
-from fxprune.cli.calibration_images import Pictures, calibration_batches, check_data, check_size, open_pictures
+from fxprune.adapters.registry import unwrap
+from fxprune.cli.calibration_images import EvaluationImages, calibration_batches, check_data, check_size, open_images
 from fxprune.cli.models import open_model
 from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions, SearchOptions
 from fxprune.cli.output import PICTURE, REPORT, check_folder, write_folder, write_report
@@ -26,16 +26,16 @@ from fxprune.planning.analysis import Analysis
 from fxprune.planning.analyzer import analyze
 from fxprune.planning.ilp import check_budget
 from fxprune.planning.plan import Plan
-from fxprune.profiling.latency import backend_for
+from fxprune.profiling.latency import choose_backend
 from fxprune.reporting.report import report
 from fxprune.rewriting.apply import apply
 from fxprune.search import compile as compilation
-from fxprune.search.plan_search import FITTED, OTHERS, SAMPLE
+from fxprune.search.plan_search import FITTING_METHODS, HEALING_IMAGES, JUDGING_IMAGES
 from fxprune.visualize import draw as drawing
 from fxprune.visualize.network_view import Drawable
 
 
-def opened(options: ModelOptions, device: str, tell: Tell) -> nn.Module:
+def load_model(options: ModelOptions, device: str, tell: Tell) -> nn.Module:
     """Build the model."""
     tell("load", 0, 1)
     model = open_model(options, device)
@@ -44,57 +44,59 @@ def opened(options: ModelOptions, device: str, tell: Tell) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Calibrating:
+class CalibrationInput:
     """The batches to calibrate by, and progress that counts their images."""
 
     loader: Sequence[Any]
-    images: int
+    image_count: int
     batch: int
     tell: Tell
 
-    def counted(self, stage: str, done: int, total: int | None) -> None:
+    def tell_images(self, stage: str, done: int, total: int | None) -> None:
         """Tell a stage; batches scored as images."""
         if stage == "attribution":
-            done, total = min(done * self.batch, self.images), self.images
+            done, total = min(done * self.batch, self.image_count), self.image_count
         self.tell(stage, done, total)
         if (stage, done) == ("capture", 1):
-            self.tell("attribution", 0, self.images)
+            self.tell("attribution", 0, self.image_count)
 
 
-def calibrating(model: nn.Module, data: DataOptions, tell: Tell, heal: str = "none") -> Calibrating:
+def open_calibration(model: nn.Module, data: DataOptions, tell: Tell, heal: str = "none") -> CalibrationInput:
     """Open the calibration images."""
-    pictures = open_pictures(model, data, "calibration", heal)
-    return Calibrating(calibration_batches(model, pictures, data), len(pictures.dataset), data.batch, tell)
+    pictures = open_images(model, data, "calibration", heal)
+    return CalibrationInput(calibration_batches(model, pictures, data), len(pictures.dataset), data.batch, tell)
 
 
-def analyzed(model: nn.Module, images: Calibrating, scores: ScoreOptions, cost: str = "flops") -> Analysis:
+def run_analysis(model: nn.Module, images: CalibrationInput, scores: ScoreOptions, cost: str = "flops") -> Analysis:
     """Analyze a model on its calibration images."""
     return analyze(
         model,
         images.loader,
         criterion=scores.criterion,
         seed=scores.seed,
-        latency_backend=backend_for(cost, scores.latency_backend),
-        progress=images.counted,
+        latency_backend=choose_backend(cost, scores.latency_backend),
+        progress=images.tell_images,
     )
 
 
-def checked(model: ModelOptions, data: DataOptions, budget: BudgetOptions, out: OutputOptions, tell: Tell) -> nn.Module:
+def load_checked_model(
+    model: ModelOptions, data: DataOptions, budget: BudgetOptions, out: OutputOptions, tell: Tell
+) -> nn.Module:
     """Refuse what cannot be done, then open a model."""
     check_data(model, data)
     check_budget(budget.budget)
     check_folder(out.out, out.force)
-    return opened(model, data.device, tell)
+    return load_model(model, data.device, tell)
 
 
-def cut(
-    model: nn.Module, images: Calibrating, scores: ScoreOptions, budget: BudgetOptions, search: SearchOptions
+def prune_and_heal(
+    model: nn.Module, images: CalibrationInput, scores: ScoreOptions, budget: BudgetOptions, search: SearchOptions
 ) -> tuple[nn.Module, Analysis | None]:
     """Prune and heal a model; with one plan by score also what it was chosen from."""
     if search.strategy == "one_shot":
-        analysis = analyzed(model, images, scores, budget.cost)
-        pruned = rewritten(model, analysis.plan(budget.budget, budget.cost), images.tell)
-        return healed(pruned, model, images, search.heal, search.steps, scores.seed), analysis
+        analysis = run_analysis(model, images, scores, budget.cost)
+        pruned = apply_plan(model, analysis.plan(budget.budget, budget.cost), images.tell)
+        return heal_model(pruned, model, images, search.heal, search.steps, scores.seed), analysis
     pruned = compilation.compile(
         model,
         images.loader,
@@ -107,13 +109,13 @@ def cut(
         seed=scores.seed,
         tries=search.tries,
         steps=search.steps,
-        progress=images.counted,
+        progress=images.tell_images,
     )
     return pruned, None
 
 
-def healed(
-    pruned: nn.Module, model: nn.Module, images: Calibrating, method: str, steps: int = 400, seed: int = 0
+def heal_model(
+    pruned: nn.Module, model: nn.Module, images: CalibrationInput, method: str, steps: int = 400, seed: int = 0
 ) -> nn.Module:
     """Heal a pruned model, if that is asked for."""
     if method == "none":
@@ -121,23 +123,28 @@ def healed(
     return heal(pruned, model, images.loader, method, steps=steps, seed=seed, progress=images.tell)
 
 
-def effort(images: int, search: SearchOptions) -> str:
+def describe_effort(images: int, search: SearchOptions) -> str:
     """Say what a search will cost at most; empty if there is none."""
     if search.strategy != "search":
         return ""
     tries = search.tries
-    saliency, mending = 3 * (search.heal in FITTED), 3 * (search.heal != "none")  # labels, loss and gradient
+    saliency, mending = 3 * (search.heal in FITTING_METHODS), 3 * (search.heal != "none")  # labels, loss and gradient
     mended, judged = saliency + mending * tries, 1 + tries  # the model as it was is judged too
-    passes = f"{judged} forward passes over {min(images, OTHERS)}"
+    passes = f"{judged} forward passes over {min(images, JUDGING_IMAGES)}"
     if mended:
-        passes = f"{mended} forward passes over {min(images, SAMPLE)} of them and {judged} over {min(images, OTHERS)}"
+        passes = (
+            f"{mended} forward passes over {min(images, HEALING_IMAGES)} of them and {judged} over"
+            f" {min(images, JUDGING_IMAGES)}"
+        )
     passes += ", at most. Ctrl-C takes the best so far"
     return f"scores {images} images{' twice' * bool(saliency)}, then tries up to {tries} plans: {passes}"
 
 
-def evaluated(model: nn.Module, pictures: Pictures, data: DataOptions, stage: str, tell: Tell) -> dict[str, float]:
+def evaluate_model(
+    model: nn.Module, pictures: EvaluationImages, data: DataOptions, stage: str, tell: Tell
+) -> dict[str, float]:
     """Measure a model's average precision."""
-    check_size(network_of(model), data.size)
+    check_size(unwrap(model), data.size)
     total = len(pictures.dataset)
     tell(stage, 0, total)
     return evaluate(
@@ -150,7 +157,7 @@ def evaluated(model: nn.Module, pictures: Pictures, data: DataOptions, stage: st
     )
 
 
-def rewritten(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
     """Carry out a plan."""
     tell("rewrite", 0, 1)
     pruned = apply(model, plan)
@@ -158,7 +165,7 @@ def rewritten(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
     return pruned
 
 
-def finished(pruned: nn.Module, what: Drawable, shown: Plan | None, output: OutputOptions, tell: Tell) -> Result:
+def save_result(pruned: nn.Module, what: Drawable, shown: Plan | None, output: OutputOptions, tell: Tell) -> Result:
     """Write a pruned model with report and picture, and say what was done."""
     found = report(pruned)
 
@@ -166,11 +173,13 @@ def finished(pruned: nn.Module, what: Drawable, shown: Plan | None, output: Outp
         save(pruned, draft)
         write_report(found, draft / REPORT)
 
-    remark = written(output, fill, what, shown, tell)
+    remark = write_outputs(output, fill, what, shown, tell)
     return Result(found.to_dict(), found, remark or "nothing was saved; --out FOLDER saves the pruned model")
 
 
-def written(output: OutputOptions, fill: Callable[[Path], None], what: Drawable, shown: Plan | None, tell: Tell) -> str:
+def write_outputs(
+    output: OutputOptions, fill: Callable[[Path], None], what: Drawable, shown: Plan | None, tell: Tell
+) -> str:
     """Write the folder of results with a picture, if one is asked for, and return a remark on it."""
     if output.out is None:
         return ""
@@ -185,18 +194,18 @@ def written(output: OutputOptions, fill: Callable[[Path], None], what: Drawable,
     return f"wrote {output.out}"
 
 
-def swept(
+def sweep_budgets(
     model: nn.Module,
     analysis: Analysis,
     budgets: Sequence[float],
     cost: str,
     data: DataOptions,
-    images: Calibrating,
+    images: CalibrationInput,
     method: str,
 ) -> tuple[list[Point], dict[float, Plan]]:
     """Evaluate the model as it is and at every budget; a budget that cannot be met is a point that says so."""
-    pictures, tell = open_pictures(model, data, "val"), images.tell
-    points = [Point(0.0, analysis.before, (), evaluated(model, pictures, data, "unpruned", tell))]
+    pictures, tell = open_images(model, data, "val"), images.tell
+    points = [Point(0.0, analysis.before, (), evaluate_model(model, pictures, data, "unpruned", tell))]
     plans = {}
     for budget in budgets:
         try:
@@ -204,17 +213,17 @@ def swept(
         except BudgetError as error:
             points.append(Point(budget, None, refusal=str(error)))
             continue
-        named = replace(images, tell=partial(_named, tell, f" {budget:g}"))
+        named = replace(images, tell=partial(_tell_named, tell, f" {budget:g}"))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "after healing", FxpruneWarning)  # what is left is measured next
-            pruned = healed(apply(model, plan), model, named, method)
-        scores = evaluated(pruned, pictures, data, f"budget {budget:g}", tell)
+            pruned = heal_model(apply(model, plan), model, named, method)
+        scores = evaluate_model(pruned, pictures, data, f"budget {budget:g}", tell)
         points.append(Point(budget, plan.after, tuple(region.name for region in plan.removed), scores))
         plans[budget] = plan
     return points, plans
 
 
-def _named(tell: Tell, which: str, stage: str, done: int, total: int | None) -> None:
+def _tell_named(tell: Tell, which: str, stage: str, done: int, total: int | None) -> None:
     tell(f"{stage}{which}", done, total)
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fxprune.planning.plan import Totals
-from fxprune.reporting.table_model import change, milliseconds, quantity
+from fxprune.reporting.table_model import format_change, format_milliseconds, format_quantity
 
-HEIGHT = 12
+CURVE_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,23 @@ def sweep_view(points: Sequence[Point], width: int, cost: str, heal: str) -> Ren
     field, what = ("latency_ms", "latency") if cost == "latency" else ("flops", "FLOPs")
     spots = [(getattr(p.cost, field) / getattr(before, field), p.scores["mAP"]) for p in points if p.cost and p.scores]
     said = [] if heal == "none" else [Text(f"Every cut was mended: --heal {heal}.")]
-    drawn: list[RenderableType] = ["", curve(spots, min(width, 100), what)] if len(spots) > 1 else []
+    drawn: list[RenderableType] = ["", draw_curve(spots, min(width, 100), what)] if len(spots) > 1 else []
     return Group(table, *said, *drawn)
 
 
-def curve(spots: Sequence[tuple[float, float]], width: int, what: str = "FLOPs") -> Text:
+def draw_curve(spots: Sequence[tuple[float, float]], width: int, what: str = "FLOPs") -> Text:
     """Draw (share of the cost that is left, mAP) as dots joined by lines, mAP upwards from 0.
 
     Examples
     --------
-    >>> print(curve([(1.0, 0.6), (0.8, 0.3)], 40).plain.splitlines()[0].rstrip())
+    >>> print(draw_curve([(1.0, 0.6), (0.8, 0.3)], 40).plain.splitlines()[0].rstrip())
      0.60 ┤                           ··●
     """
     across, top = max(width - 9, 20), max(max(value for _, value in spots), 1e-9)
     least = min(share for share, _ in spots)
-    grid = [[" "] * across for _ in range(HEIGHT)]
+    grid = [[" "] * across for _ in range(CURVE_ROWS)]
     places = [
-        (round((share - least) / max(1 - least, 1e-9) * (across - 2)), round(value / top * (HEIGHT - 1)))
+        (round((share - least) / max(1 - least, 1e-9) * (across - 2)), round(value / top * (CURVE_ROWS - 1)))
         for share, value in sorted(spots)
     ]
     for (x0, y0), (x1, y1) in pairwise(places):
@@ -99,10 +99,10 @@ def curve(spots: Sequence[tuple[float, float]], width: int, what: str = "FLOPs")
     for x, y in places:
         grid[y][x] = "●"
     lines = [
-        f"{top * row / (HEIGHT - 1):5.2f} ┤{''.join(grid[row])}"
-        if row % (HEIGHT - 1) == 0
+        f"{top * row / (CURVE_ROWS - 1):5.2f} ┤{''.join(grid[row])}"
+        if row % (CURVE_ROWS - 1) == 0
         else f"      │{''.join(grid[row])}"
-        for row in reversed(range(HEIGHT))
+        for row in reversed(range(CURVE_ROWS))
     ]
     left, right = f"{least:.0%} of the {what}", "100%"
     lines += [f"      └{'─' * (across - 1)}", f"  mAP  {left}{right:>{across - 1 - len(left)}}"]
@@ -121,10 +121,14 @@ def _score(value: float) -> str:
 
 
 def _cost(after: float, before: float) -> str:
-    return f"{quantity(after)} {change(before, after)}" if after != before else quantity(after)
+    return f"{format_quantity(after)} {format_change(before, after)}" if after != before else format_quantity(after)
 
 
 def _milliseconds(after: float | None, before: float | None) -> str:
     if after is None or before is None:
         return ""
-    return f"{milliseconds(after)} {change(before, after)}" if after != before else milliseconds(after)
+    return (
+        f"{format_milliseconds(after)} {format_change(before, after)}"
+        if after != before
+        else format_milliseconds(after)
+    )

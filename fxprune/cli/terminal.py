@@ -23,12 +23,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from fxprune.runtime.json_text import finite
+from fxprune.runtime.json_text import replace_nonfinite
 
 Tell = Callable[[str, int, int | None], None]
 """``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
-UNITS = {"capture": "steps", "stand-ins": "batches", "compile": "regions", "latency": "rounds"}
-UNITS |= {"search": "plans", "affine": "layers", "mimic": "steps"}
+STAGE_UNITS = {"capture": "steps", "stand-ins": "batches", "compile": "regions", "latency": "rounds"}
+STAGE_UNITS |= {"search": "plans", "affine": "layers", "mimic": "steps"}
 """What a stage counts, if not images."""
 
 
@@ -56,7 +56,7 @@ class Terminal:
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
-            _Pace(),
+            _RateColumn(),
         )
         with Progress(*columns, console=self.err, transient=True, disable=not self.err.is_terminal) as bars:
             stages: dict[str, _Stage] = {}
@@ -114,26 +114,26 @@ def open_terminal() -> Terminal:
     """Look at stdout and stderr as they are now; what stdout cannot spell becomes a question mark."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    return Terminal(_Out(file=sys.stdout), Console(stderr=True, file=sys.stderr))
+    return Terminal(_ResultConsole(file=sys.stdout), Console(stderr=True, file=sys.stderr))
 
 
 def to_json(data: Any) -> str:
     """Write plain data as strict JSON, numbers that are none as null."""
-    return json.dumps(finite(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(replace_nonfinite(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-class _Out(Console):
+class _ResultConsole(Console):
     def on_broken_pipe(self) -> None:
         """Leave a closed pipe to `fxprune.cli.runner`, where rich would end the process with status 1."""
         raise
 
 
-class _Pace(ProgressColumn):
+class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """How much of how much, and how fast on the whole; nothing for a stage of one step."""
         if task.total is None or task.total <= 1:
             return Text("")
-        seconds, unit = task.finished_time or task.elapsed, UNITS.get(task.description.split()[0], "img")
+        seconds, unit = task.finished_time or task.elapsed, STAGE_UNITS.get(task.description.split()[0], "img")
         rate = task.completed / seconds if seconds else 0.0
         pace = f", {rate:.3g} {unit}/s" if rate >= 1 else f", {1 / rate:.3g} s each" if rate else ""
         return Text(f"{task.completed:g}/{task.total:g} {unit}{pace}", style="progress.data.speed")

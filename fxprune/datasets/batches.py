@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.adapters.protocol import Adapter
-from fxprune.adapters.registry import detector_adapter, network_of
-from fxprune.datasets.class_mapping import invert, match_labels
+from fxprune.adapters.registry import detector_adapter, unwrap
+from fxprune.datasets.class_mapping import invert_mapping, match_classes
 from fxprune.errors import BatchError, SettingError
 
 
@@ -70,8 +70,8 @@ def batches(
         raise BatchError(f"batch_size is {batch_size}; give 1 or more.")
     if not len(dataset):
         raise BatchError("the data set is empty; give at least one image")
-    network = network_of(model)
-    classes = invert(match_labels(network, dataset, labels))
+    network = unwrap(model)
+    classes = invert_mapping(match_classes(network, dataset, labels))
     return Batches(network, detector_adapter(network), dataset, batch_size, classes, image_size, targets)
 
 
@@ -123,11 +123,11 @@ class Batches(Sequence[Any]):
         if not self.targets:
             return self.adapter.collate(self.network, images, None, self.image_size)
         rows = zip(positions, items, strict=True)
-        found = [_without_crowds(target, position, self.classes) for position, (_, target) in rows]
+        found = [_drop_crowds(target, position, self.classes) for position, (_, target) in rows]
         return self.adapter.collate(self.network, images, found, self.image_size)
 
 
-def _without_crowds(target: Mapping[str, Any], position: int, classes: Mapping[int, int] | None) -> dict[str, Any]:
+def _drop_crowds(target: Mapping[str, Any], position: int, classes: Mapping[int, int] | None) -> dict[str, Any]:
     """A target's boxes that are of one object each, with the model's class numbers, and what else it has of them."""
     try:
         count = len(target["boxes"])

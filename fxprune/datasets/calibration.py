@@ -11,11 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.adapters.calls import normalized, read_batch
+from fxprune.adapters.calls import normalize_and_label, normalize_batch
 from fxprune.adapters.protocol import Adapter, Batch, device_of
 from fxprune.errors import BatchError
 from fxprune.graph.fx_utils import map_tensors
-from fxprune.runtime.distributed import alike, check_shareable, failing_together, gathered, is_own, rank_and_world
+from fxprune.runtime.distributed import (
+    all_gather,
+    belongs_to_rank,
+    check_enough_batches,
+    equal_on_all_ranks,
+    raise_on_all_ranks,
+    rank_and_world,
+)
 
 
 class Calibration:
@@ -80,9 +87,9 @@ class Calibration:
         self.count = 0
         for index, raw in enumerate(chain([self.first_raw], self._rest) if self._kept is None else self._kept):
             self.count += 1
-            if is_own(index):
+            if belongs_to_rank(index):
                 yield index, raw if self._kept is not None else self._labelled(model, adapter, raw, index)
-        check_shareable(self.count)
+        check_enough_batches(self.count)
 
     def keep(self, model: nn.Module, adapter: Adapter) -> None:
         """Read everything now, labelled by this model if need be; it can be gone through again then, or in parts.
@@ -93,18 +100,20 @@ class Calibration:
             return
         read: dict[int, Batch] = {}
         own: dict[int, Any] = {}
-        with failing_together():
+        with raise_on_all_ranks():
             for index, raw in enumerate(chain([self.first_raw], self._rest)):
-                mine = is_own(index)
-                read[index] = (self._labelled if mine or not index else normalized)(model, adapter, raw, index)
+                mine = belongs_to_rank(index)
+                read[index] = (self._labelled if mine or not index else normalize_batch)(model, adapter, raw, index)
                 if mine:
                     own[index] = map_tensors(read[index].targets, Tensor.cpu)
         self.count = len(read)
         self.settle()
-        labelled: dict[int, Any] = {index: targets for part in gathered(own) for index, targets in part.items()}
+        labelled: dict[int, Any] = {index: targets for part in all_gather(own) for index, targets in part.items()}
         to = device_of(model)
         self._kept = [
-            batch if is_own(index) else replace(batch, targets=map_tensors(labelled[index], lambda value: value.to(to)))
+            batch
+            if belongs_to_rank(index)
+            else replace(batch, targets=map_tensors(labelled[index], lambda value: value.to(to)))
             for index, batch in read.items()
         ]
 
@@ -116,10 +125,10 @@ class Calibration:
         BatchError
             If they read more batches, or fewer.
         """
-        self._with_labels = set().union(*gathered(self._with_labels))
-        counts = gathered(self.count)
+        self._with_labels = set().union(*all_gather(self._with_labels))
+        counts = all_gather(self.count)
         if len({*counts}) > 1:
-            raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER}")
+            raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER_HINT}")
 
     def apart(self, images: int, others: int) -> tuple[Calibration, Calibration]:
         """Two samples of the batches kept, no batch in both: as many as hold so many images, half of all at most, and
@@ -148,7 +157,7 @@ class Calibration:
             yield from (Batch(batch.images, None, batch.count) for batch in self._kept)
             return
         for index, raw in enumerate(chain([self.first_raw], self._rest)):
-            batch = normalized(model, adapter, raw, index)
+            batch = normalize_batch(model, adapter, raw, index)
             yield Batch(batch.images, None, batch.count)
 
     def first(self, model: nn.Module, adapter: Adapter) -> Batch:
@@ -161,17 +170,17 @@ class Calibration:
         return self._read(model, adapter, raw, index) if index else self.first(model, adapter)
 
     def _read(self, model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
-        batch, labelled = read_batch(model, adapter, raw, index)
+        batch, labelled = normalize_and_label(model, adapter, raw, index)
         self._with_labels.add(labelled)
         return batch
 
 
 _END = object()
-SAME_LOADER = "give all the same loader in the same order, one that does not share out images by itself"
+SAME_LOADER_HINT = "give all the same loader in the same order, one that does not share out images by itself"
 
 
-def check_same(batches: Iterable[Batch]) -> None:
+def check_same_batches(batches: Iterable[Batch]) -> None:
     """Raise `BatchError` unless all processes hold the same batches."""
     leaves = [leaf for batch in batches for leaf in tree_leaves(batch.images) if isinstance(leaf, Tensor)]
-    if not alike(lambda: sum(float(leaf.double().sum()) for leaf in leaves)):
-        raise BatchError(f"the processes hold different batches; {SAME_LOADER}")
+    if not equal_on_all_ranks(lambda: sum(float(leaf.double().sum()) for leaf in leaves)):
+        raise BatchError(f"the processes hold different batches; {SAME_LOADER_HINT}")

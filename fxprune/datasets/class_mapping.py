@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxprune.errors import SettingError
 
 
-def match_labels(model: nn.Module, dataset: Any, labels: Mapping[int, int] | None) -> dict[int, int] | None:
+def match_classes(model: nn.Module, dataset: Any, labels: Mapping[int, int] | None) -> dict[int, int] | None:
     """Find the label of a data set that each class of a model stands for.
 
     Parameters
@@ -33,15 +33,15 @@ def match_labels(model: nn.Module, dataset: Any, labels: Mapping[int, int] | Non
     SettingError
         `labels` is no such mapping or names what is not there, or the names do not say which class a label is.
     """
-    names, categories = names_of(model), categories_of(dataset)
+    names, categories = model_class_names(model), dataset_categories(dataset)
     if labels is not None:
-        return _check(labels, names, categories)
+        return _check_mapping(labels, names, categories)
     if names is None or categories is None:
         return None
     return _match_names(names, categories)
 
 
-def names_of(model: nn.Module) -> dict[int, str] | None:
+def model_class_names(model: nn.Module) -> dict[int, str] | None:
     """Names of a model's classes by number; None where it has none."""
     names = getattr(model, "names", None)
     if isinstance(names, (list, tuple)):
@@ -49,7 +49,7 @@ def names_of(model: nn.Module) -> dict[int, str] | None:
     return {int(key): str(value) for key, value in names.items()} if isinstance(names, Mapping) else None
 
 
-def categories_of(dataset: Any) -> dict[int, str] | None:
+def dataset_categories(dataset: Any) -> dict[int, str] | None:
     """Names of a data set's labels; None where it, and the data set it is a subset of, have none."""
     while not hasattr(dataset, "categories") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
@@ -63,7 +63,7 @@ def categories_of(dataset: Any) -> dict[int, str] | None:
     return {int(key): str(value) for key, value in categories.items()}
 
 
-def _check(
+def _check_mapping(
     labels: Mapping[int, int], names: Mapping[int, str] | None, categories: Mapping[int, str] | None
 ) -> dict[int, int]:
     if not isinstance(labels, Mapping) or not all(
@@ -75,11 +75,12 @@ def _check(
     for number, label in labels.items():
         if names is not None and number not in names:
             raise SettingError(
-                f"labels has class {number}, the model has {_list(names)}; use the model's class numbers"
+                f"labels has class {number}, the model has {_format_names(names)}; use the model's class numbers"
             )
         if categories is not None and label not in categories:
             raise SettingError(
-                f"labels maps class {number} to label {label}, the data set has {_list(categories)}; use its labels"
+                f"labels maps class {number} to label {label}, the data set has {_format_names(categories)};"
+                " use its labels"
             )
     return dict(labels)
 
@@ -88,26 +89,27 @@ def _match_names(names: Mapping[int, str], categories: Mapping[int, str]) -> dic
     by_name = {name: label for label, name in categories.items()}
     if len(by_name) < len(categories):
         raise SettingError(
-            f"two categories of the data set have one name: {_list(categories)};"
+            f"two categories of the data set have one name: {_format_names(categories)};"
             " say which class is which with labels={class number: label}"
         )
     known = set(names.values())
     unknown = {label: name for label, name in categories.items() if name not in known}
     if unknown:
         raise SettingError(
-            f"the model has no class named like the data set's {_list(unknown)}; its classes are {_list(names)};"
+            f"the model has no class named like the data set's {_format_names(unknown)}; its classes are"
+            f" {_format_names(names)};"
             " say which class is which with labels={class number: label}"
         )
     return {number: by_name[name] for number, name in names.items() if name in by_name}
 
 
-def _list(names: Mapping[int, str]) -> str:
+def _format_names(names: Mapping[int, str]) -> str:
     """At most six of the names, for a message."""
     shown = ", ".join(f"{number}: {name!r}" for number, name in list(names.items())[:6])
     return f"{{{shown}{f', ... {len(names)} in all' if len(names) > 6 else ''}}}"
 
 
-def relabel(found: Mapping[str, Tensor], labels: Mapping[int, int] | None) -> dict[str, Tensor]:
+def map_labels(found: Mapping[str, Tensor], labels: Mapping[int, int] | None) -> dict[str, Tensor]:
     """Put a data set's labels for the classes of detections (n,); those of classes it does not have are dropped."""
     if labels is None:
         return dict(found)
@@ -117,7 +119,7 @@ def relabel(found: Mapping[str, Tensor], labels: Mapping[int, int] | None) -> di
     return {**kept, "labels": found["labels"].new_tensor([labels[classes[position]] for position in keep])}
 
 
-def invert(labels: Mapping[int, int] | None) -> dict[int, int] | None:
+def invert_mapping(labels: Mapping[int, int] | None) -> dict[int, int] | None:
     """Label to class number.
 
     Raises

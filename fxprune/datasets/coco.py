@@ -19,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fxprune.errors import DatasetError, FxpruneWarning
 
-PARTS = ("images", "annotations", "categories")
+ANNOTATION_PARTS = ("images", "annotations", "categories")
 
 
 class Box(NamedTuple):
@@ -140,12 +140,13 @@ def _read_parts(file: Traversable) -> dict[str, list[Any]]:
         raise DatasetError(f"{file} is missing; give the COCO annotations (.json) of the images") from error
     except (OSError, ValueError) as error:
         raise DatasetError(f"{file} cannot be read as JSON ({error}); give the COCO annotations (.json)") from error
-    for part in PARTS:
+    for part in ANNOTATION_PARTS:
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
             raise DatasetError(
-                f"{file} has no list '{part}'; COCO annotations are one object with the lists {', '.join(PARTS)}"
+                f"{file} has no list '{part}'; COCO annotations are one object with the lists"
+                f" {', '.join(ANNOTATION_PARTS)}"
             )
-    return {part: content[part] for part in PARTS}
+    return {part: content[part] for part in ANNOTATION_PARTS}
 
 
 def _read_categories(entries: Iterable[Any], file: Traversable) -> dict[int, str]:

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fxprune.adapters.registry import detector_adapter, network_of
-from fxprune.datasets.class_mapping import match_labels, relabel
+from fxprune.adapters.registry import detector_adapter, unwrap
+from fxprune.datasets.class_mapping import map_labels, match_classes
 from fxprune.errors import BatchError
 
 # Where each figure stands in COCOeval.stats.
@@ -105,11 +105,11 @@ def evaluate(
     0.95
     """
     return average_precision(
-        *true_and_found(model, dataset, labels=labels, image_size=image_size, batch_size=batch_size, progress=progress)
+        *collect_boxes(model, dataset, labels=labels, image_size=image_size, batch_size=batch_size, progress=progress)
     )
 
 
-def true_and_found(
+def collect_boxes(
     model: nn.Module,
     dataset: Any,
     *,
@@ -119,25 +119,25 @@ def true_and_found(
     progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Boxes], list[Boxes]]:
     """True and detected boxes of every image of a data set; parameters and errors as of `evaluate`."""
-    network = network_of(model)
-    detect = _detection(network, dataset, labels, image_size)
+    network = unwrap(model)
+    detect = _make_detect(network, dataset, labels, image_size)
     with _eval_mode(network), torch.inference_mode(False), torch.no_grad():
-        return _run(detect, dataset, batch_size, progress)
+        return _run_detector(detect, dataset, batch_size, progress)
 
 
-def _detection(
+def _make_detect(
     network: nn.Module, dataset: Any, labels: Mapping[int, int] | None, image_size: int | None
 ) -> Callable[[list[Tensor]], list[Boxes]]:
     """What finds the boxes of a batch, labelled as in the data set."""
-    adapter, classes = detector_adapter(network), match_labels(network, dataset, labels)
+    adapter, classes = detector_adapter(network), match_classes(network, dataset, labels)
 
     def detect(images: list[Tensor]) -> list[Boxes]:
-        return [make_boxes(**relabel(output, classes)) for output in adapter.detect(network, images, image_size)]
+        return [make_boxes(**map_labels(output, classes)) for output in adapter.detect(network, images, image_size)]
 
     return detect
 
 
-def _run(
+def _run_detector(
     detect: Callable[[list[Tensor]], list[Boxes]],
     dataset: Any,
     batch_size: int,

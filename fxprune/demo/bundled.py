@@ -29,9 +29,9 @@ CLASS_NAMES = ("background", *"0123456789")
 WEIGHTS_FILE = "detector.safetensors"
 
 # Index of the MobileNetV2 block each feature map is taken from, with its channels: strides 8, 16 and 32.
-TAPS = {6: 32, 13: 96, 17: 320}
-EXTRA = 128  # channels of one map more, of stride 64
-WIDTH = 64
+TAP_CHANNELS = {6: 32, 13: 96, 17: 320}
+EXTRA_CHANNELS = 128  # channels of one map more, of stride 64
+PYRAMID_CHANNELS = 64
 # Side of the square default boxes of each map in pixels, and one more for the square between the last two.
 ANCHOR_SIDES = (16, 28, 44, 70, 100)
 
@@ -47,16 +47,18 @@ class PyramidBackbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = mobilenet_v2(weights=None).features[: max(TAPS) + 1]
+        self.features = mobilenet_v2(weights=None).features[: max(TAP_CHANNELS) + 1]
         self.extra = nn.Sequential(
-            Conv2dNormActivation(TAPS[17], TAPS[17], stride=2, groups=TAPS[17], activation_layer=nn.ReLU6),
-            Conv2dNormActivation(TAPS[17], EXTRA, kernel_size=1, activation_layer=nn.ReLU6),
+            Conv2dNormActivation(
+                TAP_CHANNELS[17], TAP_CHANNELS[17], stride=2, groups=TAP_CHANNELS[17], activation_layer=nn.ReLU6
+            ),
+            Conv2dNormActivation(TAP_CHANNELS[17], EXTRA_CHANNELS, kernel_size=1, activation_layer=nn.ReLU6),
         )
         self.laterals = nn.ModuleList(
-            Conv2dNormActivation(channels, WIDTH, kernel_size=1, activation_layer=None)
-            for channels in (*TAPS.values(), EXTRA)
+            Conv2dNormActivation(channels, PYRAMID_CHANNELS, kernel_size=1, activation_layer=None)
+            for channels in (*TAP_CHANNELS.values(), EXTRA_CHANNELS)
         )
-        self.out_channels = WIDTH
+        self.out_channels = PYRAMID_CHANNELS
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """Compute the feature maps.
@@ -74,7 +76,7 @@ class PyramidBackbone(nn.Module):
         taps = []
         for index, block in enumerate(self.features):
             x = block(x)
-            if index in TAPS:
+            if index in TAP_CHANNELS:
                 taps.append(x)
         taps.append(self.extra(x))
         merged = [lateral(tap) for lateral, tap in zip(self.laterals, taps, strict=True)]
@@ -94,10 +96,13 @@ def build_detector() -> SSD:
         background, digit d is d + 1), in train mode.
     """
     anchors = DefaultBoxGenerator(
-        aspect_ratios=[[2, 3]] * (len(TAPS) + 1), scales=[side / IMAGE_SIZE for side in ANCHOR_SIDES]
+        aspect_ratios=[[2, 3]] * (len(TAP_CHANNELS) + 1), scales=[side / IMAGE_SIZE for side in ANCHOR_SIDES]
     )
     head = SSDLiteHead(
-        [WIDTH] * (len(TAPS) + 1), anchors.num_anchors_per_location(), len(CLASS_NAMES), norm_layer=nn.BatchNorm2d
+        [PYRAMID_CHANNELS] * (len(TAP_CHANNELS) + 1),
+        anchors.num_anchors_per_location(),
+        len(CLASS_NAMES),
+        norm_layer=nn.BatchNorm2d,
     )
     return SSD(
         PyramidBackbone(),
@@ -140,7 +145,7 @@ def load_dataset(split: Split) -> CocoDataset:
     if split not in ("val", "calibration"):
         raise FxpruneError(f"There is no bundled split {split!r}; choose 'val' or 'calibration'.")
     if not (_data() / split).is_dir():
-        raise _missing(_data() / split)
+        raise _missing_error(_data() / split)
     return CocoDataset.from_folder(_data() / split)
 
 
@@ -152,8 +157,8 @@ def _read(file: Traversable) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError as error:
-        raise _missing(file) from error
+        raise _missing_error(file) from error
 
 
-def _missing(place: Traversable) -> FxpruneError:
+def _missing_error(place: Traversable) -> FxpruneError:
     return FxpruneError(f"{place} is missing; reinstall fxprune, or run `python -m benchmarks.training.train_demo`.")

@@ -20,8 +20,8 @@ from fxprune.demo.bundled import load_dataset, load_detector
 from fxprune.planning.analyzer import analyze
 from fxprune.planning.ilp import check_budget
 from fxprune.planning.plan import Plan
-from fxprune.profiling.interleaved_timing import Ratio, Timing, interleave, ratio_of
-from fxprune.reporting.table_model import change, quantity
+from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave
+from fxprune.reporting.table_model import format_change, format_quantity
 from fxprune.rewriting.apply import apply
 
 DEMO_CRITERIA = ("fisher", "grad_act", "l1", "random")
@@ -76,14 +76,14 @@ def run_demo(out: Console, err: Console, budget: float = 0.1, criteria: Sequence
             progress.update(task, description=f"prune by {name}" if rows else "evaluate the unpruned detector")
             plan = None if not rows else analyze(model, batches(model, calibration), criterion=name).plan(budget)
             pruned = model if plan is None else apply(model, plan)
-            scores = evaluate(pruned, val, progress=_advancing(progress, task))
+            scores = evaluate(pruned, val, progress=_make_advance(progress, task))
             rows.append(Row(name, pruned, scores, plan))
         progress.update(task, description="time all of them in turn")
         images = [calibration[index][0] for index in range(TIMED_IMAGES)]
         timings = _time({row.name: row.model for row in rows}, images)
         progress.update(task, completed=len(val) * len(names) + ROUNDS)
     out.print(_table(rows, timings))
-    out.print(_meaning(rows, timings))
+    out.print(_explain(rows, timings))
     return rows
 
 
@@ -94,7 +94,7 @@ def _progress(err: Console) -> Iterator[Progress]:
         yield progress
 
 
-def _advancing(progress: Progress, task: TaskID) -> Callable[[int], None]:
+def _make_advance(progress: Progress, task: TaskID) -> Callable[[int], None]:
     """Return what moves a bar on from where it is now to so many images further."""
     start = progress.tasks[task].completed
     return lambda images: progress.update(task, completed=start + images)
@@ -127,29 +127,29 @@ def _table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> Table:
             Text(row.name, style="bold") + names,
             f"{row.scores['mAP']:.3f}",
             f"{row.scores['mAP50']:.3f}",
-            quantity(cost.flops) + _cut(cost.flops, before.flops),
-            quantity(cost.params) + _cut(cost.params, before.params),
+            format_quantity(cost.flops) + _format_saving(cost.flops, before.flops),
+            format_quantity(cost.params) + _format_saving(cost.params, before.params),
             f"{TIMED_IMAGES / timing.median_ms * 1e3:.0f}",
-            _speed(ratio_of(timings["unpruned"], timing)) if row.plan else "1.00×",
+            _format_speed(compute_ratio(timings["unpruned"], timing)) if row.plan else "1.00×",
         )
     return table
 
 
-def _cut(after: float, before: float) -> str:
-    return f"\n{change(before, after)}" if after != before else ""
+def _format_saving(after: float, before: float) -> str:
+    return f"\n{format_change(before, after)}" if after != before else ""
 
 
-def _speed(ratio: Ratio) -> str:
+def _format_speed(ratio: Ratio) -> str:
     return f"{ratio.median:.2f}×\n{ratio.low:.2f}–{ratio.high:.2f}"
 
 
-def _meaning(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
+def _explain(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
     unpruned, ours = rows[0], rows[1]
     assert ours.plan is not None
     loss = unpruned.scores["mAP"] - ours.scores["mAP"]
     cut = 1 - ours.plan.after.flops / ours.plan.before.flops
-    floor = ratio_of(timings["unpruned"], timings["unpruned again"])
-    speed = ratio_of(timings["unpruned"], timings[ours.name])
+    floor = compute_ratio(timings["unpruned"], timings["unpruned again"])
+    speed = compute_ratio(timings["unpruned"], timings[ours.name])
     others = "; ".join(f"{row.name} keeps {row.scores['mAP']:.3f}" for row in rows[2:])
     change = f"{loss:.3f} mAP less" if loss >= 0.0005 else "no loss of mAP"
     within = floor.low <= speed.median <= floor.high

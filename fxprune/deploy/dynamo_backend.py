@@ -16,16 +16,16 @@ from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.eval_frame import OptimizedModule
 
-from fxprune.adapters.registry import network_of
-from fxprune.deploy.dynamo_matching import DynamoGraph, Search, places_of
+from fxprune.adapters.registry import unwrap
+from fxprune.deploy.dynamo_matching import DynamoGraph, RegionMatches, find_occurrences
 from fxprune.errors import FxpruneWarning, ModelError, PlanError, SettingError
 from fxprune.passes.bypass import bypass_regions
-from fxprune.passes.dead_code import remove_unread
-from fxprune.passes.in_place import clear_in_place
+from fxprune.passes.dead_code import erase_unused
+from fxprune.passes.in_place import functionalize
 from fxprune.planning.plan import Plan
-from fxprune.rewriting.apply import traced_island
+from fxprune.rewriting.apply import trace_checked
 
-OPTIONS = ("plan", "inner", "inner_options")
+OPTION_NAMES = ("plan", "inner", "inner_options")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,10 @@ class Session:
     """What one compiled model is pruned by; lives as long as the model."""
 
     plan: Plan
-    search: Search
+    matches: RegionMatches
     paths: Mapping[int, str]
-    stamp: tuple[str, int, int] | None
-    last: weakref.finalize[[], nn.Module]
+    file_stamp: tuple[str, int, int] | None
+    finalizer: weakref.finalize[[], nn.Module]
 
 
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, dict[str, Session]] = weakref.WeakKeyDictionary()
@@ -85,18 +85,18 @@ def fxprune_backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs:
     >>> compiled = torch.compile(model, backend="fxprune", options={"plan": "plan.json"})     # doctest: +SKIP
     """
     options = check_options(kwargs.pop("options", None))
-    session = _session_of(_compiled_module(sys._getframe()), options)
+    session = _get_session(_compiled_module(sys._getframe()), options)
     try:
-        bypasses = session.search.bypasses(DynamoGraph(gm, session.paths))
+        bypasses = session.matches.find_bypasses(DynamoGraph(gm, session.paths))
     except PlanError:
-        session.last.detach()  # it is said already
+        session.finalizer.detach()  # it is said already
         raise
     if bypasses:
         inside = {node for found in bypasses for node in found.nodes}
-        clear_in_place(gm, inside | {found.stand_in for found in bypasses})
+        functionalize(gm, inside | {found.stand_in for found in bypasses})
         bypass_regions(gm, {found.exit: found.stand_in for found in bypasses})
-        remove_unread(gm, inside)
-    return _guarded(_inner(options, kwargs)(gm, example_inputs), session)
+        erase_unused(gm, inside)
+    return _refuse_changed_plan(_inner_compiler(options, kwargs)(gm, example_inputs), session)
 
 
 def check_options(options: Any) -> dict[str, Any]:
@@ -109,9 +109,9 @@ def check_options(options: Any) -> dict[str, Any]:
     """
     if not isinstance(options, Mapping) or "plan" not in options:
         raise SettingError('the backend "fxprune" needs a plan: torch.compile(..., options={"plan": plan_or_path})')
-    unknown = sorted(set(options) - set(OPTIONS))
+    unknown = sorted(set(options) - set(OPTION_NAMES))
     if unknown:
-        raise SettingError(f'the backend "fxprune" has no option {unknown[0]!r}; it has {", ".join(OPTIONS)}')
+        raise SettingError(f'the backend "fxprune" has no option {unknown[0]!r}; it has {", ".join(OPTION_NAMES)}')
     plan = options["plan"]
     if not isinstance(plan, (Plan, str, os.PathLike)):
         raise SettingError(f"option 'plan' is a {type(plan).__name__}; give a Plan or the path of a plan file")
@@ -121,7 +121,7 @@ def check_options(options: Any) -> dict[str, Any]:
     return {"plan": plan, "inner": inner, "inner_options": dict(options.get("inner_options") or {})}
 
 
-def _inner(options: Mapping[str, Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+def _inner_compiler(options: Mapping[str, Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
     """The backend that compiles what is left, with its options filled in."""
     inner, settings = options["inner"], options["inner_options"]
     compile_: Callable[..., Any] = lookup_backend(inner) if isinstance(inner, str) else inner
@@ -136,24 +136,24 @@ def _inner(options: Mapping[str, Any], kwargs: dict[str, Any]) -> Callable[..., 
     return lambda gm, inputs: compile_(gm, inputs, **kwargs)
 
 
-def _session_of(compiled: nn.Module, options: Mapping[str, Any]) -> Session:
+def _get_session(compiled: nn.Module, options: Mapping[str, Any]) -> Session:
     """The session of a compiled module and a plan; made when its first graph comes."""
     given = options["plan"]
-    stamp = None if isinstance(given, Plan) else _stamp(given)
+    stamp = None if isinstance(given, Plan) else _file_stamp(given)
     sessions = _SESSIONS.setdefault(compiled, {})
     key = repr(stamp) if stamp else str(id(given))
     if key not in sessions:
         plan = given if isinstance(given, Plan) else Plan.load(given)
-        network = network_of(compiled._orig_mod if isinstance(compiled, OptimizedModule) else compiled)
-        gms = {island.name: traced_island(network, island, plan) for island in plan.islands}
-        places = {name: places_of(name, gm) for name, gm in gms.items()}
+        network = unwrap(compiled._orig_mod if isinstance(compiled, OptimizedModule) else compiled)
+        gms = {island.name: trace_checked(network, island, plan) for island in plan.islands}
+        places = {name: find_occurrences(name, gm) for name, gm in gms.items()}
         paths = {id(module): name for name, module in network.named_modules()}
-        search = Search(plan.removed, places)
-        sessions[key] = Session(plan, search, paths, stamp, _watch(compiled, search))
+        search = RegionMatches(plan.removed, places)
+        sessions[key] = Session(plan, search, paths, stamp, _report_unmatched(compiled, search))
     return sessions[key]
 
 
-def _stamp(path: Any) -> tuple[str, int, int]:
+def _file_stamp(path: Any) -> tuple[str, int, int]:
     try:
         found = os.stat(path)
     except OSError as error:
@@ -181,7 +181,7 @@ def _compiled_module(frame: FrameType | None) -> nn.Module:
     return found
 
 
-def _watch(compiled: nn.Module, search: Search) -> weakref.finalize[[], nn.Module]:
+def _report_unmatched(compiled: nn.Module, search: RegionMatches) -> weakref.finalize[[], nn.Module]:
     """Complain of regions that were met nowhere, when the module is called again or goes away.
 
     Returns
@@ -191,19 +191,19 @@ def _watch(compiled: nn.Module, search: Search) -> weakref.finalize[[], nn.Modul
     """
 
     def complaint() -> str:
-        names = ", ".join(map(repr, search.unmet))
+        names = ", ".join(map(repr, search.unmatched))
         return (
-            f"{len(search.unmet)} of the plan's regions were met in no graph and are not pruned: {names}."
+            f"{len(search.unmatched)} of the plan's regions were met in no graph and are not pruned: {names}."
             " Graph breaks hide them, or their code was not compiled; prune with fxprune.apply and compile that"
         )
 
     def check() -> None:
         last.detach()
-        if search.unmet:
+        if search.unmatched:
             raise PlanError(complaint())
 
     def at_the_end() -> None:
-        if search.unmet:
+        if search.unmatched:
             warnings.warn(complaint(), FxpruneWarning, stacklevel=2)
 
     last = weakref.finalize(compiled, at_the_end)
@@ -231,14 +231,14 @@ def _before_next_call(compiled: nn.Module, check: Callable[[], None]) -> None:
     compiled._compiled_call_impl = checked
 
 
-def _guarded(compiled: Callable[..., Any], session: Session) -> Callable[..., Any]:
+def _refuse_changed_plan(compiled: Callable[..., Any], session: Session) -> Callable[..., Any]:
     """Refuse to run code that was compiled for a plan file that has changed since; one that is gone changes nothing."""
-    if session.stamp is None:
+    if session.file_stamp is None:
         return compiled
-    stamp = session.stamp
+    stamp = session.file_stamp
 
     def run(*args: Any) -> Any:
-        if os.path.exists(stamp[0]) and _stamp(stamp[0]) != stamp:
+        if os.path.exists(stamp[0]) and _file_stamp(stamp[0]) != stamp:
             raise PlanError(f"the plan file {stamp[0]!r} changed after it was compiled; call torch._dynamo.reset()")
         return compiled(*args)
 

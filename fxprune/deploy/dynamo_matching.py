@@ -1,7 +1,7 @@
 """Find a plan's regions again in Dynamo's graphs, which hold no modules but say of every node where it came from.
 
 Both graphs run the same program, so the k-th ``add`` that a module's own code makes is the k-th ``add`` there too. A
-node of a captured graph is therefore known by its `Site`, and a region by the sites of its nodes.
+node of a captured graph is therefore known by its `ProgramPoint`, and a region by the sites of its nodes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import PlanError
-from fxprune.graph.fx_utils import dotted
-from fxprune.graph.tracer import IN_PLACE
+from fxprune.graph.fx_utils import join_path
+from fxprune.graph.tracer import INPLACE_TO_FUNCTIONAL
 from fxprune.planning.plan import Candidate
 
 _ROOT = re.compile(r"^L\['?\w+'?\]\.?")
@@ -28,7 +28,7 @@ _MODULE_TENSOR = re.compile(r"_(parameters|buffers)_")
 
 
 @dataclass(frozen=True)
-class Site:
+class ProgramPoint:
     """Where a node's value is made: by the own code of module `owner` in an `operation`; "" is all the module does."""
 
     owner: str
@@ -36,17 +36,17 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Place:
+class Occurrence:
     """A site, which of its values in one run of the island (from 0), and how many there are in one run."""
 
-    site: Site
+    point: ProgramPoint
     index: int
     total: int
 
 
-def places_of(island: str, gm: fx.GraphModule) -> dict[str, Place]:
+def find_occurrences(island: str, gm: fx.GraphModule) -> dict[str, Occurrence]:
     """Say of every node of a captured graph that computes a tensor where it stands in the model's program."""
-    sites: dict[str, Site] = {}
+    sites: dict[str, ProgramPoint] = {}
     scalars: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
@@ -54,23 +54,23 @@ def places_of(island: str, gm: fx.GraphModule) -> dict[str, Place]:
         if _is_scalar(node, scalars):
             scalars.add(node)
         elif node.op == "call_module":
-            sites[node.name] = Site(dotted(island, str(node.target)), "")
+            sites[node.name] = ProgramPoint(join_path(island, str(node.target)), "")
         else:
             stack = list(node.meta.get("nn_module_stack", {}).values())
-            sites[node.name] = Site(dotted(island, stack[-1][0] if stack else ""), operation_of(node))
-    totals, seen = Counter(sites.values()), Counter[Site]()
+            sites[node.name] = ProgramPoint(join_path(island, stack[-1][0] if stack else ""), operation_kind(node))
+    totals, seen = Counter(sites.values()), Counter[ProgramPoint]()
     places = {}
     for name, site in sites.items():
-        places[name] = Place(site, seen[site], totals[site])
+        places[name] = Occurrence(site, seen[site], totals[site])
         seen[site] += 1
     return places
 
 
-def operation_of(node: fx.Node) -> str:
+def operation_kind(node: fx.Node) -> str:
     """Name of what a node does, the same whether it is spelled as function, method or in place."""
     if node.op == "call_method":
         return str(node.target).rstrip("_")
-    target = IN_PLACE.get(node.target, node.target)
+    target = INPLACE_TO_FUNCTIONAL.get(node.target, node.target)
     return str(getattr(target, "__name__", target)).rstrip("_")
 
 
@@ -109,11 +109,11 @@ class DynamoGraph:
         self.values = [node for node in gm.graph.nodes if self._computes(node)]
         stacks = {node: self._stack(node) for node in self.values}
         prefix = next((prefix for _, prefix in stacks.values() if prefix is not None), "")
-        self.calls: dict[Site, dict[Any, list[fx.Node]]] = {}
+        self.calls: dict[ProgramPoint, dict[Any, list[fx.Node]]] = {}
         for node, (stack, _) in stacks.items():
             for call, path in stack:
-                self.calls.setdefault(Site(path, ""), {}).setdefault(call, []).append(node)
-            own = Site(stack[-1][1] if stack else prefix, operation_of(node))
+                self.calls.setdefault(ProgramPoint(path, ""), {}).setdefault(call, []).append(node)
+            own = ProgramPoint(stack[-1][1] if stack else prefix, operation_kind(node))
             self.calls.setdefault(own, {})[node] = [node]
 
     def _computes(self, node: fx.Node) -> bool:
@@ -131,7 +131,7 @@ class DynamoGraph:
             stack.append((str(key), path))
         return stack, prefix
 
-    def find(self, region: Candidate, places: Mapping[str, Place]) -> list[Bypass]:
+    def find_region(self, region: Candidate, places: Mapping[str, Occurrence]) -> list[Bypass]:
         """Find a region, once for every time the program runs its island; an empty list if no part of it is here.
 
         Raises
@@ -140,11 +140,11 @@ class DynamoGraph:
             If only a part of it is here, or it is not closed: a graph break cuts it, or something reads its inside.
         """
         wanted = [places[name] for name in region.nodes if name in places]
-        found = {place: list(self.calls.get(place.site, {}).values()) for place in wanted}
+        found = {place: list(self.calls.get(place.point, {}).values()) for place in wanted}
         runs = {len(calls) / place.total for place, calls in found.items() if calls}
         if not runs:
             return []
-        missing = [place.site for place, calls in found.items() if not calls and place.site.operation]
+        missing = [place.point for place, calls in found.items() if not calls and place.point.operation]
         if len(runs) > 1 or missing or runs != {int(max(runs))}:
             raise PlanError(
                 f"only a part of region {region.name!r} is in one of Dynamo's graphs"
@@ -156,10 +156,10 @@ class DynamoGraph:
             members = [calls[run * place.total + place.index] for place, calls in found.items() if calls]
             within = {node for nodes in members for node in nodes}
             inside = [node for node in self.values if node in within]
-            pairs.append(self._way_around(region, inside))
+            pairs.append(self._make_bypass(region, inside))
         return pairs
 
-    def _way_around(self, region: Candidate, inside: Sequence[fx.Node]) -> Bypass:
+    def _make_bypass(self, region: Candidate, inside: Sequence[fx.Node]) -> Bypass:
         within = set(inside)
         exits = [node for node in inside if any(user not in within for user in _readers(node))]
         if len(exits) != 1:
@@ -172,7 +172,7 @@ class DynamoGraph:
         entries = dict.fromkeys(
             source for node in readers for source in node.all_input_nodes if source not in within and _is_data(source)
         )
-        alike = [source for source in entries if _signature(source) == _signature(exit_)]
+        alike = [source for source in entries if _shape_and_dtype(source) == _shape_and_dtype(exit_)]
         if len(alike) != 1:
             raise PlanError(
                 f"region {region.name!r}: {[source.name for source in entries]} feed it in Dynamo's graph, not one"
@@ -197,40 +197,40 @@ def _is_data(node: fx.Node) -> bool:
     return node.op != "placeholder" or _MODULE_TENSOR.search(str(node.target)) is None
 
 
-def _signature(node: fx.Node) -> tuple[Any, ...]:
+def _shape_and_dtype(node: fx.Node) -> tuple[Any, ...]:
     value = node.meta["example_value"]
     return (str(tuple(value.shape)), value.dtype) if isinstance(value, torch.Tensor) else (len(value),)
 
 
 @dataclass
-class Search:
+class RegionMatches:
     """The regions of a plan that are looked for in one compiled model.
 
     Attributes
     ----------
     removed : sequence of Candidate
         What is to go.
-    places : dict of str to dict
+    occurrences : dict of str to dict
         By island, the place of every node.
-    met : set of str
+    matched : set of str
         Names of the regions that were found so far.
     """
 
     removed: Sequence[Candidate]
-    places: Mapping[str, Mapping[str, Place]]
-    met: set[str] = field(default_factory=set)
+    occurrences: Mapping[str, Mapping[str, Occurrence]]
+    matched: set[str] = field(default_factory=set)
 
     @property
-    def unmet(self) -> list[str]:
+    def unmatched(self) -> list[str]:
         """Names of the regions that no graph had."""
-        return [region.name for region in self.removed if region.name not in self.met]
+        return [region.name for region in self.removed if region.name not in self.matched]
 
-    def bypasses(self, graph: DynamoGraph) -> list[Bypass]:
+    def find_bypasses(self, graph: DynamoGraph) -> list[Bypass]:
         """All regions of the plan in one graph; notes which were met."""
         everything = []
         for region in self.removed:
-            found = graph.find(region, self.places[region.island])
+            found = graph.find_region(region, self.occurrences[region.island])
             if found:
-                self.met.add(region.name)
+                self.matched.add(region.name)
                 everything += found
         return everything

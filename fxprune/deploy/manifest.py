@@ -18,8 +18,10 @@ FORMAT = 1
 """Version of the folder's layout; a folder of another version is refused."""
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"
-_OURS = re.compile(rf"{re.escape(NAME)}|{re.escape(WEIGHTS)}|plan(-[1-9]\d*)?\.json")
-_DAMAGED = "it is damaged or was edited; copy the whole folder again from where it was saved, or save the model again"
+_SAVED_NAMES = re.compile(rf"{re.escape(NAME)}|{re.escape(WEIGHTS)}|plan(-[1-9]\d*)?\.json")
+_DAMAGED_HINT = (
+    "it is damaged or was edited; copy the whole folder again from where it was saved, or save the model again"
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise StorageError(f"{folder} {what}; give the folder that fxprune.save wrote")
-    path = _inside(folder, NAME)
+    path = _join_checked(folder, NAME)
     if not path.is_file():
         raise StorageError(f"{folder} holds no {NAME}; give the folder that fxprune.save wrote, with all its files")
     return _check(path, parse_json(path, _read(path)))
@@ -117,7 +119,7 @@ def _check(path: Path, data: Any) -> Manifest:
         )
 
     def fail(text: str) -> StorageError:
-        return StorageError(f"{path}: {text}; {_DAMAGED}")
+        return StorageError(f"{path}: {text}; {_DAMAGED_HINT}")
 
     rest = {key: value for key, value in data.items() if key not in ("fxprune_save", "sha256")}
     if isinstance(files := data.get("files"), dict):
@@ -128,7 +130,7 @@ def _check(path: Path, data: Any) -> Manifest:
         raise fail(f"field 'files' should be an object, is {files!r}")
     _check_names(path, set(files))
     if data.get("sha256") != _digest({key: value for key, value in data.items() if key != "sha256"}):
-        raise StorageError(f"{path}: does not have the digest it names; {_DAMAGED}")
+        raise StorageError(f"{path}: does not have the digest it names; {_DAMAGED_HINT}")
     return manifest
 
 
@@ -139,7 +141,7 @@ def _check_names(path: Path, names: set[str]) -> None:
             raise StorageError(f"{path}: the file name {name!r} leads out of the folder; do not trust this folder")
     expected = {WEIGHTS, *plan_names(max(1, len(names) - 1))}
     if names != expected:
-        raise StorageError(f"{path}: lists the files {sorted(names)}, expected {sorted(expected)}; {_DAMAGED}")
+        raise StorageError(f"{path}: lists the files {sorted(names)}, expected {sorted(expected)}; {_DAMAGED_HINT}")
 
 
 def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -152,14 +154,14 @@ def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     """
     contents = {}
     for name, entry in manifest.files.items():
-        path = _inside(folder, name)
+        path = _join_checked(folder, name)
         if not path.is_file():
             raise StorageError(f"{path} is missing; {NAME} lists it: copy the whole folder again, or save again")
         if path.stat().st_size != entry.size:
-            raise StorageError(f"{path} has {path.stat().st_size} bytes, {NAME} says {entry.size}: {_DAMAGED}")
+            raise StorageError(f"{path} has {path.stat().st_size} bytes, {NAME} says {entry.size}: {_DAMAGED_HINT}")
         contents[name] = _read(path)
         if Entry.of(contents[name]) != entry:
-            raise StorageError(f"{path} does not have the SHA-256 that {NAME} names: {_DAMAGED}")
+            raise StorageError(f"{path} does not have the SHA-256 that {NAME} names: {_DAMAGED_HINT}")
     return contents
 
 
@@ -168,10 +170,10 @@ def parse_json(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: not a JSON file ({error}); {_DAMAGED}") from error
+        raise StorageError(f"{path}: not a JSON file ({error}); {_DAMAGED_HINT}") from error
 
 
-def foreign(folder: Path) -> list[str]:
+def unknown_files(folder: Path) -> list[str]:
     """Name what a folder holds beside the files of a save; everything, if it has no manifest of ours."""
     names = sorted(path.name for path in folder.iterdir())
     try:
@@ -180,10 +182,10 @@ def foreign(folder: Path) -> list[str]:
         return names
     if not isinstance(data, dict) or "fxprune_save" not in data:
         return names
-    return [name for name in names if not _OURS.fullmatch(name) or not (folder / name).is_file()]
+    return [name for name in names if not _SAVED_NAMES.fullmatch(name) or not (folder / name).is_file()]
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _join_checked(folder: Path, name: str) -> Path:
     """Join a file's name to its folder; refuse a link that leads out of it."""
     path = folder / name
     if Path(os.path.realpath(path)).parent != Path(os.path.realpath(folder)):

@@ -11,25 +11,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.adapters.registry import network_of
+from fxprune.adapters.registry import unwrap
 from fxprune.deploy.manifest import (
     NAME,
     WEIGHTS,
     Entry,
     Manifest,
-    foreign,
     parse_json,
     plan_names,
     read_files,
     read_manifest,
+    unknown_files,
 )
-from fxprune.deploy.weights import FRESH, State, collect, fill, read_weights
+from fxprune.deploy.weights import LOAD_HINT, WeightState, collect_state, load_state, read_weights
 from fxprune.errors import ModelError, PlanError, SettingError, StorageError
 from fxprune.planning.plan import Plan
-from fxprune.planning.plan_schema import encode
+from fxprune.planning.plan_schema import encode_json
 from fxprune.rewriting.apply import apply
-from fxprune.rewriting.history import alterations, plans_of, remember
-from fxprune.runtime.atomic_write import drafted
+from fxprune.rewriting.history import attach_history, raw_plans, structural_changes
+from fxprune.runtime.atomic_write import atomic_write
 from fxprune.runtime.text import first_few
 from fxprune.version import __version__
 
@@ -66,14 +66,14 @@ def save(pruned: nn.Module, folder: str | PathLike[str], *, overwrite: bool = Fa
     >>> fxprune.save(pruned, "pruned")                             # doctest: +SKIP
     >>> again = fxprune.load(build_model(), "pruned")              # doctest: +SKIP
     """
-    network = network_of(pruned)
+    network = unwrap(pruned)
     files = _plan_files(network)
     _refuse_altered(network)
-    target = _target(_path(folder), overwrite)
-    state = collect(network)
+    target = _check_target(_resolve_path(folder), overwrite)
+    state = collect_state(network)
     files[WEIGHTS] = state.to_bytes()
-    files[NAME] = _manifest(network, state, files).to_bytes()
-    with drafted(target) as draft:
+    files[NAME] = _make_manifest(network, state, files).to_bytes()
+    with atomic_write(target) as draft:
         draft.mkdir()
         for name, content in files.items():
             (draft / name).write_bytes(content)
@@ -112,10 +112,10 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     --------
     >>> pruned = fxprune.load(retinanet_resnet50_fpn(num_classes=11, weights_backbone=None), "pruned")  # doctest: +SKIP
     """
-    network = network_of(model)
-    if plans_of(network):
-        raise ModelError(f"this {type(network).__name__} was pruned already; {FRESH}")
-    folder = _path(folder)
+    network = unwrap(model)
+    if raw_plans(network):
+        raise ModelError(f"this {type(network).__name__} was pruned already; {LOAD_HINT}")
+    folder = _resolve_path(folder)
     manifest = read_manifest(folder)
     contents = read_files(folder, manifest)
     plans = {folder / name: _read_plan(folder / name, contents[name]) for name in manifest.plans}
@@ -124,11 +124,11 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
         try:
             model = apply(model, plan)
         except PlanError as error:
-            raise PlanError(f"{path}: {error}. It was saved from a {manifest.network}; {FRESH}") from error
+            raise PlanError(f"{path}: {error}. It was saved from a {manifest.network}; {LOAD_HINT}") from error
     with torch.inference_mode(False), torch.no_grad():
-        fill(network_of(model), values, manifest, folder / WEIGHTS)
-        remember(network_of(model), [plan.to_dict() for plan in plans.values()], alterations(network_of(model)))
-    for name, module in network_of(model).named_modules():
+        load_state(unwrap(model), values, manifest, folder / WEIGHTS)
+        attach_history(unwrap(model), [plan.to_dict() for plan in plans.values()], structural_changes(unwrap(model)))
+    for name, module in unwrap(model).named_modules():
         module.training = manifest.training != (name in manifest.exceptions)
     return model
 
@@ -136,7 +136,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def _path(folder: Any) -> Path:
+def _resolve_path(folder: Any) -> Path:
     """Follow links, so that what is replaced is the folder and not the link to it."""
     text = os.fspath(folder) if isinstance(folder, (str, PathLike)) else None
     if not isinstance(text, str) or "\0" in text:
@@ -145,17 +145,17 @@ def _path(folder: Any) -> Path:
 
 
 def _plan_files(network: nn.Module) -> dict[str, bytes]:
-    plans = [Plan.from_dict(data).to_dict() for data in plans_of(network)]
+    plans = [Plan.from_dict(data).to_dict() for data in raw_plans(network)]
     if not plans:
         raise ModelError(
             f"no plan was applied to this {type(network).__name__}: prune it with fxprune.compile or fxprune.apply"
             " first. A model that was not pruned goes to torch.save or safetensors.torch.save_model"
         )
-    return {name: encode(plan).encode() for name, plan in zip(plan_names(len(plans)), plans, strict=True)}
+    return {name: encode_json(plan).encode() for name, plan in zip(plan_names(len(plans)), plans, strict=True)}
 
 
 def _refuse_altered(network: nn.Module) -> None:
-    lines = alterations(network)
+    lines = structural_changes(network)
     if lines:
         raise StorageError(
             f"the structure of this {type(network).__name__} was changed after pruning, so its plans do not lead to"
@@ -164,7 +164,7 @@ def _refuse_altered(network: nn.Module) -> None:
         )
 
 
-def _target(path: Path, overwrite: bool) -> Path:
+def _check_target(path: Path, overwrite: bool) -> Path:
     """Refuse a place that is taken by anything but an earlier save that may go."""
     try:
         if path == Path.cwd():
@@ -177,7 +177,7 @@ def _target(path: Path, overwrite: bool) -> Path:
             raise StorageError(
                 f"{path} is not empty; give another folder, or overwrite=True to replace an earlier save"
             )
-        if strangers := foreign(path):
+        if strangers := unknown_files(path):
             raise StorageError(
                 f"{path} holds {first_few(strangers)}, which is no save of fxprune's; give another folder"
             )
@@ -186,7 +186,7 @@ def _target(path: Path, overwrite: bool) -> Path:
     return path
 
 
-def _manifest(network: nn.Module, state: State, files: Mapping[str, bytes]) -> Manifest:
+def _make_manifest(network: nn.Module, state: WeightState, files: Mapping[str, bytes]) -> Manifest:
     tensors = (*network.parameters(), *network.buffers())
     modes = {path: module.training for path, module in network.named_modules()}
     return Manifest(

@@ -16,12 +16,12 @@ from fxprune.deploy.manifest import NAME, Manifest
 from fxprune.errors import StorageError
 from fxprune.runtime.text import first_few
 
-FRESH = "load takes the model as it was built before pruning, with as many classes"
+LOAD_HINT = "load takes the model as it was built before pruning, with as many classes"
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
-class State:
+class WeightState:
     """A network's `state_dict` as a file takes it.
 
     Attributes
@@ -46,7 +46,7 @@ class State:
             raise StorageError(f"safetensors cannot hold the weights ({error!r}); give them a plain dtype") from error
 
 
-def collect(network: nn.Module) -> State:
+def collect_state(network: nn.Module) -> WeightState:
     """Copy what a network's `state_dict` holds.
 
     Raises
@@ -56,7 +56,7 @@ def collect(network: nn.Module) -> State:
 
     Examples
     --------
-    >>> collect(nn.Linear(2, 1)).values.keys()
+    >>> collect_state(nn.Linear(2, 1)).values.keys()
     dict_keys(['weight', 'bias'])
     """
     state = network.state_dict(keep_vars=True)
@@ -79,7 +79,7 @@ def collect(network: nn.Module) -> State:
         values[key] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if value.dim() in _FORMATS and value.stride() == _strides(value, _FORMATS[value.dim()]) != _strides(value):
             last.append(key)
-    return State(values, tied, tuple(last))
+    return WeightState(values, tied, tuple(last))
 
 
 def _strides(value: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ def read_weights(path: Path, content: bytes, manifest: Manifest) -> dict[str, Te
     return stored | {key: stored[first] for key, first in manifest.tied.items()}
 
 
-def fill(network: nn.Module, values: Mapping[str, Tensor], manifest: Manifest, path: Path) -> None:
+def load_state(network: nn.Module, values: Mapping[str, Tensor], manifest: Manifest, path: Path) -> None:
     """Give a network, which is a private copy, the dtype and the values of a save.
 
     Its parameters stay the same objects, so that `requires_grad` and ties are its own.
@@ -128,11 +128,11 @@ def fill(network: nn.Module, values: Mapping[str, Tensor], manifest: Manifest, p
             target.data.copy_(value)
         else:
             target.data = value.to(target.device, copy=True)
-    wrong = [key for key, value in network.state_dict().items() if not _same(value, values[key])]
+    wrong = [key for key, value in network.state_dict().items() if not _equal_bits(value, values[key])]
     if wrong:
         raise StorageError(
             f"{path}: {first_few(wrong)} should have a value of its own but shares memory with another weight in this"
-            f" model, which it did not in the saved one; {FRESH}"
+            f" model, which it did not in the saved one; {LOAD_HINT}"
         )
 
 
@@ -140,23 +140,25 @@ def _refuse_misfit(state: Mapping[str, Any], values: Mapping[str, Tensor], what:
     lines = [f"{key!r} is missing in the file" for key in state if key not in values]
     lines += [f"{key!r} is not in the model" for key in sorted(values) if key not in state]
     for key in state:
-        if key in values and _form(state[key]) != _form(values[key]):
-            lines.append(f"{key!r} is {_form(values[key])} in the file and {_form(state[key])} in the model")
+        if key in values and _describe_value(state[key]) != _describe_value(values[key]):
+            lines.append(
+                f"{key!r} is {_describe_value(values[key])} in the file and {_describe_value(state[key])} in the model"
+            )
     if lines:
         raise StorageError(
-            f"{what}: {first_few(lines)}. It was saved from a {manifest.network}; {FRESH}. A model that was fused"
+            f"{what}: {first_few(lines)}. It was saved from a {manifest.network}; {LOAD_HINT}. A model that was fused"
             " (convolution and norm in one) or otherwise changed after pruning must be saved before that"
         )
 
 
-def _form(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     kind = "complex" if value.is_complex() else "floating" if value.is_floating_point() else str(value.dtype)
     return f"{tuple(value.shape)} {kind}"
 
 
-def _same(first: Tensor, second: Tensor) -> bool:
+def _equal_bits(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, NaN included."""
     pair = [value.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for value in (first, second)]
     return first.dtype == second.dtype and torch.equal(*pair)

@@ -13,17 +13,17 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
 from fxprune.errors import LossError
-from fxprune.graph.fx_utils import CALLED, dotted, fingerprint, is_weighted, is_within, structure_of
+from fxprune.graph.fx_utils import TRACED_MODULES, fingerprint, graph_structure, is_weighted, is_within, join_path
 from fxprune.graph.operators import in_place_layers
-from fxprune.graph.records import Call, Island
-from fxprune.graph.symbolic_shapes import specs_of
-from fxprune.graph.tracer import StructureTracer
+from fxprune.graph.records import Island, RecordedCall
+from fxprune.graph.symbolic_shapes import tensor_specs
+from fxprune.graph.tracer import FunctionalTracer
 
-_ATTEMPTS = 64
+_MAX_TRACE_ATTEMPTS = 64
 
 
-def capture(
-    model: nn.Module, run: Callable[[nn.Module], Any], root_is_function: bool
+def capture_islands(
+    model: nn.Module, run: Callable[[nn.Module], Any], whole_model_is_graph: bool
 ) -> tuple[nn.Module, list[Island]]:
     """Replace every island of a model by its `GraphModule`.
 
@@ -35,7 +35,7 @@ def capture(
         ``(model) -> anything``: runs the model on one batch, the same way each time. Called once to see which
         modules are called and with what, and once more to hold every graph to the outputs of the module it replaced;
         a graph that gives anything else is taken back, and the search goes on below it.
-    root_is_function : bool
+    whole_model_is_graph : bool
         Whether a graph may stand in for the whole model.
 
     Returns
@@ -52,39 +52,41 @@ def capture(
     """
     shell = nn.Module()
     shell.add_module("root", model)
-    calls = observe(shell, run)
+    calls = record_module_calls(shell, run)
     if not calls and any(True for _ in model.parameters()):
         raise LossError(f"the loss does not depend on the model: no layer of {type(model).__name__} was called")
-    islands = list(_propose(shell, "root", calls) if root_is_function else _below(shell, "root", calls))
+    islands = list(
+        _find_islands(shell, "root", calls) if whole_model_is_graph else _find_islands_below(shell, "root", calls)
+    )
     while True:
         originals = {island.name: shell.get_submodule(island.name) for island in islands}
         for island in islands:
-            install(shell, island.name, island.gm)
+            replace_module(shell, island.name, island.gm)
         unfaithful = _first_unfaithful(shell, islands, calls, run)
         if unfaithful is None:
             break
         for island in reversed(islands):
-            install(shell, island.name, originals[island.name])
+            replace_module(shell, island.name, originals[island.name])
         islands = [island for island in islands if not is_within(island.name, unfaithful)]
-        islands += _below(shell, unfaithful, calls)
+        islands += _find_islands_below(shell, unfaithful, calls)
     return shell.get_submodule("root"), [replace(island, name=island.name[len("root.") :]) for island in islands]
 
 
-def observe(shell: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Call]:
+def record_module_calls(shell: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, RecordedCall]:
     """Run ``shell.root`` once and return, by path, what each module was called with and what it gave."""
-    calls: dict[str, Call] = {}
+    calls: dict[str, RecordedCall] = {}
     with ExitStack() as hooks, torch.no_grad():
         for name, module in shell.named_modules():
             if name and any(True for _ in module.parameters()):
-                hooks.enter_context(_hooked(module, name, calls))
+                hooks.enter_context(_recording_hooks(module, name, calls))
         run(shell.get_submodule("root"))
     return calls
 
 
 @contextmanager
-def _hooked(module: nn.Module, name: str, calls: dict[str, Call]) -> Iterator[None]:
+def _recording_hooks(module: nn.Module, name: str, calls: dict[str, RecordedCall]) -> Iterator[None]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(name, Call(specs_of(args), specs_of(kwargs), []))
+        calls.setdefault(name, RecordedCall(tensor_specs(args), tensor_specs(kwargs), []))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         calls[name].outputs.append(_digest(output))
@@ -115,19 +117,19 @@ def _moments(value: torch.Tensor) -> tuple[float, float]:
 
 
 def _first_unfaithful(
-    shell: nn.Module, islands: list[Island], calls: dict[str, Call], run: Callable[[nn.Module], Any]
+    shell: nn.Module, islands: list[Island], calls: dict[str, RecordedCall], run: Callable[[nn.Module], Any]
 ) -> str | None:
     """Run the model with its islands installed; name the first whose outputs are not those of its module."""
-    seen: dict[str, Call] = {}
+    seen: dict[str, RecordedCall] = {}
     failure: Exception | None = None
     with ExitStack() as hooks, torch.no_grad():
         for island in islands:
-            hooks.enter_context(_hooked(island.gm, island.name, seen))
+            hooks.enter_context(_recording_hooks(island.gm, island.name, seen))
         try:
             run(shell.get_submodule("root"))
         except Exception as error:  # a graph may fail on real values in any way of its own
             failure = error
-    wrong = [name for name, call in seen.items() if not _equal(call.outputs, calls[name].outputs)]
+    wrong = [name for name, call in seen.items() if not _digests_equal(call.outputs, calls[name].outputs)]
     if wrong:
         return max(wrong, key=len) if failure is not None else wrong[0]
     if failure is not None:
@@ -135,35 +137,35 @@ def _first_unfaithful(
     return None
 
 
-def _equal(first: Any, second: Any) -> bool:
+def _digests_equal(first: Any, second: Any) -> bool:
     if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
+        return len(first) == len(second) and all(_digests_equal(a, b) for a, b in zip(first, second, strict=True))
     if isinstance(first, float):
         return math.isclose(first, second, rel_tol=1e-4, abs_tol=1e-4) or (math.isnan(first) and math.isnan(second))
     return bool(first == second)
 
 
-def _propose(model: nn.Module, name: str, calls: dict[str, Call]) -> Iterator[Island]:
+def _find_islands(model: nn.Module, name: str, calls: dict[str, RecordedCall]) -> Iterator[Island]:
     """Yield the outermost traceable modules at and below a path, and those nested in what is opaque in them."""
     module = model.get_submodule(name)
     if name in calls:
-        traced = trace_island(module, frozenset())
+        traced = trace_module(module, frozenset())
         if traced is not None:
             gm, opaque = traced
             yield Island(name, gm, tuple(sorted(opaque)), calls[name], fingerprint(gm))
             for path in sorted(opaque):
-                yield from _below(model, dotted(name, path), calls)
+                yield from _find_islands_below(model, join_path(name, path), calls)
             return
-    yield from _below(model, name, calls)
+    yield from _find_islands_below(model, name, calls)
 
 
-def _below(model: nn.Module, name: str, calls: dict[str, Call]) -> Iterator[Island]:
+def _find_islands_below(model: nn.Module, name: str, calls: dict[str, RecordedCall]) -> Iterator[Island]:
     for child, _ in model.get_submodule(name).named_children():
-        yield from _propose(model, dotted(name, child), calls)
+        yield from _find_islands(model, join_path(name, child), calls)
 
 
-def trace_island(
-    module: nn.Module, opaque: frozenset[str], exactly: bool = False
+def trace_module(
+    module: nn.Module, opaque: frozenset[str], fixed_opaque: bool = False
 ) -> tuple[fx.GraphModule, frozenset[str]] | None:
     """Trace a module whose graph is the same in train and in eval mode.
 
@@ -175,7 +177,7 @@ def trace_island(
         The module; its layers are shared with the graph, its modes are restored.
     opaque : frozenset of str
         Paths that are opaque from the start.
-    exactly : bool
+    fixed_opaque : bool
         Whether these are all that may be opaque.
 
     Returns
@@ -183,8 +185,8 @@ def trace_island(
     (GraphModule, frozenset of str) or None
         None if the module's own forward is the part that cannot be traced, or no layer with weights was captured.
     """
-    for _ in range(1 if exactly else _ATTEMPTS):
-        traced = _trace_both(module, opaque)
+    for _ in range(1 if fixed_opaque else _MAX_TRACE_ATTEMPTS):
+        traced = _trace_both_modes(module, opaque)
         if isinstance(traced, fx.GraphModule):
             captured = any(is_weighted(traced, node) for node in traced.graph.nodes if node.target not in opaque)
             return (traced, opaque) if captured else None
@@ -195,18 +197,18 @@ def trace_island(
     return None
 
 
-def _trace_both(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule | str:
+def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule | str:
     """Trace in train and eval mode; give the graph, or the path of the module that stands in the way."""
     modes = {part: part.training for part in module.modules()}
-    graphs: list[tuple[fx.Graph, StructureTracer]] = []
+    graphs: list[tuple[fx.Graph, FunctionalTracer]] = []
     try:
         for training in (True, False):
             module.train(training)
-            tracer = StructureTracer(opaque)
+            tracer = FunctionalTracer(opaque)
             try:
                 graphs.append((tracer.trace(module), tracer))
             except Exception:  # a forward may fail on symbolic values in any way of its own
-                return tracer.culprit or ""
+                return tracer.failed_module or ""
     finally:
         for part, training in modes.items():
             part.training = training
@@ -214,13 +216,13 @@ def _trace_both(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule | s
     difference = _first_difference(trained, evaluated)
     if difference is not None:
         return (first if difference[0] is trained else second).owners.get(difference[1], "")
-    gm = _as_module(module, evaluated)
-    gm.meta[CALLED] = list(second.called)
+    gm = _make_graph_module(module, evaluated)
+    gm.meta[TRACED_MODULES] = list(second.traced_modules)
     return gm
 
 
 def _first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Graph, str] | None:
-    rows, others = structure_of(first), structure_of(second)
+    rows, others = graph_structure(first), graph_structure(second)
     if rows == others:
         return None
     index = next((i for i, (a, b) in enumerate(zip(rows, others, strict=False)) if a != b), min(len(rows), len(others)))
@@ -231,7 +233,7 @@ def _first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Graph, str]
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"_graph", "_code", "meta"}
 
 
-def _as_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def _make_graph_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Make the GraphModule that stands for a module: same mode, and the plain attributes others look for on it."""
     gm = fx.GraphModule(module, graph, type(module).__name__)
     gm.training = module.training
@@ -245,7 +247,7 @@ def _as_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return gm
 
 
-def install(model: nn.Module, name: str, new: nn.Module, functional: bool = True) -> None:
+def replace_module(model: nn.Module, name: str, new: nn.Module, functional: bool = True) -> None:
     """Put a module where another one stands, under every path that leads there.
 
     Layers that a graph calls compute into new tensors from then on: a bypass makes values live longer than the

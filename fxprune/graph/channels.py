@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.graph.capture import trace_island
+from fxprune.graph.capture import trace_module
 from fxprune.graph.fx_utils import class_names
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
-from fxprune.graph.tracer import LEAVES, static_length
+from fxprune.graph.tracer import LEAF_MODULES, static_length
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -24,7 +24,7 @@ _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _POOLING = "torch.nn.modules.pooling."
 
 
-def joined(node: fx.Node) -> list[fx.Node]:
+def concatenated_values(node: fx.Node) -> list[fx.Node]:
     """Values that a node concatenates along the channels, in order; empty if it does no such thing."""
     if node.target not in _CONCATENATIONS:
         return []
@@ -34,7 +34,7 @@ def joined(node: fx.Node) -> list[fx.Node]:
     return list(values) if fits and all(isinstance(value, fx.Node) for value in values) else []
 
 
-def parts_of(node: fx.Node) -> int | None:
+def split_count(node: fx.Node) -> int | None:
     """How many parts a node takes a value's channels apart into, all of them; None if it does no such thing."""
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     return static_length(node) if dim == 1 and node.args and isinstance(node.args[0], fx.Node) else None
@@ -57,7 +57,7 @@ def channels_of(gm: fx.GraphModule) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for node in gm.graph.nodes:
-        width = _layer_width(gm, node, found) if node.op == "call_module" else _width(gm, node, found)
+        width = _layer_width(gm, node, found) if node.op == "call_module" else _function_width(gm, node, found)
         if width is not None:
             found[node.name] = width
     return found
@@ -71,27 +71,27 @@ def _layer_width(gm: fx.GraphModule, node: fx.Node, found: dict[str, int]) -> in
         return int(layer.num_features)  # type: ignore[arg-type]
     keeps = is_norm(gm, node) or is_activation(gm, node) or class_names(layer)[0].startswith(_POOLING)
     if keeps and not isinstance(layer, nn.GLU):
-        return _same(node, found)
-    inside = opened(layer)
+        return _common_width(node, found)
+    inside = trace_leaf(layer)
     if inside is None:
         return None
     (output,) = (inner for inner in inside.graph.nodes if inner.op == "output")
     return channels_of(inside).get(str(output.args[0]))
 
 
-def _width(gm: fx.GraphModule, node: fx.Node, found: dict[str, int]) -> int | None:
+def _function_width(gm: fx.GraphModule, node: fx.Node, found: dict[str, int]) -> int | None:
     """Channels of what a function or a method gives."""
     if node.op not in ("call_function", "call_method"):
         return None
-    if values := joined(node):
+    if values := concatenated_values(node):
         widths = [found.get(value.name) for value in values]
         return None if None in widths else sum(width for width in widths if width is not None)
     if node.target is operator.getitem:
         return _part_width(node, found)
-    return _same(node, found) if node.target in ADDITIONS or is_activation(gm, node) else None
+    return _common_width(node, found) if node.target in ADDITIONS or is_activation(gm, node) else None
 
 
-def _same(node: fx.Node, found: dict[str, int]) -> int | None:
+def _common_width(node: fx.Node, found: dict[str, int]) -> int | None:
     """The width of all values that a node reads, if that is one."""
     widths = {found.get(source.name) for source in node.all_input_nodes}
     return widths.pop() if len(widths) == 1 else None
@@ -99,7 +99,7 @@ def _same(node: fx.Node, found: dict[str, int]) -> int | None:
 
 def _part_width(node: fx.Node, found: dict[str, int]) -> int | None:
     split, index = node.args
-    count = parts_of(split) if isinstance(split, fx.Node) else None
+    count = split_count(split) if isinstance(split, fx.Node) else None
     if count is None or not isinstance(index, int) or not isinstance(split, fx.Node):
         return None
     sizes = next(
@@ -112,15 +112,15 @@ def _part_width(node: fx.Node, found: dict[str, int]) -> int | None:
     return width // count if width is not None and width % count == 0 else None
 
 
-def opened(layer: nn.Module) -> fx.GraphModule | None:
+def trace_leaf(layer: nn.Module) -> fx.GraphModule | None:
     """Trace the inside of a module that stays one node of a graph; None if it has none that could be told."""
-    if not any(name in LEAVES for name in class_names(layer)) or "forward" in vars(layer):
+    if not any(name in LEAF_MODULES for name in class_names(layer)) or "forward" in vars(layer):
         return None
-    traced = trace_island(layer, frozenset(), exactly=True)
+    traced = trace_module(layer, frozenset(), fixed_opaque=True)
     return None if traced is None else traced[0]
 
 
-def convolutions_reading(layer: nn.Module) -> list[str] | None:
+def input_convolutions(layer: nn.Module) -> list[str] | None:
     """Find what becomes of the one value a layer is called with.
 
     Returns
@@ -130,7 +130,7 @@ def convolutions_reading(layer: nn.Module) -> list[str] | None:
     """
     if type(layer) in CONVOLUTIONS:
         return [""]
-    inside = opened(layer)
+    inside = trace_leaf(layer)
     if inside is None:
         return None
     taken, *others = [node for node in inside.graph.nodes if node.op == "placeholder"]
@@ -143,10 +143,10 @@ def _is_convolution(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
     if node.op != "call_module" or node.args != (value,) or node.kwargs:
         return False
     layer = gm.get_submodule(str(node.target))
-    return type(layer) in CONVOLUTIONS and len(list(calls_of(gm, layer))) == 1
+    return type(layer) in CONVOLUTIONS and len(list(call_nodes(gm, layer))) == 1
 
 
-def calls_of(gm: fx.GraphModule, layer: nn.Module) -> Iterator[fx.Node]:
+def call_nodes(gm: fx.GraphModule, layer: nn.Module) -> Iterator[fx.Node]:
     """Nodes of a graph that call a layer, under any of its paths."""
     for node in gm.graph.nodes:
         if node.op == "call_module" and gm.get_submodule(str(node.target)) is layer:

@@ -12,9 +12,9 @@ import torch
 from torch import fx, nn
 
 SOURCE, SINK = "<source>", "<sink>"
-CALLED = "fxprune_called"
+TRACED_MODULES = "fxprune_called"
 """Key of a captured graph's meta: paths of the modules that were traced into."""
-WRITTEN = "fxprune_written"
+INPLACE_ORIGIN = "fxprune_written"
 """Key of a node's meta: the in-place function that the program calls there."""
 
 
@@ -71,7 +71,7 @@ def has_effect(node: fx.Node) -> bool:
     return node.target is not torch._assert and node.is_impure(impure_random=False)
 
 
-def parameters_read(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
+def node_parameters(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and value of every parameter a node reads, by module call or as a constant argument."""
     if node.op == "call_module":
         prefix = str(node.target)
@@ -80,12 +80,12 @@ def parameters_read(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn
         return
     for source in node.all_input_nodes:
         if source.op == "get_attr":
-            value = attribute(gm, str(source.target))
+            value = get_attribute(gm, str(source.target))
             if isinstance(value, nn.Parameter):
                 yield str(source.target), value
 
 
-def attribute(gm: nn.Module, path: str) -> Any:
+def get_attribute(gm: nn.Module, path: str) -> Any:
     """Follow a dotted path of attributes, as a `get_attr` node does."""
     value: Any = gm
     for atom in path.split("."):
@@ -98,7 +98,7 @@ def is_weighted(gm: fx.GraphModule, node: fx.Node) -> bool:
 
     Scales and shifts (norms, layer scale) have one dimension longer than 1 and do not count.
     """
-    return any(sum(size > 1 for size in parameter.shape) >= 2 for _, parameter in parameters_read(gm, node))
+    return any(sum(size > 1 for size in parameter.shape) >= 2 for _, parameter in node_parameters(gm, node))
 
 
 def tied_tensors(model: nn.Module) -> set[int]:
@@ -113,24 +113,24 @@ def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     return torch.utils._pytree.tree_map_only(torch.Tensor, change, tree)
 
 
-def structure_of(graph: fx.Graph) -> list[tuple[str, str, str, str]]:
+def graph_structure(graph: fx.Graph) -> list[tuple[str, str, str, str]]:
     """One row a node: operation, target, arguments by position in the graph. Equal for graphs that do the same."""
     index = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
     return [
-        (node.op, qualified_name(node.target), _spell(node.args, index), _spell(node.kwargs, index))
+        (node.op, qualified_name(node.target), _format_argument(node.args, index), _format_argument(node.kwargs, index))
         for node in graph.nodes
     ]
 
 
-def _spell(value: Any, index: dict[fx.Node, str]) -> str:
+def _format_argument(value: Any, index: dict[fx.Node, str]) -> str:
     if isinstance(value, fx.Node):
         return index[value]
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_spell(item, index) for item in value) + "]"
+        return "[" + ", ".join(_format_argument(item, index) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_spell(item, index)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_format_argument(item, index)}" for key, item in value.items()) + "}"
     if isinstance(value, slice):
-        return f"slice{_spell((value.start, value.stop, value.step), index)}"
+        return f"slice{_format_argument((value.start, value.stop, value.step), index)}"
     return qualified_name(value) if callable(value) else repr(value)
 
 
@@ -145,16 +145,16 @@ def fingerprint(gm: fx.GraphModule) -> str:
         16 hexadecimal digits of a SHA-256.
     """
     digest = hashlib.sha256()
-    for node, row in zip(gm.graph.nodes, structure_of(gm.graph), strict=True):
+    for node, row in zip(gm.graph.nodes, graph_structure(gm.graph), strict=True):
         called = gm.get_submodule(str(node.target)).modules() if node.op == "call_module" else ()
         classes = [type(module).__name__ for module in called]
-        shapes = [f"{name}{tuple(parameter.shape)}" for name, parameter in parameters_read(gm, node)]
+        shapes = [f"{name}{tuple(parameter.shape)}" for name, parameter in node_parameters(gm, node)]
         digest.update("|".join((node.name, *row, *classes, *shapes)).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
-def dotted(*parts: str) -> str:
-    """Join module paths with dots and leave empty ones out: ``dotted("", "conv") == "conv"``."""
+def join_path(*parts: str) -> str:
+    """Join module paths with dots and leave empty ones out: ``join_path("", "conv") == "conv"``."""
     return ".".join(part for part in parts if part)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.graph.symbolic_shapes import bind
+from fxprune.graph.symbolic_shapes import bind_placeholders
 
 Graphs = Sequence[tuple[str, fx.GraphModule]]
 """Island names and graphs."""
 
 
 @contextmanager
-def interpreted(graphs: Graphs, make: Callable[[str, fx.GraphModule], fx.Interpreter]) -> Iterator[None]:
+def run_with(graphs: Graphs, make: Callable[[str, fx.GraphModule], fx.Interpreter]) -> Iterator[None]:
     """Let interpreters run the given graphs until the end of the block.
 
     Parameters
@@ -28,7 +28,7 @@ def interpreted(graphs: Graphs, make: Callable[[str, fx.GraphModule], fx.Interpr
     changed: list[fx.GraphModule] = []
     try:
         for name, gm in graphs:
-            gm.__dict__["forward"] = _forward(gm, make(name, gm))
+            gm.__dict__["forward"] = _make_forward(gm, make(name, gm))
             changed.append(gm)
         yield
     finally:
@@ -36,11 +36,11 @@ def interpreted(graphs: Graphs, make: Callable[[str, fx.GraphModule], fx.Interpr
             del gm.__dict__["forward"]
 
 
-def _forward(gm: fx.GraphModule, interpreter: fx.Interpreter) -> Callable[..., Any]:
+def _make_forward(gm: fx.GraphModule, interpreter: fx.Interpreter) -> Callable[..., Any]:
     interpreter.extra_traceback = False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return interpreter.run(*bind(gm, args, kwargs))
+        return interpreter.run(*bind_placeholders(gm, args, kwargs))
 
     return forward
 

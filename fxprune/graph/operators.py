@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fxprune.graph.fx_utils import WRITTEN, class_names, qualified_name
+from fxprune.graph.fx_utils import INPLACE_ORIGIN, class_names, qualified_name
 
 ADDITIONS: frozenset[Any] = frozenset({operator.add, torch.add, "add"})
 """Targets that sum two values."""
@@ -23,7 +23,7 @@ NORM_MODULES = (
 )
 """Prefixes of class names of modules that rescale each channel of what a layer gave."""
 
-FRESH_MODULES = ("torch.nn.modules.conv.", "torch.nn.modules.linear.Linear", *NORM_MODULES)
+NEW_TENSOR_MODULES = ("torch.nn.modules.conv.", "torch.nn.modules.linear.Linear", *NORM_MODULES)
 """Prefixes of class names of modules whose value is a tensor of its own, which their gradient does not need."""
 
 ACTIVATION_MODULES = ("torch.nn.modules.activation.", "torch.nn.modules.dropout.", "torch.nn.modules.linear.Identity")
@@ -54,7 +54,7 @@ def channel_dim(layer: nn.Module, value: Tensor) -> int:
     return 1 if value.ndim > 3 or is_norm_layer(layer) else value.ndim - 1
 
 
-def rows_of(layer: nn.Module, value: Tensor) -> Tensor:
+def to_rows(layer: nn.Module, value: Tensor) -> Tensor:
     """What a module reads or gives as rows (n, C), one a place."""
     rows = value.movedim(channel_dim(layer, value), -1)
     return rows.reshape(-1, rows.shape[-1])
@@ -67,13 +67,13 @@ def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     return qualified_name(node.target) in NORM_FUNCTIONS
 
 
-def is_spare(gm: fx.GraphModule, node: fx.Node) -> bool:
+def may_be_overwritten(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether what reads a node's value may overwrite it: nothing else reads it, it is a tensor of its own, and no
     gradient needs it."""
     if len(node.users) != 1:
         return False
     if node.op == "call_module":
-        return class_names(gm.get_submodule(str(node.target)))[0].startswith(FRESH_MODULES)
+        return class_names(gm.get_submodule(str(node.target)))[0].startswith(NEW_TENSOR_MODULES)
     called = node.op in ("call_function", "call_method")
     return called and (node.target in {*ADDITIONS, operator.iadd} or qualified_name(node.target) in NORM_FUNCTIONS)
 
@@ -82,15 +82,15 @@ def in_place_layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module, bool]]
     """Path of each layer called that has an in-place flag, the layer, and whether that call may overwrite its input."""
     for node in gm.graph.nodes:
         if node.op == "call_module" and hasattr(layer := gm.get_submodule(str(node.target)), "inplace"):
-            yield str(node.target), layer, all(is_spare(gm, read) for read in node.all_input_nodes)
+            yield str(node.target), layer, all(may_be_overwritten(gm, read) for read in node.all_input_nodes)
 
 
 def in_place_functions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
     """Calls of functions for which the program calls in-place ones, and these, where nothing else reads what they
     overwrite."""
     for node in gm.graph.nodes:
-        written, overwritten = node.meta.get(WRITTEN), node.args[0] if node.args else None
-        if written is not None and isinstance(overwritten, fx.Node) and is_spare(gm, overwritten):
+        written, overwritten = node.meta.get(INPLACE_ORIGIN), node.args[0] if node.args else None
+        if written is not None and isinstance(overwritten, fx.Node) and may_be_overwritten(gm, overwritten):
             yield node, written
 
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """What a module was first called with on the observed batch (`TensorSpec`), and a digest of each output."""
 
     args: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Island:
     name: str
     gm: fx.GraphModule = field(repr=False)
     opaque: tuple[str, ...]
-    call: Call = field(repr=False)
+    call: RecordedCall = field(repr=False)
     fingerprint: str
 
 

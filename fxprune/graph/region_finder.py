@@ -12,13 +12,22 @@ from collections.abc import Iterable, Iterator
 import networkx as nx
 from torch import fx
 
-from fxprune.graph.fx_utils import CALLED, SINK, SOURCE, common_name, dotted, is_weighted, parameters_read, value_graph
+from fxprune.graph.fx_utils import (
+    SINK,
+    SOURCE,
+    TRACED_MODULES,
+    common_name,
+    is_weighted,
+    join_path,
+    node_parameters,
+    value_graph,
+)
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
 from fxprune.graph.records import Region, Rejection
-from fxprune.graph.symbolic_shapes import Signatures
+from fxprune.graph.symbolic_shapes import SymbolicShapes
 
 
-def find_regions(island: str, gm: fx.GraphModule, shapes: Signatures) -> tuple[list[Region], list[Rejection]]:
+def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tuple[list[Region], list[Rejection]]:
     """Find every region of an island.
 
     Parameters
@@ -38,30 +47,32 @@ def find_regions(island: str, gm: fx.GraphModule, shapes: Signatures) -> tuple[l
         One for each such layer that is in no region, and for each region whose shapes agree by accident of size.
     """
     finder = _Finder(island, gm, shapes)
-    regions = _outermost_of_equal_work(finder, [*finder.bypasses(), *finder.drops()])
-    named = [finder.region(*found) for found in sorted(regions, key=lambda found: finder.order[found[1]])]
-    return _distinct(named), [*finder.unproved, *finder.left_out(regions)]
+    regions = _outermost_of_equal_work(finder, [*finder.find_bypasses(), *finder.find_drops()])
+    named = [finder.make_region(*found) for found in sorted(regions, key=lambda found: finder.order[found[1]])]
+    return _number_duplicates(named), [*finder.unproved, *finder.reject_uncovered(regions)]
 
 
-_Found = tuple[str, str, str, int]  # kind, exit, stand-in, members as a bit set
+_FoundRegion = tuple[str, str, str, int]  # kind, exit, stand-in, members as a bit set
 
 
 class _Finder:
-    def __init__(self, island: str, gm: fx.GraphModule, shapes: Signatures) -> None:
+    def __init__(self, island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> None:
         self.island, self.gm, self.shapes = island, gm, shapes
         self.nodes: dict[str, fx.Node] = {node.name: node for node in gm.graph.nodes}
         self.order = {name: index for index, name in enumerate(self.nodes)}
         self.flow = value_graph(gm.graph)
-        self.weighted = {name for name in self.flow if name in self.nodes and is_weighted(gm, self.nodes[name])}
-        self.work = self.bits(self.weighted)
+        self.weighted_names = {name for name in self.flow if name in self.nodes and is_weighted(gm, self.nodes[name])}
+        self.weighted = self.to_bits(self.weighted_names)
         self.idom = nx.immediate_dominators(self.flow, SOURCE)
         after = nx.immediate_dominators(self.flow.reverse(copy=False), SINK)
         self.dominated = self._subtrees(self.idom)
-        self.finished = self._subtrees(after)
-        self.feeds = {name: self.bits(self.flow.predecessors(name)) for name in self.flow if name in self.nodes}
+        self.postdominated = self._subtrees(after)
+        self.predecessors = {
+            name: self.to_bits(self.flow.predecessors(name)) for name in self.flow if name in self.nodes
+        }
         self.unproved: list[Rejection] = []
 
-    def bits(self, names: Iterable[str]) -> int:
+    def to_bits(self, names: Iterable[str]) -> int:
         return sum(1 << self.order[name] for name in names if name in self.order)
 
     def members(self, bits: int) -> list[str]:
@@ -73,42 +84,44 @@ class _Finder:
         tree.add_nodes_from(self.flow)
         sets: dict[str, int] = {}
         for name in reversed(list(nx.topological_sort(tree))):
-            sets[name] = self.bits([name])
+            sets[name] = self.to_bits([name])
             for below in tree.successors(name):
                 sets[name] |= sets[below]
         return sets
 
-    def between(self, entry: str, exit_: str) -> int:
+    def closed_region(self, entry: str, exit_: str) -> int:
         """Members of the region between two values, or 0 if something else feeds it."""
-        inside = self.finished[exit_] & self.dominated[entry] & ~self.bits([entry])
-        allowed = inside | self.bits([entry])
+        inside = self.postdominated[exit_] & self.dominated[entry] & ~self.to_bits([entry])
+        allowed = inside | self.to_bits([entry])
         closed = bool(inside >> self.order[exit_] & 1) and all(
-            not self.feeds[name] & ~allowed for name in self.members(inside)
+            not self.predecessors[name] & ~allowed for name in self.members(inside)
         )
         return inside if closed else 0
 
-    def above(self, name: str) -> Iterator[str]:
+    def dominators(self, name: str) -> Iterator[str]:
         """Dominators of a node, nearest first."""
         while (parent := self.idom.get(name)) not in (None, name, SOURCE):
             assert parent is not None
             yield parent
             name = parent
 
-    def bypasses(self) -> Iterator[_Found]:
+    def find_bypasses(self) -> Iterator[_FoundRegion]:
         """For each value the nearest earlier one that can stand in for it; what finishes the value goes with it."""
         nearest: dict[str, tuple[str, int]] = {}
         for exit_ in self.order:
             if exit_ not in self.flow or exit_ not in self.shapes.values:
                 continue
-            for entry in self.above(exit_):
-                if not self.shapes.agree_here(entry, exit_) or not (inside := self.between(entry, exit_)):
+            for entry in self.dominators(exit_):
+                if not self.shapes.equal_when_observed(entry, exit_) or not (
+                    inside := self.closed_region(entry, exit_)
+                ):
                     continue
-                if self.shapes.agree(entry, exit_):
+                if self.shapes.provably_equal(entry, exit_):
                     nearest[exit_] = (entry, inside)
                     break
                 self._note_unproved(entry, exit_, inside)
         for exit_, (entry, inside) in nearest.items():
-            if inside & self.work:
+            if inside & self.weighted:
                 yield ("bypass", *self._with_epilogue(entry, exit_, inside, nearest))
 
     def _with_epilogue(
@@ -123,48 +136,48 @@ class _Finder:
             if others or follower == SINK or nearest.get(follower, ("",))[0] != exit_:
                 return exit_, entry, inside
             node = self.nodes[follower]
-            finishes = is_activation(self.gm, node) or (exit_ in self.weighted and is_norm(self.gm, node))
-            if not finishes or not (wider := self.between(entry, follower)):
+            finishes = is_activation(self.gm, node) or (exit_ in self.weighted_names and is_norm(self.gm, node))
+            if not finishes or not (wider := self.closed_region(entry, follower)):
                 return exit_, entry, inside
             exit_, inside = follower, wider
 
-    def drops(self) -> Iterator[_Found]:
+    def find_drops(self) -> Iterator[_FoundRegion]:
         """For each sum the operands whose branch nothing else reads."""
         for name, node in self.nodes.items():
             operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
             if node.target not in ADDITIONS or len(operands) != 2 or node.kwargs or operands[0] is operands[1]:
                 continue
             for gone, kept in (operands, operands[::-1]):
-                if gone.name not in self.finished or kept.name not in self.flow:
+                if gone.name not in self.postdominated or kept.name not in self.flow:
                     continue
-                branch = self.finished[gone.name]
+                branch = self.postdominated[gone.name]
                 alone = list(self.flow.successors(gone.name)) == [name]
-                same = self.shapes.agree(kept.name, name)
-                if alone and branch & self.work and not self.between(kept.name, name) and same:
-                    yield "drop", name, kept.name, branch | self.bits([name])
+                same = self.shapes.provably_equal(kept.name, name)
+                if alone and branch & self.weighted and not self.closed_region(kept.name, name) and same:
+                    yield "drop", name, kept.name, branch | self.to_bits([name])
 
     def _note_unproved(self, entry: str, exit_: str, inside: int) -> None:
-        if inside & self.work:
-            name = self.region("bypass", exit_, entry, inside).name
+        if inside & self.weighted:
+            name = self.make_region("bypass", exit_, entry, inside).name
             reason = "entry and exit have the same shape at the observed size, but not provably at every size"
             self.unproved.append(Rejection(name, reason))
 
     def layers_of(self, bits: int) -> list[str]:
         """Paths, below the island, of what gives a set of nodes their names: modules, or constants read."""
         paths: dict[str, None] = {}
-        for name in self.members(bits & self.work):
+        for name in self.members(bits & self.weighted):
             node = self.nodes[name]
-            read = [str(node.target)] if node.op == "call_module" else [p for p, _ in parameters_read(self.gm, node)]
+            read = [str(node.target)] if node.op == "call_module" else [p for p, _ in node_parameters(self.gm, node)]
             paths |= dict.fromkeys(read)
         return list(paths)
 
-    def region(self, kind: str, exit_: str, stand_in: str, inside: int) -> Region:
+    def make_region(self, kind: str, exit_: str, stand_in: str, inside: int) -> Region:
         layers = self.layers_of(inside)
-        everything = self.layers_of(self.work)
+        everything = self.layers_of(self.weighted)
         others = [path for path in everything if path not in set(layers)]
-        called = self.gm.meta.get(CALLED, ())
+        called = self.gm.meta.get(TRACED_MODULES, ())
         whole = bool(self.island) and not others
-        name = self.island if whole else dotted(self.island, common_name(layers, others, called))
+        name = self.island if whole else join_path(self.island, common_name(layers, others, called))
         return Region(
             name=name,
             kind=kind,
@@ -172,49 +185,55 @@ class _Finder:
             exit=exit_,
             stand_in=stand_in,
             nodes=tuple(self.members(inside)),
-            layers=tuple(dotted(self.island, layer) for layer in layers),
+            layers=tuple(join_path(self.island, layer) for layer in layers),
         )
 
-    def left_out(self, regions: list[_Found]) -> Iterator[Rejection]:
+    def reject_uncovered(self, regions: list[_FoundRegion]) -> Iterator[Rejection]:
         """Say of every layer with weights that no region holds why that is so."""
         covered = 0
         for _, _, _, inside in regions:
             covered |= inside
         unproved = {rejection.name for rejection in self.unproved}
-        for name in self.members(self.work & ~covered):
-            layer = dotted(self.island, (self.layers_of(self.bits([name])) or [name])[0])
+        for name in self.members(self.weighted & ~covered):
+            layer = join_path(self.island, (self.layers_of(self.to_bits([name])) or [name])[0])
             if layer not in unproved:
-                yield Rejection(layer, self._reason(name))
+                yield Rejection(layer, self._rejection_reason(name))
 
-    def _reason(self, name: str) -> str:
+    def _rejection_reason(self, name: str) -> str:
         if name not in self.shapes.values:
             return self.shapes.failure or "its output is not one tensor"
-        for entry in self.above(name):
-            if self.shapes.agree_here(entry, name):
-                between = set(self.members(self.bits(nx.ancestors(self.flow, name)) & self.dominated[entry])) - {entry}
+        for entry in self.dominators(name):
+            if self.shapes.equal_when_observed(entry, name):
+                between = set(self.members(self.to_bits(nx.ancestors(self.flow, name)) & self.dominated[entry])) - {
+                    entry
+                }
                 readers = {reader for member in between for reader in self.flow.successors(member)}
                 outside = sorted("the output" if reader == SINK else reader for reader in readers - between - {name})
                 if outside:
                     return f"it could become {entry!r}, but what lies between is also read by {', '.join(outside[:3])}"
         sources = [source.name for source in self.nodes[name].all_input_nodes if source.name in self.shapes.values]
-        before = "x".join(map(str, self.shapes.sizes(sources[0])[1:])) if sources else "nothing"
-        after = "x".join(map(str, self.shapes.sizes(name)[1:]))
+        before = "x".join(map(str, self.shapes.observed_shape(sources[0])[1:])) if sources else "nothing"
+        after = "x".join(map(str, self.shapes.observed_shape(name)[1:]))
         change = f"it turns {before} into {after}" if before != after else "its shape is not provably that of its input"
         return f"{change}, and no piece of the graph around it starts and ends with one shape"
 
 
-def _outermost_of_equal_work(finder: _Finder, found: list[_Found]) -> list[_Found]:
+def _outermost_of_equal_work(finder: _Finder, found: list[_FoundRegion]) -> list[_FoundRegion]:
     """Of nested regions that remove the same layers keep the outermost: it removes the glue as well."""
-    kept: list[_Found] = []
+    kept: list[_FoundRegion] = []
     for candidate in found:
         _, _, _, inside = candidate
-        rivals = [other for other in found if other is not candidate and other[3] & finder.work == inside & finder.work]
+        rivals = [
+            other
+            for other in found
+            if other is not candidate and other[3] & finder.weighted == inside & finder.weighted
+        ]
         if not any(other[3] | inside == other[3] and other[3] != inside for other in rivals):
             kept.append(candidate)
     return kept
 
 
-def _distinct(regions: list[Region]) -> list[Region]:
+def _number_duplicates(regions: list[Region]) -> list[Region]:
     """Give regions of one name numbers: ``fc``, ``fc#2``."""
     seen: dict[str, int] = {}
     distinct = []

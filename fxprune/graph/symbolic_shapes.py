@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.utils._pytree import tree_map_only
 
 from fxprune.graph.fx_utils import map_tensors
-from fxprune.runtime.signals import uninterrupted
+from fxprune.runtime.signals import defer_interrupts
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class TensorSpec:
     device: torch.device
 
 
-def specs_of(tree: Any) -> Any:
+def tensor_specs(tree: Any) -> Any:
     """Replace every tensor of nested containers by its `TensorSpec`."""
     return map_tensors(tree, lambda value: TensorSpec(tuple(value.shape), value.dtype, value.device))
 
 
 @dataclass(frozen=True)
-class Signatures:
+class SymbolicShapes:
     """Symbolic shape and dtype of the values of one graph.
 
     Attributes
@@ -52,21 +52,21 @@ class Signatures:
     values: Mapping[str, FakeTensor]
     failure: str
 
-    def agree(self, first: str, second: str) -> bool:
+    def provably_equal(self, first: str, second: str) -> bool:
         """Whether two values have the same dtype and, for every batch and image size, the same shape."""
-        return self.agree_here(first, second) and all(
+        return self.equal_when_observed(first, second) and all(
             a is b or statically_known_true(a == b)
             for a, b in zip(self.values[first].shape, self.values[second].shape, strict=True)
         )
 
-    def agree_here(self, first: str, second: str) -> bool:
+    def equal_when_observed(self, first: str, second: str) -> bool:
         """Whether two values have the same dtype and shape at the size they were observed at."""
         if first not in self.values or second not in self.values:
             return False
         a, b = self.values[first], self.values[second]
-        return a.dtype == b.dtype and self.sizes(first) == self.sizes(second)
+        return a.dtype == b.dtype and self.observed_shape(first) == self.observed_shape(second)
 
-    def sizes(self, name: str) -> tuple[int, ...]:
+    def observed_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a value at the observed size."""
         return tuple(_size_hint(size) for size in self.values[name].shape)
 
@@ -75,7 +75,7 @@ def _size_hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def propagate(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signatures:
+def propagate_symbolic(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SymbolicShapes:
     """Run a graph on fake tensors whose batch, height and width are symbols.
 
     Parameters
@@ -91,19 +91,19 @@ def propagate(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, An
         An operation that has no symbolic shape rule ends the propagation and is named in `failure`.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
-    recorder = _SignatureInterpreter(gm, mode)
+    recorder = _SymbolicShapeInterpreter(gm, mode)
     failure = ""
-    inputs = tree_map_only(TensorSpec, lambda spec: _symbolic(mode, spec), (list(args), dict(kwargs)))
+    inputs = tree_map_only(TensorSpec, lambda spec: _make_symbolic_tensor(mode, spec), (list(args), dict(kwargs)))
     with mode, enable_python_dispatcher(), torch.no_grad():
         try:
-            recorder.run(*bind(gm, *inputs))
+            recorder.run(*bind_placeholders(gm, *inputs))
         except Exception as error:  # any operation may refuse symbols in any way of its own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             failure = f"the shape of {recorder.current!r} could not be followed ({reason[:160]})"
-    return Signatures(recorder.values, failure)
+    return SymbolicShapes(recorder.values, failure)
 
 
-def bind(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+def bind_placeholders(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
     """Order call arguments as the graph's placeholders stand, defaults filled in.
 
     Raises
@@ -120,7 +120,7 @@ def bind(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
     return values
 
 
-def _symbolic(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
+def _make_symbolic_tensor(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
     real = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
     rank = len(spec.shape)
     channel = {4: 1, 3: 2, 2: 1, 5: 1}.get(rank, rank)
@@ -130,11 +130,11 @@ def _symbolic(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
     return mode.from_tensor(real, symbolic_context=context)
 
 
-_COMPLEX = 4
+_MAX_FORMULA_OPS = 4
 """Operations from which the formula of a size gets a symbol of its own."""
 
 
-class _SignatureInterpreter(fx.Interpreter):
+class _SymbolicShapeInterpreter(fx.Interpreter):
     """Runs a graph on fake tensors and keeps the formulas of their sizes short.
 
     A size given by a long formula is replaced by a fresh symbol, the same for the same formula. What is proved for
@@ -151,17 +151,17 @@ class _SignatureInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n.name
-        with uninterrupted():
+        with defer_interrupts():
             value = super().run_node(n)
         if isinstance(value, FakeTensor):
-            sizes = [self._shortened(size) for size in value.shape]
+            sizes = [self._shorten(size) for size in value.shape]
             if any(new is not old for new, old in zip(sizes, value.shape, strict=True)):
                 value = torch.empty(sizes, dtype=value.dtype, device=value.device)
             self.values[n.name] = value
         return value
 
-    def _shortened(self, size: Any) -> Any:
-        if isinstance(size, int) or size.node.expr.count_ops() <= _COMPLEX:
+    def _shorten(self, size: Any) -> Any:
+        if isinstance(size, int) or size.node.expr.count_ops() <= _MAX_FORMULA_OPS:
             return size
         formula, shape_env = size.node.expr, self.mode.shape_env
         if formula not in self.symbols:

@@ -12,10 +12,10 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from fxprune.graph.fx_utils import WRITTEN, class_names
-from fxprune.runtime.signals import uninterrupted
+from fxprune.graph.fx_utils import INPLACE_ORIGIN, class_names
+from fxprune.runtime.signals import defer_interrupts
 
-LEAVES: dict[str, str] = {
+LEAF_MODULES: dict[str, str] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": "one normalization, not seven arithmetic nodes",
     "torchvision.ops.stochastic_depth.StochasticDepth": "reads self.training",
     "timm.layers.drop.DropPath": "reads self.training",
@@ -23,12 +23,12 @@ LEAVES: dict[str, str] = {
 }
 """Modules that stay one node, by qualified class name (subclasses included), each with the reason."""
 
-AUGMENTED: dict[Any, Callable[..., Any]] = {
+AUGMENTED_ASSIGNMENTS: dict[Any, Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
 }
-IN_PLACE: dict[Any, Callable[..., Any]] = {
-    **AUGMENTED,
+INPLACE_TO_FUNCTIONAL: dict[Any, Callable[..., Any]] = {
+    **AUGMENTED_ASSIGNMENTS,
     **{
         getattr(home, name): getattr(home, name[:-1])
         for home in (torch, functional)
@@ -46,7 +46,7 @@ _STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
 }
 
 
-class StructuredProxy(fx.Proxy):
+class StaticLengthProxy(fx.Proxy):
     """A proxy whose `len` resolves where the length is a constant of the program."""
 
     def __len__(self) -> int:
@@ -65,23 +65,23 @@ def static_length(node: fx.Node) -> int | None:
     return rule(*node.args[1:], **options)
 
 
-def _assigning(written: Callable[..., Any]) -> Callable[..., Any]:
+def _make_augmented_assignment(written: Callable[..., Any]) -> Callable[..., Any]:
     """An augmented assignment: as `torch.fx` has it a new value, which remembers how it was written."""
 
-    def assign(self: StructuredProxy, other: Any) -> Any:
-        result = IN_PLACE[written](self, other)
+    def assign(self: StaticLengthProxy, other: Any) -> Any:
+        result = INPLACE_TO_FUNCTIONAL[written](self, other)
         if isinstance(result, fx.Proxy):
-            result.node.meta[WRITTEN] = written
+            result.node.meta[INPLACE_ORIGIN] = written
         return result
 
     return assign
 
 
-for _written in AUGMENTED:
-    setattr(StructuredProxy, f"__{_written.__name__}__", _assigning(_written))
+for _written in AUGMENTED_ASSIGNMENTS:
+    setattr(StaticLengthProxy, f"__{_written.__name__}__", _make_augmented_assignment(_written))
 
 
-class StructureTracer(fx.Tracer):
+class FunctionalTracer(fx.Tracer):
     """Trace a module to a functional graph.
 
     In-place operations become their functional forms, and what the program reads from an overwritten value
@@ -94,31 +94,31 @@ class StructureTracer(fx.Tracer):
 
     Attributes
     ----------
-    culprit : str or None
+    failed_module : str or None
         Path of the innermost module whose forward raised while it was traced; "" is the root.
     owners : dict
         By node name, the module whose forward made it.
-    called : dict
+    traced_modules : dict
         Paths of all modules that were traced into, in order.
     """
 
     def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.opaque = opaque
-        self.culprit: str | None = None
+        self.failed_module: str | None = None
         self.owners: dict[str, str] = {}
-        self.called: dict[str, None] = {}
+        self.traced_modules: dict[str, None] = {}
         self._active = [""]
         self._overwritten: dict[fx.Node, fx.Node] = {}
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace to the end, whatever is pressed meanwhile."""
-        with uninterrupted():
+        with defer_interrupts():
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays one node: opaque, in `LEAVES`, or a layer of torch.nn itself."""
-        if module_qualified_name in self.opaque or any(name in LEAVES for name in class_names(m)):
+        """Whether a module stays one node: opaque, in `LEAF_MODULES`, or a layer of torch.nn itself."""
+        if module_qualified_name in self.opaque or any(name in LEAF_MODULES for name in class_names(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -127,19 +127,19 @@ class StructureTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        self.called[path] = None
+        self.traced_modules[path] = None
         self._active.append(path)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
-            self.culprit = path if self.culprit is None else self.culprit
+            self.failed_module = path if self.failed_module is None else self.failed_module
             raise
         finally:
             self._active.pop()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node."""
-        return StructuredProxy(node, self)
+        return StaticLengthProxy(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a value whose length is a constant of the program."""
@@ -164,22 +164,22 @@ class StructureTracer(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """Add a node in functional form."""
-        args = fx.map_arg(args, lambda node: self._current(node))
-        kwargs = fx.map_arg(kwargs, lambda node: self._current(node))
+        args = fx.map_arg(args, lambda node: self._latest_value(node))
+        kwargs = fx.map_arg(kwargs, lambda node: self._latest_value(node))
         overwrites = kind != "placeholder" and self._is_in_place(kind, target, args, kwargs)
         written = target
         if overwrites:
             target, args, kwargs = functional_form(kind, target, args, kwargs)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
-        if kind == "call_function" and written in IN_PLACE:
-            node.meta[WRITTEN] = written
+        if kind == "call_function" and written in INPLACE_TO_FUNCTIONAL:
+            node.meta[INPLACE_ORIGIN] = written
         self.owners[node.name] = self._active[-1]
         overwritten = args[0] if args else kwargs.get("input")
         if overwrites and isinstance(overwritten, fx.Node):
             self._overwritten[overwritten] = node
         return node
 
-    def _current(self, node: fx.Node) -> fx.Node:
+    def _latest_value(self, node: fx.Node) -> fx.Node:
         while node in self._overwritten:
             node = self._overwritten[node]
         return node
@@ -194,7 +194,9 @@ def is_in_place(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str
     """Whether a call of a function or a method overwrites its first argument."""
     if kind == "call_method":
         return str(target).endswith("_") and not str(target).endswith("__")
-    return kind == "call_function" and (target in IN_PLACE or _flag(target, args, kwargs) is not None)
+    return kind == "call_function" and (
+        target in INPLACE_TO_FUNCTIONAL or _inplace_argument(target, args, kwargs) is not None
+    )
 
 
 def functional_form(
@@ -207,15 +209,15 @@ def functional_form(
             raise fx.proxy.TraceError(f"Tensor.{target} overwrites a value and has no functional form")
         return functional, args, kwargs
     if kind == "call_function":
-        flag = _flag(target, args, kwargs)
+        flag = _inplace_argument(target, args, kwargs)
         if isinstance(flag, int):
             args = (*args[:flag], False, *args[flag + 1 :])
         kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-        return IN_PLACE.get(target, target), args, kwargs
+        return INPLACE_TO_FUNCTIONAL.get(target, target), args, kwargs
     return target, args, kwargs
 
 
-def _flag(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
+def _inplace_argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
     """Where a call says ``inplace=True``: the position or the name of the argument."""
     if kwargs.get("inplace") is True:
         return "inplace"

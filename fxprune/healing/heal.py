@@ -10,22 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.adapters.protocol import Batch, device_of
-from fxprune.adapters.registry import choose_adapter, like_the_model, network_of
-from fxprune.datasets.calibration import Calibration, check_same
+from fxprune.adapters.registry import choose_adapter, rewrap_like, unwrap
+from fxprune.datasets.calibration import Calibration, check_same_batches
 from fxprune.errors import FxpruneWarning, ModelError
 from fxprune.healing.distillation.schedule import Schedule
-from fxprune.healing.methods import HEALERS, Care, Healing, Note, carry_out
-from fxprune.healing.teacher_student import Pair, pair_up
+from fxprune.healing.methods import METHODS, HealingContext, HealingRun, Note, run_method
+from fxprune.healing.teacher_student import TeacherStudent, pair_models
 from fxprune.planning.plan import Plan
-from fxprune.rewriting.apply import traced_island
-from fxprune.rewriting.history import SPARED, alterations, plans_carried_out, plans_of, remember
-from fxprune.runtime.distributed import check_shareable, failing_together, on_device, overwrite_by_first, rank_and_world
+from fxprune.rewriting.apply import trace_checked
+from fxprune.rewriting.history import SAVINGS_ATTRIBUTE, applied_plans, attach_history, raw_plans, structural_changes
+from fxprune.runtime.distributed import (
+    broadcast_tensors,
+    check_enough_batches,
+    on_device,
+    raise_on_all_ranks,
+    rank_and_world,
+)
 from fxprune.runtime.options import check_choice, refuse_removed_keywords
-from fxprune.runtime.private_copy import check_same_weights, private_copy, untouched_randomness
-from fxprune.runtime.progress import Progress, unheard
+from fxprune.runtime.private_copy import check_same_weights, preserve_rng_state, private_copy
+from fxprune.runtime.progress import Progress, no_progress
 
 Loss = Callable[[nn.Module, Any], Tensor]
-LOST = 1.0
+WARN_LOSS_DEVIATION = 1.0
 """How far off the loss on these is left that is told: as far as if one part of it had doubled."""
 
 
@@ -87,46 +93,46 @@ def heal(
     """
     check_heal(method)
     schedule = Schedule(steps, learning_rate, seed)
-    care = Care(schedule, progress or unheard, thorough=method != "none")
-    return mend(pruned, original, calib_loader, method, loss, care)
+    care = HealingContext(schedule, progress or no_progress, final=method != "none")
+    return heal_student(pruned, original, calib_loader, method, loss, care)
 
 
-def mend(
+def heal_student(
     pruned: nn.Module,
     original: nn.Module,
     calib_loader: Iterable[Any],
     method: str,
     loss: Loss | None,
-    care: Care,
+    context: HealingContext,
 ) -> nn.Module:
     """As `heal`; unless it is to be thorough, no images are held out, nothing is judged and nothing noted."""
-    network, before = network_of(pruned), network_of(original)
-    plans = _carried_out_since(before, network)
+    network, before = unwrap(pruned), unwrap(original)
+    plans = _plans_applied_since(before, network)
     device = device_of(network)
-    with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.no_grad():
+    with on_device(device), preserve_rng_state(network), torch.inference_mode(False), torch.no_grad():
         healed = private_copy(network, keep_precision=True)
-        with failing_together():
+        with raise_on_all_ranks():
             for record in plans[0].islands:
-                traced_island(before, record, plans[0])  # held to its fingerprint
-            pair, batches = _paired(before, network, plans, Calibration.of(calib_loader), loss)
+                trace_checked(before, record, plans[0])  # held to its fingerprint
+            pair, batches = _make_pair(before, network, plans, Calibration.of(calib_loader), loss)
         for model in (before, network):
             check_same_weights(model)
-        check_same(batches)
-        note = carry_out(method, Healing(pair, batches, care))
-        healed.load_state_dict(pair.pruned.state_dict())
-        overwrite_by_first([*healed.parameters(), *healed.buffers()])
-        if care.thorough:
-            *others, last = plans_of(healed)
+        check_same_batches(batches)
+        note = run_method(method, HealingRun(pair, batches, context))
+        healed.load_state_dict(pair.student.state_dict())
+        broadcast_tensors([*healed.parameters(), *healed.buffers()])
+        if context.final:
+            *others, last = raw_plans(healed)
             last = {**last, "settings": {**last["settings"], "heal": note}}
             _warn_of_loss(note, last["settings"].get("strategy"))
-            remember(healed, [*others, last], alterations(healed), getattr(healed, SPARED, {}))
-    return like_the_model(pruned, healed)
+            attach_history(healed, [*others, last], structural_changes(healed), getattr(healed, SAVINGS_ATTRIBUTE, {}))
+    return rewrap_like(pruned, healed)
 
 
 def _warn_of_loss(note: Note, strategy: str | None) -> None:
     """Say so where healing has left a model far from what it did."""
     loss = note.get("loss", {"after": 0.0})["after"]
-    if (loss is None or loss >= LOST) and rank_and_world()[0] == 0:
+    if (loss is None or loss >= WARN_LOSS_DEVIATION) and rank_and_world()[0] == 0:
         off = "no number" if loss is None else f"still off by {loss:.2g} (1: as if one part of it had doubled)"
         more = "more steps" if note["method"] == "mimic" else "heal='mimic'"
         more += " or strategy='search'" * (strategy != "search")
@@ -138,9 +144,9 @@ def _warn_of_loss(note: Note, strategy: str | None) -> None:
         )
 
 
-def _carried_out_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...]:
+def _plans_applied_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...]:
     """Plans that a network carries more than the one that was pruned, which may have been pruned before."""
-    plans = plans_carried_out(network)[len(plans_of(before)) :]
+    plans = applied_plans(network)[len(raw_plans(before)) :]
     if not plans:
         raise ModelError(
             f"the {type(before).__name__} that was pruned carries as many plans as what is to be healed: give first"
@@ -149,20 +155,20 @@ def _carried_out_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...
     return plans
 
 
-def _paired(
+def _make_pair(
     before: nn.Module, network: nn.Module, plans: Iterable[Plan], calibration: Calibration, loss: Loss | None
-) -> tuple[Pair, list[Batch]]:
+) -> tuple[TeacherStudent, list[Batch]]:
     """Private copies of both models, and the calibration batches in the form they are run on."""
     adapter = choose_adapter(before, calibration.first_raw, loss)
     old, new = private_copy(before), private_copy(network)
     for twin in (old, new):
         adapter.prepare(twin)
     batches = list(calibration.images(old, adapter))
-    check_shareable(len(batches))
+    check_enough_batches(len(batches))
     islands = {node.island for plan in plans for node in plan.nodes}
-    return pair_up(old, new, adapter, batches[0], islands), batches
+    return pair_models(old, new, adapter, batches[0], islands), batches
 
 
 def check_heal(method: object) -> None:
     """Raise `SettingError` unless a method is known."""
-    check_choice("heal", method, HEALERS)
+    check_choice("heal", method, METHODS)

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fxprune.adapters.calls import take_loss
+from fxprune.adapters.calls import batch_loss
 from fxprune.adapters.protocol import Batch
 from fxprune.graph.fx_utils import is_within
 from fxprune.graph.operators import channel_dim
-from fxprune.healing.teacher_student import Pair, hooked, without_gradients
+from fxprune.healing.teacher_student import TeacherStudent, forward_hooks, without_gradients
 
-FLOOR = 0.1
+MIN_WEIGHT = 0.1
 """Weight that every place has, of the 1 that all have on average: a gradient of zero is no license to give anything."""
 
 Maps = Mapping[tuple[str, int], Sequence[Tensor | None]]
 """Weights of places by module and call, one tensor (N, H, W) or (N, L) for each that the module gave; None: unknown."""
 
 
-def saliency_maps(pair: Pair, batch: Batch, index: int = 0, seed: int = 0) -> Maps:
+def saliency_maps(pair: TeacherStudent, batch: Batch, index: int = 0, seed: int = 0) -> Maps:
     """Weigh the places of the original's features: the root of the mean square of the loss's gradient over channels.
 
     The loss is that of the model's own confident outputs; each image's weights average to 1 in every map.
@@ -57,7 +57,7 @@ def saliency_maps(pair: Pair, batch: Batch, index: int = 0, seed: int = 0) -> Ma
     >>> maps["backbone.conv1", 1][0].shape           # doctest: +SKIP
     torch.Size([8, 80, 80])
     """
-    model, adapter = pair.original, pair.adapter
+    model, adapter = pair.teacher, pair.adapter
     labelled = adapter.label(model, batch)
     calls: Counter[str] = Counter()
     found: dict[tuple[str, int], list[Tensor | None]] = {}
@@ -72,31 +72,31 @@ def saliency_maps(pair: Pair, batch: Batch, index: int = 0, seed: int = 0) -> Ma
                     value = leaves[position] = value.detach().requires_grad_(True).clone()
                 if value.requires_grad:
                     channels = channel_dim(module, value)
-                    value.register_hook(partial(_keep, maps, len(maps), channels, batch.count))  # type: ignore[no-untyped-call]
+                    value.register_hook(partial(_store_weights, maps, len(maps), channels, batch.count))  # type: ignore[no-untyped-call]
                 maps.append(None)
         return tree_unflatten(leaves, form)
 
     inside = [(name, module) for name, module in model.named_modules() if is_within(name, pair.graphs)]
     names = [name for name, module in inside if name in pair.graphs or module._parameters or module._buffers]
-    with hooked(model, names, see), without_gradients(model), torch.enable_grad():
-        loss = take_loss(model, adapter, labelled, index, seed).sum()
+    with forward_hooks(model, names, see), without_gradients(model), torch.enable_grad():
+        loss = batch_loss(model, adapter, labelled, index, seed).sum()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
     return {point: maps for point, maps in found.items() if any(value is not None for value in maps)}
 
 
-def _keep(maps: list[Tensor | None], position: int, channels: int, images: int, slope: Tensor) -> None:
+def _store_weights(maps: list[Tensor | None], position: int, channels: int, images: int, slope: Tensor) -> None:
     """Turn a gradient into weights, kept on the CPU and in half as many bits: there are as many maps as layers."""
     if slope.ndim < 3 or not bool(slope.isfinite().all()):
         return  # one place an image, or proposals, which are others when the loss is taken; or no number
     size = slope.float().square().mean(channels).sqrt()
     each = size.reshape(images if len(size) % images == 0 else 1, -1)
     mean = each.mean(1, keepdim=True)
-    weights = torch.where(mean > 0, FLOOR + (1 - FLOOR) * each / mean.clamp_min(1e-30), 1.0)
+    weights = torch.where(mean > 0, MIN_WEIGHT + (1 - MIN_WEIGHT) * each / mean.clamp_min(1e-30), 1.0)
     maps[position] = weights.reshape(size.shape).bfloat16().cpu()
 
 
-def turned(weights: Tensor, mirrored: Tensor) -> Tensor:
+def flip_maps(weights: Tensor, mirrored: Tensor) -> Tensor:
     """Maps of images some of which are mirrored; where places have no columns, those of the mirrored ones are all 1."""
     if weights.ndim == 3:
         return torch.where(mirrored[:, None, None], weights.flip(-1), weights)

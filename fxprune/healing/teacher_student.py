@@ -25,16 +25,16 @@ Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 
 
 @dataclass(frozen=True)
-class Pair:
+class TeacherStudent:
     """Private copies of a model and of its pruned version.
 
     Attributes
     ----------
-    original, pruned : Module
+    teacher, student : Module
         The pruned one is what is healed.
     adapter : Adapter
         How to run them.
-    decisions : tuple of str
+    detached_modules : tuple of str
         Modules between the graphs whose outputs carry no gradient although what they are given does.
     calls : mapping of str to int
         How often each module is called that both versions call, and as often, on the batch they were looked at with.
@@ -43,21 +43,23 @@ class Pair:
         whole model.
     """
 
-    original: nn.Module
-    pruned: nn.Module
+    teacher: nn.Module
+    student: nn.Module
     adapter: Adapter
-    decisions: tuple[str, ...]
+    detached_modules: tuple[str, ...]
     calls: Counter[str] = field(repr=False)
     graphs: tuple[str, ...]
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Innermost modules within the captured parts that both versions have and the original called."""
-        for name, module in self.pruned.named_modules():
+        for name, module in self.student.named_modules():
             if self.calls[name] and is_within(name, self.graphs) and not any(True for _ in module.children()):
                 yield name, module
 
 
-def pair_up(original: nn.Module, pruned: nn.Module, adapter: Adapter, batch: Batch, islands: Collection[str]) -> Pair:
+def pair_models(
+    original: nn.Module, pruned: nn.Module, adapter: Adapter, batch: Batch, islands: Collection[str]
+) -> TeacherStudent:
     """Look at how the original runs on one batch.
 
     Parameters
@@ -87,17 +89,17 @@ def pair_up(original: nn.Module, pruned: nn.Module, adapter: Adapter, batch: Bat
                 decisions.pop(name, None)
 
     shared = [name for name, _ in original.named_modules() if name in known or name in between]
-    with hooked(original, shared, look), torch.enable_grad(), with_gradients(original):
+    with forward_hooks(original, shared, look), torch.enable_grad(), with_gradients(original):
         adapter.predict(original, batch)
     again: Counter[str] = Counter()
 
     def count(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         again[name] += 1
 
-    with hooked(pruned, [name for name in shared if name in known], count), torch.no_grad():
+    with forward_hooks(pruned, [name for name in shared if name in known], count), torch.no_grad():
         adapter.predict(pruned, batch)  # a graph calls fewer modules than the program it was traced from
     both = Counter({name: times for name, times in calls.items() if again[name] == times})
-    return Pair(original, pruned, adapter, tuple(decisions), both, outermost)
+    return TeacherStudent(original, pruned, adapter, tuple(decisions), both, outermost)
 
 
 @contextmanager
@@ -129,7 +131,7 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(model: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
+def forward_hooks(model: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
     """Call a function with the output of each of some modules; what it returns, unless None, is given instead."""
 
     def bind(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
@@ -143,51 +145,56 @@ def hooked(model: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]
             handle.remove()
 
 
-class Features:
+class FeatureRecorder:
     """Outputs of some modules, kept as a model runs, call by call.
 
     Parameters
     ----------
     points : sequence of str
         Modules whose outputs are kept.
-    decisions : sequence of str
+    detached_modules : sequence of str
         Modules whose outputs are kept, or replaced by those that another run kept.
-    others : Features or None
+    reference : Features or None
         That run.
     """
 
-    def __init__(self, points: Sequence[str], decisions: Sequence[str], others: Features | None = None) -> None:
-        self.points, self.decisions, self.others = points, decisions, others
+    def __init__(
+        self, points: Sequence[str], detached_modules: Sequence[str], reference: FeatureRecorder | None = None
+    ) -> None:
+        self.points, self.detached_modules, self.reference = points, detached_modules, reference
         self.values: dict[tuple[str, int], list[Tensor]] = {}
-        self.decided: dict[tuple[str, int], Any] = {}
+        self.detached_values: dict[tuple[str, int], Any] = {}
         self._count: Counter[str] = Counter()
 
-    def run(self, model: nn.Module, adapter: Adapter, batch: Batch) -> Features:
-        """Run a model; with `others`, stop when it has given what they have."""
+    def run(self, model: nn.Module, adapter: Adapter, batch: Batch) -> FeatureRecorder:
+        """Run a model; with `reference`, stop when it has given what they have."""
         try:
-            with hooked(model, self.points, self._keep), hooked(model, self.decisions, self._decide):
+            with (
+                forward_hooks(model, self.points, self._keep),
+                forward_hooks(model, self.detached_modules, self._keep_detached),
+            ):
                 adapter.predict(model, batch)
-        except _Complete:
+        except StopForward:
             pass
         return self
 
     def _keep(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         self.values[self._call(name)] = _tensors(output)
-        if self.others is not None and self.values.keys() >= self.others.values.keys():
-            raise _Complete
+        if self.reference is not None and self.values.keys() >= self.reference.values.keys():
+            raise StopForward
         return map_tensors(output, torch.clone)  # what comes next may overwrite it
 
-    def _decide(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _keep_detached(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = self._call(f"{name} decides")
-        self.decided[call] = output
-        return None if self.others is None else self.others.decided.get(call)
+        self.detached_values[call] = output
+        return None if self.reference is None else self.reference.detached_values.get(call)
 
     def _call(self, name: str) -> tuple[str, int]:
         self._count[name] += 1
         return name, self._count[name]
 
 
-class _Complete(BaseException):
+class StopForward(BaseException):
     """Ends a run that has given all that is wanted of it."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fxprune.errors import BudgetError, SettingError
 from fxprune.graph.fx_utils import is_within
 from fxprune.graph.records import Link, Rejection
-from fxprune.planning.ilp import Item, check_budget, select
+from fxprune.planning.ilp import CostItem, check_budget, choose_regions
 from fxprune.planning.plan import Candidate, IslandRecord, NodeRecord, Plan, Totals, cost_of
 from fxprune.profiling.flops_params import ParameterGroup
 
@@ -87,7 +87,11 @@ class Analysis:
         fraction = check_budget(budget)
         check_cost(cost)
         scores = [region.score for region in self.regions]
-        chosen = set(select(scores, self._items(cost), conflicts(self.regions), self._total(cost, fraction), fraction))
+        chosen = set(
+            choose_regions(
+                scores, self._items(cost), exclusive_sets(self.regions), self._total(cost, fraction), fraction
+            )
+        )
         regions = tuple(replace(region, removed=index in chosen) for index, region in enumerate(self.regions))
         touched = {region.island for region in regions if region.removed}
         return Plan(
@@ -119,23 +123,24 @@ class Analysis:
             )
         return total
 
-    def _items(self, cost: str) -> list[Item]:
+    def _items(self, cost: str) -> list[CostItem]:
         holders: dict[tuple[str, str], frozenset[int]] = {}
         for index, region in enumerate(self.regions):
             for node in region.nodes:
                 key = (region.island, node)
                 holders[key] = holders.get(key, frozenset()) | {index}
         if cost == "blocks":
-            return [Item(1.0, (frozenset([index]),)) for index, region in enumerate(self.regions) if region.block]
+            return [CostItem(1.0, (frozenset([index]),)) for index, region in enumerate(self.regions) if region.block]
         if cost == "latency":
-            return [Item(region.latency_ms or 0.0, (frozenset([i]),)) for i, region in enumerate(self.regions)]
+            return [CostItem(region.latency_ms or 0.0, (frozenset([i]),)) for i, region in enumerate(self.regions)]
         if cost == "params":
             nobody: frozenset[int] = frozenset()
             return [
-                Item(group.params, tuple(holders.get(key, nobody) for key in group.readers)) for group in self.groups
+                CostItem(group.params, tuple(holders.get(key, nobody) for key in group.readers))
+                for group in self.groups
             ]
         nodes = [(node, holders.get((node.island, node.node))) for node in self.nodes]
-        return [Item(node.flops, (held,)) for node, held in nodes if held]
+        return [CostItem(node.flops, (held,)) for node, held in nodes if held]
 
     def totals_after(self, regions: tuple[Candidate, ...]) -> Totals:
         """What the model costs without those of its regions that are marked as removed."""
@@ -150,7 +155,7 @@ class Analysis:
         )
 
 
-def conflicts(regions: tuple[Candidate, ...]) -> set[frozenset[int]]:
+def exclusive_sets(regions: tuple[Candidate, ...]) -> set[frozenset[int]]:
     """Sets of regions of which at most one can go: those that hold one node, or one that lies in a layer of another."""
     holders: dict[tuple[str, str], set[int]] = {}
     for index, region in enumerate(regions):
@@ -159,10 +164,10 @@ def conflicts(regions: tuple[Candidate, ...]) -> set[frozenset[int]]:
     nested = {
         frozenset((i, j))
         for (i, first), (j, second) in combinations(enumerate(regions), 2)
-        if first.island != second.island and (_holds(first, second) or _holds(second, first))
+        if first.island != second.island and (_contains(first, second) or _contains(second, first))
     }
     return {frozenset(some) for some in holders.values() if len(some) > 1} | nested
 
 
-def _holds(outer: Candidate, inner: Candidate) -> bool:
+def _contains(outer: Candidate, inner: Candidate) -> bool:
     return is_within(inner.island, outer.layers)

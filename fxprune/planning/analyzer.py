@@ -12,28 +12,34 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 
-from fxprune.adapters.calls import take_loss
+from fxprune.adapters.calls import batch_loss
 from fxprune.adapters.protocol import Adapter, Batch, device_of
-from fxprune.adapters.registry import choose_adapter, network_of
-from fxprune.attribution.criteria import Evidence, RegionScore, criterion_named
-from fxprune.attribution.dataflow import follow
-from fxprune.attribution.linear_recovery import LinearMap, SummingInterpreter, Sums, absorbed, nearest_maps
-from fxprune.attribution.recorder import Record, RecordingInterpreter, merged
-from fxprune.datasets.calibration import Calibration, check_same
+from fxprune.adapters.registry import choose_adapter, unwrap
+from fxprune.attribution.criteria import RegionScore, ScoringInputs, get_criterion
+from fxprune.attribution.dataflow import trace_dataflow
+from fxprune.attribution.linear_recovery import (
+    GramInterpreter,
+    GramSums,
+    LinearMap,
+    linearly_absorbable,
+    solve_linear_maps,
+)
+from fxprune.attribution.recorder import AttributionRecord, RecordingInterpreter, merge_records
+from fxprune.datasets.calibration import Calibration, check_same_batches
 from fxprune.errors import LossError, ModelError
-from fxprune.graph.capture import capture
-from fxprune.graph.interpreters import interpreted
+from fxprune.graph.capture import capture_islands
+from fxprune.graph.interpreters import run_with
 from fxprune.graph.records import Captured, Link, Region, Rejection
 from fxprune.graph.region_finder import find_regions
-from fxprune.graph.symbolic_shapes import propagate
+from fxprune.graph.symbolic_shapes import propagate_symbolic
 from fxprune.planning.analysis import Analysis
-from fxprune.planning.candidates import candidates, node_records, without_cost
+from fxprune.planning.candidates import build_candidates, build_node_records, without_cost
 from fxprune.planning.plan import IslandRecord, Totals
 from fxprune.profiling.flops_params import count_flops, count_params, group_parameters
-from fxprune.profiling.latency import BACKENDS, UNMEASURED, Latency, check_backend, measure_latency, ready_twin
-from fxprune.runtime.distributed import by_first, failing_together, gathered, on_device
+from fxprune.profiling.latency import BACKENDS, UNMEASURED, Latency, backend_copy, check_backend, measure_latency
+from fxprune.runtime.distributed import all_gather, on_device, raise_on_all_ranks, run_on_rank_zero
 from fxprune.runtime.options import refuse_removed_keywords
-from fxprune.runtime.private_copy import check_same_weights, private_copy, untouched_randomness
+from fxprune.runtime.private_copy import check_same_weights, preserve_rng_state, private_copy
 from fxprune.runtime.progress import Progress
 from fxprune.version import __version__
 
@@ -91,9 +97,9 @@ def analyze(
     >>> plan = fxprune.analyze(model, loader).plan(budget=0.1)     # doctest: +SKIP
     """
     study = Study(criterion, loss, seed, progress, latency_backend)
-    network = network_of(model)
+    network = unwrap(model)
     device = device_of(network)
-    with on_device(device), untouched_randomness(network), torch.inference_mode(False), torch.enable_grad():
+    with on_device(device), preserve_rng_state(network), torch.inference_mode(False), torch.enable_grad():
         return study.run(private_copy(network), calib_loader)
 
 
@@ -114,39 +120,39 @@ class Study:
     latency_backend: str | None = None
 
     def __post_init__(self) -> None:
-        criterion_named(self.criterion)
+        get_criterion(self.criterion)
         check_backend(self.latency_backend)
 
     def run(self, model: nn.Module, calib_loader: Any) -> Analysis:
         """Analyze a private copy of a model; it is changed."""
         check_same_weights(model)
-        with failing_together():
+        with raise_on_all_ranks():
             calibration = Calibration.of(calib_loader)
             adapter = choose_adapter(model, calibration.first_raw, self.loss)
             adapter.prepare(model)
             first = calibration.first(model, adapter)
-            twin = ready_twin(model, BACKENDS[self.latency_backend]) if self.latency_backend else None
+            twin = backend_copy(model, BACKENDS[self.latency_backend]) if self.latency_backend else None
             self._say("capture", 0, 1)
             captured = self.capture(model, adapter, first)
             self._say("capture", 1, 1)
             total, nodes = count_flops(lambda: adapter.predict(captured.model, first), captured.graphs)
             flops = {key: value / first.count for key, value in nodes.items()}
             captured = without_cost(captured, flops)
-        check_same([first])
+        check_same_batches([first])
         latency = UNMEASURED if twin is None else self._latency(twin, captured, adapter, first)
         record, links = self._record(captured, adapter, calibration)
-        name, criterion = criterion_named(self.criterion)
-        evidence = Evidence(
+        name, criterion = get_criterion(self.criterion)
+        evidence = ScoringInputs(
             regions=captured.regions,
             record=record,
             modules=dict(captured.model.named_modules()),
             seed=self.seed,
         )
-        with failing_together():
+        with raise_on_all_ranks():
             scores = criterion.score(evidence)
-        scores = by_first(lambda: scores)
+        scores = run_on_rank_zero(lambda: scores)
         groups = group_parameters(captured.model, captured.graphs)
-        regions, unscored = candidates(captured.regions, scores, flops, groups, latency)
+        regions, unscored = build_candidates(captured.regions, scores, flops, groups, latency)
         blocks = sum(region.block for region in regions)
         settings = {
             "model": type(model).__name__,
@@ -156,13 +162,13 @@ class Study:
             "images": record.images,
             "batches": calibration.count,
             "targets": calibration.targets,
-            "versions": _versions(),
+            "versions": _library_versions(),
             **({"latency": {"backend": self.latency_backend, **latency.settings}} if twin else {}),
         }
         return Analysis(
             regions=regions,
             rejections=(*captured.rejections, *unscored),
-            nodes=tuple(node_records(captured.graphs, record, flops)),
+            nodes=tuple(build_node_records(captured.graphs, record, flops)),
             links=links,
             islands=tuple(IslandRecord(i.name, i.fingerprint, i.opaque) for i in captured.islands),
             before=Totals(total / first.count, count_params(captured.model), blocks, latency.whole_ms),
@@ -178,15 +184,15 @@ class Study:
         ModelError
             If no part of it can be captured.
         """
-        model, islands = capture(
-            model, lambda network: take_loss(network, adapter, first, 0, self.seed), adapter.root_is_function
+        model, islands = capture_islands(
+            model, lambda network: batch_loss(network, adapter, first, 0, self.seed), adapter.whole_model_is_graph
         )
         if not islands:
             raise ModelError(f"no part of {type(model).__name__} with weights could be traced to an fx graph")
         regions: list[Region] = []
         rejections: list[Rejection] = []
         for island in islands:
-            shapes = propagate(island.gm, island.call.args, island.call.kwargs)
+            shapes = propagate_symbolic(island.gm, island.call.args, island.call.kwargs)
             found, refused = find_regions(island.name, island.gm, shapes)
             regions += found
             rejections += refused
@@ -194,53 +200,53 @@ class Study:
 
     def _record(
         self, captured: Captured, adapter: Adapter, calibration: Calibration
-    ) -> tuple[Record, tuple[Link, ...]]:
+    ) -> tuple[AttributionRecord, tuple[Link, ...]]:
         """One forward and one backward pass per batch, every node recorded; and what the first one links."""
-        record = Record()
+        record = AttributionRecord()
         links: tuple[Link, ...] = ()
-        criterion = criterion_named(self.criterion)[1]
-        maps = self._maps(captured, adapter, calibration) if criterion.mended else {}
+        criterion = get_criterion(self.criterion)[1]
+        maps = self._maps(captured, adapter, calibration) if criterion.linear_recovery else {}
 
         def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
             own = [region for region in captured.regions if region.island == island]
             return RecordingInterpreter(gm, island, record, own, criterion.gate, maps)
 
-        with failing_together(), interpreted(captured.graphs, make):
+        with raise_on_all_ranks(), run_with(captured.graphs, make):
             for index, batch in calibration.own(captured.model, adapter):
-                run = partial(take_loss, captured.model, adapter, batch, index, self.seed)
-                parts, links = (run(), links) if record.images else follow(run, captured.graphs)
+                run = partial(batch_loss, captured.model, adapter, batch, index, self.seed)
+                parts, links = (run(), links) if record.images else trace_dataflow(run, captured.graphs)
                 if not parts.requires_grad:
                     raise LossError(f"batch {index}: the loss does not depend on the model's captured layers")
                 criterion.loss(parts).backward()  # type: ignore[no-untyped-call]
                 record.close_batch(index, batch.count)
                 self._say("attribution", index + 1, None)
         calibration.settle()
-        record = merged(gathered(record))
-        if not record.nodes:
+        record = merge_records(all_gather(record))
+        if not record.grad_act:
             raise LossError("no gradient reached any captured layer: the loss does not depend on the model")
-        return record, by_first(lambda: links)
+        return record, run_on_rank_zero(lambda: links)
 
     def _maps(self, captured: Captured, adapter: Adapter, calibration: Calibration) -> Mapping[str, LinearMap]:
         """What stands in for regions once they are mended: one forward pass per batch, and another of the first."""
         calibration.keep(captured.model, adapter)
-        sums: Sums = {}
-        with failing_together(), torch.no_grad():
+        sums: GramSums = {}
+        with raise_on_all_ranks(), torch.no_grad():
             regions: list[Region] | None = None
             for index, batch in calibration.own(captured.model, adapter):
-                run = partial(take_loss, captured.model, adapter, batch, index, self.seed)
+                run = partial(batch_loss, captured.model, adapter, batch, index, self.seed)
                 if regions is None:
-                    with torch.enable_grad(), interpreted(captured.graphs, _tracking):
-                        links = follow(run, captured.graphs)[1]
-                    regions = list(absorbed(captured.graphs, links, captured.regions))
-                with interpreted(captured.graphs, partial(_summing, regions, sums)):
+                    with torch.enable_grad(), run_with(captured.graphs, _make_tracking_interpreter):
+                        links = trace_dataflow(run, captured.graphs)[1]
+                    regions = list(linearly_absorbable(captured.graphs, links, captured.regions))
+                with run_with(captured.graphs, partial(_make_gram_interpreter, regions, sums)):
                     run()
                 self._say("stand-ins", index + 1, None)
-        return nearest_maps(sums)
+        return solve_linear_maps(sums)
 
     def _latency(self, twin: nn.Module, captured: Captured, adapter: Adapter, first: Batch) -> Latency:
         """Measured by one process alone."""
         backend, graphs, regions = BACKENDS[str(self.latency_backend)], captured.graphs, captured.regions
-        return by_first(
+        return run_on_rank_zero(
             lambda: measure_latency(backend, twin, captured.model, graphs, regions, adapter, first, tell=self._say)
         )
 
@@ -249,15 +255,17 @@ class Study:
             self.progress(stage, done, total)
 
 
-def _tracking(island: str, gm: fx.GraphModule) -> fx.Interpreter:
-    return RecordingInterpreter(gm, island, Record(), ())
+def _make_tracking_interpreter(island: str, gm: fx.GraphModule) -> fx.Interpreter:
+    return RecordingInterpreter(gm, island, AttributionRecord(), ())
 
 
-def _summing(regions: Sequence[Region], sums: Sums, island: str, gm: fx.GraphModule) -> fx.Interpreter:
-    return SummingInterpreter(gm, [region for region in regions if region.island == island], sums)
+def _make_gram_interpreter(
+    regions: Sequence[Region], sums: GramSums, island: str, gm: fx.GraphModule
+) -> fx.Interpreter:
+    return GramInterpreter(gm, [region for region in regions if region.island == island], sums)
 
 
-def _versions() -> dict[str, str]:
+def _library_versions() -> dict[str, str]:
     return {
         "fxprune": __version__,
         "torch": torch.__version__,

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from fxprune.attribution.criteria import absolute_weights
-from fxprune.attribution.recorder import Record
+from fxprune.attribution.recorder import AttributionRecord
 from fxprune.errors import LossError, NoRegionError, SettingError
-from fxprune.graph.fx_utils import dotted, operation_name
+from fxprune.graph.fx_utils import join_path, operation_name
 from fxprune.graph.interpreters import Graphs, NodeName
 from fxprune.graph.records import Captured, Region, Rejection
 from fxprune.planning.plan import Candidate, NodeRecord
@@ -18,7 +18,7 @@ from fxprune.profiling.latency import Latency
 from fxprune.runtime.text import first_few
 
 
-def candidates(
+def build_candidates(
     regions: Sequence[Region],
     scores: dict[str, float],
     flops: dict[NodeName, float],
@@ -49,7 +49,7 @@ def candidates(
     return tuple(rows), refused
 
 
-def node_records(graphs: Graphs, record: Record, flops: dict[NodeName, float]) -> Iterator[NodeRecord]:
+def build_node_records(graphs: Graphs, record: AttributionRecord, flops: dict[NodeName, float]) -> Iterator[NodeRecord]:
     """Say of every node what it is and what was found of it."""
     for island, gm in graphs:
         for node in gm.graph.nodes:
@@ -57,13 +57,13 @@ def node_records(graphs: Graphs, record: Record, flops: dict[NodeName, float]) -
                 continue
             key, called = (island, node.name), node.op == "call_module"
             yield NodeRecord(
-                name=dotted(island, str(node.target) if called else node.name),
+                name=join_path(island, str(node.target) if called else node.name),
                 island=island,
                 node=node.name,
                 op=operation_name(gm, node),
                 reads=tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
                 shape=record.shapes.get(key),
-                grad_act=record.nodes.get(key),
+                grad_act=record.grad_act.get(key),
                 l1=(absolute_weights([gm.get_submodule(str(node.target))]) or None) if called else None,
                 flops=flops.get(key, 0.0),
             )
@@ -76,10 +76,10 @@ def without_cost(captured: Captured, flops: dict[tuple[str, str], float]) -> Cap
     rejections = [*captured.rejections, *(Rejection(region.name, reason) for region in idle)]
     regions = [region for region in captured.regions if region not in idle]
     if not regions:
-        raise _no_region(captured.model, rejections)
+        raise _no_region_error(captured.model, rejections)
     return Captured(captured.model, captured.islands, regions, rejections)
 
 
-def _no_region(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionError:
+def _no_region_error(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionError:
     rows = first_few([f"\n  {rejection.name}: {rejection.reason}" for rejection in rejections], most=20, separator="")
     return NoRegionError(f"nothing in {type(model).__name__} can be removed:{rows}")

@@ -16,19 +16,19 @@ from fxprune.errors import BudgetError
 
 
 @dataclass(frozen=True)
-class Item:
+class CostItem:
     """Something that is saved when all that needs it is removed.
 
     Attributes
     ----------
-    size : float
+    amount : float
         How much is saved.
-    needs : tuple of frozenset of int
+    removers : tuple of frozenset of int
         One set for each thing that needs it: the candidates that would remove this thing.
     """
 
-    size: float
-    needs: tuple[frozenset[int], ...]
+    amount: float
+    removers: tuple[frozenset[int], ...]
 
 
 def check_budget(budget: object) -> float:
@@ -44,9 +44,9 @@ def check_budget(budget: object) -> float:
     return float(budget)
 
 
-def select(
+def choose_regions(
     importance: Sequence[float],
-    items: Sequence[Item],
+    items: Sequence[CostItem],
     conflicts: Iterable[Collection[int]],
     total: float,
     budget: float,
@@ -79,15 +79,15 @@ def select(
     BudgetError
         If no choice saves that much; says how much could go at most.
     """
-    program = _Program(len(importance), _merged(items), {frozenset(some) for some in conflicts}, total)
+    program = _Program(len(importance), _merge_items(items), {frozenset(some) for some in conflicts}, total)
     weights = np.maximum(np.asarray(importance, dtype=float), 0.0)
     objective = _TIE_BREAK * program.cost
-    objective[: len(weights)] += weights * (_SCALE / weights.max() if weights.max() > 0 else 1.0)
+    objective[: len(weights)] += weights * (_OBJECTIVE_SCALE / weights.max() if weights.max() > 0 else 1.0)
     for slack in (0.0, 1e-6, 1e-5):  # the solver keeps constraints to 1e-6; what it chose is counted exactly
         solution = program.solve(objective, budget + slack)
-        if program.share(solution) >= budget:
+        if program.saved_share(solution) >= budget:
             return [int(index) for index in np.flatnonzero(solution[: len(importance)] > 0.5)]
-    most = program.share(program.solve(-program.cost, None))
+    most = program.saved_share(program.solve(-program.cost, None))
     if most < budget:
         raise BudgetError(
             f"budget {budget:.3g} of the model's cost cannot be removed: its regions together give {most:.1%} at most;"
@@ -96,21 +96,21 @@ def select(
     raise BudgetError(f"budget {budget:.3g} lies within rounding of what can be removed at most ({most:.6%})")
 
 
-_SCALE = 1e4
+_OBJECTIVE_SCALE = 1e4
 """The largest importance in the solver's objective, whose absolute tolerance is 1e-6."""
 _TIE_BREAK = 1e-3
 """What the whole model's cost weighs beside it: too little to outweigh a difference that means anything. Among ties the
 solver overshoots by up to its tolerance over this, .001 of the cost; ten times finer takes it fifty times as long."""
 
 
-def _merged(items: Sequence[Item]) -> list[Item]:
+def _merge_items(items: Sequence[CostItem]) -> list[CostItem]:
     """Sum items with the same needs; leave out those that nothing can save."""
     sizes: dict[tuple[frozenset[int], ...], float] = {}
     for item in items:
-        needs = tuple(sorted(set(item.needs), key=sorted))
-        if item.size > 0 and needs and all(needs):
-            sizes[needs] = sizes.get(needs, 0.0) + item.size
-    return [Item(size, needs) for needs, size in sizes.items()]
+        needs = tuple(sorted(set(item.removers), key=sorted))
+        if item.amount > 0 and needs and all(needs):
+            sizes[needs] = sizes.get(needs, 0.0) + item.amount
+    return [CostItem(size, needs) for needs, size in sizes.items()]
 
 
 class _Program:
@@ -119,25 +119,27 @@ class _Program:
     What only one thing needs, of whose removers at most one can go, is a cost of these candidates themselves.
     """
 
-    def __init__(self, candidates: int, items: list[Item], conflicts: set[frozenset[int]], total: float) -> None:
+    def __init__(self, candidates: int, items: list[CostItem], conflicts: set[frozenset[int]], total: float) -> None:
         self.candidates, self.items, self.total = candidates, items, total
-        plain = [item for item in items if len(item.needs) == 1 and _exclusive(item.needs[0], conflicts)]
+        plain = [item for item in items if len(item.removers) == 1 and _is_exclusive(item.removers[0], conflicts)]
         joint = [item for item in items if item not in plain]
-        self.size = candidates + len(joint)
-        self.cost = np.zeros(self.size)
+        self.variable_count = candidates + len(joint)
+        self.cost = np.zeros(self.variable_count)
         for item in plain:
-            self.cost[list(item.needs[0])] += item.size / total
+            self.cost[list(item.removers[0])] += item.amount / total
         largest = {some for some in conflicts if len(some) > 1 and not any(some < other for other in conflicts)}
         self.rows = [(self._row(dict.fromkeys(some, 1.0)), -np.inf, 1.0) for some in sorted(largest, key=sorted)]
         for index, item in enumerate(joint, start=candidates):
-            self.cost[index] = item.size / total
-            self.rows += self._joint_rows(index, item, conflicts)
+            self.cost[index] = item.amount / total
+            self.rows += self._joint_constraints(index, item, conflicts)
 
-    def _joint_rows(self, index: int, item: Item, conflicts: set[frozenset[int]]) -> list[tuple[Any, float, float]]:
+    def _joint_constraints(
+        self, index: int, item: CostItem, conflicts: set[frozenset[int]]
+    ) -> list[tuple[Any, float, float]]:
         """Hold an item's variable to 1 exactly when every need has a candidate that goes, to 0 else."""
-        rows = [(self._row(dict.fromkeys(need, 1.0) | {index: -1.0}), 0.0, np.inf) for need in item.needs]
+        rows = [(self._row(dict.fromkeys(need, 1.0) | {index: -1.0}), 0.0, np.inf) for need in item.removers]
         exclusive = [
-            [need] if _exclusive(need, conflicts) else [frozenset([one]) for one in need] for need in item.needs
+            [need] if _is_exclusive(need, conflicts) else [frozenset([one]) for one in need] for need in item.removers
         ]
         for removers in product(*exclusive):
             row = self._row({index: -1.0})
@@ -147,7 +149,7 @@ class _Program:
         return rows
 
     def _row(self, entries: Mapping[int, float]) -> Any:
-        row = np.zeros(self.size)
+        row = np.zeros(self.variable_count)
         row[list(entries)] = list(entries.values())
         return row
 
@@ -161,17 +163,17 @@ class _Program:
         result = milp(
             objective,
             constraints=constraints,
-            integrality=np.arange(self.size) < self.candidates,
+            integrality=np.arange(self.variable_count) < self.candidates,
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 0.0},
         )
-        return result.x if result.x is not None else np.zeros(self.size)
+        return result.x if result.x is not None else np.zeros(self.variable_count)
 
-    def share(self, solution: Any) -> float:
+    def saved_share(self, solution: Any) -> float:
         """Fraction of the total that a choice really saves, counted without the solver's tolerances."""
         chosen = {int(index) for index in np.flatnonzero(solution[: self.candidates] > 0.5)}
-        return sum(item.size for item in self.items if all(need & chosen for need in item.needs)) / self.total
+        return sum(item.amount for item in self.items if all(need & chosen for need in item.removers)) / self.total
 
 
-def _exclusive(need: frozenset[int], conflicts: set[frozenset[int]]) -> bool:
+def _is_exclusive(need: frozenset[int], conflicts: set[frozenset[int]]) -> bool:
     return len(need) == 1 or any(need <= some for some in conflicts)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fxprune.errors import PlanError
 from fxprune.graph.records import Link, Rejection
-from fxprune.planning.plan_schema import encode, read_record
+from fxprune.planning.plan_schema import encode_json, read_record
 
 VERSION = 2
 """Version of the plan file's schema; files of version 1, which know of no latency, are read as well."""
@@ -234,7 +234,7 @@ class Plan:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as JSON, one line a region and a node."""
-        Path(path).write_text(encode(self.to_dict()), encoding="utf-8")
+        Path(path).write_text(encode_json(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:

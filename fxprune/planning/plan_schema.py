@@ -50,7 +50,7 @@ def read_record(
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
 
 
-def encode(data: Mapping[str, Any]) -> str:
+def encode_json(data: Mapping[str, Any]) -> str:
     """Write an object as JSON, one line a field and a row of each list."""
 
     def spell(value: Any) -> str:

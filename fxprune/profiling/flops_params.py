@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.graph.fx_utils import dotted, parameters_read
-from fxprune.graph.interpreters import NodeName, interpreted
+from fxprune.graph.fx_utils import join_path, node_parameters
+from fxprune.graph.interpreters import NodeName, run_with
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ def count_flops(
         Of each node, summed over all its calls.
     """
     nodes: dict[NodeName, int] = {}
-    with _visible_attention(), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _unfused_attention(), FlopCounterMode(display=False) as counter, torch.no_grad():
 
         def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
             return _CountingInterpreter(gm, island, counter, nodes)
 
-        with interpreted(graphs, make):
+        with run_with(graphs, make):
             run()
     return int(counter.get_total_flops()), nodes
 
 
 @contextmanager
-def _visible_attention() -> Iterator[None]:
+def _unfused_attention() -> Iterator[None]:
     """Switch off attention's fused inference kernel, whose operations torch's counter does not know."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -96,9 +96,9 @@ def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModul
     sizes: dict[int, int] = {}
     for island, gm in graphs:
         for node in gm.graph.nodes:
-            for path, parameter in parameters_read(gm, node):
+            for path, parameter in node_parameters(gm, node):
                 readers.setdefault(id(parameter), {})[island, node.name] = None
-                names.setdefault(id(parameter), set()).add(dotted(island, path))
+                names.setdefault(id(parameter), set()).add(join_path(island, path))
                 sizes[id(parameter)] = parameter.numel()
     everywhere: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

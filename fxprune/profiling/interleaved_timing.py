@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-LARGEST_KEPT = (32 << 20) - (64 << 10)
+MMAP_THRESHOLD_BYTES = (32 << 20) - (64 << 10)
 """Bytes, a little less than the 32 MiB up to which glibc learns from the blocks that it sees freed."""
 
 
@@ -82,7 +82,7 @@ def interleave(
     """Time functions in turn: in an order drawn at random, then in the same order backwards, and so on.
 
     A function that comes after a certain other one may find the caches warm, so no order stays. Before the first, the
-    process's memory is settled, see `settle_memory`.
+    process's memory is settled, see `raise_mmap_threshold`.
 
     Parameters
     ----------
@@ -110,14 +110,14 @@ def interleave(
     Examples
     --------
     >>> timings = interleave({"a": lambda: sum(range(100)), "b": lambda: sum(range(900))}, rounds=9)
-    >>> ratio_of(timings["b"], timings["a"]).rounds
+    >>> compute_ratio(timings["b"], timings["a"]).rounds
     9
     """
     if not functions:
         raise ValueError("there is no function to time")
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be 1 or more and warmup 0 or more, got {rounds} and {warmup}")
-    settle_memory()
+    raise_mmap_threshold()
     wait = _wait_for(device)
     latency_ms: dict[str, list[float]] = {name: [] for name in functions}
     for index, order in zip(range(-warmup, rounds), _orders(list(functions)), strict=False):
@@ -131,21 +131,21 @@ def interleave(
     return {name: Timing(name, tuple(values)) for name, values in latency_ms.items()}
 
 
-def settle_memory() -> None:
+def raise_mmap_threshold() -> None:
     """Let glibc keep what is freed, where it would give it back to the system and have it filled with zeros anew.
 
     A process that has freed no larger block than its activations does so time and again, in every call at another
-    place; what a part of the model takes is then chance. glibc stops when it sees a block freed of `LARGEST_KEPT`
-    (``mallopt(3)``: ``M_MMAP_THRESHOLD`` is dynamic). Other allocators take no notice.
+    place; what a part of the model takes is then chance. glibc stops when it sees a block freed of
+    `MMAP_THRESHOLD_BYTES` (``mallopt(3)``: ``M_MMAP_THRESHOLD`` is dynamic). Other allocators take no notice.
 
     Examples
     --------
-    >>> settle_memory()
+    >>> raise_mmap_threshold()
     """
-    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
+    torch.empty(MMAP_THRESHOLD_BYTES, dtype=torch.uint8)
 
 
-def ratio_of(timing: Timing, base: Timing) -> Ratio:
+def compute_ratio(timing: Timing, base: Timing) -> Ratio:
     """Compare two functions that were timed together, round by round.
 
     Parameters

@@ -22,16 +22,16 @@ from torch import nn
 
 from fxprune.adapters.protocol import Adapter, Batch, device_of
 from fxprune.errors import SettingError
-from fxprune.graph.fx_utils import dotted
+from fxprune.graph.fx_utils import join_path
 from fxprune.graph.interpreters import Graphs
 from fxprune.graph.operators import in_place_layers
 from fxprune.graph.records import Region
-from fxprune.profiling.interleaved_timing import Timing, interleave, median_error, ratio_of
+from fxprune.profiling.interleaved_timing import Timing, compute_ratio, interleave, median_error
 from fxprune.profiling.node_timer import NodeTimer
-from fxprune.profiling.region_modules import cut_out
+from fxprune.profiling.region_modules import extract_regions
 
 ROUNDS, WARMUP = 15, 2
-MORE = 2
+CHAIN_EXTRA = 2
 """Of a compiled region so many more are timed in a row with it, and what one of them adds on average counts."""
 WHOLE, AGAIN, NODES = "whole", "whole again", "nodes"
 
@@ -63,7 +63,7 @@ UNMEASURED = Latency(None, {}, {})
 
 
 @dataclass(frozen=True)
-class Watched:
+class ProbeInputs:
     """A captured model, as a probe is given it.
 
     Attributes
@@ -74,7 +74,7 @@ class Watched:
         Island names and graphs.
     regions : sequence of Region
         What is asked for.
-    ready : callable
+    prepare : callable
         Makes a module run on the backend.
     device, clock, tell
         Where it runs, what gives the time in seconds, and what is told of progress.
@@ -83,7 +83,7 @@ class Watched:
     run: Callable[[], Any]
     graphs: Graphs
     regions: Sequence[Region]
-    ready: Callable[[nn.Module], None]
+    prepare: Callable[[nn.Module], None]
     device: torch.device
     clock: Callable[[], float]
     tell: Tell
@@ -97,7 +97,7 @@ class Probe:
     regions_ms: Callable[[Timings], Mapping[str, Any]]
 
 
-def by_nodes(watched: Watched) -> Probe:
+def node_probe(watched: ProbeInputs) -> Probe:
     """Share out what the graphs take of a plain call as an interpreter finds it spent on their nodes."""
     timer = NodeTimer(watched.graphs, watched.device, watched.clock)
     nodes = {region.name: [(region.island, node) for node in region.nodes] for region in watched.regions}
@@ -112,31 +112,31 @@ def by_nodes(watched: Watched) -> Probe:
     return Probe({NODES: partial(timer.run, watched.run)}, regions_ms)
 
 
-def by_pieces(watched: Watched) -> Probe:
+def compiled_probe(watched: ProbeInputs) -> Probe:
     """Compile every region by itself, equal ones once, and take what it adds to itself as a share of the whole.
 
     What a compiler makes of a row need not grow evenly: of RetinaNet's head a second block added 12 ms, a third 8.
     """
-    pieces = cut_out(watched.run, watched.graphs, watched.regions)
-    kinds = {piece.kind: piece for piece in pieces}
+    pieces = extract_regions(watched.run, watched.graphs, watched.regions)
+    kinds = {piece.work_key: piece for piece in pieces}
     functions: dict[str, Callable[[], Any]] = {}
     for done, (kind, piece) in enumerate(kinds.items()):
         watched.tell("compile", done, len(kinds))
-        for times in (1, 1 + MORE):
-            module, values = piece.in_a_row(times)
-            watched.ready(module)
+        for times in (1, 1 + CHAIN_EXTRA):
+            module, values = piece.chained(times)
+            watched.prepare(module)
             functions[f"{times} x {kind}"] = partial(module, *values)
-            _try(functions[f"{times} x {kind}"])
+            _try_call(functions[f"{times} x {kind}"])
     watched.tell("compile", len(kinds), len(kinds))
 
     def regions_ms(timings: Timings) -> Mapping[str, Any]:
         whole = timings[WHOLE]
         added = {
-            kind: np.subtract(timings[f"{1 + MORE} x {kind}"].latency_ms, timings[f"1 x {kind}"].latency_ms)
-            / MORE / whole.latency_ms * whole.median_ms
+            kind: np.subtract(timings[f"{1 + CHAIN_EXTRA} x {kind}"].latency_ms, timings[f"1 x {kind}"].latency_ms)
+            / CHAIN_EXTRA / whole.latency_ms * whole.median_ms
             for kind in kinds
         }  # fmt: skip
-        return {piece.region: added[piece.kind] for piece in pieces}
+        return {piece.region: added[piece.work_key] for piece in pieces}
 
     return Probe(functions, regions_ms)
 
@@ -145,20 +145,20 @@ def by_pieces(watched: Watched) -> Probe:
 class Backend:
     """What makes a module run on it, in place; what finds the regions' part; and a context to run in meanwhile."""
 
-    ready: Callable[[nn.Module], None]
-    probe: Callable[[Watched], Probe]
-    during: Callable[[], AbstractContextManager[Any]] = nullcontext
+    prepare: Callable[[nn.Module], None]
+    probe: Callable[[ProbeInputs], Probe]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def _compiling() -> AbstractContextManager[Any]:
+def _raise_recompile_limit() -> AbstractContextManager[Any]:
     """Models of one class share code, each compiles it anew, and after some times Dynamo goes on in eager mode."""
     patched: AbstractContextManager[Any] = torch._dynamo.config.patch(recompile_limit=256)
     return patched
 
 
 BACKENDS = {
-    "eager": Backend(lambda module: None, by_nodes),
-    "inductor": Backend(partial(nn.Module.compile, dynamic=False), by_pieces, _compiling),
+    "eager": Backend(lambda module: None, node_probe),
+    "inductor": Backend(partial(nn.Module.compile, dynamic=False), compiled_probe, _raise_recompile_limit),
 }
 """Backends by name; each with the probe that predicts measured cuts best (`benchmarks.bench_latency`)."""
 
@@ -169,16 +169,16 @@ def check_backend(backend: object) -> None:
         raise SettingError(f"latency_backend {backend!r} is not known; known: {', '.join(BACKENDS)}, or None")
 
 
-def backend_for(cost: str, backend: str | None) -> str | None:
+def choose_backend(cost: str, backend: str | None) -> str | None:
     """The backend to measure on: the one asked for, or eager if the cost is latency and none was."""
     return "eager" if backend is None and cost == "latency" else backend
 
 
-def ready_twin(model: nn.Module, backend: Backend) -> nn.Module:
+def backend_copy(model: nn.Module, backend: Backend) -> nn.Module:
     """Copy a model that is about to be captured and make it run on a backend; the weights are shared, not copied."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, tensors)
-    backend.ready(twin)
+    backend.prepare(twin)
     return twin
 
 
@@ -202,7 +202,7 @@ def measure_latency(
     backend : Backend
         What it runs on.
     model, captured : Module
-        As it will be used, see `ready_twin`, and with its graphs in place.
+        As it will be used, see `backend_copy`, and with its graphs in place.
     graphs, regions
         Island names and graphs, and what is asked for.
     adapter, batch : Adapter, Batch
@@ -223,27 +223,34 @@ def measure_latency(
 
     Examples
     --------
-    >>> twin = ready_twin(model, BACKENDS["eager"])                # doctest: +SKIP
+    >>> twin = backend_copy(model, BACKENDS["eager"])                # doctest: +SKIP
     >>> latency = measure_latency(BACKENDS["eager"], twin, captured, graphs, regions, adapter, batch)  # doctest: +SKIP
     >>> latency.regions_ms["layer3.4"] / latency.whole_ms          # doctest: +SKIP
     """
     device, done = device_of(model), iter(range(1 - WARMUP, rounds + 1))
     whole, run = partial(adapter.predict, model, batch), partial(adapter.predict, captured, batch)
-    with torch.no_grad(), backend.during(), settled(model), settled(captured), overwriting(graphs, model):
+    with backend.context(), _comparable(model, captured, graphs):
         tell("latency", 0, rounds)
-        _try(whole)
-        probe = backend.probe(Watched(run, graphs, regions, backend.ready, device, clock, tell))
+        _try_call(whole)
+        probe = backend.probe(ProbeInputs(run, graphs, regions, backend.prepare, device, clock, tell))
         progress = {"progress": lambda: tell("latency", max(next(done), 0), rounds)}
         functions: dict[str, Callable[[], Any]] = {WHOLE: whole, AGAIN: whole, **probe.functions, **progress}
         timings = interleave(functions, rounds=rounds, warmup=WARMUP, device=device, clock=clock)
-    again, threads = ratio_of(timings[AGAIN], timings[WHOLE]), torch.get_num_threads()
+    again, threads = compute_ratio(timings[AGAIN], timings[WHOLE]), torch.get_num_threads()
     settings = {"device": str(device), "images": batch.count, "threads": threads, "rounds": rounds}
     settings["floor"] = max(abs(again.median - 1), again.error)
-    regions_ms = {name: beyond_chance(values) for name, values in probe.regions_ms(timings).items()}
+    regions_ms = {name: significant_median(values) for name, values in probe.regions_ms(timings).items()}
     return Latency(timings[WHOLE].median_ms, regions_ms, settings)
 
 
-def _try(call: Callable[[], Any]) -> None:
+@contextmanager
+def _comparable(model: nn.Module, captured: nn.Module, graphs: Graphs) -> Iterator[None]:
+    """Let a model and its captured version do the same work, without gradients, until the end of the block."""
+    with torch.no_grad(), frozen_eval_mode(model), frozen_eval_mode(captured), matching_inplace_flags(graphs, model):
+        yield
+
+
+def _try_call(call: Callable[[], Any]) -> None:
     try:
         call()
     except Exception as error:  # a backend may fail in any way of its own
@@ -254,14 +261,14 @@ def _try(call: Callable[[], Any]) -> None:
         ) from error
 
 
-def beyond_chance(values_ms: Sequence[float]) -> float:
+def significant_median(values_ms: Sequence[float]) -> float:
     """Median of the rounds; 0 if it is no larger than its own error."""
     low, middle, high = (float(value) for value in np.percentile(values_ms, (25, 50, 75)))
     return middle if middle > median_error(low, high, len(values_ms)) else 0.0
 
 
 @contextmanager
-def settled(model: nn.Module) -> Iterator[None]:
+def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in eval mode; calls that do so again spend no time on it until the end of the block."""
     model.eval()
     model.__dict__["eval"] = lambda: model
@@ -272,7 +279,7 @@ def settled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def overwriting(graphs: Graphs, model: nn.Module) -> Iterator[None]:
+def matching_inplace_flags(graphs: Graphs, model: nn.Module) -> Iterator[None]:
     """Let the layers of captured graphs overwrite what those of the model do, unless something else reads it.
 
     Captured graphs are functional; a model that is not would spend another share of its time in its largest values.
@@ -281,7 +288,7 @@ def overwriting(graphs: Graphs, model: nn.Module) -> Iterator[None]:
         layer
         for island, gm in graphs
         for path, layer, harmless in in_place_layers(gm)
-        if harmless and getattr(model.get_submodule(dotted(island, path)), "inplace", False)
+        if harmless and getattr(model.get_submodule(join_path(island, path)), "inplace", False)
     ]
     try:
         for layer in layers:

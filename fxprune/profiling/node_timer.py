@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.interpreters import Graphs, NodeName, interpreted
+from fxprune.graph.interpreters import Graphs, NodeName, run_with
 from fxprune.graph.operators import in_place_functions
 from fxprune.profiling.interleaved_timing import stopwatch
 
@@ -49,7 +49,7 @@ class NodeTimer:
     """
 
     def __init__(self, graphs: Graphs, device: torch.device | None, clock: Callable[[], float]) -> None:
-        self.moment, self.between = stopwatch(device, clock)
+        self.now, self.elapsed_ms = stopwatch(device, clock)
         self.graphs = graphs
         self.interpreters = {name: _TimingInterpreter(gm, name, self) for name, gm in graphs}
         self.depth = 0
@@ -58,12 +58,12 @@ class NodeTimer:
     def run(self, call: Callable[[], Any]) -> None:
         """Run the model once."""
         self.runs.append([])
-        with interpreted(self.graphs, lambda name, gm: self.interpreters[name]):
+        with run_with(self.graphs, lambda name, gm: self.interpreters[name]):
             call()
 
-    def note(self, island: str, node: str | None, begin: Any) -> None:
+    def record(self, island: str, node: str | None, begin: Any) -> None:
         """Note that something ends now."""
-        self.runs[-1].append((island, node, self.depth, begin, self.moment()))
+        self.runs[-1].append((island, node, self.depth, begin, self.now()))
 
     def times(self) -> list[NodeTimes]:
         """Add up the notes of every run."""
@@ -71,7 +71,7 @@ class NodeTimer:
         for run in self.runs:
             found.append(times := NodeTimes())
             for island, node, depth, begin, end in run:
-                milliseconds = self.between(begin, end)
+                milliseconds = self.elapsed_ms(begin, end)
                 if node is not None:
                     times.nodes_ms[island, node] += milliseconds
                     times.outermost_ms += milliseconds if depth == 1 else 0.0
@@ -89,32 +89,32 @@ class _TimingInterpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, island: str, timer: NodeTimer) -> None:
         super().__init__(gm)
         self.island, self.timer, self.current = island, timer, ""
-        self.written = {node.name: written for node, written in in_place_functions(gm)}
+        self.inplace_functions = {node.name: written for node, written in in_place_functions(gm)}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        begin = self.timer.moment()
+        begin = self.timer.now()
         self.timer.depth += 1
         try:
             return super().run(*args, **kwargs)
         finally:
             self.timer.depth -= 1
-            self.timer.note(self.island, None, begin)
+            self.timer.record(self.island, None, begin)
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n.name
         return super().run_node(n)
 
     def call_module(self, *args: Any) -> Any:
-        return self._timed(super().call_module, args)
+        return self._run_timed(super().call_module, args)
 
     def call_function(self, target: Any, *args: Any) -> Any:
-        return self._timed(super().call_function, (self.written.get(self.current, target), *args))
+        return self._run_timed(super().call_function, (self.inplace_functions.get(self.current, target), *args))
 
     def call_method(self, *args: Any) -> Any:
-        return self._timed(super().call_method, args)
+        return self._run_timed(super().call_method, args)
 
-    def _timed(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        node, begin = self.current, self.timer.moment()
+    def _run_timed(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        node, begin = self.current, self.timer.now()
         value = run(*args)
-        self.timer.note(self.island, node, begin)
+        self.timer.record(self.island, node, begin)
         return value

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.graph.fx_utils import attribute, structure_of
-from fxprune.graph.interpreters import Graphs, NodeName, interpreted
+from fxprune.graph.fx_utils import get_attribute, graph_structure
+from fxprune.graph.interpreters import Graphs, NodeName, run_with
 from fxprune.graph.records import Region
-from fxprune.graph.symbolic_shapes import specs_of
+from fxprune.graph.symbolic_shapes import tensor_specs
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class RegionModule:
     """A region as a module of its own.
 
     Attributes
@@ -44,18 +44,20 @@ class Piece:
     calls: tuple[tuple[Any, ...], ...]
 
     @cached_property
-    def kind(self) -> str:
+    def work_key(self) -> str:
         """The same for regions that do the same work: equal layers on equally sized values."""
         rows = []
-        for node, (_, target, *arguments) in zip(self.module.graph.nodes, structure_of(self.module.graph), strict=True):
+        for node, (_, target, *arguments) in zip(
+            self.module.graph.nodes, graph_structure(self.module.graph), strict=True
+        ):
             if node.op == "call_module":
                 target = repr(self.module.get_submodule(target))
             elif node.op == "get_attr":
-                target = repr(specs_of(attribute(self.module, target)))
+                target = repr(tensor_specs(get_attribute(self.module, target)))
             rows.append((node.op, "" if node.op == "placeholder" else target, *arguments))
-        return repr((rows, specs_of(self.calls), self.stand_in))
+        return repr((rows, tensor_specs(self.calls), self.stand_in))
 
-    def in_a_row(self, times: int) -> tuple[fx.GraphModule, list[Any]]:
+    def chained(self, times: int) -> tuple[fx.GraphModule, list[Any]]:
         """Make a module that does the region's work so many times, and what it takes.
 
         Each reads what the one before it gave in place of what stands in for the region, and has weights of its own.
@@ -79,7 +81,7 @@ class Piece:
         return fx.GraphModule(root, graph), given
 
 
-def cut_out(run: Callable[[], Any], graphs: Graphs, regions: Iterable[Region]) -> list[Piece]:
+def extract_regions(run: Callable[[], Any], graphs: Graphs, regions: Iterable[Region]) -> list[RegionModule]:
     """Cut regions out of a captured model, and run it once to see what they are fed.
 
     Parameters
@@ -98,16 +100,16 @@ def cut_out(run: Callable[[], Any], graphs: Graphs, regions: Iterable[Region]) -
 
     Examples
     --------
-    >>> pieces = cut_out(lambda: model(images), graphs, regions)   # doctest: +SKIP
-    >>> module, values = pieces[0].in_a_row(2)                     # doctest: +SKIP
+    >>> pieces = extract_regions(lambda: model(images), graphs, regions)   # doctest: +SKIP
+    >>> module, values = pieces[0].chained(2)                     # doctest: +SKIP
     """
     known = dict(graphs)
-    cut = [(region, *separate(known[region.island], region)) for region in regions]
+    cut = [(region, *extract_subgraph(known[region.island], region)) for region in regions]
     values: dict[NodeName, list[Any]] = {(region.island, name): [] for region, _, inputs in cut for name in inputs}
-    with interpreted(graphs, lambda island, gm: _Feeding(gm, island, values)):
+    with run_with(graphs, lambda island, gm: _InputRecorder(gm, island, values)):
         run()
     return [
-        Piece(
+        RegionModule(
             region=region.name,
             module=module,
             stand_in=inputs.index(region.stand_in),
@@ -117,7 +119,7 @@ def cut_out(run: Callable[[], Any], graphs: Graphs, regions: Iterable[Region]) -
     ]
 
 
-def separate(gm: fx.GraphModule, region: Region) -> tuple[fx.GraphModule, list[str]]:
+def extract_subgraph(gm: fx.GraphModule, region: Region) -> tuple[fx.GraphModule, list[str]]:
     """Copy a region's nodes into a graph of their own; returns its module and the names of the nodes that feed it."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     inside = [node for node in gm.graph.nodes if node.name in region.nodes]
@@ -142,7 +144,7 @@ def _inline(graph: fx.Graph, part: fx.GraphModule, prefix: str, values: Sequence
     return copies[part.graph.output_node().all_input_nodes[0]]
 
 
-class _Feeding(fx.Interpreter):
+class _InputRecorder(fx.Interpreter):
     """Notes the values of some nodes."""
 
     def __init__(self, gm: fx.GraphModule, island: str, values: dict[NodeName, list[Any]]) -> None:

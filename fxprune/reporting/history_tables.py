@@ -8,28 +8,38 @@ from itertools import groupby
 from typing import Any
 
 from fxprune.planning.plan import Plan, Totals, cost_of
-from fxprune.reporting.importance_scale import scale_of
-from fxprune.reporting.table_model import MOST_NAMES, Column, Kind, Row, Section, change, counted, quantity, share_of
+from fxprune.reporting.importance_scale import choose_scale
+from fxprune.reporting.table_model import (
+    MAX_NAMES,
+    Column,
+    Kind,
+    Row,
+    Section,
+    count_noun,
+    format_change,
+    format_quantity,
+    format_share,
+)
 from fxprune.runtime.text import first_few
 
 COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
 
-JUDGED = ("loss_increase", "agreement")
-SAID = ("images", "batches", "targets", "strategy", "tried", "mended", *JUDGED, "heal")
+JUDGEMENT_SETTINGS = ("loss_increase", "agreement")
+DESCRIBED_SETTINGS = ("images", "batches", "targets", "strategy", "tried", "mended", *JUDGEMENT_SETTINGS, "heal")
 """Settings that are told in words."""
-HEALINGS = {
+METHOD_NOTES = {
     "affine": "affine: what layers hold was fitted, one after the other, to give what they gave.",
     "mimic": "mimic: what layers hold was fitted to give what they gave, then trained to, for at most so many steps.",
 }
-LOSS = (
+LOSS_NOTE = (
     "loss: how much it has grown on the calibration images, part by part and each relative to its own size: 0 is not at"
     " all, 1 is as if one part had doubled."
 )
-OFF = (
+DEVIATION_NOTE = (
     "Loss: how far it is off on images that were held out, part by part and each relative to its own size (to 1 at"
     " least if there is a single one): 1 is as if one part had doubled."
 )
-DISTANCE = (
+DISTANCE_NOTE = (
     "Distance: how far features are from the unpruned model's, on an eighth of these images; 0 is the same, 0.69 is off"
     " by as much as they vary."
 )
@@ -54,7 +64,7 @@ class Step:
     loss_increase: float | None
 
 
-def steps_of(plans: Sequence[Plan]) -> tuple[Step, ...]:
+def build_steps(plans: Sequence[Plan]) -> tuple[Step, ...]:
     """Add up plans, oldest first."""
     steps, blocks = [], plans[0].before.blocks
     for plan in plans:
@@ -64,54 +74,56 @@ def steps_of(plans: Sequence[Plan]) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def step_by_step(plans: Sequence[Plan], after: Totals) -> Section:
+def steps_section(plans: Sequence[Plan], after: Totals) -> Section:
     """What went in which step, and what was gone by then; `after` is the model after the last."""
-    *steps, last = steps_of(plans)
+    *steps, last = build_steps(plans)
     steps, before, cost = [*steps, replace(last, after=after)], plans[0].before, plans[-1].cost
     costs = {"flops": "FLOPs", cost: COST_NAMES.get(cost, cost)}
     measured = any(step.loss_increase is not None for step in steps)
     rows = []
     for number, step in enumerate(steps, 1):
-        gone = [_gone(before, step.after, name) for name in costs]
-        loss = [signed(step.loss_increase)] if measured else []
-        rows.append(Row((str(number), first_few(step.removed, MOST_NAMES), *gone, *loss)))
+        gone = [_format_saving(before, step.after, name) for name in costs]
+        loss = [format_signed(step.loss_increase)] if measured else []
+        rows.append(Row((str(number), first_few(step.removed, MAX_NAMES), *gone, *loss)))
     heads = [f"{name} so far" for name in costs.values()] + (["loss"] if measured else [])
     columns = (Column("step", "number"), Column("what went", "words"), *(Column(head, "number") for head in heads))
-    notes = (*_ways(plans), *([LOSS] if measured else []))
-    return Section("Step by step", columns, tuple(rows), notes, _each(plans))
+    notes = (*_describe_ways(plans), *([LOSS_NOTE] if measured else []))
+    return Section("Step by step", columns, tuple(rows), notes, _removed_section(plans))
 
 
-def _gone(before: Totals, after: Totals, cost: str) -> str:
+def _format_saving(before: Totals, after: Totals, cost: str) -> str:
     first, last = cost_of(before, cost), cost_of(after, cost)
-    return "" if first is None or last is None else change(first, last)
+    return "" if first is None or last is None else format_change(first, last)
 
 
-def _ways(plans: Sequence[Plan]) -> Iterator[str]:
+def _describe_ways(plans: Sequence[Plan]) -> Iterator[str]:
     """What was asked for, by which criterion and on which images: a line for all steps in which that was the same."""
 
     def way(numbered: tuple[int, Plan]) -> str:
         plan = numbered[1]
-        return f"{_asked(plan)}; by {plan.settings.get('criterion')}; {_calibration(plan)}"
+        return f"{_describe_budget(plan)}; by {plan.settings.get('criterion')}; {_describe_calibration(plan)}"
 
     for text, some in groupby(enumerate(plans, 1), way):
         numbers = [number for number, _ in some]
         yield f"{numbers[0]}{f' to {numbers[-1]}' if len(numbers) > 1 else ''}: {text}"
 
 
-def _each(plans: Sequence[Plan]) -> Section:
+def _removed_section(plans: Sequence[Plan]) -> Section:
     titles = ("step", "block", "criterion", "score", "FLOPs", "params")
     kinds: tuple[Kind, ...] = ("number", "name", "words", "number", "number", "number")
     rows = []
     for number, plan in enumerate(plans, 1):
-        scale, criterion = scale_of(region.score for region in plan.regions), str(plan.settings.get("criterion"))
+        scale, criterion = choose_scale(region.score for region in plan.regions), str(plan.settings.get("criterion"))
         for region in sorted(plan.removed, key=lambda region: region.score):
-            costs = share_of(region.flops, plans[0].before.flops), quantity(region.params)
-            rows.append(Row((str(number), region.name, criterion, scale.write(region.score), *costs), removed=True))
+            costs = format_share(region.flops, plans[0].before.flops), format_quantity(region.params)
+            rows.append(
+                Row((str(number), region.name, criterion, scale.format_score(region.score), *costs), removed=True)
+            )
     columns = tuple(Column(title, kind) for title, kind in zip(titles, kinds, strict=True))
     return Section(f"Each of the {len(rows)} with its score: report.regions", columns, tuple(rows))
 
 
-def healed(plans: Sequence[Plan]) -> Section | None:
+def healing_section(plans: Sequence[Plan]) -> Section | None:
     """How a model was healed, and what that did to its features; None if it was not."""
     notes = [plan.settings.get("heal") for plan in plans]
     known = [note for note in notes if isinstance(note, Mapping)]
@@ -121,14 +133,14 @@ def healed(plans: Sequence[Plan]) -> Section | None:
     titles = ["images", *(["steps"] if trained else []), "distance before", "after", "change"]
     titles += ["loss before", "after"] if judged else []
     columns = (Column("method", "words"), *(Column(title, "number") for title in titles))
-    rows = tuple(_healing(note, trained, judged) for note in known)
+    rows = tuple(_healing_row(note, trained, judged) for note in known)
     methods = dict.fromkeys(note.get("method") for note in known)
-    words = [HEALINGS[name] for name in methods if name in HEALINGS]
-    said = (*words, *filter(None, map(_share, known)), DISTANCE, *([OFF] if judged else []))
+    words = [METHOD_NOTES[name] for name in methods if name in METHOD_NOTES]
+    said = (*words, *filter(None, map(_describe_share, known)), DISTANCE_NOTE, *([DEVIATION_NOTE] if judged else []))
     return Section("Healed", columns, rows, said)
 
 
-def _share(note: Mapping[str, Any]) -> str:
+def _describe_share(note: Mapping[str, Any]) -> str:
     """Say how far a healing went, where that was not all the way."""
     share = _number(note.get("share"))
     if share is None or share == 1:
@@ -136,35 +148,37 @@ def _share(note: Mapping[str, Any]) -> str:
     return f"It went {share:.0%} of the way: there the loss on images that were held out is nearest to what it was."
 
 
-def _healing(note: Mapping[str, Any], trained: bool, judged: bool) -> Row:
-    first, last = _ends(note, "distance")
-    ends = ("?", "?", "") if first is None or last is None else (f"{first:.3g}", f"{last:.3g}", change(first, last))
+def _healing_row(note: Mapping[str, Any], trained: bool, judged: bool) -> Row:
+    first, last = _before_and_after(note, "distance")
+    ends = (
+        ("?", "?", "") if first is None or last is None else (f"{first:.3g}", f"{last:.3g}", format_change(first, last))
+    )
     steps = [str(note.get("steps", ""))] if trained else []
-    losses = ["?" if loss is None else f"{loss:.2g}" for loss in _ends(note, "loss")] if judged else []
+    losses = ["?" if loss is None else f"{loss:.2g}" for loss in _before_and_after(note, "loss")] if judged else []
     return Row((str(note.get("method")), str(note.get("images", "?")), *steps, *ends, *losses))
 
 
-def _ends(note: Mapping[str, Any], what: str) -> tuple[float | None, float | None]:
+def _before_and_after(note: Mapping[str, Any], what: str) -> tuple[float | None, float | None]:
     """What it was before and after a healing, where that is known."""
     found = note.get(what)
     known = found if isinstance(found, Mapping) else {}
     return _number(known.get("before")), _number(known.get("after"))
 
 
-def making(plans: Sequence[Plan]) -> Section:
+def decision_section(plans: Sequence[Plan]) -> Section:
     """What the last of some plans was made by."""
     plan = plans[-1]
-    settings = {key: value for key, value in plan.settings.items() if key not in SAID}
+    settings = {key: value for key, value in plan.settings.items() if key not in DESCRIBED_SETTINGS}
     versions = settings.pop("versions", {})
     rows = {
-        "budget": _asked(plan),
+        "budget": _describe_budget(plan),
         "criterion": settings.pop("criterion", ""),
-        "calibration": _calibration(plan),
+        "calibration": _describe_calibration(plan),
     }
     if "strategy" in plan.settings:
-        rows["strategy"] = _strategy(plan)
+        rows["strategy"] = _describe_strategy(plan)
     if isinstance(settings.get("latency"), Mapping):
-        settings["latency"] = _timing(plan)
+        settings["latency"] = _describe_latency(plan)
     rows |= settings
     if isinstance(versions, Mapping) and versions:
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -172,48 +186,50 @@ def making(plans: Sequence[Plan]) -> Section:
     return Section("How it was decided", columns, tuple(Row((key, str(value))) for key, value in rows.items()))
 
 
-def _strategy(plan: Plan) -> str:
+def _describe_strategy(plan: Plan) -> str:
     name, tried = plan.settings["strategy"], plan.settings.get("tried")
     mended = " once mended" if plan.settings.get("mended", "none") != "none" else ""
     agreement = _number(plan.settings.get("agreement"))
     if name == "search" and agreement is not None:
         judged = f"by what it still finds{mended}, as mAP of what was found before; that of the best: {agreement:.3f}"
-        return f"search: {counted(tried, 'plan')} tried, each judged {judged}"
+        return f"search: {count_noun(tried, 'plan')} tried, each judged {judged}"
     if name == "search":
-        grown = signed(_number(plan.settings.get("loss_increase")))
-        return f"search: {counted(tried, 'plan')} tried, each judged by its loss{mended}; growth of the best: {grown}"
+        grown = format_signed(_number(plan.settings.get("loss_increase")))
+        return (
+            f"search: {count_noun(tried, 'plan')} tried, each judged by its loss{mended}; growth of the best: {grown}"
+        )
     return str(name)
 
 
-def _asked(plan: Plan) -> str:
+def _describe_budget(plan: Plan) -> str:
     """Say what was asked for, and what came of it."""
     before, after = cost_of(plan.before, plan.cost), cost_of(plan.after, plan.cost)
     what = COST_NAMES.get(plan.cost, plan.cost)
-    got = f", {share_of(before - after, before)} went" if before is not None and after is not None else ""
+    got = f", {format_share(before - after, before)} went" if before is not None and after is not None else ""
     return f"at least {100 * plan.budget:.3g}% of the {what}{got}"
 
 
-def _calibration(plan: Plan) -> str:
+def _describe_calibration(plan: Plan) -> str:
     images, batches, targets = (plan.settings.get(key, "?") for key in ("images", "batches", "targets"))
-    return f"{counted(images, 'image')} in {counted(batches, 'batch', 'batches')}; targets: {targets}"
+    return f"{count_noun(images, 'image')} in {count_noun(batches, 'batch', 'batches')}; targets: {targets}"
 
 
-def timed_on(plan: Plan) -> dict[str, Any]:
+def latency_conditions(plan: Plan) -> dict[str, Any]:
     """What the plan's milliseconds are of; figures that differ in it do not compare."""
     settings = plan.settings.get("latency")
     known = settings if isinstance(settings, Mapping) else {}
     return {key: known.get(key, "?") for key in ("backend", "device", "images", "threads")}
 
 
-def _timing(plan: Plan) -> str:
-    backend, device, images, threads = timed_on(plan).values()
+def _describe_latency(plan: Plan) -> str:
+    backend, device, images, threads = latency_conditions(plan).values()
     floor = plan.settings["latency"].get("floor")
     noise = f"; the model strays from itself by {floor:.1%}" if isinstance(floor, float) else ""
-    return f"{backend} on {device}, {counted(threads, 'thread')}, {counted(images, 'image')} a call{noise}"
+    return f"{backend} on {device}, {count_noun(threads, 'thread')}, {count_noun(images, 'image')} a call{noise}"
 
 
-def signed(value: float | None) -> str:
-    """Write a growth with its sign: ``signed(-0.0123) == "−0.0123"``."""
+def format_signed(value: float | None) -> str:
+    """Write a growth with its sign: ``format_signed(-0.0123) == "−0.0123"``."""
     return "" if value is None else f"{'−' if value < 0 else '+'}{abs(value):.3g}"
 
 

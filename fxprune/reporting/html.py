@@ -7,17 +7,22 @@ from html import escape
 
 from fxprune.reporting.table_model import Bar, Column, Row, Section
 
-STAYS, GOES, TRACK, LINE = "#4a8fd9", "#e0562f", "rgba(128,128,128,.16)", "rgba(128,128,128,.35)"
+KEPT_COLOR, REMOVED_COLOR, TRACK_COLOR, LINE_COLOR = (
+    "#4a8fd9",
+    "#e0562f",
+    "rgba(128,128,128,.16)",
+    "rgba(128,128,128,.35)",
+)
 """Colours that stand out from white and from black; all else has the page's own."""
 
 PAGE = "max-width:72em;font-family:system-ui,sans-serif;font-size:13px;line-height:1.4;color:inherit"
 TABLE = "border-collapse:collapse;width:100%;margin:.2em 0 .4em;font-size:inherit;table-layout:auto"
 TITLE = "font-weight:600;font-size:1.1em;margin:1em 0 .2em"
 NOTE = "opacity:.75;margin:.15em 0"
-LINED = f"background:transparent;border:0;border-bottom:1px solid {LINE}"
+LINED = f"background:transparent;border:0;border-bottom:1px solid {LINE_COLOR}"
 CELL = "padding:.12em .6em;border:0;vertical-align:top;font-family:inherit"
 MONO = "font-family:ui-monospace,monospace;font-size:.95em"
-KINDS = {
+CELL_STYLES = {
     "mark": "text-align:left;white-space:nowrap;width:1.5em",
     "name": f"text-align:left;{MONO}",
     "words": "text-align:left;overflow-wrap:anywhere",
@@ -25,10 +30,10 @@ KINDS = {
     "bar": "text-align:left;width:32%;min-width:6em",
 }
 
-REMOVED = {"mark": f";color:{GOES}", "name": ";font-weight:600"}
+REMOVED_STYLES = {"mark": f";color:{REMOVED_COLOR}", "name": ";font-weight:600"}
 
 
-def html(sections: Iterable[Section]) -> str:
+def render_html(sections: Iterable[Section]) -> str:
     """Write sections as one HTML element.
 
     Parameters
@@ -42,7 +47,7 @@ def html(sections: Iterable[Section]) -> str:
 
     Examples
     --------
-    >>> Path("report.html").write_text(html(sections))         # doctest: +SKIP
+    >>> Path("report.html").write_text(render_html(sections))         # doctest: +SKIP
     """
     return f'<div style="{PAGE}">{"".join(map(_section, sections))}</div>'
 
@@ -66,9 +71,9 @@ def _table(section: Section) -> str:
 def _head(column: Column) -> str:
     text = escape(column.title)
     if column.kind == "bar":
-        left, right = map(escape, column.ends)
+        left, right = map(escape, column.end_labels)
         text = f'<div style="display:flex;justify-content:space-between"><span>{left}</span><span>{right}</span></div>'
-    style = f"{CELL};{KINDS[column.kind]};font-weight:400;opacity:.75;font-family:inherit;vertical-align:bottom"
+    style = f"{CELL};{CELL_STYLES[column.kind]};font-weight:400;opacity:.75;font-family:inherit;vertical-align:bottom"
     return f'<th scope="col" style="{style}">{text}</th>'
 
 
@@ -78,12 +83,12 @@ def _row(columns: tuple[Column, ...], row: Row) -> str:
 
 
 def _cell(column: Column, cell: str | Bar, removed: bool) -> str:
-    text = escape(cell) if isinstance(cell, str) else _bar(cell, GOES if removed else STAYS)
-    style = f"{CELL};{KINDS[column.kind]}"
+    text = escape(cell) if isinstance(cell, str) else _bar(cell, REMOVED_COLOR if removed else KEPT_COLOR)
+    style = f"{CELL};{CELL_STYLES[column.kind]}"
     if column.kind == "name":
         text = text.replace(".", ".<wbr>")  # where a long path may break
     if removed:
-        style += REMOVED.get(column.kind, "")
+        style += REMOVED_STYLES.get(column.kind, "")
     return f'<td style="{style}">{text}</td>'
 
 
@@ -92,5 +97,6 @@ def _bar(bar: Bar, color: str) -> str:
     place = f"left:{begin:.2%};width:{end - begin:.2%}"
     inner = f'<div style="position:absolute;top:0;bottom:0;{place};background:{color}"></div>'
     return (
-        f'<div aria-hidden="true" style="position:relative;height:.8em;margin:.3em 0;background:{TRACK}">{inner}</div>'
+        f'<div aria-hidden="true" style="position:relative;height:.8em;margin:.3em'
+        f' 0;background:{TRACK_COLOR}">{inner}</div>'
     )

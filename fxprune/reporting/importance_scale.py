@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-DECADES = 12
+MAX_DECADES = 12
 """How far down a log scale goes."""
-READABLE = 20
+MAX_READABLE_RATIO = 20
 """A bar shorter than this part of the longest cannot be compared."""
-VISIBLE = 1 / 80
+MIN_BAR_WIDTH = 1 / 80
 """Least length of the bar of a score that has one: the eighth of a character in ten."""
 
 
@@ -24,45 +24,45 @@ class Scale:
         Lengths of the two sides of a chart, for negative scores and others: decades if `log`, else as the scores.
     log : bool
         Whether a length stands for a factor.
-    foot : int
+    min_exponent : int
         Exponent of the power of ten at which a log scale's bars have no length.
 
     Examples
     --------
     >>> Scale(left=0, right=4, log=False).bar(1.0)
     (0.0, 0.25)
-    >>> Scale(left=1, right=3, log=True, foot=-2).bar(-0.1)
+    >>> Scale(left=1, right=3, log=True, min_exponent=-2).bar(-0.1)
     (0.0, 0.25)
     """
 
     left: float
     right: float
     log: bool
-    foot: int = 0
+    min_exponent: int = 0
 
     def bar(self, score: float) -> tuple[float, float]:
         """Return where the bar of a score begins and ends, as fractions of the chart's width."""
         whole = self.left + self.right
         origin = self.left / whole
         reach = self._length(abs(score)) / whole
-        reach = max(reach, VISIBLE) if reach else 0.0
+        reach = max(reach, MIN_BAR_WIDTH) if reach else 0.0
         return (max(origin - reach, 0.0), origin) if score < 0 else (origin, min(origin + reach, 1.0))
 
     def _length(self, size: float) -> float:
         if not math.isfinite(size) or not size:
             return 0.0
-        return max(math.log10(size) - self.foot, 0.0) if self.log else size
+        return max(math.log10(size) - self.min_exponent, 0.0) if self.log else size
 
     @property
-    def ends(self) -> tuple[str, str]:
+    def end_labels(self) -> tuple[str, str]:
         """What stands at the left and the right end of the chart."""
         return (f"-{self._value(self.left)}" if self.left else self._value(0.0)), self._value(self.right)
 
     def _value(self, length: float) -> str:
-        return f"{10.0 ** (self.foot + length):g}" if self.log else self.write(length) if length else "0"
+        return f"{10.0 ** (self.min_exponent + length):g}" if self.log else self.format_score(length) if length else "0"
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What a length means."""
         least, most = self._value(0.0), self._value(max(self.left, self.right))
         kind = (
@@ -70,7 +70,7 @@ class Scale:
         )
         return f"Bars: {kind}{'; negative scores reach to the left' if self.left else ''}."
 
-    def write(self, score: float) -> str:
+    def format_score(self, score: float) -> str:
         """Write a score so that those of one chart align."""
         if self.log:
             return f"{score:.2e}" if score else "0"
@@ -78,20 +78,20 @@ class Scale:
         return f"{score:.{max(decimals, 0)}f}" if -4 <= decimals <= 5 else f"{score:.2e}"
 
 
-def scale_of(scores: Iterable[float]) -> Scale:
+def choose_scale(scores: Iterable[float]) -> Scale:
     """Choose the scale for some scores: linear, unless half of the bars would be too short to compare.
 
     Examples
     --------
-    >>> scale_of([0.2, 0.5, 0.8]).log, scale_of([1e-7, 1e-5, 1.0]).log
+    >>> choose_scale([0.2, 0.5, 0.8]).log, choose_scale([1e-7, 1e-5, 1.0]).log
     (False, True)
     """
     known = [score for score in scores if math.isfinite(score) and score]
     least, most = min([0.0, *known]), max([0.0, *known])
     sizes = sorted(map(abs, known))
-    if not sizes or sizes[len(sizes) // 2] * READABLE >= sizes[-1]:
+    if not sizes or sizes[len(sizes) // 2] * MAX_READABLE_RATIO >= sizes[-1]:
         return Scale(left=-least, right=most if sizes else 1.0, log=False)
     top = math.ceil(math.log10(sizes[-1]))
-    foot = max(math.ceil(math.log10(sizes[0])) - 1, top - DECADES)
+    foot = max(math.ceil(math.log10(sizes[0])) - 1, top - MAX_DECADES)
     sides = [max(math.ceil(math.log10(size)) - foot, 0) if size else 0 for size in (-least, most)]
-    return Scale(left=sides[0], right=sides[1], log=True, foot=foot)
+    return Scale(left=sides[0], right=sides[1], log=True, min_exponent=foot)

@@ -12,15 +12,15 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from torch import nn
 
-from fxprune.adapters.registry import network_of
+from fxprune.adapters.registry import unwrap
 from fxprune.graph.records import Rejection
 from fxprune.planning.plan import Candidate, Plan, Totals
-from fxprune.reporting.history_tables import Step, steps_of
-from fxprune.reporting.html import html
-from fxprune.reporting.sections import describe
-from fxprune.reporting.table_model import Section, change
-from fxprune.reporting.text import markdown, terminal
-from fxprune.rewriting.history import SPARED, plans_carried_out
+from fxprune.reporting.history_tables import Step, build_steps
+from fxprune.reporting.html import render_html
+from fxprune.reporting.sections import build_sections
+from fxprune.reporting.table_model import Section, format_change
+from fxprune.reporting.text import render_markdown, render_terminal
+from fxprune.rewriting.history import SAVINGS_ATTRIBUTE, applied_plans
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Report:
     @property
     def steps(self) -> tuple[Step, ...]:
         """What went one after the other, what the model cost then, and how much its loss had grown."""
-        *others, last = steps_of(self.plans)
+        *others, last = build_steps(self.plans)
         less = {name: getattr(last.after, name) - count for name, count in self.spared.items()}
         return (*others, replace(last, after=replace(last.after, **less)))
 
@@ -112,10 +112,10 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the report as Markdown, for a model card or a pull request."""
-        return markdown(self._sections())
+        return render_markdown(self._sections())
 
     def __repr__(self) -> str:
-        flops = change(self.before.flops, self.after.flops)
+        flops = format_change(self.before.flops, self.after.flops)
         return f"<Report: {len(self.removed)} of {len(self.regions)} candidates, {flops} FLOPs; print it to see more>"
 
     def __str__(self) -> str:
@@ -126,13 +126,13 @@ class Report:
         return "\n".join(line.rstrip() for line in text.splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from terminal(self._sections(), options.max_width)
+        yield from render_terminal(self._sections(), options.max_width)
 
     def _repr_html_(self) -> str:
-        return html(self._sections())
+        return render_html(self._sections())
 
     def _sections(self) -> tuple[Section, ...]:
-        return describe(self.plans, self.applied, self.before, self.after)
+        return build_sections(self.plans, self.applied, self.before, self.after)
 
 
 def report(pruned: nn.Module | Plan) -> Report:
@@ -160,7 +160,7 @@ def report(pruned: nn.Module | Plan) -> Report:
     """
     if isinstance(pruned, Plan):
         return Report((pruned,), applied=False)
-    return Report(plans_carried_out(pruned), spared=getattr(network_of(pruned), SPARED, {}))
+    return Report(applied_plans(pruned), spared=getattr(unwrap(pruned), SAVINGS_ATTRIBUTE, {}))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -6,29 +6,29 @@ import re
 from collections.abc import Iterator, Sequence
 
 from fxprune.graph.records import Rejection
-from fxprune.planning.analysis import conflicts
+from fxprune.planning.analysis import exclusive_sets
 from fxprune.planning.plan import Candidate, Plan, Totals
-from fxprune.reporting.history_tables import healed, making, step_by_step, timed_on
-from fxprune.reporting.importance_scale import Scale, scale_of
+from fxprune.reporting.history_tables import decision_section, healing_section, latency_conditions, steps_section
+from fxprune.reporting.importance_scale import Scale, choose_scale
 from fxprune.reporting.table_model import (
-    MOST_NAMES,
+    MAX_NAMES,
     Column,
     Row,
     Section,
-    change,
-    counted,
-    milliseconds,
-    quantity,
-    share_of,
+    count_noun,
+    format_change,
+    format_milliseconds,
+    format_quantity,
+    format_share,
 )
 from fxprune.runtime.text import first_few
 
-MOST = 40
+MAX_BLOCKS = 40
 """Blocks in a chart, unless more than these were removed."""
-REMOVED, RIVAL = "✂", "~"
+REMOVED_MARK, RIVAL_MARK = "✂", "~"
 
 # What differs between two reasons of one kind.
-DETAILS = {
+REASON_PATTERNS = {
     r"^it turns \S+ into \S+,": "it changes the shape,",
     r"^it could become '.*', but what lies between is also read by .*": (
         "it could become an earlier value, but what lies between is also read elsewhere"
@@ -36,7 +36,7 @@ DETAILS = {
 }
 
 
-def describe(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals) -> tuple[Section, ...]:
+def build_sections(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals) -> tuple[Section, ...]:
     """Say everything of one or more prunings.
 
     Parameters
@@ -54,7 +54,7 @@ def describe(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals
 
     Examples
     --------
-    >>> [section.title for section in describe([plan], False, plan.before, plan.after)]  # doctest: +SKIP
+    >>> [section.title for section in build_sections([plan], False, plan.before, plan.after)]  # doctest: +SKIP
     """
     last = plans[-1]
     gone = sum(len(plan.removed) for plan in plans)
@@ -63,11 +63,11 @@ def describe(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals
     steps = f" in {len(plans)} steps" if len(plans) > 1 else ""
     sections = (
         _costs(title + steps, before, after, plans),
-        step_by_step(plans, after) if len(plans) > 1 else None,
-        healed(plans) if applied else None,
+        steps_section(plans, after) if len(plans) > 1 else None,
+        healing_section(plans) if applied else None,
         _chart(last, before, f" before step {len(plans)}" if len(plans) > 1 else ""),
-        _refused(last.rejections) if last.rejections else None,
-        making(plans),
+        _rejections_section(last.rejections) if last.rejections else None,
+        decision_section(plans),
     )
     return tuple(section for section in sections if section)
 
@@ -75,23 +75,33 @@ def describe(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals
 def _costs(title: str, before: Totals, after: Totals, plans: Sequence[Plan]) -> Section:
     columns = (Column("", "words"), *(Column(name, "number") for name in ("before", "after", "change")))
     rows = [
-        ("FLOPs per image", quantity(before.flops), quantity(after.flops), change(before.flops, after.flops)),
-        ("parameters", quantity(before.params), quantity(after.params), change(before.params, after.params)),
+        (
+            "FLOPs per image",
+            format_quantity(before.flops),
+            format_quantity(after.flops),
+            format_change(before.flops, after.flops),
+        ),
+        (
+            "parameters",
+            format_quantity(before.params),
+            format_quantity(after.params),
+            format_change(before.params, after.params),
+        ),
         ("blocks", str(before.blocks), str(after.blocks), f"{after.blocks - before.blocks:d}".replace("-", "−")),
     ]
     first, last = before.latency_ms, after.latency_ms
-    if first is not None and last is not None and len({repr(timed_on(plan)) for plan in plans}) == 1:
-        name = f"latency (ms, {timed_on(plans[-1]).get('backend')}, predicted)"
-        rows.append((name, milliseconds(first), milliseconds(last), change(first, last)))
+    if first is not None and last is not None and len({repr(latency_conditions(plan)) for plan in plans}) == 1:
+        name = f"latency (ms, {latency_conditions(plans[-1]).get('backend')}, predicted)"
+        rows.append((name, format_milliseconds(first), format_milliseconds(last), format_change(first, last)))
     return Section(title, columns, tuple(Row(cells) for cells in rows))
 
 
 def _chart(plan: Plan, whole: Totals, when: str) -> Section:
-    scale = scale_of(region.score for region in plan.regions)
+    scale = choose_scale(region.score for region in plan.regions)
     columns: tuple[Column, ...] = (
         Column("", "mark"),
         Column("block", "name"),
-        Column("importance", "bar", scale.ends),
+        Column("importance", "bar", scale.end_labels),
         Column("score", "number"),
         Column("FLOPs", "number"),
         Column("params", "number"),
@@ -102,7 +112,7 @@ def _chart(plan: Plan, whole: Totals, when: str) -> Section:
     marks = _marks(plan.regions)
     shown: list[Row] = []
     hidden: list[Row] = []
-    blocks, room = 0, MOST - len(plan.removed)
+    blocks, room = 0, MAX_BLOCKS - len(plan.removed)
     for index in sorted(range(len(marks)), key=lambda index: plan.regions[index].score):
         region = plan.regions[index]
         fits = region.block and not region.removed and room > 0
@@ -111,22 +121,22 @@ def _chart(plan: Plan, whole: Totals, when: str) -> Section:
         blocks += region.block and rows is hidden
         rows.append(_row(region, marks[index], scale, whole, timed))
     title = f"Importance by {plan.settings.get('criterion')}{when}, least first"
-    more = _hidden(columns, hidden, blocks, len(marks))
+    more = _hidden_section(columns, hidden, blocks, len(marks))
     return Section(title, columns, tuple(shown), tuple(_legend(plan, scale, shown)), more)
 
 
 def _marks(regions: tuple[Candidate, ...]) -> list[str]:
     """Mark what goes, and what cannot go with it."""
     gone = {index for index, region in enumerate(regions) if region.removed}
-    rivals = {index for some in conflicts(regions) if some & gone for index in some}
-    return [REMOVED if index in gone else RIVAL if index in rivals else "" for index in range(len(regions))]
+    rivals = {index for some in exclusive_sets(regions) if some & gone for index in some}
+    return [REMOVED_MARK if index in gone else RIVAL_MARK if index in rivals else "" for index in range(len(regions))]
 
 
 def _row(region: Candidate, mark: str, scale: Scale, whole: Totals, timed: bool = False) -> Row:
     name = f"{region.name} (drop)" if region.kind == "drop" else region.name
-    share, params = share_of(region.flops, whole.flops), quantity(region.params)
-    latency = (milliseconds(region.latency_ms or 0.0),) if timed else ()
-    score = scale.write(region.score)
+    share, params = format_share(region.flops, whole.flops), format_quantity(region.params)
+    latency = (format_milliseconds(region.latency_ms or 0.0),) if timed else ()
+    score = scale.format_score(region.score)
     return Row((mark, name, scale.bar(region.score), score, share, params, *latency), region.removed)
 
 
@@ -136,24 +146,24 @@ def _legend(plan: Plan, scale: Scale, rows: Sequence[Row]) -> Iterator[str]:
     if tried != 1:
         best = "that finds most of what was found" if "agreement" in plan.settings else "whose loss grew least"
         choice = f"of {tried} plans that meet the budget, proposed by importance, the one {best}."
-    yield f"{REMOVED} goes: {choice}"
-    if any(row.cells[0] == RIVAL for row in rows):
-        yield f"{RIVAL} overlaps with one that goes; only one of them can."
+    yield f"{REMOVED_MARK} goes: {choice}"
+    if any(row.cells[0] == RIVAL_MARK for row in rows):
+        yield f"{RIVAL_MARK} overlaps with one that goes; only one of them can."
     if any(str(row.cells[1]).endswith(" (drop)") for row in rows):
         yield "(drop): the sum that it feeds keeps the other operand."
-    yield scale.words
+    yield scale.description
 
 
-def _hidden(columns: tuple[Column, ...], rows: Sequence[Row], blocks: int, every: int) -> Section | None:
+def _hidden_section(columns: tuple[Column, ...], rows: Sequence[Row], blocks: int, every: int) -> Section | None:
     inside = len(rows) - blocks
-    parts = [f"{counted(inside, 'candidate')} inside of blocks"] if inside else []
-    parts += [counted(blocks, "more important block")] if blocks else []
+    parts = [f"{count_noun(inside, 'candidate')} inside of blocks"] if inside else []
+    parts += [count_noun(blocks, "more important block")] if blocks else []
     if not parts:
         return None
     return Section(f"Not shown: {' and '.join(parts)}. All {every}: report.regions", columns, tuple(rows))
 
 
-def _refused(rejections: Sequence[Rejection]) -> Section:
+def _rejections_section(rejections: Sequence[Rejection]) -> Section:
     groups: dict[str, list[Rejection]] = {}
     for rejection in rejections:
         groups.setdefault(_kind_of(rejection.reason), []).append(rejection)
@@ -162,7 +172,7 @@ def _refused(rejections: Sequence[Rejection]) -> Section:
             (
                 str(len(some)),
                 kind if len(some) > 1 else some[0].reason,
-                first_few([one.name for one in some], MOST_NAMES),
+                first_few([one.name for one in some], MAX_NAMES),
             )
         )
         for kind, some in groups.items()
@@ -177,6 +187,6 @@ def _refused(rejections: Sequence[Rejection]) -> Section:
 
 
 def _kind_of(reason: str) -> str:
-    for pattern, kind in DETAILS.items():
+    for pattern, kind in REASON_PATTERNS.items():
         reason = re.sub(pattern, kind, reason)
     return reason

@@ -9,17 +9,17 @@ Bar = tuple[float, float]
 """Begin and end as fractions of the width."""
 Kind = Literal["mark", "name", "words", "number", "bar"]
 
-MOST_NAMES = 6
+MAX_NAMES = 6
 """Names in one cell."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Heading and kind of the cells below it; `ends` are the labels of a bar's scale."""
+    """Heading and kind of the cells below it; `end_labels` are the labels of a bar's scale."""
 
     title: str
     kind: Kind
-    ends: tuple[str, str] = ("", "")
+    end_labels: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -52,28 +52,28 @@ class Section:
     more: Section | None = None
 
 
-def quantity(value: float) -> str:
-    """Write a count with an SI prefix: ``quantity(12_300_000) == "12.3M"``."""
+def format_quantity(value: float) -> str:
+    """Write a count with an SI prefix: ``format_quantity(12_300_000) == "12.3M"``."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor * 0.9995:  # what rounds to 1000 of the smaller unit is 1 of this one
             return f"{value / factor:.3g}{prefix}"
     return f"{value:.0f}"
 
 
-def change(before: float, after: float) -> str:
-    """Write what became less, or more, as a signed share: ``change(200, 180) == "−10.0%"``."""
-    share = share_of(abs(before - after), before)
+def format_change(before: float, after: float) -> str:
+    """Write what became less, or more, as a signed share: ``format_change(200, 180) == "−10.0%"``."""
+    share = format_share(abs(before - after), before)
     return f"{'−' if after < before else '+'}{share}" if before != after else share
 
 
-def milliseconds(value: float) -> str:
-    """Write a latency with three digits: ``milliseconds(57.123) == "57.1"``."""
+def format_milliseconds(value: float) -> str:
+    """Write a latency with three digits: ``format_milliseconds(57.123) == "57.1"``."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
-def counted(count: object, one: str, more: str = "") -> str:
+def count_noun(count: object, one: str, more: str = "") -> str:
     return f"{count} {one if count == 1 else more or one + 's'}"
 
 
-def share_of(part: float, whole: float) -> str:
+def format_share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "?"

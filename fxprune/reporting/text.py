@@ -15,13 +15,13 @@ from rich.text import Text
 
 from fxprune.reporting.table_model import Column, Row, Section
 
-WIDEST, NARROW = 120, 90
+MAX_WIDTH, NARROW_WIDTH = 120, 90
 NUMBERS = 23
 """Columns that the mark, the score and the costs of a block take."""
 MARKDOWN_BAR = 24
 
 
-def terminal(sections: Iterable[Section], width: int) -> Iterator[RenderableType]:
+def render_terminal(sections: Iterable[Section], width: int) -> Iterator[RenderableType]:
     """Draw sections for a rich console.
 
     Parameters
@@ -36,9 +36,9 @@ def terminal(sections: Iterable[Section], width: int) -> Iterator[RenderableType
 
     Examples
     --------
-    >>> Console().print(*terminal(sections, 80))               # doctest: +SKIP
+    >>> Console().print(*render_terminal(sections, 80))               # doctest: +SKIP
     """
-    width = min(width, WIDEST)
+    width = min(width, MAX_WIDTH)
     for index, section in enumerate(sections):
         yield Text(f"\n{section.title}" if index else section.title, style="bold")
         yield _table(section, width)
@@ -46,7 +46,7 @@ def terminal(sections: Iterable[Section], width: int) -> Iterator[RenderableType
             yield Constrain(Text(note, style="dim"), width)
 
 
-def markdown(sections: Iterable[Section]) -> str:
+def render_markdown(sections: Iterable[Section]) -> str:
     """Write sections as Markdown; bars are text.
 
     Parameters
@@ -59,7 +59,7 @@ def markdown(sections: Iterable[Section]) -> str:
 
     Examples
     --------
-    >>> print(markdown(sections))                               # doctest: +SKIP
+    >>> print(render_markdown(sections))                               # doctest: +SKIP
     """
     return "\n\n".join(block for section in sections for block in _blocks(section)) + "\n"
 
@@ -70,7 +70,7 @@ def _notes(section: Section) -> tuple[str, ...]:
 
 def _table(section: Section, width: int) -> Table:
     titled = any(column.title for column in section.columns)
-    gap, least = (2 if width > NARROW else 1), (10 if width >= 60 else 4)
+    gap, least = (2 if width > NARROW_WIDTH else 1), (10 if width >= 60 else 4)
     table = Table(box=None, show_header=titled, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
     if any(column.kind == "bar" for column in section.columns):
         table.width = width
@@ -82,7 +82,7 @@ def _table(section: Section, width: int) -> Table:
             options |= {"max_width": max(width - NUMBERS - least - 5 * gap, 8)}
         if column.kind == "number":
             options |= {"justify": "right"}
-        table.add_column(_scale_line(column.ends) if column.kind == "bar" else column.title, **options)
+        table.add_column(_scale_line(column.end_labels) if column.kind == "bar" else column.title, **options)
     for row in section.rows:
         color = "red" if row.removed else "cyan"
         cells = [Text(_one_line(cell)) if isinstance(cell, str) else Bar(1.0, *cell, color=color) for cell in row.cells]
@@ -102,24 +102,24 @@ def _blocks(section: Section) -> Iterator[str]:
     heads = [_head(column) for column in section.columns]
     rules = ["--:" if column.kind == "number" else "---" for column in section.columns]
     rows = [_markdown_cells(section.columns, row) for row in section.rows]
-    yield f"### {_escaped(section.title)}"
+    yield f"### {_escape(section.title)}"
     yield "\n".join(f"| {' | '.join(line)} |" for line in (heads, rules, *rows))
-    yield from map(_escaped, _notes(section))
+    yield from map(_escape, _notes(section))
 
 
 def _head(column: Column) -> str:
-    return f"{column.title}, {' to '.join(column.ends)}" if column.kind == "bar" else column.title
+    return f"{column.title}, {' to '.join(column.end_labels)}" if column.kind == "bar" else column.title
 
 
 def _markdown_cells(columns: tuple[Column, ...], row: Row) -> list[str]:
     cells = []
     for column, cell in zip(columns, row.cells, strict=True):
         if not isinstance(cell, str):
-            text = _code(_bar_text(cell))
+            text = _code_span(_bar_text(cell))
         elif column.kind == "name":
-            text = _code(cell)
+            text = _code_span(cell)
         else:
-            text = _escaped(cell)
+            text = _escape(cell)
         cells.append(f"**{text}**" if row.removed and column.kind == "name" else text)
     return cells
 
@@ -131,7 +131,7 @@ def _bar_text(bar: tuple[float, float]) -> str:
     return line.replace(" ", "\u00a0")
 
 
-def _code(text: str) -> str:
+def _code_span(text: str) -> str:
     """Put a name in a code span, whatever is in it; an empty one stays empty."""
     if not text:
         return ""
@@ -140,7 +140,7 @@ def _code(text: str) -> str:
     return f"{fence}{pad}{_one_line(text)}{pad}{fence}".replace("|", "\\|")
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", _one_line(text))
 
 

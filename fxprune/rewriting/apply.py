@@ -10,16 +10,16 @@ import torch
 import torchvision
 from torch import fx, nn
 
-from fxprune.adapters.registry import like_the_model, network_of
+from fxprune.adapters.registry import rewrap_like, unwrap
 from fxprune.errors import FxpruneWarning, PlanError
-from fxprune.graph.capture import install, trace_island
+from fxprune.graph.capture import replace_module, trace_module
 from fxprune.graph.channels import channels_of
-from fxprune.graph.fx_utils import dotted, fingerprint
+from fxprune.graph.fx_utils import fingerprint, join_path
 from fxprune.passes.bypass import bypass_regions
-from fxprune.passes.concat import NARROWED
-from fxprune.passes.pipeline import clean_up
+from fxprune.passes.concat import NARROWED_WEIGHTS
+from fxprune.passes.pipeline import run_pipeline
 from fxprune.planning.plan import Candidate, IslandRecord, Plan
-from fxprune.rewriting.history import alterations, plans_of, remember, spared
+from fxprune.rewriting.history import attach_history, narrowing_savings, raw_plans, structural_changes
 from fxprune.rewriting.verification import verify_graph, verify_weights
 from fxprune.runtime.private_copy import private_copy
 
@@ -60,23 +60,23 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     unlisted = {region.island for region in plan.removed} - {island.name for island in plan.islands}
     if unlisted:
         raise PlanError(f"the plan removes regions of {sorted(unlisted)} but does not list these among its islands")
-    network = network_of(model)
+    network = unwrap(model)
     with torch.inference_mode(False):
         shell = nn.Module()
         shell.add_module("root", private_copy(network, keep_precision=True))
         narrowed: dict[str, tuple[int, ...]] = {}
         for record in plan.islands:
-            narrowed |= _rewrite(shell, record, plan)
+            narrowed |= _rewrite_island(shell, record, plan)
         pruned = shell.get_submodule("root")
     verify_weights(network, pruned, plan, narrowed)
-    saved = spared({node.name: node.flops for node in plan.nodes}, network.state_dict(), narrowed)
+    saved = narrowing_savings({node.name: node.flops for node in plan.nodes}, network.state_dict(), narrowed)
     unhealed = {key: value for key, value in plan.settings.items() if key != "heal"}
-    plans = [*plans_of(network), replace(plan, settings=unhealed).to_dict()]
-    remember(pruned, plans, alterations(network), saved)
-    return like_the_model(model, pruned)
+    plans = [*raw_plans(network), replace(plan, settings=unhealed).to_dict()]
+    attach_history(pruned, plans, structural_changes(network), saved)
+    return rewrap_like(model, pruned)
 
 
-def traced_island(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.GraphModule:
+def trace_checked(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.GraphModule:
     """Trace one island of a plan in a model and hold it to its fingerprint.
 
     Raises
@@ -89,17 +89,17 @@ def traced_island(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.Grap
         module = model.get_submodule(record.name)
     except AttributeError:
         raise PlanError(f"the plan needs {where}, which this model does not have") from None
-    traced = trace_island(module, frozenset(record.opaque), exactly=True)
+    traced = trace_module(module, frozenset(record.opaque), fixed_opaque=True)
     found = None if traced is None else fingerprint(traced[0])
     if traced is None or found != record.fingerprint:
         raise PlanError(
             f"{where} of this model has fingerprint {found}, the plan was made for {record.fingerprint}:"
-            f" the structure differs{_other_versions(plan)}; analyze this model and make a new plan"
+            f" the structure differs{_describe_version_changes(plan)}; analyze this model and make a new plan"
         )
     return traced[0]
 
 
-def _other_versions(plan: Plan) -> str:
+def _describe_version_changes(plan: Plan) -> str:
     """Say which libraries have another version than when the plan was made, for their models may be others too."""
     made = plan.settings.get("versions")
     known = {"torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -109,20 +109,20 @@ def _other_versions(plan: Plan) -> str:
     return f" (it was made with {' and '.join(others)})" if others else ""
 
 
-def _rewrite(shell: nn.Module, record: IslandRecord, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _rewrite_island(shell: nn.Module, record: IslandRecord, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Take the plan's regions out of one island of a model, and what is spare then; give the weights' new shapes."""
     path = ".".join(filter(None, ("root", record.name)))
-    gm = traced_island(shell.get_submodule("root"), record, plan)
+    gm = trace_checked(shell.get_submodule("root"), record, plan)
     _warn_of_hooks(record.name, shell.get_submodule(path), gm)
     removed = [region for region in plan.removed if region.island == record.name]
     _check_nodes(removed, gm)
     arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     channels = channels_of(gm)
     bypass_regions(gm, {region.exit: region.stand_in for region in removed})
-    clean_up(gm, channels, shell)
+    run_pipeline(gm, channels, shell)
     verify_graph(record.name, arguments, gm, {node for region in removed for node in region.nodes})
-    install(shell, path, gm, functional=False)
-    return {dotted(record.name, key): shape for key, shape in gm.meta[NARROWED].items()}
+    replace_module(shell, path, gm, functional=False)
+    return {join_path(record.name, key): shape for key, shape in gm.meta[NARROWED_WEIGHTS].items()}
 
 
 def _check_nodes(removed: list[Candidate], gm: fx.GraphModule) -> None:

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxprune.adapters.registry import like_the_model, network_of
+from fxprune.adapters.registry import rewrap_like, unwrap
 from fxprune.errors import ModelError
-from fxprune.graph.channels import opened
-from fxprune.graph.fx_utils import structure_of
-from fxprune.graph.tracer import StructureTracer
-from fxprune.passes.fold_batchnorm import absorb_norms, absorbable, absorbed
+from fxprune.graph.channels import trace_leaf
+from fxprune.graph.fx_utils import graph_structure
+from fxprune.graph.tracer import FunctionalTracer
+from fxprune.passes.fold_batchnorm import fold_batchnorm, foldable_pairs, folded_convolution
 from fxprune.runtime.private_copy import private_copy
 
-FUSED = "forward_fuse"
+FUSED_FORWARD = "forward_fuse"
 """Method by which a leaf module says how it runs without its norm."""
 
 
@@ -45,36 +45,36 @@ def fold_norms(model: nn.Module) -> nn.Module:
     --------
     >>> served = fxprune.fold_norms(pruned)                        # doctest: +SKIP
     """
-    network = network_of(model)
+    network = unwrap(model)
     twin = private_copy(network, keep_precision=True).eval()
     graphs = [module for module in twin.modules() if isinstance(module, fx.GraphModule)]
-    folded = [_fold_inside(module) for module in list(twin.modules())]
+    folded = [_fold_leaf(module) for module in list(twin.modules())]
     if not graphs and not any(folded):
         raise ModelError(
             f"{type(network).__name__} holds no graph to fold norms in; give a pruned model, or torch.fx.symbolic_trace"
             " of one"
         )
     for gm in graphs:
-        absorb_norms(gm)
-    return like_the_model(model, twin)
+        fold_batchnorm(gm)
+    return rewrap_like(model, twin)
 
 
-def _fold_inside(layer: nn.Module) -> bool:
+def _fold_leaf(layer: nn.Module) -> bool:
     """Fold the one norm in a leaf module that can run without it; say whether there was one."""
-    inside = opened(layer) if hasattr(layer, FUSED) else None
-    pairs = [] if inside is None else list(absorbable(inside))
+    inside = trace_leaf(layer) if hasattr(layer, FUSED_FORWARD) else None
+    pairs = [] if inside is None else list(foldable_pairs(inside))
     if inside is None or len(pairs) != 1:
         return False
     ((convolution, norm),) = ((str(node.target) for node in pair) for pair in pairs)
-    both = absorbed(inside.get_submodule(convolution), inside.get_submodule(norm))
-    absorb_norms(inside)
-    tracer = StructureTracer()
-    tracer.traced_func_name = FUSED
-    if structure_of(tracer.trace(layer)) != structure_of(inside.graph):
+    both = folded_convolution(inside.get_submodule(convolution), inside.get_submodule(norm))
+    fold_batchnorm(inside)
+    tracer = FunctionalTracer()
+    tracer.traced_func_name = FUSED_FORWARD
+    if graph_structure(tracer.trace(layer)) != graph_structure(inside.graph):
         return False
     layer.set_submodule(convolution, both)
     owner, _, name = norm.rpartition(".")
     delattr(layer.get_submodule(owner), name)
-    fused: Any = getattr(layer, FUSED)
+    fused: Any = getattr(layer, FUSED_FORWARD)
     layer.forward = fused
     return True

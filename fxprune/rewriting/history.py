@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxprune.adapters.registry import network_of
+from fxprune.adapters.registry import unwrap
 from fxprune.errors import ModelError
-from fxprune.graph.fx_utils import is_within, structure_of
+from fxprune.graph.fx_utils import graph_structure, is_within
 from fxprune.planning.plan import Plan
 
-PLANS = "fxprune_plans"
+PLANS_ATTRIBUTE = "fxprune_plans"
 """Attribute of a pruned network: the plans applied to it, oldest first, as plain data."""
-LAYOUT = "fxprune_layout"
+LAYOUT_ATTRIBUTE = "fxprune_layout"
 """Attribute of a pruned network: what it was made of when its last plan had been carried out, as plain data."""
-SPARED = "fxprune_spared"
+SAVINGS_ATTRIBUTE = "fxprune_spared"
 """Attribute of a pruned network: what narrower layers save on top of its last plan, by cost."""
 
 
-def plans_of(network: nn.Module) -> list[dict[str, Any]]:
+def raw_plans(network: nn.Module) -> list[dict[str, Any]]:
     """Plans that were applied to a network, oldest first, as plain data; empty if none was."""
-    return list(getattr(network, PLANS, ()))
+    return list(getattr(network, PLANS_ATTRIBUTE, ()))
 
 
-def plans_carried_out(model: nn.Module) -> tuple[Plan, ...]:
+def applied_plans(model: nn.Module) -> tuple[Plan, ...]:
     """Plans that were applied to a model, oldest first.
 
     Raises
@@ -37,7 +37,7 @@ def plans_carried_out(model: nn.Module) -> tuple[Plan, ...]:
     ModelError
         If none was.
     """
-    plans = tuple(Plan.from_dict(data) for data in plans_of(network_of(model)))
+    plans = tuple(Plan.from_dict(data) for data in raw_plans(unwrap(model)))
     if not plans:
         raise ModelError(
             f"{type(model).__name__} carries no fxprune plan: it was not pruned, or rebuilt since; give what"
@@ -46,18 +46,22 @@ def plans_carried_out(model: nn.Module) -> tuple[Plan, ...]:
     return plans
 
 
-def alterations(network: nn.Module) -> list[str]:
+def structural_changes(network: nn.Module) -> list[str]:
     """Say what was changed in a pruned network's structure behind its plans' back; empty if nothing is known of it."""
-    layout = getattr(network, LAYOUT, None)
-    return [] if layout is None else [*layout["altered"], *differences(layout["parts"], network)]
+    layout = getattr(network, LAYOUT_ATTRIBUTE, None)
+    return [] if layout is None else [*layout["altered"], *compare_inventory(layout["parts"], network)]
 
 
-def remember(
+def attach_history(
     network: nn.Module, plans: list[dict[str, Any]], altered: list[str], saved: dict[str, Any] | None = None
 ) -> None:
     """Leave notes on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
-    saved = getattr(network, SPARED, {}) if saved is None else saved
-    notes = {PLANS: plans, LAYOUT: {"parts": inventory(network), "altered": altered}, SPARED: saved}
+    saved = getattr(network, SAVINGS_ATTRIBUTE, {}) if saved is None else saved
+    notes = {
+        PLANS_ATTRIBUTE: plans,
+        LAYOUT_ATTRIBUTE: {"parts": take_inventory(network), "altered": altered},
+        SAVINGS_ATTRIBUTE: saved,
+    }
     for name, value in notes.items():
         setattr(network, name, value)
     if isinstance(network, fx.GraphModule):
@@ -67,28 +71,28 @@ def remember(
 _TENSOR = "a tensor"
 
 
-def inventory(network: nn.Module) -> dict[str, str]:
+def take_inventory(network: nn.Module) -> dict[str, str]:
     """Say what a network is made of: its modules by path, the shapes of its state by key, in words.
 
     A graph counts with what it does. Batch norms of all kinds count as one: `SyncBatchNorm` computes the same.
 
     Examples
     --------
-    >>> inventory(nn.Linear(2, 3))
+    >>> take_inventory(nn.Linear(2, 3))
     {'': 'a Linear', 'weight': 'a tensor (3, 2)', 'bias': 'a tensor (3,)'}
     """
-    found = {path: _describe(module) for path, module in network.named_modules(remove_duplicate=False)}
+    found = {path: _describe_module(module) for path, module in network.named_modules(remove_duplicate=False)}
     for key, value in network.state_dict().items():
         found[key] = f"{_TENSOR} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{_TENSOR} of no shape"
     return found
 
 
-def differences(before: Mapping[str, str], network: nn.Module) -> list[str]:
+def compare_inventory(before: Mapping[str, str], network: nn.Module) -> list[str]:
     """Say, part by part, what is no longer as an earlier inventory has it; empty if all is.
 
     A module that came or went shows in its tensors; if it has none (a loss), it does not matter.
     """
-    now, lines = inventory(network), []
+    now, lines = take_inventory(network), []
     for name in {**before, **now}:
         was, new = before.get(name), now.get(name)
         if was == new or (None in (was, new) and not str(was or new).startswith(_TENSOR)):
@@ -97,14 +101,14 @@ def differences(before: Mapping[str, str], network: nn.Module) -> list[str]:
     return lines
 
 
-def _describe(module: nn.Module) -> str:
+def _describe_module(module: nn.Module) -> str:
     if isinstance(module, fx.GraphModule):
-        return f"the graph {hashlib.sha256(repr(structure_of(module.graph)).encode()).hexdigest()[:8]}"
+        return f"the graph {hashlib.sha256(repr(graph_structure(module.graph)).encode()).hexdigest()[:8]}"
     kind = _BatchNorm if isinstance(module, _BatchNorm) else type(module)
     return f"a {kind.__qualname__}"
 
 
-def spared(
+def narrowing_savings(
     flops: Mapping[str, float], before: Mapping[str, Tensor], narrowed: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Count what narrower layers save.
@@ -125,7 +129,7 @@ def spared(
 
     Examples
     --------
-    >>> spared({"conv": 200.0}, {"conv.weight": torch.ones(4, 5)}, {"conv.weight": (4, 3)})
+    >>> narrowing_savings({"conv": 200.0}, {"conv.weight": torch.ones(4, 5)}, {"conv.weight": (4, 3)})
     {'flops': 80.0, 'params': 8}
     """
     saved = {key: before[key].numel() - math.prod(shape) for key, shape in narrowed.items()}

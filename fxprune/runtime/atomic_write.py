@@ -13,7 +13,7 @@ from fxprune.errors import StorageError
 
 
 @contextmanager
-def drafted(place: Path) -> Iterator[Path]:
+def atomic_write(place: Path) -> Iterator[Path]:
     """Move what a block writes beside a place to the place, when it is complete and on the disk.
 
     Folders above the place are made. A file there gives way to a file, a folder to a folder.
@@ -35,7 +35,7 @@ def drafted(place: Path) -> Iterator[Path]:
 
     Examples
     --------
-    >>> with drafted(Path("letter.txt")) as draft:                 # doctest: +SKIP
+    >>> with atomic_write(Path("letter.txt")) as draft:                 # doctest: +SKIP
     ...     draft.write_text("whole")
     """
     draft = place.with_name(f".fxprune-{uuid4().hex[:12]}")

@@ -31,24 +31,24 @@ def rank_and_world() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
 
 
-def is_own(index: int) -> bool:
+def belongs_to_rank(index: int) -> bool:
     """Whether an item of a sequence that all processes go through is this one's to work on."""
     rank, world = rank_and_world()
     return index % world == rank
 
 
-def own_share(items: Sequence[Value]) -> list[Value]:
+def take_shard(items: Sequence[Value]) -> list[Value]:
     """The items of a sequence that all processes hold that are this one's to work on."""
-    return [item for index, item in enumerate(items) if is_own(index)]
+    return [item for index, item in enumerate(items) if belongs_to_rank(index)]
 
 
-def dealt_out(own: Sequence[Value], count: int) -> list[Value]:
-    """All items of a sequence of which every process has its `own_share`."""
-    shares = gathered(list(own))
+def gather_shards(own: Sequence[Value], count: int) -> list[Value]:
+    """All items of a sequence of which every process has its `take_shard`."""
+    shares = all_gather(list(own))
     return [shares[index % len(shares)][index // len(shares)] for index in range(count)]
 
 
-def check_shareable(batches: int) -> None:
+def check_enough_batches(batches: int) -> None:
     """Raise `BatchError` unless there is a batch for every process."""
     world = rank_and_world()[1]
     if batches < world:
@@ -60,26 +60,26 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def summed(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """Sum a tensor over all processes; in float64 if it is a sum already, so that their number does not matter."""
     if rank_and_world()[1] > 1:
-        total = _sendable(value.clone())
+        total = _to_backend(value.clone())
         distributed.all_reduce(total)
         value = total.to(value.device)
     return value
 
 
-def share_gradients(weights: Sequence[nn.Parameter]) -> None:
+def all_reduce_gradients(weights: Sequence[nn.Parameter]) -> None:
     """Sum gradients over all processes; one that has none there adds nothing."""
     if rank_and_world()[1] == 1:
         return
     own = [weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights]
-    flat = summed(torch.cat([part.flatten() for part in own]))
+    flat = all_reduce_sum(torch.cat([part.flatten() for part in own]))
     for weight, part in zip(weights, torch.split(flat, [weight.numel() for weight in weights]), strict=True):
         weight.grad = part.view_as(weight)
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """What every process has, in the order of their numbers; anything that can be pickled."""
     world = rank_and_world()[1]
     if world == 1:
@@ -89,28 +89,28 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
-def alike(measure: Callable[[], float]) -> bool:
+def equal_on_all_ranks(measure: Callable[[], float]) -> bool:
     """Whether all processes measure about the same number; where there is one only, it does not measure."""
     if rank_and_world()[1] == 1:
         return True
-    numbers = gathered(measure())
+    numbers = all_gather(measure())
     return all(math.isclose(number, numbers[0], rel_tol=1e-6) or number != number for number in numbers)
 
 
-def overwrite_by_first(values: Sequence[Tensor]) -> None:
+def broadcast_tensors(values: Sequence[Tensor]) -> None:
     """Give tensors the first process's values, on all of them."""
     for value in values if rank_and_world()[1] > 1 else ():
-        sent = _sendable(value.detach())
+        sent = _to_backend(value.detach())
         distributed.broadcast(sent, src=0)
         value.detach().copy_(sent)
 
 
-def by_first(make: Callable[[], Value]) -> Value:
+def run_on_rank_zero(make: Callable[[], Value]) -> Value:
     """What the first process makes, on all of them; the others wait, and do nothing meanwhile that could disturb it."""
     rank, world = rank_and_world()
     if world == 1:
         return make()
-    with failing_together() as meet:
+    with raise_on_all_ranks() as meet:
         meet()  # all have come
         found: list[Any] = [make() if rank == 0 else None]
     distributed.broadcast_object_list(found, src=0)
@@ -119,44 +119,44 @@ def by_first(make: Callable[[], Value]) -> Value:
 
 
 @contextmanager
-def failing_together() -> Iterator[Callable[[], None]]:
+def raise_on_all_ranks() -> Iterator[Callable[[], None]]:
     """Let what one process raises in a block be raised by all, at the end of it.
 
     What is yielded is to be called by all alike before they exchange anything within the block: there those that are
     still well learn what befell another. Interruptions are not passed on.
     """
     try:
-        yield _meet
+        yield _exchange_errors
     except Exception as error:
-        if TOLD not in vars(error):
-            _meet(error)
+        if SHARED_ERROR_ATTRIBUTE not in vars(error):
+            _exchange_errors(error)
         raise
-    _meet()
+    _exchange_errors()
 
 
-TOLD = "fxprune_told"
+SHARED_ERROR_ATTRIBUTE = "fxprune_told"
 """Attribute of an error that all processes know of."""
 
 
-def _meet(own: Exception | None = None) -> None:
+def _exchange_errors(own: Exception | None = None) -> None:
     """Wait for the others, and raise if one of them, or this one, has failed."""
-    reports = gathered(None if own is None else _report(own))
+    reports = all_gather(None if own is None else _portable_error(own))
     for rank, report in enumerate(reports):
         if report is not None:
             kind, text = report
             error = own or kind(f"process {rank}: {text}")
-            vars(error)[TOLD] = True
+            vars(error)[SHARED_ERROR_ATTRIBUTE] = True
             raise error
 
 
-def _report(error: Exception) -> tuple[type[FxpruneError], str]:
+def _portable_error(error: Exception) -> tuple[type[FxpruneError], str]:
     """An error in a form that can be sent."""
     if isinstance(error, FxpruneError):
         return type(error), str(error)
     return FxpruneError, f"{type(error).__name__}: {error}"
 
 
-def _sendable(value: Tensor) -> Tensor:
+def _to_backend(value: Tensor) -> Tensor:
     """A tensor as the processes' backend takes it: NCCL wants it on the GPU, all want it contiguous."""
     names = str(distributed.get_backend())
     return (value.cuda() if "nccl" in names and "cpu:" not in names else value).contiguous()

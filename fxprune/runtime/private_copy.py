@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import ModelError
-from fxprune.runtime.distributed import alike
+from fxprune.runtime.distributed import equal_on_all_ranks
 
 
 def private_copy(network: nn.Module, keep_precision: bool = False) -> nn.Module:
@@ -47,7 +47,7 @@ def private_copy(network: nn.Module, keep_precision: bool = False) -> nn.Module:
 def check_same_weights(network: nn.Module) -> None:
     """Raise `ModelError` unless all processes hold the same weights."""
     values = (*network.parameters(), *network.buffers())
-    if not alike(lambda: sum(float(value.detach().double().abs().sum()) for value in values)):
+    if not equal_on_all_ranks(lambda: sum(float(value.detach().double().abs().sum()) for value in values)):
         raise ModelError(
             f"the processes hold {type(network).__name__} with different weights; load one file in all of them, or"
             " set one seed before it is built"
@@ -55,7 +55,7 @@ def check_same_weights(network: nn.Module) -> None:
 
 
 @contextmanager
-def untouched_randomness(network: nn.Module) -> Iterator[None]:
+def preserve_rng_state(network: nn.Module) -> Iterator[None]:
     """Restore torch's random state, on the CPU and on the network's devices, at the end of the block."""
     devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=[device.index for device in devices]):

@@ -8,5 +8,5 @@ Progress = Callable[[str, int, int | None], None]
 """``progress(stage, done, total)``; `total` is None where it is not known."""
 
 
-def unheard(stage: str, done: int, total: int | None) -> None:
+def no_progress(stage: str, done: int, total: int | None) -> None:
     """Progress that nobody asked for."""

@@ -10,7 +10,7 @@ from types import FrameType
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def defer_interrupts() -> Iterator[None]:
     """Let an interruption wait for the end of the block, as long as that is short.
 
     torch's fake tensors make a `TypeError` of a `KeyboardInterrupt`, which then looks like an operation without a

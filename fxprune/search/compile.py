@@ -9,22 +9,22 @@ import torch
 from torch import nn
 
 from fxprune.adapters.protocol import device_of
-from fxprune.adapters.registry import choose_adapter, network_of
+from fxprune.adapters.registry import choose_adapter, unwrap
 from fxprune.attribution.criteria import RegionScore
 from fxprune.datasets.calibration import Calibration
 from fxprune.healing.distillation.schedule import Schedule
 from fxprune.healing.heal import Loss, check_heal, heal
 from fxprune.planning.analysis import check_cost
 from fxprune.planning.ilp import check_budget
-from fxprune.profiling.latency import backend_for
+from fxprune.profiling.latency import choose_backend
 from fxprune.rewriting.apply import apply
-from fxprune.runtime.distributed import failing_together, on_device
+from fxprune.runtime.distributed import on_device, raise_on_all_ranks
 from fxprune.runtime.options import refuse_removed_keywords
-from fxprune.runtime.private_copy import private_copy, untouched_randomness
-from fxprune.runtime.progress import Progress, unheard
-from fxprune.search.plan_search import TRIES, Search
+from fxprune.runtime.private_copy import preserve_rng_state, private_copy
+from fxprune.runtime.progress import Progress, no_progress
+from fxprune.search.plan_search import DEFAULT_TRIES, SearchSettings
 
-QUICK = {"mimic": "affine"}
+QUICK_METHODS = {"mimic": "affine"}
 """How plans are mended while they are compared, where the result is mended in a way that takes long."""
 
 
@@ -41,7 +41,7 @@ def compile(
     loss: Loss | None = None,
     latency_backend: str | None = None,
     seed: int = 0,
-    tries: int = TRIES,
+    tries: int = DEFAULT_TRIES,
     steps: int = 400,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -80,28 +80,28 @@ def compile(
     check_cost(cost)
     check_heal(heal)
     Schedule(steps)
-    quick, timed, say = QUICK.get(heal, heal), backend_for(cost, latency_backend), progress or unheard
-    search = Search(strategy, float(budget), cost, criterion, quick, loss, seed, timed, tries, say)
-    with on_device(device_of(network_of(model))):
+    quick, timed, say = QUICK_METHODS.get(heal, heal), choose_backend(cost, latency_backend), progress or no_progress
+    search = SearchSettings(strategy, float(budget), cost, criterion, quick, loss, seed, timed, tries, say)
+    with on_device(device_of(unwrap(model))):
         calibration = Calibration.of(calib_loader)
         if strategy != "one_shot" or heal != "none":
-            read_once(model, calibration, loss)
+            materialize_calibration(model, calibration, loss)
         pruned = apply(model, search.run(model, calibration))
-        return pruned if heal == "none" else _healed(pruned, model, calibration, search, heal, steps)
+        return pruned if heal == "none" else _heal_pruned(pruned, model, calibration, search, heal, steps)
 
 
-def read_once(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
+def materialize_calibration(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
     """Keep the batches, labelled by the model as it was if need be."""
-    network = network_of(model)
-    with failing_together(), untouched_randomness(network), torch.inference_mode(False):
+    network = unwrap(model)
+    with raise_on_all_ranks(), preserve_rng_state(network), torch.inference_mode(False):
         twin = private_copy(network)
         adapter = choose_adapter(twin, calibration.first_raw, loss)
         adapter.prepare(twin)
         calibration.keep(twin, adapter)
 
 
-def _healed(
-    pruned: nn.Module, model: nn.Module, calibration: Calibration, search: Search, method: str, steps: int
+def _heal_pruned(
+    pruned: nn.Module, model: nn.Module, calibration: Calibration, search: SearchSettings, method: str, steps: int
 ) -> nn.Module:
     say = search.progress
     return heal(pruned, model, calibration, method, loss=search.loss, steps=steps, seed=search.seed, progress=say)

@@ -10,19 +10,19 @@ from typing import Any
 
 from fxprune.errors import PlanError, SettingError
 from fxprune.planning.plan import Plan
-from fxprune.runtime.atomic_write import drafted
-from fxprune.visualize.graphviz_mermaid import dot_text, mermaid_text
-from fxprune.visualize.network_view import Drawable, make_picture
-from fxprune.visualize.renderer import page_text, png_bytes, svg_text
+from fxprune.runtime.atomic_write import atomic_write
+from fxprune.visualize.graphviz_mermaid import render_dot, render_mermaid
+from fxprune.visualize.network_view import Drawable, build_view
+from fxprune.visualize.renderer import render_page, render_png, render_svg
 
 Picture = dict[str, Any]
 
 FORMATS: dict[str, Callable[[Picture], str | bytes]] = {
-    ".html": page_text,
-    ".svg": svg_text,
-    ".png": png_bytes,
-    ".dot": dot_text,
-    ".mmd": mermaid_text,
+    ".html": render_page,
+    ".svg": render_svg,
+    ".png": render_png,
+    ".dot": render_dot,
+    ".mmd": render_mermaid,
 }
 """What each suffix is written by."""
 
@@ -58,21 +58,21 @@ def draw(what: Drawable, path: str | PathLike[str], *, plan: Plan | None = None)
     >>> fxprune.draw(fxprune.analyze(model, calib_loader), "model.html")  # doctest: +SKIP
     >>> fxprune.draw(pruned, "pruned.svg")                                # doctest: +SKIP
     """
-    target = _target(path)
-    draw_picture(make_picture(what, plan), target)
+    target = _check_path(path)
+    write_view(build_view(what, plan), target)
 
 
-def draw_picture(picture: Picture, path: str | PathLike[str]) -> None:
-    """Write what `fxprune.visualize.network_view.make_picture` returned in the format that the path's suffix says."""
-    target = _target(path)
+def write_view(picture: Picture, path: str | PathLike[str]) -> None:
+    """Write what `fxprune.visualize.network_view.build_view` returned in the format that the path's suffix says."""
+    target = _check_path(path)
     if not picture["blocks"]:
         raise PlanError("the plan holds no graph to draw; make it anew with fxprune.analyze and Analysis.plan")
     content = FORMATS[target.suffix.lower()](picture)
-    with drafted(target) as draft:
+    with atomic_write(target) as draft:
         draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
 
 
-def _target(path: Any) -> Path:
+def _check_path(path: Any) -> Path:
     text = os.fspath(path) if isinstance(path, (str, PathLike)) else None
     if not isinstance(text, str) or "\0" in text:
         raise SettingError(f"path is {path!r}; give the path of a file")

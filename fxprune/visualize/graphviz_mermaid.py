@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.visualize.network_view import FIRST, LAST
+from fxprune.visualize.network_view import IMAGES_NODE, RESULTS_NODE
 
 Picture = Mapping[str, Any]
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-PORTS = {FIRST: "images", LAST: "outputs"}
+PORTS = {IMAGES_NODE: "images", RESULTS_NODE: "outputs"}
 
 
 @dataclass(frozen=True)
@@ -26,49 +26,49 @@ class Box:
     glue: bool
 
 
-def dot_text(picture: Picture) -> str:
+def render_dot(picture: Picture) -> str:
     """Write the blocks as a Graphviz digraph."""
     lines = [
         "digraph network {",
-        f"  graph [label={quoted(caption(picture))}, labelloc=b, rankdir=TB];",
+        f"  graph [label={quote(make_caption(picture))}, labelloc=b, rankdir=TB];",
         '  node [shape=box, style="rounded,filled", fillcolor=white, fontname="Helvetica"];',
     ]
-    for number, (island, boxes) in enumerate(by_island(picture)):
+    for number, (island, boxes) in enumerate(group_by_island(picture)):
         inside = [f"  {box.name} [{_dot_look(box)}];" for box in boxes]
         if island:
             inside = [
                 f"  subgraph cluster_{number} {{",
-                f"    label={quoted(island)};",
+                f"    label={quote(island)};",
                 *("  " + x for x in inside),
                 "  }",
             ]
         lines += inside
     looks = {"plain": "", "ghost": " [style=dashed, color=gray60]", "wire": ' [color="#d6246e", penwidth=2.5]'}
-    lines += [f"  {source} -> {target}{looks[look]};" for source, target, look in edges(picture)]
+    lines += [f"  {source} -> {target}{looks[look]};" for source, target, look in styled_edges(picture)]
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def mermaid_text(picture: Picture) -> str:
+def render_mermaid(picture: Picture) -> str:
     """Write the blocks as a Mermaid flowchart."""
-    lines = ["---", f"title: {quoted(caption(picture))}", "---", "flowchart TB"]
-    for number, (island, boxes) in enumerate(by_island(picture)):
+    lines = ["---", f"title: {quote(make_caption(picture))}", "---", "flowchart TB"]
+    for number, (island, boxes) in enumerate(group_by_island(picture)):
         inside = [
-            f'  {box.name}{"([" if box.glue else "["}"{_entities(box)}"{"])" if box.glue else "]"}' for box in boxes
+            f'  {box.name}{"([" if box.glue else "["}"{_escape_box(box)}"{"])" if box.glue else "]"}' for box in boxes
         ]
         if island:
-            inside = [f'  subgraph i{number}["{entities(island)}"]', *("  " + line for line in inside), "  end"]
+            inside = [f'  subgraph i{number}["{escape_entities(island)}"]', *("  " + line for line in inside), "  end"]
         lines += inside
     arrows = {"plain": "-->", "ghost": "-.->", "wire": "==>"}
-    lines += [f"  {source} {arrows[look]} {target}" for source, target, look in edges(picture)]
+    lines += [f"  {source} {arrows[look]} {target}" for source, target, look in styled_edges(picture)]
     lines.append("  classDef removed stroke-dasharray:6 4,fill:#fff,color:#57606a")
     lines.append("  classDef partly stroke-dasharray:6 4")
     for status in ("removed", "partly"):
-        names = [box.name for _, boxes in by_island(picture) for box in boxes if box.status == status]
+        names = [box.name for _, boxes in group_by_island(picture) for box in boxes if box.status == status]
         lines += [f"  class {','.join(names)} {status}"] if names else []
     return "\n".join(lines) + "\n"
 
 
-def caption(picture: Picture) -> str:
+def make_caption(picture: Picture) -> str:
     """What the plan that is shown first does, in one line."""
     title = str(picture["title"])
     if picture["initial"] is None:
@@ -77,7 +77,7 @@ def caption(picture: Picture) -> str:
     return f"{title}: budget {plan['budget']:.3g} of {picture['cost']}, {len(plan['removed'])} regions removed"
 
 
-def by_island(picture: Picture) -> Iterator[tuple[str, list[Box]]]:
+def group_by_island(picture: Picture) -> Iterator[tuple[str, list[Box]]]:
     """Boxes by island, an empty name for those that stand alone."""
     gone = _removed_nodes(picture)
     groups: dict[str, list[Box]] = {}
@@ -89,7 +89,7 @@ def by_island(picture: Picture) -> Iterator[tuple[str, list[Box]]]:
         yield island if len(boxes) > 1 else "", boxes
 
 
-def edges(picture: Picture) -> Iterator[tuple[str, str, str]]:
+def styled_edges(picture: Picture) -> Iterator[tuple[str, str, str]]:
     """Pairs of box names and how the edge between them looks: `plain`, `ghost` (gone) or `wire` (past what is gone)."""
     gone = _removed_nodes(picture)
     removed = {block["id"] for block in picture["blocks"] if _status(block, gone) == "removed"}
@@ -157,7 +157,7 @@ def _name(block: int) -> str:
 
 
 def _dot_look(box: Box) -> str:
-    label = f"label={quoted(*box.lines)}"
+    label = f"label={quote(*box.lines)}"
     if box.status == "removed":
         return f'{label}, style="rounded,dashed", fontcolor=gray40'
     if box.status == "partly":
@@ -165,16 +165,16 @@ def _dot_look(box: Box) -> str:
     return f"{label}, shape=ellipse" if box.glue else label
 
 
-def quoted(*lines: str) -> str:
+def quote(*lines: str) -> str:
     """A Graphviz string of some lines."""
     escaped = [CONTROL.sub(" ", line).replace("\\", "\\\\").replace('"', '\\"') for line in lines]
     return '"' + "\\n".join(escaped) + '"'
 
 
-def _entities(box: Box) -> str:
-    return "<br/>".join(entities(line) for line in box.lines)
+def _escape_box(box: Box) -> str:
+    return "<br/>".join(escape_entities(line) for line in box.lines)
 
 
-def entities(text: str) -> str:
+def escape_entities(text: str) -> str:
     """A text with every sign that could mean something to Mermaid written as a number."""
     return re.sub(r"[^\w .,:()+·…-]", lambda found: f"#{ord(found[0])};", CONTROL.sub(" ", text))

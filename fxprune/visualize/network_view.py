@@ -15,17 +15,17 @@ from fxprune.errors import BudgetError
 from fxprune.graph.records import IMAGES, RESULTS
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.plan import Candidate, NodeRecord, Plan, cost_of
-from fxprune.rewriting.history import plans_carried_out
+from fxprune.rewriting.history import applied_plans
 
-FIRST, LAST = -1, -2
+IMAGES_NODE, RESULTS_NODE = -1, -2
 """Stand for the images and the results among blocks."""
-SIZES = {"size", "getattr", "dim"}
+SIZE_OPERATIONS = {"size", "getattr", "dim"}
 """Operations that give sizes if they give no tensor; what is computed of them alone is left out of pictures."""
 
 Drawable = Analysis | Plan | nn.Module
 
 
-def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
+def build_view(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
     """Gather what a picture of a network shows.
 
     Parameters
@@ -39,8 +39,9 @@ def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
     Returns
     -------
     dict
-        Plain data, ready for JSON: ``nodes`` and ``edges``, ``blocks`` and ``block_edges`` (`FIRST` and `LAST` stand
-        for images and results), ``regions``, ``rejections``, ``plans``, ``initial`` (the plan shown first, or None).
+        Plain data, ready for JSON: ``nodes`` and ``edges``, ``blocks`` and ``block_edges`` (`IMAGES_NODE` and
+        `RESULTS_NODE` stand for images and results), ``regions``, ``rejections``, ``plans``, ``initial`` (the plan
+        shown first, or None).
 
     Raises
     ------
@@ -49,12 +50,12 @@ def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
 
     Examples
     --------
-    >>> picture = make_picture(fxprune.analyze(model, loader))     # doctest: +SKIP
+    >>> picture = build_view(fxprune.analyze(model, loader))     # doctest: +SKIP
     >>> [block["label"] for block in picture["blocks"]]            # doctest: +SKIP
     """
     plans = _plans(what, shown)
     network = what if isinstance(what, (Analysis, Plan)) else plans[0]
-    flow = Flow(tuple(_shown(network.nodes)), network)
+    flow = Dataflow(tuple(_visible_nodes(network.nodes)), network)
     names = flow.names
     ascending = sorted(range(len(network.regions)), key=lambda index: network.regions[index].score)
     ranks = {index: rank for rank, index in enumerate(ascending, 1)}
@@ -76,7 +77,7 @@ def make_picture(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
         ],
         "edges": [list(edge) for edge in flow.edges],
         "blocks": list(_block_rows(flow)),
-        "block_edges": [list(edge) for edge in _between_blocks(flow)],
+        "block_edges": [list(edge) for edge in _block_edges(flow)],
         "islands": [{"name": island} for island in dict.fromkeys(node.island for node in flow.nodes)],
     }  # fmt: skip
 
@@ -88,10 +89,10 @@ def _plans(what: Drawable, shown: Plan | None) -> list[Plan]:
         cost, own = (shown.cost, [shown]) if shown else ("flops", [])
         others = [plan for plan in _plans_by_percent(what, cost) if not shown or plan.budget != shown.budget]
         return sorted([*own, *others], key=lambda plan: plan.budget)
-    return _added_up(plans_carried_out(what))
+    return _accumulate_plans(applied_plans(what))
 
 
-def _added_up(plans: Sequence[Plan]) -> list[Plan]:
+def _accumulate_plans(plans: Sequence[Plan]) -> list[Plan]:
     """Plans of the first network, each with all that went by then; the last one alone if that network lacks a block."""
     first, gone, found, blocks = plans[0], set[str](), [], plans[0].before.blocks
     for plan in plans if len(plans) > 1 else ():
@@ -127,28 +128,28 @@ def _region_row(region: Candidate, names: dict[tuple[str, str], int]) -> dict[st
     return {
         "name": region.name, "kind": region.kind, "score": region.score, "flops": region.flops,
         "params": region.params, "latency_ms": region.latency_ms, "layers": list(region.layers),
-        "nodes": _inside(region, names),
+        "nodes": _node_positions(region, names),
         "exit": names[region.island, region.exit], "stand_in": names.get((region.island, region.stand_in)),
     }  # fmt: skip
 
 
-def _inside(region: Candidate, names: dict[tuple[str, str], int]) -> list[int]:
+def _node_positions(region: Candidate, names: dict[tuple[str, str], int]) -> list[int]:
     return [names[region.island, node] for node in region.nodes if (region.island, node) in names]
 
 
-def _shown(nodes: Sequence[NodeRecord]) -> Iterator[NodeRecord]:
+def _visible_nodes(nodes: Sequence[NodeRecord]) -> Iterator[NodeRecord]:
     """Leave out inputs and outputs of islands, and arithmetic on sizes."""
     sizes: set[tuple[str, str]] = set()
     for node in nodes:
         of_sizes = bool(node.reads) and all((node.island, name) in sizes for name in node.reads)
-        if node.shape is None and (node.op in SIZES or of_sizes):
+        if node.shape is None and (node.op in SIZE_OPERATIONS or of_sizes):
             sizes.add((node.island, node.node))
         elif node.op not in ("input", "output"):
             yield node
 
 
 @dataclass(frozen=True)
-class Flow:
+class Dataflow:
     """Nodes of a whole model, what flows between them, and the blocks that they make.
 
     Attributes
@@ -169,14 +170,14 @@ class Flow:
 
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
-        """Pairs of positions, `FIRST` and `LAST` among them."""
+        """Pairs of positions, `IMAGES_NODE` and `RESULTS_NODE` among them."""
         found: dict[tuple[int, int], None] = {}
         for index, node in enumerate(self.nodes):
             for name in node.reads:
-                found |= {(source, index): None for source in self._givers(node.island, name)}
+                found |= {(source, index): None for source in self._value_sources(node.island, name)}
         read = {source for source, _ in found}
-        ends = [*self._given_to(RESULTS), *(index for index in range(len(self.nodes)) if index not in read)]
-        found |= {(source, LAST): None for source in ends if source != FIRST}
+        ends = [*self._island_inputs(RESULTS), *(index for index in range(len(self.nodes)) if index not in read)]
+        found |= {(source, RESULTS_NODE): None for source in ends if source != IMAGES_NODE}
         return list(found)
 
     @cached_property
@@ -190,26 +191,26 @@ class Flow:
                 graph.add_edge(link.source, link.target)
         return graph
 
-    def _given_to(self, island: str) -> list[int]:
+    def _island_inputs(self, island: str) -> list[int]:
         """Positions of the nodes whose values an island is given."""
         found: dict[int, None] = {}
         for source in self.islands.predecessors(island) if island in self.islands else [IMAGES]:
-            found |= dict.fromkeys([FIRST] if source == IMAGES else self._given_by(source))
+            found |= dict.fromkeys([IMAGES_NODE] if source == IMAGES else self._island_outputs(source))
         return list(found)
 
-    def _given_by(self, island: str) -> list[int]:
+    def _island_outputs(self, island: str) -> list[int]:
         """Positions of the nodes whose values an island gives; what it hands through is its givers'."""
         outputs = [node for node in self.network.nodes if node.island == island and node.op == "output"]
         found: dict[int, None] = {}
         for name in (name for node in outputs for name in node.reads):
-            found |= dict.fromkeys(self._givers(island, name))
+            found |= dict.fromkeys(self._value_sources(island, name))
         return list(found)
 
-    def _givers(self, island: str, name: str) -> list[int]:
+    def _value_sources(self, island: str, name: str) -> list[int]:
         """Positions of what gives a value that is read in an island: a node, another island, or nothing shown."""
         if (island, name) in self.names:
             return [self.names[island, name]]
-        return self._given_to(island) if (island, name) in self.inputs else []
+        return self._island_inputs(island) if (island, name) in self.inputs else []
 
     @cached_property
     def inputs(self) -> set[tuple[str, str]]:
@@ -221,7 +222,7 @@ class Flow:
         """The outermost region of every node that is in one; of two that overlap the first."""
         found: dict[int, Candidate] = {}
         for region in self.network.regions:
-            inside = _inside(region, self.names)
+            inside = _node_positions(region, self.names)
             if region.block and not any(index in found for index in inside):
                 found |= dict.fromkeys(inside, region)
         return found
@@ -235,18 +236,18 @@ class Flow:
         """
         sources: dict[int, set[int]] = {index: set() for index in range(len(self.nodes))}
         for source, target in self.edges:
-            if target != LAST:
+            if target != RESULTS_NODE:
                 sources[target].add(source)
         blocks: list[int] = []
         heads: list[int] = []  # the first node of every block
         of_region: dict[str, int] = {}
         for index, node in enumerate(self.nodes):
             block = len(heads)
-            read = {blocks[source] if FIRST < source < index else FIRST for source in sources[index]}
-            only = read.pop() if len(read) == 1 else FIRST
+            read = {blocks[source] if IMAGES_NODE < source < index else IMAGES_NODE for source in sources[index]}
+            only = read.pop() if len(read) == 1 else IMAGES_NODE
             if index in self.owners:
                 block = of_region.setdefault(self.owners[index].name, block)
-            elif only != FIRST and not node.flops and heads[only] not in self.owners:
+            elif only != IMAGES_NODE and not node.flops and heads[only] not in self.owners:
                 block = only if self.nodes[heads[only]].island == node.island else block
             if block == len(heads):
                 heads.append(index)
@@ -254,7 +255,7 @@ class Flow:
         return blocks
 
 
-def _block_rows(flow: Flow) -> Iterator[dict[str, Any]]:
+def _block_rows(flow: Dataflow) -> Iterator[dict[str, Any]]:
     reasons = {rejection.name: rejection.reason for rejection in flow.network.rejections}
     regions = {region.name: index for index, region in enumerate(flow.network.regions)}
     members: dict[int, list[int]] = {}
@@ -278,7 +279,7 @@ def _block_rows(flow: Flow) -> Iterator[dict[str, Any]]:
         }
 
 
-def _layer(node: NodeRecord, flow: Flow) -> str:
+def _layer(node: NodeRecord, flow: Dataflow) -> str:
     """Name the layer that a node is; one that was captured by itself is a graph of one function."""
     alone = sum(bool(other.flops) for other in flow.nodes if other.island == node.island) == 1
     return node.island if alone and node.name == f"{node.island}.{node.node}" else node.name
@@ -289,8 +290,8 @@ def _summary(nodes: Sequence[NodeRecord]) -> str:
     return " · ".join([op for op in ops if op != "getitem"] or ops)
 
 
-def _between_blocks(flow: Flow) -> list[tuple[int, int]]:
+def _block_edges(flow: Dataflow) -> list[tuple[int, int]]:
     """What flows between blocks, each pair once."""
-    of = {FIRST: FIRST, LAST: LAST, **dict(enumerate(flow.blocks))}
+    of = {IMAGES_NODE: IMAGES_NODE, RESULTS_NODE: RESULTS_NODE, **dict(enumerate(flow.blocks))}
     pairs = dict.fromkeys((of[source], of[target]) for source, target in flow.edges)
     return [pair for pair in pairs if pair[0] != pair[1]]

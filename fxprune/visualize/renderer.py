@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from fxprune.errors import SettingError
-from fxprune.runtime.json_text import plain_json, script_safe
+from fxprune.runtime.json_text import dump_plain_json, dump_script_json
 
 Picture = Mapping[str, Any]
 
@@ -32,60 +32,60 @@ PAGE = (*RENDERER, "panel.js", "walk.js", "view.js", "page.js")
 FONTS = {400: "Inter-Regular.ttf", 600: "Inter-SemiBold.ttf"}
 """By weight; the renderer sizes boxes by their advance widths."""
 
-SHEET = {"width": 1200, "height": 1200, "most": 1}
+STILL_SIZE = {"width": 1200, "height": 1200, "most": 1}
 """The proportions that a still picture is wrapped to, in pixels."""
-ZOOM = 2
+PNG_SCALE = 2
 """Pixels of a PNG per pixel of the SVG."""
-STACK = 64 * 1024 * 1024
+JS_STACK_BYTES = 64 * 1024 * 1024
 
 
-def page_text(picture: Picture) -> str:
+def render_page(picture: Picture) -> str:
     """A page to explore, in one file: the renderer, the font and the data are in it."""
     parts = {
         "title": escape(str(picture["title"])),
         "style": _font_style() + _read("page.css"),
-        "data": script_safe(picture),
+        "data": dump_script_json(picture),
         "script": "\n".join(_read(name) for name in PAGE),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _read("page.html"))
 
 
-def svg_text(picture: Picture) -> str:
+def render_svg(picture: Picture) -> str:
     """A still picture in the light theme with legend and caption, of the plan that is shown first."""
     state = {"open": {}, "plan": picture["initial"], "theme": "light"}
     call = "fxprune.figure(input.picture, input.state, input.sheet, input.style)"
-    text: str = evaluate(call, picture=picture, state=state, sheet=SHEET, style=_font_style())
+    text: str = evaluate_js(call, picture=picture, state=state, sheet=STILL_SIZE, style=_font_style())
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + text + "\n"
 
 
-def png_bytes(picture: Picture) -> bytes:
+def render_png(picture: Picture) -> bytes:
     """The still picture as PNG, its texts in the font that is shipped with it."""
     resvg = _module("resvg_py", "resvg-py", ".png")
     folder = files("fxprune.visualize") / "web"
     with as_file(folder / FONTS[400]) as regular, as_file(folder / FONTS[600]) as bold:
         drawn = resvg.svg_to_bytes(
-            svg_string=svg_text(picture),
+            svg_string=render_svg(picture),
             font_files=[str(regular), str(bold)],
             font_family="Inter",
             sans_serif_family="Inter",
-            zoom=ZOOM,
+            zoom=PNG_SCALE,
         )
     return bytes(drawn)
 
 
-def evaluate(expression: str, **values: Any) -> Any:
+def evaluate_js(expression: str, **values: Any) -> Any:
     """Evaluate a JavaScript expression of the renderer; `values` are the properties of ``input``.
 
     Examples
     --------
-    >>> evaluate("fxprune.percent(input.share)", share=0.25)       # doctest: +SKIP
+    >>> evaluate_js("fxprune.percent(input.share)", share=0.25)       # doctest: +SKIP
     '25 %'
     """
     engine = _module("quickjs", "quickjs", ".svg and .png").Context()
-    engine.set_max_stack_size(STACK)
+    engine.set_max_stack_size(JS_STACK_BYTES)
     for name in RENDERER:
         engine.eval(_read(name))
-    engine.set("text", plain_json(values))
+    engine.set("text", dump_plain_json(values))
     engine.eval("globalThis.input = JSON.parse(text)")
     return json.loads(engine.eval(f"JSON.stringify({expression})"))
 

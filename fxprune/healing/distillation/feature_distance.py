@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from fxprune.adapters.protocol import Batch
-from fxprune.graph.operators import channel_dim, is_norm_layer, rows_of
-from fxprune.healing.saliency import Maps, turned
-from fxprune.healing.teacher_student import Features, Pair
-from fxprune.runtime.distributed import is_own, rank_and_world, summed
+from fxprune.graph.operators import channel_dim, is_norm_layer, to_rows
+from fxprune.healing.saliency import Maps, flip_maps
+from fxprune.healing.teacher_student import FeatureRecorder, TeacherStudent
+from fxprune.runtime.distributed import all_reduce_sum, belongs_to_rank, rank_and_world
 
-SPREAD_ON = 64
+VARIANCE_IMAGES = 64
 """Images, or a few more, that the variance of features is taken of."""
 
-Place = tuple[str, int]
+FeatureKey = tuple[str, int]
 """A module whose outputs are compared, and the place of a tensor among them."""
 
 
-class Distance:
+class FeatureDistance:
     """The mean over the features compared of ``log(1 + e)``, e their mean squared error over their variance.
 
     So no feature that is far off drowns the others. Compared are what the captured parts give, and the norms in them;
@@ -35,11 +35,11 @@ class Distance:
 
     Examples
     --------
-    >>> distance = Distance(pair, batches)              # doctest: +SKIP
+    >>> distance = FeatureDistance(pair, batches)              # doctest: +SKIP
     >>> distance(batches[0]).backward()                 # doctest: +SKIP
     """
 
-    def __init__(self, pair: Pair, batches: Sequence[Batch]) -> None:
+    def __init__(self, pair: TeacherStudent, batches: Sequence[Batch]) -> None:
         self.pair = pair
         norms = (name for name, layer in pair.layers() if is_norm_layer(layer))
         self.points = sorted({*pair.graphs, *norms}) or [""]
@@ -50,25 +50,29 @@ class Distance:
 
         `mirrored` (N,) says which images are, unlike those that the saliency is of.
         """
-        own, which = own_images(batch)
-        wanted = self._wanted(own)
-        given = Features(self.points, self.pair.decisions, wanted).run(self.pair.pruned, self.pair.adapter, own)
-        errors: dict[Place, Tensor] = {}
-        counts: dict[Place, int] = {}
+        own, which = take_image_shard(batch)
+        wanted = self._teacher_features(own)
+        given = FeatureRecorder(self.points, self.pair.detached_modules, wanted).run(
+            self.pair.student, self.pair.adapter, own
+        )
+        errors: dict[FeatureKey, Tensor] = {}
+        counts: dict[FeatureKey, int] = {}
         for (name, call), values in wanted.values.items():
             maps = saliency.get((name, call), ()) if saliency is not None else ()
             for number, (old, new) in enumerate(zip(values, given.values[name, call], strict=True)):
-                squares = (new - old).square().sum(channel_dim(self.pair.pruned.get_submodule(name), old))
+                squares = (new - old).square().sum(channel_dim(self.pair.student.get_submodule(name), old))
                 weights = maps[number] if number < len(maps) else None
                 if weights is not None and weights[which].shape == squares.shape:
-                    weights = weights if mirrored is None else turned(weights, mirrored)
+                    weights = weights if mirrored is None else flip_maps(weights, mirrored)
                     squares = squares * weights[which].to(squares)
                 errors[name, number] = errors.get((name, number), 0.0) + squares.sum()
                 counts[name, number] = counts.get((name, number), 0) + squares.numel()
         error = torch.stack([errors[place] for place in errors]).double()
-        count = summed(error.new_tensor([counts[place] for place in errors]))
+        count = all_reduce_sum(error.new_tensor([counts[place] for place in errors]))
         variance = torch.stack([self.variances[place] for place in errors])
-        total = summed(error.detach()) + (error - error.detach())  # the same number in all processes, to the last bit
+        total = all_reduce_sum(error.detach()) + (
+            error - error.detach()
+        )  # the same number in all processes, to the last bit
         return torch.log1p(total / count / variance).mean()
 
     def mean(self, batches: Sequence[Batch], saliency: Sequence[Maps] = ()) -> float:
@@ -80,35 +84,37 @@ class Distance:
             ]
         return sum(parts) / sum(batch.count for batch in batches)
 
-    def _variances(self, batches: Sequence[Batch]) -> dict[Place, Tensor]:
+    def _variances(self, batches: Sequence[Batch]) -> dict[FeatureKey, Tensor]:
         """Variance over places, summed over channels; each call's features about their own means."""
         sums: dict[tuple[str, int, int], Tensor] = {}
         images = 0
         for batch in batches:
-            if images >= SPREAD_ON:
+            if images >= VARIANCE_IMAGES:
                 break
             images += batch.count
-            for (name, call), values in self._wanted(own_images(batch)[0]).values.items():
+            for (name, call), values in self._teacher_features(take_image_shard(batch)[0]).values.items():
                 for number, value in enumerate(values):
-                    rows = rows_of(self.pair.pruned.get_submodule(name), value).double()
+                    rows = to_rows(self.pair.student.get_submodule(name), value).double()
                     part = torch.stack([rows.new_full(rows.shape[1:], len(rows)), rows.sum(0), rows.square().sum(0)])
                     sums[name, number, call] = sums.get((name, number, call), 0.0) + part
-        found: dict[Place, list[Tensor]] = {}
-        for (name, number, _), (count, once, twice) in zip(sums, map(summed, sums.values()), strict=True):
+        found: dict[FeatureKey, list[Tensor]] = {}
+        for (name, number, _), (count, once, twice) in zip(sums, map(all_reduce_sum, sums.values()), strict=True):
             spread = (twice - once.square() / count).clamp_min(0).sum()
             found.setdefault((name, number), []).append(torch.stack([spread, count[0]]))
         totals = {place: torch.stack(parts).sum(0) for place, parts in found.items()}
         return {place: (spread / count).clamp_min(1e-12) for place, (spread, count) in totals.items()}
 
-    def _wanted(self, own: Batch) -> Features:
+    def _teacher_features(self, own: Batch) -> FeatureRecorder:
         with torch.no_grad():
-            return Features(self.points, self.pair.decisions).run(self.pair.original, self.pair.adapter, own)
+            return FeatureRecorder(self.points, self.pair.detached_modules).run(
+                self.pair.teacher, self.pair.adapter, own
+            )
 
 
-def own_images(batch: Batch) -> tuple[Batch, Any]:
+def take_image_shard(batch: Batch) -> tuple[Batch, Any]:
     """This process's share of a batch, and which images of it these are."""
     if rank_and_world()[1] == 1:
         return batch, slice(None)
-    which = [index for index in range(batch.count) if is_own(index)]
+    which = [index for index in range(batch.count) if belongs_to_rank(index)]
     own = [batch.images[index] for index in which]
     return Batch(torch.stack(own) if isinstance(batch.images, Tensor) else own, None, len(own)), which

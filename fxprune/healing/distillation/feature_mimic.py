@@ -12,33 +12,33 @@ from torch import Tensor, nn
 
 from fxprune.adapters.protocol import Batch
 from fxprune.errors import BatchError
-from fxprune.healing.distillation.feature_distance import Distance
-from fxprune.healing.distillation.muon import Optimizers
-from fxprune.healing.distillation.schedule import Schedule, State, copied
+from fxprune.healing.distillation.feature_distance import FeatureDistance
+from fxprune.healing.distillation.muon import MuonAdamW
+from fxprune.healing.distillation.schedule import Schedule, TrainingState, copy_state
 from fxprune.healing.saliency import Maps
 from fxprune.healing.teacher_student import with_gradients
-from fxprune.runtime.distributed import rank_and_world, share_gradients
+from fxprune.runtime.distributed import all_reduce_gradients, rank_and_world
 
 T = TypeVar("T")
 
-HELD_OUT = 8
+HOLD_OUT_EVERY = 8
 """Of so many pieces of calibration batches one is held out."""
-FEW = 4
+IMAGES_PER_STEP = 4
 """Images a step: in the same time many small steps go further than few large ones."""
-CHECKS = 16
+CHECKS_PER_RUN = 16
 """How often the held-out batches are looked at."""
-PATIENCE = 12
+PATIENCE_CHECKS = 12
 """Looks without a better one, after which it ends."""
-FIRST = 1 / 16
+INITIAL_LR_SCALE = 1 / 16
 """Share of the learning rate to begin with; every look doubles it, up to all of it or until it proves too much."""
-WORSE = 1.2
+DIVERGENCE_RATIO = 1.2
 """That is where the loss has grown to so many times the best: it goes back to those weights, at half the rate."""
-LONGEST = 1.0
+MAX_GRAD_NORM = 1.0
 """Norm that a step's gradient is cut to."""
 
 
-def mimic(
-    distance: Distance,
+def train_mimic(
+    distance: FeatureDistance,
     learnt: Sequence[Batch],
     held: Sequence[Batch],
     schedule: Schedule,
@@ -56,7 +56,7 @@ def mimic(
         The pruned model of its pair is changed: it gets the weights that did best on what is held out, its own if none
         did better.
     learnt, held : sequence of Batch
-        See `pieces` and `split`; the same in all processes, each takes its share of the images of every one.
+        See `split_batch` and `hold_out`; the same in all processes, each takes its share of the images of every one.
     schedule : Schedule
     tell : callable
         ``tell(step, steps)``.
@@ -64,47 +64,47 @@ def mimic(
         Of what is learnt from, the same in all processes; without it all places count alike.
     """
     pair = distance.pair
-    with with_gradients(pair.pruned) as weights, torch.enable_grad():
-        optimizer = Optimizers(weights)
-        state = State(distance.mean(held), 0, FIRST, True, copied(pair.pruned))
+    with with_gradients(pair.student) as weights, torch.enable_grad():
+        optimizer = MuonAdamW(weights)
+        state = TrainingState(distance.mean(held), 0, INITIAL_LR_SCALE, True, copy_state(pair.student))
         for step in range(1, schedule.steps + 1):
             for weight in weights:
                 weight.grad = None
-            number, mirrored = _drawn(learnt, schedule, step)
-            images = _mirror(learnt[number], mirrored)
+            number, mirrored = _draw_batch(learnt, schedule, step)
+            images = _mirror_images(learnt[number], mirrored)
             distance(images, saliency[number] if saliency else None, mirrored).backward()  # type: ignore[no-untyped-call]
-            share_gradients(weights)
-            nn.utils.clip_grad_norm_(weights, LONGEST)
-            optimizer.step(schedule.height(step) * state.pace)
+            all_reduce_gradients(weights)
+            nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+            optimizer.step(schedule.learning_rate_at(step) * state.lr_scale)
             tell(step, schedule.steps)
-            if step % max(1, schedule.steps // CHECKS) == 0 or step == schedule.steps:
+            if step % max(1, schedule.steps // CHECKS_PER_RUN) == 0 or step == schedule.steps:
                 found = distance.mean(held)
-                astray = not found <= WORSE * state.best  # also if it is no number
+                astray = not found <= DIVERGENCE_RATIO * state.best  # also if it is no number
                 if astray:
-                    pair.pruned.load_state_dict(state.best_weights)
-                    optimizer = Optimizers(weights)
-                state = state.after(found, pair.pruned, astray)
-                if state.stale == PATIENCE:
+                    pair.student.load_state_dict(state.best_weights)
+                    optimizer = MuonAdamW(weights)
+                state = state.advance(found, pair.student, astray)
+                if state.checks_without_gain == PATIENCE_CHECKS:
                     break
-        pair.pruned.load_state_dict(state.best_weights)
+        pair.student.load_state_dict(state.best_weights)
 
 
-def split(parts: Sequence[T]) -> tuple[list[T], list[T]]:
+def hold_out(parts: Sequence[T]) -> tuple[list[T], list[T]]:
     """Choose some that are held out, and the rest; a single one is both."""
-    held = list(parts[HELD_OUT - 1 :: HELD_OUT]) or list(parts[1:2]) or list(parts)
+    held = list(parts[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]) or list(parts[1:2]) or list(parts)
     return held, [part for part in parts if all(part is not other for other in held)] or held
 
 
-def pieces(batch: Batch) -> list[Batch]:
+def split_batch(batch: Batch) -> list[Batch]:
     """Part a batch into some of few images each, enough for all processes; what cannot be parted stays whole."""
-    count = max(1, batch.count // max(FEW, rank_and_world()[1])) if _has_images(batch) else 1
+    count = max(1, batch.count // max(IMAGES_PER_STEP, rank_and_world()[1])) if _has_images(batch) else 1
     if count == 1:
         return [batch]
     ends = [round(batch.count * number / count) for number in range(count + 1)]
     return [Batch(batch.images[start:end], None, end - start) for start, end in itertools.pairwise(ends)]
 
 
-def check_images(batches: Sequence[Batch]) -> None:
+def check_shareable_images(batches: Sequence[Batch]) -> None:
     """Raise `BatchError` unless all processes can share out the images of every batch."""
     world = rank_and_world()[1]
     for index, batch in enumerate(batches if world > 1 else ()):
@@ -120,7 +120,7 @@ def check_images(batches: Sequence[Batch]) -> None:
             )
 
 
-def can_be_shared(batch: Batch) -> bool:
+def is_shareable(batch: Batch) -> bool:
     """Whether every process can have images of a batch."""
     world = rank_and_world()[1]
     return world == 1 or (_has_images(batch) and batch.count >= world)
@@ -133,7 +133,7 @@ def _has_images(batch: Batch) -> bool:
     )
 
 
-def _drawn(batches: Sequence[Batch], schedule: Schedule, step: int) -> tuple[int, Tensor]:
+def _draw_batch(batches: Sequence[Batch], schedule: Schedule, step: int) -> tuple[int, Tensor]:
     """The batch of a step: every one once, in a random order, then in another; and which of its images to mirror."""
     around, place = divmod(step - 1, len(batches))
     number = int(torch.randperm(len(batches), generator=_generator(schedule.seed, around))[place])
@@ -141,7 +141,7 @@ def _drawn(batches: Sequence[Batch], schedule: Schedule, step: int) -> tuple[int
     return number, mirrored & _has_images(batches[number])
 
 
-def _mirror(batch: Batch, mirrored: Tensor) -> Batch:
+def _mirror_images(batch: Batch, mirrored: Tensor) -> Batch:
     if not mirrored.any():
         return batch
     images = [image.flip(-1) if turn else image for image, turn in zip(batch.images, mirrored.tolist(), strict=True)]

@@ -8,36 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FEWEST = 16
+MIN_MATRIX_INPUTS = 16
 """Values an output from which on a weight is taken for a matrix: depthwise kernels, scales and shifts have fewer."""
-ROWS = 128
+BLOCK_ROWS = 128
 """Outputs that are made orthogonal together; those of wide layers in blocks, or it would take longer than passes."""
 BETAS = 0.9, 0.99
 MOMENTUM = 0.95
-QUINTIC = 3.4445, -4.7750, 2.0315
+NEWTON_SCHULZ_COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Coefficients of a Newton-Schulz iteration (Jordan et al., 2024), those of `torch.optim.Muon` as is its momentum."""
-ITERATIONS = 5
+NEWTON_SCHULZ_ITERATIONS = 5
 
 
-class Optimizers:
+class MuonAdamW:
     """Muon for matrices and AdamW for the rest, at one learning rate."""
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
         self.weights = weights
         matrices = [weight for weight in weights if _is_matrix(weight)]
         others = [weight for weight in weights if not _is_matrix(weight)]
-        self.parts: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         if matrices:
-            self.parts += [Muon(matrices)]
+            self.optimizers += [Muon(matrices)]
         if others:
-            self.parts += [torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0)]
+            self.optimizers += [torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0)]
 
     def step(self, learning_rate: float) -> None:
         """Move the weights by their gradients; one without moves as if it had zeros."""
         for weight in self.weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        for part in self.parts:
+        for part in self.optimizers:
             for group in part.param_groups:
                 group["lr"] = learning_rate
             part.step()
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move the weights by their gradients, blocks of `ROWS` outputs each along orthogonal directions."""
+        """Move the weights by their gradients, blocks of `BLOCK_ROWS` outputs each along orthogonal directions."""
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]
@@ -64,12 +64,12 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"]
                 momentum.lerp_(weight.grad, 1 - MOMENTUM)
-                blocks = torch.split(torch.lerp(weight.grad, momentum, MOMENTUM).flatten(1), ROWS)
-                moves = [0.2 * max(block.shape) ** 0.5 * orthogonal(block) for block in blocks]
+                blocks = torch.split(torch.lerp(weight.grad, momentum, MOMENTUM).flatten(1), BLOCK_ROWS)
+                moves = [0.2 * max(block.shape) ** 0.5 * newton_schulz(block) for block in blocks]
                 weight.add_(torch.cat(moves).view_as(weight), alpha=-group["lr"])
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def newton_schulz(matrix: Tensor) -> Tensor:
     """The nearest matrix of orthogonal rows (or columns, if those are fewer), up to singular values of about .7 to 1.2.
 
     Each Newton-Schulz iteration multiplies ``X`` by a polynomial of ``X @ X.T``. Those commute, so the product of the
@@ -78,9 +78,9 @@ def orthogonal(matrix: Tensor) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
     wide = wide / wide.norm().clamp_min(1e-7)
-    once, twice, thrice = QUINTIC
+    once, twice, thrice = NEWTON_SCHULZ_COEFFICIENTS
     square, product = wide @ wide.T, torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    for _ in range(ITERATIONS):
+    for _ in range(NEWTON_SCHULZ_ITERATIONS):
         factor = torch.addmm(square, square, square, beta=twice, alpha=thrice)
         factor.diagonal().add_(once)
         product, square = factor @ product, factor @ square @ factor
@@ -89,4 +89,4 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _is_matrix(weight: nn.Parameter) -> bool:
-    return weight.ndim > 1 and weight[0].numel() >= FEWEST
+    return weight.ndim > 1 and weight[0].numel() >= MIN_MATRIX_INPUTS

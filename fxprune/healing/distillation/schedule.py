@@ -35,35 +35,36 @@ class Schedule:
         if not isinstance(self.seed, int) or self.seed < 0:
             raise SettingError(f"seed is {self.seed!r}; give a whole number from 0")
 
-    def height(self, step: int) -> float:
+    def learning_rate_at(self, step: int) -> float:
         """Learning rate at a step, from 1 to `steps`: it falls as a cosine does."""
         return self.learning_rate * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
 
 
 @dataclass(frozen=True)
-class State:
+class TrainingState:
     """Where a training stands: the best loss on held-out batches, looks since then, the best weights.
 
-    `pace` is the share of the schedule's learning rate that it goes on with, `rising` whether more was never too much.
+    `lr_scale` is the share of the schedule's learning rate that it goes on with, `warming_up` whether more was never
+    too much.
     """
 
     best: float
-    stale: int
-    pace: float
-    rising: bool
+    checks_without_gain: int
+    lr_scale: float
+    warming_up: bool
     best_weights: dict[str, Any]
 
-    def after(self, found: float, model: nn.Module, astray: bool) -> State:
-        better, rising = found < self.best, self.rising and not astray
-        return State(
+    def advance(self, found: float, model: nn.Module, astray: bool) -> TrainingState:
+        better, rising = found < self.best, self.warming_up and not astray
+        return TrainingState(
             min(found, self.best),
-            0 if better else self.stale + 1,
-            self.pace / 2 if astray else min(1.0, 2 * self.pace) if rising else self.pace,
+            0 if better else self.checks_without_gain + 1,
+            self.lr_scale / 2 if astray else min(1.0, 2 * self.lr_scale) if rising else self.lr_scale,
             rising,
-            copied(model) if better else self.best_weights,
+            copy_state(model) if better else self.best_weights,
         )
 
 
-def copied(model: nn.Module) -> dict[str, Any]:
+def copy_state(model: nn.Module) -> dict[str, Any]:
     """A model's state, apart from it: tensors, and what modules keep besides."""
     return copy.deepcopy(model.state_dict())

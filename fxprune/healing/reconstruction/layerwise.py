@@ -18,22 +18,22 @@ from torch import Tensor, nn
 
 from fxprune.adapters.protocol import Batch
 from fxprune.graph.operators import channel_dim
-from fxprune.healing.reconstruction.least_squares import Fit, Sight
-from fxprune.healing.reconstruction.lockstep import Meet, run_in_step
-from fxprune.healing.reconstruction.residual_adds import terms_of
+from fxprune.healing.reconstruction.least_squares import Fit, LayerRows
+from fxprune.healing.reconstruction.lockstep import Rendezvous, run_lockstep
+from fxprune.healing.reconstruction.residual_adds import find_residual_operands
 from fxprune.healing.saliency import Maps
-from fxprune.healing.teacher_student import Pair, hooked
-from fxprune.runtime.distributed import failing_together, summed
+from fxprune.healing.teacher_student import TeacherStudent, forward_hooks
+from fxprune.runtime.distributed import all_reduce_sum, raise_on_all_ranks
 
-SAME = 1e-5
+UNCHANGED_DEVIATION = 1e-5
 """Relative deviation (root of mean squares) below which a layer's output counts as unchanged."""
 
-Values = dict[tuple[str, int], Any]
+PointValues = dict[tuple[str, int], Any]
 """What runs have at a point, by role (``original``, ``pruned``) and number of the batch."""
 
 
-def refit(
-    pair: Pair,
+def reconstruct_layers(
+    pair: TeacherStudent,
     batches: Sequence[Batch],
     fit: Fit,
     tell: Callable[[str], None] = lambda layer: None,
@@ -59,74 +59,80 @@ def refit(
     list of str
         Layers that were fitted.
     """
-    work = _Work(pair, fit, tell, saliency)
-    runs = {("original", index): work.run(pair.original, batch) for index, batch in enumerate(batches)}
-    runs |= {("pruned", index): work.run(pair.pruned, batch) for index, batch in enumerate(batches)}
+    work = _LayerwisePass(pair, fit, tell, saliency)
+    runs = {("original", index): work.run(pair.teacher, batch) for index, batch in enumerate(batches)}
+    runs |= {("pruned", index): work.run(pair.student, batch) for index, batch in enumerate(batches)}
     with ExitStack() as hooks, torch.no_grad():
-        for model in (pair.original, pair.pruned):
-            hooks.enter_context(hooked(model, work.layers, work.see))
-            hooks.enter_context(hooked(model, pair.decisions, work.obey))
-        with failing_together() as work.meet:
-            run_in_step(runs, work.decide)
+        for model in (pair.teacher, pair.student):
+            hooks.enter_context(forward_hooks(model, work.layers, work.observe))
+            hooks.enter_context(forward_hooks(model, pair.detached_modules, work.replay))
+        with raise_on_all_ranks() as work.exchange_errors:
+            run_lockstep(runs, work.fit_when_all_arrived)
     return list(work.fitted)
 
 
-class _Work:
+class _LayerwisePass:
     """One pass in step over a pair."""
 
-    def __init__(self, pair: Pair, fit: Fit, tell: Callable[[str], None], saliency: Sequence[Maps]) -> None:
+    def __init__(self, pair: TeacherStudent, fit: Fit, tell: Callable[[str], None], saliency: Sequence[Maps]) -> None:
         self.pair, self.fit, self.tell, self.saliency = pair, fit, tell, saliency
         self.layers = {name: layer for name, layer in pair.layers() if not _is_shared(pair, layer)}
         once = {name for name in self.layers if pair.calls[name] == 1}
-        self.terms = {name: term for name, term in terms_of(pair.pruned).items() if {name, term.seen_at} <= once}
+        self.residual_operands = {
+            name: term
+            for name, term in find_residual_operands(pair.student).items()
+            if {name, term.observed_at} <= once
+        }
         self.sums: dict[str, dict[str, Tensor]] = {}
-        self.seen: dict[str, Values] = {}
-        self.here = local()
+        self.observed: dict[str, PointValues] = {}
+        self.thread_state = local()
         self.fitted: dict[str, None] = {}
-        self.meet: Callable[[], None] = lambda: None
+        self.exchange_errors: Callable[[], None] = lambda: None
 
-    def run(self, model: nn.Module, batch: Batch) -> Callable[[Meet], None]:
-        def work(meet: Meet) -> None:
-            self.here.meet, self.here.calls = meet, Counter()
+    def run(self, model: nn.Module, batch: Batch) -> Callable[[Rendezvous], None]:
+        def work(meet: Rendezvous) -> None:
+            self.thread_state.meet, self.thread_state.calls = meet, Counter()
             self.pair.adapter.predict(model, batch)
 
         return work
 
-    def see(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def observe(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Let a layer's output be seen; give what it gives once it was fitted."""
-        point = self._point(name)
+        point = self._next_point(name)
         if not isinstance(output, Tensor) or not isinstance(args[0] if args else None, Tensor):
             return None
-        return module.forward(*args) if self.here.meet(point, (args[0], output)) else None
+        return module.forward(*args) if self.thread_state.meet(point, (args[0], output)) else None
 
-    def obey(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def replay(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Give what the model as it was decided here."""
-        return self.here.meet(self._point(name), output)
+        return self.thread_state.meet(self._next_point(name), output)
 
-    def _point(self, name: str) -> tuple[str, int]:
-        self.here.calls[name] += 1
-        return name, self.here.calls[name]
+    def _next_point(self, name: str) -> tuple[str, int]:
+        self.thread_state.calls[name] += 1
+        return name, self.thread_state.calls[name]
 
-    def decide(self, point: tuple[str, int], values: Values) -> Values:
+    def fit_when_all_arrived(self, point: tuple[str, int], values: PointValues) -> PointValues:
         """Fit the layer that all runs have come to; those of the pruned model are told whether it changed."""
         name, numbers = point[0], [index for role, index in values if role == "pruned"]
-        if name in self.pair.decisions:
+        if name in self.pair.detached_modules:
             return {("pruned", index): values["original", index] for index in numbers}
-        self.meet()
+        self.exchange_errors()
         self.tell(name)
-        if any(name == term.seen_at for term in self.terms.values()):
-            self.seen[name] = values
+        if any(name == term.observed_at for term in self.residual_operands.values()):
+            self.observed[name] = values
         inputs, outputs = ([values["pruned", index][part] for index in numbers] for part in (0, 1))
-        wanted = self._wanted(name, values, numbers)
-        changed = self._fits(point, inputs, wanted, name in self.fitted or _deviation(outputs, wanted) > SAME)
+        wanted = self._targets(name, values, numbers)
+        changed = self._fit_point(
+            point, inputs, wanted, name in self.fitted or _deviation(outputs, wanted) > UNCHANGED_DEVIATION
+        )
         if changed:
             self.fitted[name] = None
-            for index in numbers if name in self.seen else ():
+            for index in numbers if name in self.observed else ():
                 x = values["pruned", index][0]
-                self.seen[name]["pruned", index] = (x, self.layers[name].forward(x))
+                self.observed[name]["pruned", index] = (x, self.layers[name].forward(x))
         return {("pruned", index): changed for index in numbers}
 
-    def _fits(self, point: tuple[str, int], inputs: list[Tensor], wanted: list[Tensor], changed: bool) -> bool:
+    def _fit_point(self, point: tuple[str, int], inputs: list[Tensor], wanted: list[Tensor], changed: bool) -> bool:
         """Fit a layer if it gives something else; the calls of one that is called again are added up in any case."""
         (name, call), layer = point, self.layers[point[0]]
         sums = self.sums.setdefault(name, {})
@@ -135,36 +141,36 @@ class _Work:
             if not changed:
                 return False
         before = [value.clone() for value in (*layer.parameters(), *layer.buffers())]
-        self.fit(layer, Sight(inputs, wanted, changed, sums, self._weights(point, wanted)))
+        self.fit(layer, LayerRows(inputs, wanted, changed, sums, self._place_weights(point, wanted)))
         after = (*layer.parameters(), *layer.buffers())
         return any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
-    def _weights(self, point: tuple[str, int], wanted: Sequence[Tensor]) -> list[Tensor] | None:
+    def _place_weights(self, point: tuple[str, int], wanted: Sequence[Tensor]) -> list[Tensor] | None:
         """How much places of a layer's output count, where that is known of all of them."""
         layer, known = self.layers[point[0]], [maps[point][0] for maps in self.saliency if point in maps]
         places = [value.numel() // value.shape[channel_dim(layer, value)] for value in wanted]
         found = [weights for weights in known if weights is not None]
         return found if [weights.numel() for weights in found] == places else None
 
-    def _wanted(self, name: str, values: Values, numbers: Sequence[int]) -> list[Tensor]:
+    def _targets(self, name: str, values: PointValues, numbers: Sequence[int]) -> list[Tensor]:
         """What a layer should give: what it gave, and in a sum also what the other operand no longer has."""
-        term = self.terms.pop(name, None)
+        term = self.residual_operands.pop(name, None)
         wanted = [values["original", index][1] for index in numbers]
         if term is None:
             return wanted
-        part = 0 if term.given else 1
-        seen = self.seen[term.seen_at]
+        part = 0 if term.is_input else 1
+        seen = self.observed[term.observed_at]
         missing = [seen["original", index][part] - seen["pruned", index][part] for index in numbers]
-        if not any(other.seen_at == term.seen_at for other in self.terms.values()):
-            del self.seen[term.seen_at]
+        if not any(other.observed_at == term.observed_at for other in self.residual_operands.values()):
+            del self.observed[term.observed_at]
         if term.norm is not None:
-            scale = _scale_of(self.pair.pruned.get_submodule(term.norm))
+            scale = _norm_scale(self.pair.student.get_submodule(term.norm))
             missing = [lack / scale.reshape(-1, 1, 1) for lack in missing] if scale is not None else []
         pairs = zip(wanted, missing, strict=False)
         return [value + lack for value, lack in pairs if value.shape == lack.shape] or wanted
 
 
-def _scale_of(norm: nn.Module) -> Tensor | None:
+def _norm_scale(norm: nn.Module) -> Tensor | None:
     """What a norm in eval mode multiplies each channel by; None if that depends on the input, or is about zero."""
     variance, weight = getattr(norm, "running_var", None), getattr(norm, "weight", None)
     if variance is None or weight is None:
@@ -173,15 +179,15 @@ def _scale_of(norm: nn.Module) -> Tensor | None:
     return scale if bool((scale.abs() > 1e-3 * scale.abs().max()).all()) else None
 
 
-def _is_shared(pair: Pair, layer: nn.Module) -> bool:
+def _is_shared(pair: TeacherStudent, layer: nn.Module) -> bool:
     """Whether a layer's weights are another layer's too."""
     own = {id(weight) for weight in layer.parameters()}
-    owners = [module for module in pair.pruned.modules() if own & {id(value) for value in module._parameters.values()}]
+    owners = [module for module in pair.student.modules() if own & {id(value) for value in module._parameters.values()}]
     return len(owners) > 1
 
 
 def _deviation(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     pairs = zip(given, wanted, strict=True)
     parts = [torch.stack([(new - old).double().square().sum(), old.double().square().sum()]) for new, old in pairs]
-    off, size = summed(torch.stack(parts).sum(0)).tolist()
+    off, size = all_reduce_sum(torch.stack(parts).sum(0)).tolist()
     return float((off / size) ** 0.5) if size > 0 else 0.0

@@ -15,37 +15,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.graph.operators import is_norm_layer, rows_of
-from fxprune.runtime.distributed import gathered, summed
+from fxprune.graph.operators import is_norm_layer, to_rows
+from fxprune.runtime.distributed import all_gather, all_reduce_sum
 from fxprune.runtime.linear_solver import solve_positive_definite
 
-QUICK = 0.5
+QUICK_EFFORT = 0.5
 """Share of the usual effort that is enough where a fit only serves to judge a plan by."""
-RIDGE = 1e-2
+RELATIVE_RIDGE = 1e-2
 """How strongly fitted weights are held to those that are there, relative to the mean square of what they weigh."""
-ROWS = 4
+ROWS_PER_WEIGHT = 4
 """Places of the feature maps that a fit looks at, at least, per weight of one output channel."""
-MOST, WORK = 65536, 2.5e10
+MAX_ROWS, MAX_PRODUCTS = 65536, 2.5e10
 """Places that it looks at, at most, and products a group that it takes to do so."""
-LEAST = 1e-6
+MIN_RELATIVE_VARIANCE = 1e-6
 """Share of its mean square below which a channel's variance is nothing to restore a spread from."""
-UNALIKE = 0.1
+MIN_CORRELATION = 0.1
 """Correlation of what a channel gives and what it gave below which its spread is not restored in full."""
-WIDEST = 5000
+MAX_PRIMAL_INPUTS = 5000
 """Weights of one output channel beyond which least squares are solved by rows, not by weights."""
-MOST_WIDE = 6144
+MAX_DUAL_ROWS = 6144
 """About so many rows are looked at then, at most, at each call; of all processes together."""
 
 
 @dataclass(frozen=True)
-class Sight:
+class LayerRows:
     """What the runs have at one call of a layer: a value a calibration batch.
 
     Attributes
     ----------
     inputs : list of Tensor
         What the layer is given in the pruned model.
-    wanted : list of Tensor
+    targets : list of Tensor
         What it gave in the model as it was, on the same images.
     changed : bool
         Whether it gives something else now, here or at an earlier call. If not it is to be left as it is.
@@ -56,46 +56,46 @@ class Sight:
     """
 
     inputs: list[Tensor] = field(repr=False)
-    wanted: list[Tensor] = field(repr=False)
+    targets: list[Tensor] = field(repr=False)
     changed: bool = True
     sums: dict[str, Tensor] = field(repr=False, default_factory=dict)
     saliency: list[Tensor] | None = field(repr=False, default=None)
 
-    def weights(self) -> list[Tensor]:
+    def row_weights(self) -> list[Tensor]:
         """How much each place counts, one row (n, 1) a place."""
         if self.saliency is None:
-            return [value.new_ones(()) for value in self.wanted]
-        return [maps.to(value).reshape(-1, 1) for maps, value in zip(self.saliency, self.wanted, strict=True)]
+            return [value.new_ones(()) for value in self.targets]
+        return [maps.to(value).reshape(-1, 1) for maps, value in zip(self.saliency, self.targets, strict=True)]
 
-    def add(self, name: str, value: Tensor) -> Tensor:
+    def accumulate(self, name: str, value: Tensor) -> Tensor:
         """Add something up over all processes and calls."""
-        total = self.sums[name] = summed(value) + self.sums.get(name, 0.0)
+        total = self.sums[name] = all_reduce_sum(value) + self.sums.get(name, 0.0)
         return total
 
 
-def share_of(layer: nn.Conv2d | nn.Linear, sight: Sight, rows: float) -> float:
+def row_share(layer: nn.Conv2d | nn.Linear, sight: LayerRows, rows: float) -> float:
     """Share of the places that so many rows are, all processes together."""
-    places = sum(value.numel() // len(layer.weight) for value in sight.wanted)
-    return min(1.0, rows / float(summed(layer.weight.new_tensor(places, dtype=torch.float64))))
+    places = sum(value.numel() // len(layer.weight) for value in sight.targets)
+    return min(1.0, rows / float(all_reduce_sum(layer.weight.new_tensor(places, dtype=torch.float64))))
 
 
-def samples(layer: nn.Conv2d | nn.Linear, sight: Sight, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+def draw_rows(layer: nn.Conv2d | nn.Linear, sight: LayerRows, share: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows (groups, n, C) that a layer reads at places drawn at random and should give, times the root of saliency."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    for x, y, weights in zip(sight.inputs, sight.wanted, sight.weights(), strict=True):
+    for x, y, weights in zip(sight.inputs, sight.targets, sight.row_weights(), strict=True):
         places = y.numel() // len(layer.weight)
         drawn = torch.rand(places, generator=torch.Generator().manual_seed(0)) < share
         place = drawn.nonzero().flatten().to(x.device)
         if isinstance(layer, nn.Linear):
             u, v = x.reshape(-1, x.shape[-1])[place], y.reshape(-1, y.shape[-1])[place]
         else:
-            u, v = windows(layer, x, place), y.movedim(1, -1).flatten(0, 2)[place]
+            u, v = input_patches(layer, x, place), y.movedim(1, -1).flatten(0, 2)[place]
         u, v = (rows.reshape(len(rows), groups, -1).transpose(0, 1) for rows in (u, v))
         root = (weights[place] if weights.ndim else weights).sqrt()
         yield functional.pad(u, (0, 1), value=float(layer.bias is not None)) * root, v * root
 
 
-def windows(layer: nn.Conv2d, x: Tensor, place: Tensor) -> Tensor:
+def input_patches(layer: nn.Conv2d, x: Tensor, place: Tensor) -> Tensor:
     """What a convolution reads (n, C) at places of its output."""
     reach = [dilation * (size - 1) + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -106,7 +106,7 @@ def windows(layer: nn.Conv2d, x: Tensor, place: Tensor) -> Tensor:
     return windows[place // (height * width), place // width % height, place % width].flatten(1)
 
 
-def joined(parts: Iterable[tuple[Tensor, Tensor]], least: int) -> Iterator[tuple[Tensor, Tensor]]:
+def merge_small_parts(parts: Iterable[tuple[Tensor, Tensor]], least: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Join parts to at least so many rows: products of fewer cost more to add up than to make."""
     kept: list[tuple[Tensor, Tensor]] = []
     for part in parts:
@@ -118,11 +118,11 @@ def joined(parts: Iterable[tuple[Tensor, Tensor]], least: int) -> Iterator[tuple
         yield torch.cat([u for u, _ in kept], 1), torch.cat([v for _, v in kept], 1)
 
 
-Fit = Callable[[nn.Module, Sight], None]
+Fit = Callable[[nn.Module, LayerRows], None]
 """``fit(layer, sight)``: changes the layer's parameters if it knows how."""
 
 
-def fit_affine(layer: nn.Module, sight: Sight, effort: float = 1.0) -> None:
+def fit_layer(layer: nn.Module, sight: LayerRows, effort: float = 1.0) -> None:
     """Fit what a layer applies, a matrix or a scale and shift a channel, in closed form: ``"affine"``.
 
     Convolutions and linear layers get the weights, and the bias if they have one, that come nearest to the outputs of
@@ -133,33 +133,33 @@ def fit_affine(layer: nn.Module, sight: Sight, effort: float = 1.0) -> None:
     `effort` is the share of the places that they usually look at.
     """
     weight, bias = {**layer._parameters, **layer._buffers}.get("weight"), getattr(layer, "bias", None)
-    if weight is None or not weight.is_floating_point() or not _is_plain(layer):
+    if weight is None or not weight.is_floating_point() or not _is_plain_layer(layer):
         return
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
-        (_fit_by_weights if weight[0].numel() <= WIDEST else _fit_by_rows)(layer, sight, effort)
+        (_fit_normal_equations if weight[0].numel() <= MAX_PRIMAL_INPUTS else _fit_dual)(layer, sight, effort)
     elif bias is not None and weight.ndim == 1 and is_norm_layer(layer):
-        parts = zip(sight.inputs, sight.wanted, sight.weights(), strict=True)
-        sums = [_moments(rows_of(layer, layer.forward(x)).double(), rows_of(layer, y).double(), s) for x, y, s in parts]
-        moments = sight.add("moments", torch.stack(sums).sum(0))
+        parts = zip(sight.inputs, sight.targets, sight.row_weights(), strict=True)
+        sums = [_moments(to_rows(layer, layer.forward(x)).double(), to_rows(layer, y).double(), s) for x, y, s in parts]
+        moments = sight.accumulate("moments", torch.stack(sums).sum(0))
         if sight.changed:
-            sight.sums["moments"] = _fit_channels(weight, bias, moments)
+            sight.sums["moments"] = _match_moments(weight, bias, moments)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain_layer(layer: nn.Module) -> bool:
     """Whether a layer computes as its kind does: a class derived from it may pad, standardize or activate besides."""
     methods = ("forward", "_conv_forward") if isinstance(layer, nn.Conv2d) else ("forward",)
     homes = {getattr(getattr(layer, name), "__module__", "") for name in methods}
     return all(f"{home}.".startswith(("torch.nn.modules.", "torchvision.ops.misc.")) for home in homes)
 
 
-def _fit_channels(weight: Tensor, bias: Tensor, moments: Tensor) -> Tensor:
+def _match_moments(weight: Tensor, bias: Tensor, moments: Tensor) -> Tensor:
     """Scale and shift channels by the moments (6, C) of what they give and gave; returns those that they have then."""
     count, x, y, xx, yy, xy = moments
     x, y, xx, yy, xy = x / count, y / count, xx / count, yy / count, xy / count
     now, want = ((square - mean * mean).clamp_min(0).sqrt() for square, mean in ((xx, x), (yy, y)))
     alike = (xy - x * y) / (now * want).clamp_min(1e-30)
-    known = now.square() > LEAST * (xx + 1e-30)
-    slope = torch.where(known, want / now.clamp_min(1e-30) * (alike / UNALIKE).clamp(0, 1), 1.0)
+    known = now.square() > MIN_RELATIVE_VARIANCE * (xx + 1e-30)
+    slope = torch.where(known, want / now.clamp_min(1e-30) * (alike / MIN_CORRELATION).clamp(0, 1), 1.0)
     shift = y - slope * x
     weight.data.mul_(slope.to(weight.dtype).reshape(-1, *[1] * (weight.ndim - 1)))
     bias.data.copy_((slope * bias.double() + shift).to(bias.dtype))
@@ -172,13 +172,13 @@ def _moments(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([(value * weights).sum(0) for value in (torch.ones_like(x), x, y, x * x, y * y, x * y)])
 
 
-def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -> None:
+def _fit_normal_equations(layer: nn.Conv2d | nn.Linear, sight: LayerRows, effort: float) -> None:
     """Least squares; then channels that have a bias get the mean and the spread there were."""
-    now, bias = sight.sums.setdefault("held", _matrix(layer)), layer.bias
+    now, bias = sight.sums.setdefault("held", _get_matrix(layer)), layer.bias
     groups, inputs, outputs = len(now), now.shape[1] - 1, now.shape[2]
-    share = share_of(layer, sight, effort * max(ROWS * inputs, min(MOST, WORK / inputs**2)))
-    parts = list(joined(samples(layer, sight, share), inputs))
-    origin = None if bias is None else _origin(parts, now, sight)
+    share = row_share(layer, sight, effort * max(ROWS_PER_WEIGHT * inputs, min(MAX_ROWS, MAX_PRODUCTS / inputs**2)))
+    parts = list(merge_small_parts(draw_rows(layer, sight, share), inputs))
+    origin = None if bias is None else _find_origin(parts, now, sight)
     gram = now.new_zeros(groups, inputs + 1, inputs + 1)
     cross, square = torch.zeros_like(now), now.new_zeros(groups, outputs)
     for u, v in parts:
@@ -189,13 +189,13 @@ def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -
         cross += (u.transpose(1, 2) @ v).double()
         square += v.double().square().sum(1)
     sums = (("gram", gram), ("cross", cross), ("square", square))
-    gram, cross, square = (sight.add(name, value / share) for name, value in sums)
+    gram, cross, square = (sight.accumulate(name, value / share) for name, value in sums)
     if not sight.changed:
         return
     if origin is not None:
-        gram, cross, square = _moved(gram, cross, square, origin)
+        gram, cross, square = _shift_moments(gram, cross, square, origin)
     mean = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
-    ridge = RIDGE * mean[:, None]
+    ridge = RELATIVE_RIDGE * mean[:, None]
     held = gram.clone()
     held.diagonal(dim1=1, dim2=2).add_(ridge)
     now = solve_positive_definite(held, cross + ridge[:, None] * now)
@@ -203,10 +203,10 @@ def _fit_by_weights(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -
     if bias is not None:
         given, count = gram @ now, gram[:, -1, -1:].expand(-1, outputs)
         moments = (count, given[:, -1], cross[:, -1], (now * given).sum(1), square, (now * cross).sum(1))
-        _fit_channels(layer.weight, bias, torch.stack([value.flatten() for value in moments]))
+        _match_moments(layer.weight, bias, torch.stack([value.flatten() for value in moments]))
 
 
-def _origin(parts: Sequence[tuple[Tensor, Tensor]], like: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+def _find_origin(parts: Sequence[tuple[Tensor, Tensor]], like: Tensor, sight: LayerRows) -> tuple[Tensor, Tensor]:
     """Where a layer with a bias has the middle of what it reads and should give, at its first call.
 
     Products of what is far from zero would be too coarse in float32 to tell a small spread by.
@@ -216,14 +216,16 @@ def _origin(parts: Sequence[tuple[Tensor, Tensor]], like: Tensor, sight: Sight) 
         sums = like.new_zeros(len(like), like.shape[1] + like.shape[2])
         for u, v in parts:
             sums += torch.cat([u.double().sum(1), v.double().sum(1)], 1)
-        sums = summed(sums)
+        sums = all_reduce_sum(sums)
         sight.sums["middle"] = sums / sums[:, ones : ones + 1].clamp_min(1.0)
         sight.sums["middle"][:, ones] = 0.0
     middle = sight.sums["middle"]
     return middle[:, : ones + 1], middle[:, ones + 1 :]
 
 
-def _moved(gram: Tensor, cross: Tensor, square: Tensor, origin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _shift_moments(
+    gram: Tensor, cross: Tensor, square: Tensor, origin: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of products about an origin as they are about zero; the last of what is read is one for each place."""
     u, v = origin
     once, total, count = gram[:, :, -1:], cross[:, -1:], gram[:, -1:, -1:]
@@ -235,10 +237,10 @@ def _moved(gram: Tensor, cross: Tensor, square: Tensor, origin: tuple[Tensor, Te
     )
 
 
-def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -> None:
+def _fit_dual(layer: nn.Conv2d | nn.Linear, sight: LayerRows, effort: float) -> None:
     """The same least squares where rows are fewer than weights: ``W_now + (y - W_now u)(u^T u + r)^-1 u^T``."""
-    held = sight.sums.setdefault("held", _matrix(layer))
-    shares = gathered(list(samples(layer, sight, share_of(layer, sight, effort * MOST_WIDE))))
+    held = sight.sums.setdefault("held", _get_matrix(layer))
+    shares = all_gather(list(draw_rows(layer, sight, row_share(layer, sight, effort * MAX_DUAL_ROWS))))
     parts = [part for turn in zip_longest(*shares) for part in turn if part is not None]  # as one process has them
     for place, name in enumerate(("u", "v")):
         earlier = [sight.sums[name]] if name in sight.sums else []
@@ -246,13 +248,13 @@ def _fit_by_rows(layer: nn.Conv2d | nn.Linear, sight: Sight, effort: float) -> N
     if sight.changed:
         u, v = (sight.sums[name] for name in ("u", "v"))
         kernel = (u @ u.transpose(1, 2)).double()
-        ridge = RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-12) / (u.shape[2] - 1)
+        ridge = RELATIVE_RIDGE * kernel.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-12) / (u.shape[2] - 1)
         kernel.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
         step = u.transpose(1, 2) @ solve_positive_definite(kernel, (v - u @ held.to(u.dtype)).double()).to(u.dtype)
         _set_matrix(layer, held + step.double())
 
 
-def _matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:
+def _get_matrix(layer: nn.Conv2d | nn.Linear) -> Tensor:
     """What a layer applies (groups, inputs + 1, outputs), the last input being 1 for the bias, or else 0."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.weight.detach().double().reshape(groups, len(layer.weight) // groups, -1).transpose(1, 2)

@@ -16,19 +16,19 @@ import torch
 
 from fxprune.errors import ModelError
 
-Meet = Callable[[Hashable, Any], Any]
+Rendezvous = Callable[[Hashable, Any], Any]
 """``meet(point, value) -> answer``: waits until every run that is under way has come to the point."""
 
 
-def run_in_step(
-    runs: Mapping[Any, Callable[[Meet], None]], decide: Callable[[Any, dict[Any, Any]], Mapping[Any, Any]]
+def run_lockstep(
+    runs: Mapping[Any, Callable[[Rendezvous], None]], decide: Callable[[Any, dict[Any, Any]], Mapping[Any, Any]]
 ) -> None:
     """Run functions in turn, one at a time, from one meeting to the next.
 
     Parameters
     ----------
     runs : mapping
-        Functions by name; each gets `Meet`. They run in threads of their own, without gradients.
+        Functions by name; each gets `Rendezvous`. They run in threads of their own, without gradients.
     decide : callable
         ``(point, values by name) -> answers by name``: called when all that are under way have come to one point; who
         gets no answer gets None.
@@ -44,7 +44,7 @@ def run_in_step(
     --------
     >>> seen = []
     >>> def run(meet): seen.append(meet("middle", len(seen)))
-    >>> run_in_step({"a": run, "b": run}, lambda point, values: dict.fromkeys(values, sum(values.values())))
+    >>> run_lockstep({"a": run, "b": run}, lambda point, values: dict.fromkeys(values, sum(values.values())))
     >>> seen
     [0, 0]
     """
@@ -78,7 +78,7 @@ class _Stopped(BaseException):
 class _Worker:
     """A function in a thread that runs only while `resume` waits for it."""
 
-    def __init__(self, pool: ThreadPoolExecutor, run: Callable[[Meet], None]) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, run: Callable[[Rendezvous], None]) -> None:
         self.inbox: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
         self.outbox: SimpleQueue[tuple[Any, Any] | Future[None]] = SimpleQueue()
         pool.submit(self._work, run).add_done_callback(self.outbox.put)
@@ -94,7 +94,7 @@ class _Worker:
         self.inbox.put((False, None))
 
     @torch.no_grad()
-    def _work(self, run: Callable[[Meet], None]) -> None:
+    def _work(self, run: Callable[[Rendezvous], None]) -> None:
         self._wait()
         run(self._meet)
 

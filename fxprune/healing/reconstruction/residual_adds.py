@@ -8,30 +8,30 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from fxprune.graph.fx_utils import dotted
+from fxprune.graph.fx_utils import join_path
 from fxprune.graph.operators import ADDITIONS, is_norm
 
 
 @dataclass(frozen=True)
-class Term:
+class ResidualOperand:
     """What a layer's output is added to, and where that can be seen.
 
     Attributes
     ----------
-    seen_at : str
+    observed_at : str
         A layer that runs earlier.
-    given : bool
+    is_input : bool
         Whether the other operand is what that layer is given; else it is what it gives.
     norm : str or None
         The norm between the layer and the sum.
     """
 
-    seen_at: str
-    given: bool
+    observed_at: str
+    is_input: bool
     norm: str | None = None
 
 
-def terms_of(model: nn.Module) -> dict[str, Term]:
+def find_residual_operands(model: nn.Module) -> dict[str, ResidualOperand]:
     """Find the layers of a model's graphs whose output is read by one sum alone, a norm between them or not.
 
     Returns
@@ -40,26 +40,26 @@ def terms_of(model: nn.Module) -> dict[str, Term]:
         By the layer's path.
     """
     return {
-        dotted(island, path): Term(
-            dotted(island, term.seen_at), term.given, dotted(island, term.norm) if term.norm else None
+        join_path(island, path): ResidualOperand(
+            join_path(island, term.observed_at), term.is_input, join_path(island, term.norm) if term.norm else None
         )
         for island, gm in model.named_modules()
         if isinstance(gm, fx.GraphModule)
-        for path, term in _terms(gm)
+        for path, term in _graph_operands(gm)
     }
 
 
-def _terms(gm: fx.GraphModule) -> Iterator[tuple[str, Term]]:
+def _graph_operands(gm: fx.GraphModule) -> Iterator[tuple[str, ResidualOperand]]:
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     for total in gm.graph.nodes:
         operands = [value for value in total.args if isinstance(value, fx.Node)]
         if total.target not in {*ADDITIONS, operator.iadd} or len(operands) != 2 or operands[0] is operands[1]:
             continue
         for last, other in (operands, operands[::-1]):
-            seen = _seen(other, order[last], order)
+            seen = _find_observer(other, order[last], order)
             if seen is None or last.op != "call_module" or len(last.users) != 1:
                 continue
-            yield str(last.target), Term(*seen)
+            yield str(last.target), ResidualOperand(*seen)
             before = last.args[0] if last.args else None
             if (
                 is_norm(gm, last)
@@ -67,10 +67,10 @@ def _terms(gm: fx.GraphModule) -> Iterator[tuple[str, Term]]:
                 and before.op == "call_module"
                 and len(before.users) == 1
             ):
-                yield str(before.target), Term(*seen, str(last.target))
+                yield str(before.target), ResidualOperand(*seen, str(last.target))
 
 
-def _seen(value: fx.Node, end: int, order: dict[fx.Node, int]) -> tuple[str, bool] | None:
+def _find_observer(value: fx.Node, end: int, order: dict[fx.Node, int]) -> tuple[str, bool] | None:
     """A layer that gives a value, or is given it, before some place in the graph."""
     if value.op == "call_module" and order[value] < end:
         return str(value.target), False
