@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 import fxprune
-from benchmarks.bench_time import captured, regions_of
 from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
 from fxprune.adapters.protocol import Adapter, Batch, device_of
@@ -44,6 +43,7 @@ from fxprune.profiling.latency import (
     measure_latency,
     node_probe,
 )
+from tests.helpers.captures import capture_copy, to_regions
 
 PROBES: Mapping[str, Callable[[ProbeInputs], Probe]] = {"nodes": node_probe, "pieces": compiled_probe}
 FLAGS = {"untrained": "untrained", "boxes": "with boxes"}
@@ -119,10 +119,10 @@ def milliseconds(
         assert analysis.before.latency_ms is not None
         return analysis.before.latency_ms, {region.name: region.latency_ms or 0.0 for region in analysis.regions}
     other = replace(known, probe=PROBES[probe])
-    model, islands = captured(subject.model, batch.images, adapter.whole_model_is_graph)
+    model, islands = capture_copy(subject.model, batch.images, adapter.whole_model_is_graph)
     graphs = [(island.name, island.gm) for island in islands]
     twin = backend_copy(subject.model, other)
-    found = measure_latency(other, twin, model, graphs, regions_of(analysis.regions), adapter, batch)
+    found = measure_latency(other, twin, model, graphs, to_regions(analysis.regions), adapter, batch)
     assert found.whole_ms is not None
     return found.whole_ms, found.regions_ms
 

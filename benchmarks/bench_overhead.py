@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.systems import SIX, System, add_options, chosen, sizes_of, write_rows
+from benchmarks.systems import add_options, chosen, sizes_of, write_rows
 from fxprune.adapters.calls import normalize_and_label
 from fxprune.adapters.protocol import Adapter, Batch
 from fxprune.adapters.registry import choose_adapter
@@ -41,6 +41,7 @@ from fxprune.graph.records import Captured
 from fxprune.planning.analyzer import Study
 from fxprune.profiling.interleaved_timing import Timing, compute_ratio, interleave
 from fxprune.runtime.private_copy import private_copy
+from tests.helpers.systems import SIX, System
 
 PARTS = ("overhead", "captum", "capture")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -23,13 +23,14 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_time import captured, regions_of
 from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
-from benchmarks.systems import System, add_options, chosen, sizes_of
+from benchmarks.systems import add_options, chosen, sizes_of
 from fxprune.adapters.registry import choose_adapter
 from fxprune.graph.fx_utils import map_tensors
 from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave
 from fxprune.profiling.region_modules import extract_regions
+from tests.helpers.captures import capture_copy, to_regions
+from tests.helpers.systems import System
 
 BACKENDS: dict[str, Callable[[nn.Module], Callable[..., object]]] = {
     "eager": lambda module: module,
@@ -70,7 +71,7 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
     plans = {f"{budget:.0%}": analysis.plan(budget) for budget in options.budgets}
     batch = map_tensors(raw["img"] if isinstance(raw, dict) else raw[0], lambda value: value.to(options.device))
     model = model.to(options.device)
-    twin, islands = captured(model, batch, choose_adapter(model, raw, None).whole_model_is_graph)
+    twin, islands = capture_copy(model, batch, choose_adapter(model, raw, None).whole_model_is_graph)
     prepare = BACKENDS[backend]
     versions = {WHOLE: model, AGAIN: model} | {name: fxprune.apply(model, plan).eval() for name, plan in plans.items()}
     ready = {name: prepare(version) for name, version in versions.items() if name != AGAIN}
@@ -80,7 +81,7 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
     removed = {region.name: region for plan in plans.values() for region in plan.removed}
     with torch.inference_mode():
         graphs = [(island.name, island.gm) for island in islands]
-        for piece in extract_regions(partial(twin, batch), graphs, regions_of(removed.values())):
+        for piece in extract_regions(partial(twin, batch), graphs, to_regions(removed.values())):
             module, values = piece.chained(1)
             functions[f"region {piece.region}"] = partial(prepare(module), *values)
         timings = interleave(functions, rounds=options.rounds, warmup=3, device=options.device)

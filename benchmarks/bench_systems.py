@@ -20,8 +20,9 @@ from rich.console import Console
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 import fxprune
-from benchmarks.systems import Sizes, System, add_options, chosen, sizes_of, write_rows
+from benchmarks.systems import add_options, chosen, sizes_of, write_rows
 from fxprune.planning.analysis import Analysis, exclusive_sets
+from tests.helpers.systems import Sizes, System
 
 BUDGET = 0.1
 IMAGES = 2

@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -29,13 +28,11 @@ from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
 from fxprune.adapters.protocol import device_of
 from fxprune.adapters.registry import detector_adapter
-from fxprune.graph.capture import capture_islands
 from fxprune.graph.interpreters import NodeName
-from fxprune.graph.records import Island, Region
-from fxprune.planning.plan import Candidate
+from fxprune.graph.records import Island
 from fxprune.profiling.interleaved_timing import interleave
 from fxprune.profiling.node_timer import NodeTimer
-from fxprune.runtime.private_copy import private_copy
+from tests.helpers.captures import capture_copy
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -62,7 +59,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """One row: shares of the time, and what a plan takes."""
     plan = fxprune.analyze(subject.model, subject.batches()).plan(options.budget)
     batch = subject.timed_batch(options.timed_images)
-    model, islands = captured(subject.model, batch, detector_adapter(subject.model).whole_model_is_graph)
+    model, islands = capture_copy(subject.model, batch, detector_adapter(subject.model).whole_model_is_graph)
     with torch.inference_mode():
         times, whole = time_nodes(model, islands, batch, options.rounds)
         pruned = fxprune.apply(subject.model, plan).eval()
@@ -92,17 +89,6 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
         "removed": [region.name for region in plan.removed],
         "machine": machine(str(subject.device)),
     }
-
-
-def captured(model: nn.Module, batch: Any, root_is_function: bool) -> tuple[nn.Module, list[Island]]:
-    """A copy of a model with its graphs in place, as they are called at inference."""
-    return capture_islands(private_copy(model).eval(), lambda network: network.eval()(batch), root_is_function)
-
-
-def regions_of(candidates: Iterable[Candidate]) -> list[Region]:
-    """A plan's candidates as the regions that they were."""
-    names = [field.name for field in fields(Region)]
-    return [Region(**{name: getattr(candidate, name) for name in names}) for candidate in candidates]
 
 
 def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int) -> tuple[Times, float]:

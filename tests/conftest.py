@@ -1,17 +1,8 @@
 """Shared fixtures: ultralytics offline and out of the user's home, one seed for every test, models and plans."""
 
-import copy
-import os
 import shutil
 import signal
-import tempfile
-
-os.environ.setdefault("YOLO_OFFLINE", "1")
-os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="fxprune-yolo-"))
-os.environ.setdefault("YOLO_VERBOSE", "false")
-
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +11,17 @@ import torch
 from torch import nn
 
 import fxprune
-from benchmarks.systems import SIX, Sizes, System
 from fxprune import Plan
 from fxprune.cli.app import main
 from fxprune.planning.analysis import Analysis
 from fxprune.reporting.report import Report
 from tests.commands import FEW, VAL
+from tests.helpers.cases import Case, make_case
+from tests.helpers.environment import set_environment
+from tests.helpers.systems import SIX
 from tests.models import Detector, Eager, build, labelled, partly_labelled, squared, tiny
+
+set_environment()
 
 
 @pytest.fixture(autouse=True)
@@ -127,44 +122,7 @@ def images(tmp_path: Path) -> Path:
 
 # The six systems, pruned; the tests work on copies --------------------------------------------------------------------
 
-SMALL = Sizes(classifier_px=64, classifier_images=2, detector_px=128, detector_images=1)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One of the six systems in eval mode, a plan for it, and what it is after that plan.
-
-    `batch` is labelled; `x` is what the model takes at inference.
-    """
-
-    system: System
-    model: nn.Module
-    plan: Plan
-    pruned: nn.Module
-    batch: Any
-    x: Any
-
 
 @pytest.fixture(scope="session", params=SIX, ids=lambda system: system.name)
 def case(request: pytest.FixtureRequest) -> Case:
-    """The plan takes three blocks in ten: bypassed and dropped, of trunks and of heads."""
-    system: System = request.param
-    model, batch = system.build(SMALL, 2 if system.family == "ultralytics" else None)  # batch norm errs on one image
-    x = batch["img"] if isinstance(batch, dict) else batch[0]
-    give_values(model, x)
-    plan = fxprune.analyze(model, [batch], criterion="random").plan(0.3, "blocks")
-    return Case(system, model, plan, fxprune.apply(model, plan), batch, x)
-
-
-@torch.no_grad()
-def give_values(model: nn.Module, x: Any) -> None:
-    """Let random weights say something: signals that do not fade (1e-8 at the end of MobileNetV2), boxes to compare."""
-    for module in model.modules():
-        if hasattr(module, "score_thresh"):
-            module.score_thresh = -1.0  # type: ignore[assignment]
-    twin = copy.deepcopy(model)  # what a call leaves behind stays there
-    for module in twin.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train().momentum = 1.0
-    twin([*x, *(image.flip(-1) for image in x)] if isinstance(x, list) else x)  # a norm needs two values to vary
-    model.load_state_dict(twin.state_dict())
+    return make_case(request.param)

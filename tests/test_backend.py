@@ -19,8 +19,9 @@ from torch.nn import functional
 import fxprune
 from fxprune.deploy.dynamo_backend import fxprune_backend
 from fxprune.planning.plan import Plan
+from tests.helpers.graph_breaks import Broken, broken_plan, compiled_by
+from tests.helpers.removals import plan_for
 from tests.models import labelled, pixels, tiny
-from tests.test_rewrite import plan_for
 from tests.zoo import ZOO, image_batch, mean_loss
 
 
@@ -29,11 +30,6 @@ def forget_compiled_code() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def compiled_by(model: nn.Module, plan: Plan | Path, inner: Any = "eager", **settings: Any) -> Any:
-    options = {"plan": plan, "inner": inner}
-    return torch.compile(model, backend=fxprune_backend, options=options, **settings)
 
 
 def tiny_plan(model: nn.Module, budget: float = 0.2) -> Plan:
@@ -162,32 +158,6 @@ def test_compiled_in_place() -> None:
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
-unseen: Any = torch._dynamo.disable
-
-
-class Broken(nn.Module):
-    """Two blocks; `where` says which code Dynamo does not see."""
-
-    def __init__(self, where: str) -> None:
-        super().__init__()
-        self.where = where
-        self.blocks = tiny().get_submodule("blocks")
-        self.stem = nn.Conv2d(3, 8, 1)
-        if where == "inside":
-            block = self.blocks[0]  # type: ignore[index]
-            norm = block.norm
-            norm.forward = unseen(norm.forward)
-        elif where == "around":
-            self.blocks.forward = unseen(self.blocks.forward)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.stem(x)).mean((2, 3))
-
-
-def broken_plan() -> Plan:
-    return plan_for(fxprune.analyze(Broken("").eval(), labelled()), {"blocks.0"})
-
-
 def test_a_region_cut_by_a_graph_break_is_refused() -> None:
     compiled = compiled_by(Broken("inside").eval(), broken_plan())
     with pytest.raises(BackendCompilerFailed, match=r"only a part of region 'blocks.0'.*graph break"):
@@ -204,7 +174,7 @@ def test_a_region_met_in_no_graph_is_an_error_from_the_second_call_on() -> None:
 
 def test_a_region_met_in_no_graph_is_warned_of_at_the_end() -> None:
     code = (
-        "import torch; from tests.test_backend import Broken, broken_plan, compiled_by, pixels;"
+        "from tests.helpers.graph_breaks import Broken, broken_plan, compiled_by; from tests.models import pixels;"
         "compiled_by(Broken('around').eval(), broken_plan())(pixels(2, 3, 16, 16))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ import torch
 
 import fxprune
 from fxprune.deploy.dynamo_backend import fxprune_backend
-from tests.conftest import Case
-from tests.test_compile_systems import assert_alike, assert_trained_alike, trained
+from tests.helpers.cases import Case
+from tests.helpers.comparisons import assert_alike, assert_trained_alike, trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forget_compiled_code")]
 

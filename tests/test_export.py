@@ -16,10 +16,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
 import fxprune
-from benchmarks.systems import MORE, SIX, System
-from tests.conftest import Case
+from tests.helpers.cases import Case
+from tests.helpers.comparisons import assert_same_boxes
+from tests.helpers.systems import MORE, SIX, System
 from tests.models import tiny
-from tests.test_compile_systems import assert_same_boxes
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}")

@@ -19,7 +19,7 @@ from fxprune.adapters.registry import unwrap
 from fxprune.cli.app import main
 from fxprune.demo.bundled import load_dataset, load_detector
 from fxprune.graph.fx_utils import map_tensors
-from tests.conftest import Case
+from tests.helpers.cases import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 

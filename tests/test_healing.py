@@ -13,63 +13,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune.adapters.registry import choose_adapter
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
-from fxprune.healing.distillation.feature_distance import FeatureDistance
 from fxprune.healing.distillation.schedule import copy_state
 from fxprune.healing.heal import heal_student
 from fxprune.healing.loss_change import LossChange
 from fxprune.healing.methods import INTERPOLATIONS, METHODS, HealingContext
 from fxprune.healing.reconstruction.layerwise import reconstruct_layers
 from fxprune.healing.reconstruction.least_squares import RELATIVE_RIDGE, LayerRows, fit_layer
-from fxprune.healing.teacher_student import TeacherStudent, pair_models
+from fxprune.healing.teacher_student import TeacherStudent
 from fxprune.planning.analysis import Analysis
-from fxprune.planning.plan import Plan
 from fxprune.runtime.private_copy import private_copy
+from tests.helpers.healing import Chain, equal, far, images, tiny_with_statistics, without
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import Eager, build, labelled, pixels, squared, tiny
 
 
-def images(batches: int = 3, count: int = 4) -> list[Tensor]:
-    return [pixels(count, 3, 16, 16, seed=seed) for seed in range(batches)]
-
-
-def without(analysis: Analysis, *names: str) -> Plan:
-    """A plan that removes just these blocks."""
-    free = fxprune.analyze(tiny(), labelled(), criterion=lambda region, _: float(region.name not in names))
-    share = sum(region.flops for region in free.regions if region.name in names) / free.before.flops
-    plan = free.plan(share - 1e-6)
-    assert {region.name for region in plan.removed} == set(names)
-    return plan
-
-
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """The tiny classifier with statistics of its own images."""
-    network = tiny()
-    network.train()
-    with torch.no_grad():
-        for _ in range(30):
-            for batch in images():
-                network(batch)
-    return network.eval()
+    return tiny_with_statistics()
 
 
 @pytest.fixture(scope="module")
 def cut(model: nn.Module, analysis: Analysis) -> nn.Module:
     return fxprune.apply(model, without(analysis, "blocks.0", "blocks.2"))
-
-
-def pair_of(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> tuple[TeacherStudent, list[Any]]:
-    old, new = private_copy(model), private_copy(pruned)
-    adapter = choose_adapter(old, batches[0], None)
-    read = [adapter.normalize(old, batch) for batch in batches]
-    return pair_models(old, new, adapter, read[0], [""]), read
-
-
-def far(model: nn.Module, pruned: nn.Module, batches: list[Tensor]) -> float:
-    pair, read = pair_of(model, pruned, batches)
-    return FeatureDistance(pair, read).mean(read)
 
 
 def middle_gone(model: nn.Module) -> nn.Module:
@@ -79,28 +45,7 @@ def middle_gone(model: nn.Module) -> nn.Module:
     )
 
 
-def state(model: nn.Module) -> list[Tensor]:
-    return list(model.state_dict().values())
-
-
-def equal(first: nn.Module, second: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(state(first), state(second), strict=True))
-
-
 # What each method gives ----------------------------------------------------------------------------------------------
-
-
-class Chain(nn.Module):
-    """Convolutions in a row, the middle one removable."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 6, 3, padding=1)
-        self.middle = nn.Conv2d(6, 6, 1)
-        self.last = nn.Conv2d(6, 5, 3, stride=2, dilation=2, padding=1, groups=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.middle(self.first(x))).mean((2, 3))
 
 
 def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -> None:

@@ -17,9 +17,9 @@ from fxprune.healing.distillation.feature_distance import FeatureDistance
 from fxprune.planning.analysis import Analysis
 from fxprune.rewriting.history import structural_changes
 from fxprune.runtime.private_copy import private_copy
+from tests.helpers.healing import Chain, images, pair_of, without
 from tests.hostile import Unread
 from tests.models import build, labelled, tiny
-from tests.test_healing import Chain, images, pair_of, without
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fxprune
 from fxprune.adapters.registry import unwrap
-from tests.conftest import Case
+from tests.helpers.cases import Case
 from tests.hostile import assert_unchanged
 
 pytestmark = pytest.mark.slow

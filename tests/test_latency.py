@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxprune
-from benchmarks.bench_time import captured, regions_of
 from fxprune import SettingError
 from fxprune.adapters import classifier
 from fxprune.profiling.latency import (
@@ -26,6 +25,7 @@ from fxprune.profiling.latency import (
     significant_median,
 )
 from tests.clocks import FakeClock
+from tests.helpers.captures import capture_copy, to_regions
 from tests.models import Block, Detector, build, labelled, pixels, tiny
 
 X = pixels(2, 3, 16, 16)
@@ -62,9 +62,9 @@ def measured(model: nn.Module, clock: FakeClock, backend: Backend = BACKENDS["ea
     adapter = classifier.ADAPTER
     batch = adapter.normalize(model, X)
     now = clock.now
-    regions = regions_of(fxprune.analyze(model, labelled(), criterion="l1").regions)
+    regions = to_regions(fxprune.analyze(model, labelled(), criterion="l1").regions)
     twin = backend_copy(model, backend)
-    whole, islands = captured(model, X, adapter.whole_model_is_graph)
+    whole, islands = capture_copy(model, X, adapter.whole_model_is_graph)
     graphs = [(island.name, island.gm) for island in islands]
     clock.now = now
     return measure_latency(

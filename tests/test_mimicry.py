@@ -22,13 +22,22 @@ from fxprune.healing.distillation.muon import (
     newton_schulz,
 )
 from fxprune.healing.distillation.schedule import TrainingState, copy_state
+from fxprune.planning.analysis import Analysis
+from tests.helpers.healing import equal, far, images, tiny_with_statistics, without
 from tests.hostile import assert_refused
 from tests.models import labelled, pixels, tiny
-from tests.test_healing import cut, equal, far, images, model
-
-__all__ = ["cut", "model"]
 
 LONG: dict[str, Any] = {"steps": 20, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_with_statistics()
+
+
+@pytest.fixture(scope="module")
+def cut(model: nn.Module, analysis: Analysis) -> nn.Module:
+    return fxprune.apply(model, without(analysis, "blocks.0", "blocks.2"))
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks.systems import SIX
 from fxprune import Plan
 from fxprune.passes.concat import NARROWED_WEIGHTS
 from fxprune.passes.dead_code import remove_dead_code
 from tests.concatenations import Joining, narrow, traced
-from tests.conftest import SMALL, give_values
+from tests.helpers.cases import SMALL, give_values
+from tests.helpers.flops import flops_of
+from tests.helpers.systems import SIX
 from tests.models import params_of, pixels
-from tests.test_systems import flops_of
 
 pytest.importorskip("ultralytics")
 

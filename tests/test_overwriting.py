@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torchvision import models
 
 import fxprune
-from benchmarks.bench_time import captured
 from fxprune import Plan
 from fxprune.profiling.latency import matching_inplace_flags
 from fxprune.profiling.node_timer import NodeTimer
+from tests.helpers.captures import capture_copy
 from tests.models import Block, build, finite, labelled, pixels
 
 
@@ -219,7 +219,7 @@ class Sharing(Adding):
 
 def test_captured_layers_overwrite_what_those_of_the_model_do() -> None:
     model = build(Sharing)
-    whole, islands = captured(model, x := pixels(2, 3, 16, 16), root_is_function=True)
+    whole, islands = capture_copy(model, x := pixels(2, 3, 16, 16), whole_model_is_graph=True)
     expected, graphs = model(x), [(island.name, island.gm) for island in islands]
     before = flags(whole)
     assert not any(before.values())
@@ -230,7 +230,7 @@ def test_captured_layers_overwrite_what_those_of_the_model_do() -> None:
 
 
 def test_captured_functions_overwrite_what_those_of_the_program_do_under_a_timer() -> None:
-    model, islands = captured(build(Sharing), x := pixels(2, 3, 16, 16), root_is_function=True)
+    model, islands = capture_copy(build(Sharing), x := pixels(2, 3, 16, 16), whole_model_is_graph=True)
     values: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, layer: nn.Module, args: object, value: Tensor) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks.systems import SIX, Sizes, System
 from fxprune import ModelError, Plan
 from fxprune.graph.records import IMAGES, RESULTS, Link
 from fxprune.planning.analysis import Analysis
 from fxprune.rewriting.history import attach_history
 from fxprune.visualize.network_view import IMAGES_NODE, RESULTS_NODE, build_view
+from tests.helpers.systems import SIX, Sizes, System
 from tests.models import Block, Detector, build, finite, labelled, tiny
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torchvision.models import resnet18
 
 import fxprune
-from benchmarks.bench_time import captured, regions_of
 from fxprune.graph.records import Island
 from fxprune.profiling.region_modules import RegionModule, extract_regions
+from tests.helpers.captures import capture_copy, to_regions
 from tests.models import Block, Detector, build, pixels, tiny
 
 X = pixels(2, 3, 16, 16)
@@ -24,8 +24,8 @@ def pieces_of(
     model: nn.Module, x: Tensor = X, root: bool = True
 ) -> tuple[dict[str, RegionModule], list[Island], nn.Module]:
     """Every region of a model as a piece, by name; the islands, and the model with these in place."""
-    regions = regions_of(fxprune.analyze(model, [(x, torch.arange(len(x)))], criterion="l1").regions)
-    twin, islands = captured(model, x, root)
+    regions = to_regions(fxprune.analyze(model, [(x, torch.arange(len(x)))], criterion="l1").regions)
+    twin, islands = capture_copy(model, x, root)
     with torch.no_grad():
         pieces = extract_regions(partial(twin, x), [(island.name, island.gm) for island in islands], regions)
     assert [piece.region for piece in pieces] == [region.name for region in regions]

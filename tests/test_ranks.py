@@ -16,8 +16,8 @@ import fxprune
 from fxprune.attribution.recorder import AttributionRecord, merge_records
 from fxprune.demo.bundled import load_dataset, load_detector
 from tests import processes
+from tests.helpers.readme import README, blocks_under
 from tests.processes import Job, analyze, heal, prune
-from tests.test_recipes import README, blocks_under
 
 pytestmark = pytest.mark.distributed
 

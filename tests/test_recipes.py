@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import fxprune
+from tests.helpers.readme import README, blocks_under
 from tests.models import labelled, pixels, tiny
 
-README = Path(__file__).resolve().parent.parent / "README.md"
 HEADING = "## Saved, loaded, compiled"
 PROMISED = ("fxprune.save(", "fxprune.load(", "torch.compile(", 'backend="fxprune"')
 """What the recipes show."""
 
 Run = Callable[[Tensor], Tensor]
-
-
-def blocks_under(heading: str, text: str) -> list[str]:
-    """The python blocks between a heading and the next one of its level."""
-    _, found, rest = text.partition(f"\n{heading}\n")
-    assert found, f"the README has no heading {heading!r}"
-    section = re.split(rf"\n{heading.split()[0]} ", rest)[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
 BLOCKS = blocks_under(HEADING, README.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,26 +19,9 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.dead_code import remove_dead_code
-from fxprune.planning.analysis import Analysis, exclusive_sets
-from fxprune.planning.plan import Plan
+from fxprune.planning.analysis import exclusive_sets
+from tests.helpers.removals import plan_for
 from tests.zoo import ZOO, image_batch, mean_loss
-
-
-def plan_for(analysis: Analysis, names: set[str]) -> Plan:
-    """A plan that removes just the named regions."""
-    regions = tuple(replace(region, removed=region.name in names) for region in analysis.regions)
-    return Plan(
-        budget=0.5,
-        cost="flops",
-        settings=analysis.settings,
-        before=analysis.before,
-        after=analysis.before,
-        islands=analysis.islands,
-        regions=regions,
-        rejections=analysis.rejections,
-        nodes=(),
-        links=(),
-    )
 
 
 def swapped(model: nn.Module, swaps: dict[str, Callable[[], nn.Module]]) -> nn.Module:

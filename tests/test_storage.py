@@ -22,9 +22,9 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn, 
 import fxprune
 from fxprune.adapters.registry import unwrap
 from fxprune.demo.bundled import build_detector, load_dataset, load_detector
+from tests.helpers.batches import batched, boxed
 from tests.hostile import assert_unchanged
 from tests.models import Tiny, labelled, pixels, tiny
-from tests.test_systems import batched, boxed
 
 ROOT = Path(__file__).resolve().parent.parent
 X = pixels(2, 3, 16, 16, seed=9)

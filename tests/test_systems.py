@@ -12,10 +12,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
 from fxprune.adapters.registry import choose_adapter, unwrap
+from tests.helpers.batches import batched, boxed, classified, keyed, masked
+from tests.helpers.flops import flops_of
 
 classification, detection = torchvision.models, torchvision.models.detection
 
@@ -28,38 +29,6 @@ class System:
     batch: Callable[[int, int], Any]
     sizes: tuple[tuple[int, int], ...]
     slow: bool = True
-
-
-def classified(height: int, width: int) -> tuple[Tensor, Tensor]:
-    return torch.rand(2, 3, height, width), torch.tensor([1, 3])
-
-
-def boxed(height: int, width: int, **extra: Callable[[], Any]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    boxes = torch.tensor([[4.0, 6.0, 40.0, 44.0], [20.0, 10.0, 60.0, 50.0]])
-    target = {"boxes": boxes, "labels": torch.tensor([1, 1])}
-    sizes = ((height, width), (width, height))
-    images = [torch.rand(3, *size) for size in sizes]
-    return images, [{**target, **{key: make() for key, make in extra.items()}} for _ in images]
-
-
-def masked(height: int, width: int) -> Any:
-    images, targets = boxed(height, width)
-    for image, target in zip(images, targets, strict=True):
-        target["masks"] = torch.ones(2, *image.shape[-2:], dtype=torch.uint8)
-    return images, targets
-
-
-def keyed(height: int, width: int) -> Any:
-    return boxed(height, width, keypoints=lambda: torch.tensor([[[20.0, 20.0, 1.0]] * 17] * 2))
-
-
-def batched(height: int, width: int) -> dict[str, Tensor]:
-    return {
-        "img": torch.rand(2, 3, height, width),
-        "cls": torch.tensor([[1.0], [2.0], [3.0]]),
-        "bboxes": torch.tensor([[0.5, 0.5, 0.4, 0.5]] * 3),
-        "batch_idx": torch.tensor([0.0, 0.0, 1.0]),
-    }
 
 
 def classifier(name: str, *sizes: tuple[int, int], slow: bool = True, **options: Any) -> System:
@@ -127,16 +96,6 @@ def structure(value: Any) -> Any:
     """Containers, and rank and dtype of every tensor in them."""
     leaves, tree = tree_flatten(value)
     return str(tree), [(leaf.ndim, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
-
-
-def flops_of(network: nn.Module, images: Any) -> int:
-    torch.backends.mha.set_fastpath_enabled(False)  # torch's counter does not know the fused kernel
-    try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(images)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-    return int(counter.get_total_flops())
 
 
 def images_of(raw: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 import fxprune
 from fxprune.adapters.ultralytics import rewrap_yolo
-from tests.test_systems import batched
+from tests.helpers.batches import batched
 
 ultralytics = pytest.importorskip("ultralytics")
 

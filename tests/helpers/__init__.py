@@ -1,0 +1,1 @@
+"""What tests of the product and of the benchmarks share: models, batches, comparisons."""

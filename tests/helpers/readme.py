@@ -1,0 +1,16 @@
+"""The README's python blocks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = Path(__file__).resolve().parent.parent.parent / "README.md"
+
+
+def blocks_under(heading: str, text: str) -> list[str]:
+    """The python blocks between a heading and the next one of its level."""
+    _, found, rest = text.partition(f"\n{heading}\n")
+    assert found, f"the README has no heading {heading!r}"
+    section = re.split(rf"\n{heading.split()[0]} ", rest)[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
