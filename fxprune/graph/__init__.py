@@ -1,6 +1,7 @@
-"""Facts about fx graphs. Nothing here writes to a graph.
+"""Captures a model as fx graphs and finds the regions that can be removed. No module here rewrites a graph.
 
-A model and a call come in. Out come its islands (submodules captured as one graph), the symbolic shapes of their
-values, and the regions that can be removed, with a reason for each that cannot. `records` holds the values that all
-stages hand on. A new operator goes into the tables of `operators`, or of `channels` if it changes channels.
+Input: a model and the arguments of one call. Output: the islands (submodules captured as one graph), the symbolic
+shapes of their values, and the regions that can be removed, with a reason for each layer that cannot. `records` holds
+the dataclasses that all stages share. A new operator goes into the tables of `operators`, or of `channels` if it
+changes the number of channels.
 """

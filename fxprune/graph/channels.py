@@ -1,4 +1,4 @@
-"""Channels of values: how many there are, what joins them, what takes a part of them, which convolutions read them."""
+"""Finds the number of channels of values, and the nodes that concatenate, split or convolve channels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-"""Layers that are linear in their weight. A class derived from one may not be: it may standardize its weight."""
+"""Layers that are linear in their weight. A subclass may not be linear: it may standardize its weight."""
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _POOLING = "torch.nn.modules.pooling."
 
 
 def concatenated_values(node: fx.Node) -> list[fx.Node]:
-    """Values that a node concatenates along the channels, in order; empty if it does no such thing."""
+    """Return the values that a node concatenates along the channels, in order; an empty list for any other node."""
     if node.target not in _CONCATENATIONS:
         return []
     options: dict[str, Any] = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
@@ -35,20 +35,26 @@ def concatenated_values(node: fx.Node) -> list[fx.Node]:
 
 
 def split_count(node: fx.Node) -> int | None:
-    """How many parts a node takes a value's channels apart into, all of them; None if it does no such thing."""
+    """Return the number of parts into which a node splits all channels of a value; None for any other node."""
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     return static_length(node) if dim == 1 and node.args and isinstance(node.args[0], fx.Node) else None
 
 
 def channels_of(gm: fx.GraphModule) -> dict[str, int]:
-    """Read off the layers of a graph how many channels its values have.
+    """Find the number of channels of each value from the layers of a graph.
 
-    Nothing is run and no shape is assumed: a value that no convolution or norm stands behind is left out.
+    The graph is not run and no input shape is assumed. A value is left out if no convolution or norm determines its
+    number of channels.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        The graph; it is not changed.
 
     Returns
     -------
     dict of str to int
-        By node name.
+        Number of channels, by node name.
 
     Examples
     --------
@@ -80,7 +86,7 @@ def _layer_width(gm: fx.GraphModule, node: fx.Node, found: dict[str, int]) -> in
 
 
 def _function_width(gm: fx.GraphModule, node: fx.Node, found: dict[str, int]) -> int | None:
-    """Channels of what a function or a method gives."""
+    """Number of channels of the output of a function or a method; None if it is not known."""
     if node.op not in ("call_function", "call_method"):
         return None
     if values := concatenated_values(node):
@@ -92,7 +98,7 @@ def _function_width(gm: fx.GraphModule, node: fx.Node, found: dict[str, int]) ->
 
 
 def _common_width(node: fx.Node, found: dict[str, int]) -> int | None:
-    """The width of all values that a node reads, if that is one."""
+    """Number of channels of all inputs of a node; None if they differ or are not known."""
     widths = {found.get(source.name) for source in node.all_input_nodes}
     return widths.pop() if len(widths) == 1 else None
 
@@ -113,7 +119,13 @@ def _part_width(node: fx.Node, found: dict[str, int]) -> int | None:
 
 
 def trace_leaf(layer: nn.Module) -> fx.GraphModule | None:
-    """Trace the inside of a module that stays one node of a graph; None if it has none that could be told."""
+    """Trace the inside of a leaf module, which is one node of its graph.
+
+    Returns
+    -------
+    GraphModule or None
+        None if the module is not in `LEAF_MODULES`, if its instance replaces `forward`, or if it cannot be traced.
+    """
     if not any(name in LEAF_MODULES for name in class_names(layer)) or "forward" in vars(layer):
         return None
     traced = trace_module(layer, frozenset(), fixed_opaque=True)
@@ -121,12 +133,18 @@ def trace_leaf(layer: nn.Module) -> fx.GraphModule | None:
 
 
 def input_convolutions(layer: nn.Module) -> list[str] | None:
-    """Find what becomes of the one value a layer is called with.
+    """Find the convolutions that read the single input of a layer.
 
     Returns
     -------
     list of str, or None
-        Paths below the layer of the convolutions that read it; ``[""]`` if it is one. None if anything else does.
+        Paths of these convolutions below the layer; ``[""]`` if the layer is a convolution itself. None if any other
+        operation reads the input.
+
+    Examples
+    --------
+    >>> input_convolutions(nn.Conv2d(3, 8, 1)), input_convolutions(nn.ReLU())
+    ([''], None)
     """
     if type(layer) in CONVOLUTIONS:
         return [""]
@@ -139,7 +157,7 @@ def input_convolutions(layer: nn.Module) -> list[str] | None:
 
 
 def _is_convolution(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
-    """Whether a node is the only call of a convolution, of one value."""
+    """Whether a node calls a convolution with one value and is the only call of that convolution."""
     if node.op != "call_module" or node.args != (value,) or node.kwargs:
         return False
     layer = gm.get_submodule(str(node.target))
@@ -147,7 +165,7 @@ def _is_convolution(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
 
 
 def call_nodes(gm: fx.GraphModule, layer: nn.Module) -> Iterator[fx.Node]:
-    """Nodes of a graph that call a layer, under any of its paths."""
+    """Yield the nodes of a graph that call a layer, under any of its paths."""
     for node in gm.graph.nodes:
         if node.op == "call_module" and gm.get_submodule(str(node.target)) is layer:
             yield node

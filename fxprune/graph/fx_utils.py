@@ -1,4 +1,4 @@
-"""What fxprune reads off an fx graph: the value graph, parameters of a node, names, fingerprints."""
+"""Reads facts from an fx graph: the value graph, the parameters of a node, names, fingerprints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOURCE, SINK = "<source>", "<sink>"
 TRACED_MODULES = "fxprune_called"
 """Key of a captured graph's meta: paths of the modules that were traced into."""
 INPLACE_ORIGIN = "fxprune_written"
-"""Key of a node's meta: the in-place function that the program calls there."""
+"""Key of a node's meta: the in-place function that the traced program calls there."""
 
 
 def qualified_name(target: Any) -> str:
@@ -27,7 +27,7 @@ def qualified_name(target: Any) -> str:
 
 
 def operation_name(gm: fx.GraphModule, node: fx.Node) -> str:
-    """Name what a node does as a reader would: ``Conv2d``, ``relu``, ``add``, ``input``."""
+    """Return the short name of a node's operation, for display: ``Conv2d``, ``relu``, ``add``, ``input``."""
     if node.op == "call_module":
         return type(gm.get_submodule(str(node.target))).__name__
     if node.op in ("placeholder", "output"):
@@ -36,20 +36,25 @@ def operation_name(gm: fx.GraphModule, node: fx.Node) -> str:
 
 
 def class_names(module: nn.Module) -> list[str]:
-    """Qualified names of a module's class and of all it derives from, nearest first."""
+    """Return the qualified names of a module's class and of its base classes, in method resolution order."""
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
 
 
 def value_graph(graph: fx.Graph) -> nx.DiGraph:
     """Build the directed graph of values that flow through an fx graph.
 
-    Constants (`get_attr`) are left out: they are no data and would tie unrelated nodes together. `SOURCE` precedes
-    every value that needs no other one, `SINK` follows whatever the output reads and whatever has an effect.
+    Constants (`get_attr`) are left out: they are not data and would connect unrelated nodes. `SOURCE` precedes every
+    value without inputs. `SINK` follows the values that the output reads and the nodes that have an effect.
 
     Returns
     -------
     networkx.DiGraph
-        Nodes are node names, in graph order; values that reach neither output nor effect are left out.
+        Its nodes are node names, in graph order. Values that reach neither the output nor an effect are left out.
+
+    Examples
+    --------
+    >>> list(value_graph(fx.symbolic_trace(nn.Sequential(nn.ReLU())).graph).edges)
+    [('<source>', 'input_1'), ('input_1', '_0'), ('_0', '<sink>')]
     """
     flow: nx.DiGraph = nx.DiGraph()
     flow.add_node(SOURCE)
@@ -67,12 +72,12 @@ def value_graph(graph: fx.Graph) -> nx.DiGraph:
 
 
 def has_effect(node: fx.Node) -> bool:
-    """Whether a node must run although nobody reads its value. Assertions need not: they guard what is removed."""
+    """Whether a node must run even if no node reads its value. Assertions need not: they check removed values."""
     return node.target is not torch._assert and node.is_impure(impure_random=False)
 
 
 def node_parameters(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield name and value of every parameter a node reads, by module call or as a constant argument."""
+    """Yield the path and the value of every parameter that a node reads, by module call or as a constant argument."""
     if node.op == "call_module":
         prefix = str(node.target)
         for name, parameter in gm.get_submodule(prefix).named_parameters():
@@ -86,7 +91,7 @@ def node_parameters(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn
 
 
 def get_attribute(gm: nn.Module, path: str) -> Any:
-    """Follow a dotted path of attributes, as a `get_attr` node does."""
+    """Return the attribute at a dotted path, as a `get_attr` node does."""
     value: Any = gm
     for atom in path.split("."):
         value = getattr(value, atom)
@@ -94,27 +99,31 @@ def get_attribute(gm: nn.Module, path: str) -> Any:
 
 
 def is_weighted(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node does the work a region is removed for: it reads a parameter with two dimensions or more.
+    """Whether a node reads a parameter with at least two dimensions longer than 1.
 
-    Scales and shifts (norms, layer scale) have one dimension longer than 1 and do not count.
+    Regions are removed to save the work of such nodes. Scales and shifts (norms, layer scale) have one dimension
+    longer than 1 and do not count.
     """
     return any(sum(size > 1 for size in parameter.shape) >= 2 for _, parameter in node_parameters(gm, node))
 
 
 def tied_tensors(model: nn.Module) -> set[int]:
-    """Which parameters and buffers of a model lie under more than one name, by `id`."""
+    """Return the `id` of each parameter and buffer that a model holds under more than one name."""
     names = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     names += Counter(id(value) for _, value in model.named_buffers(remove_duplicate=False))
     return {key for key, count in names.items() if count > 1}
 
 
 def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Apply `change` to every tensor of nested containers and keep their structure."""
+    """Apply `change` to every tensor in nested containers and keep their structure."""
     return torch.utils._pytree.tree_map_only(torch.Tensor, change, tree)
 
 
 def graph_structure(graph: fx.Graph) -> list[tuple[str, str, str, str]]:
-    """One row a node: operation, target, arguments by position in the graph. Equal for graphs that do the same."""
+    """Return one row per node: operation, target, args, kwargs. Nodes among the arguments appear as their positions.
+
+    Graphs with the same operations have equal rows, whatever the names of their nodes.
+    """
     index = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
     return [
         (node.op, qualified_name(node.target), _format_argument(node.args, index), _format_argument(node.kwargs, index))
@@ -135,14 +144,20 @@ def _format_argument(value: Any, index: dict[fx.Node, str]) -> str:
 
 
 def fingerprint(gm: fx.GraphModule) -> str:
-    """Digest of what a graph does: its nodes, the classes of the layers they call, the shapes of their weights.
+    """Compute a digest of a graph: its nodes, the classes of the layers they call, the shapes of their weights.
 
-    Two graphs with one fingerprint have the same nodes under the same names, so a plan made for one fits the other.
+    Two graphs with the same fingerprint have the same nodes under the same names, so a plan for one fits the other.
 
     Returns
     -------
     str
-        16 hexadecimal digits of a SHA-256.
+        The first 16 hexadecimal digits of a SHA-256.
+
+    Examples
+    --------
+    >>> first, second = (fx.symbolic_trace(nn.Sequential(nn.Linear(2, width))) for width in (3, 4))
+    >>> fingerprint(first) == fingerprint(second)
+    False
     """
     digest = hashlib.sha256()
     for node, row in zip(gm.graph.nodes, graph_structure(gm.graph), strict=True):
@@ -154,12 +169,12 @@ def fingerprint(gm: fx.GraphModule) -> str:
 
 
 def join_path(*parts: str) -> str:
-    """Join module paths with dots and leave empty ones out: ``join_path("", "conv") == "conv"``."""
+    """Join module paths with dots and leave out empty ones: ``join_path("", "conv") == "conv"``."""
     return ".".join(part for part in parts if part)
 
 
 def is_within(path: str, outer: str | Iterable[str]) -> bool:
-    """Whether a dotted path is another one, or one of some others, or lies below it; everything lies below "".
+    """Whether a dotted path equals or lies below `outer`, or one of several `outer` paths; "" contains every path.
 
     Examples
     --------
@@ -171,9 +186,9 @@ def is_within(path: str, outer: str | Iterable[str]) -> bool:
 
 
 def common_name(inside: Iterable[str], outside: Iterable[str], called: Iterable[str] = ()) -> str:
-    """Shortest dotted path that holds all of `inside` and none of `outside`; first..last where there is none.
+    """Return the shortest dotted path that contains all of `inside` and none of `outside`, else ``first..last``.
 
-    Paths among `called` come first: a list of modules is never called, its only block is.
+    Paths in `called` are preferred: a list of modules is never called, but the single block in it is.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Run captured graphs node by node inside a model that knows nothing of it."""
+"""Runs captured graphs by fx interpreters, node by node, inside a model that is not changed for this."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ Graphs = Sequence[tuple[str, fx.GraphModule]]
 
 @contextmanager
 def run_with(graphs: Graphs, make: Callable[[str, fx.GraphModule], fx.Interpreter]) -> Iterator[None]:
-    """Let interpreters run the given graphs until the end of the block.
+    """Run the given graphs by interpreters until the end of the block.
 
     Parameters
     ----------
     graphs
-        Island names and graphs; where the model calls a graph, its interpreter runs.
+        Island names and graphs. When the model calls a graph, its interpreter runs.
     make : callable
-        ``(island, gm) -> Interpreter``.
+        ``(island, gm) -> Interpreter``; called once per graph.
+
+    Examples
+    --------
+    >>> with run_with(captured.graphs, lambda island, gm: fx.Interpreter(gm)):       # doctest: +SKIP
+    ...     captured.model(images)
     """
     changed: list[fx.GraphModule] = []
     try:
@@ -46,4 +51,4 @@ def _make_forward(gm: fx.GraphModule, interpreter: fx.Interpreter) -> Callable[.
 
 
 NodeName = tuple[str, str]
-"""An island's path and a node's name: what names a node in the whole model."""
+"""Path of the island and name of the node. Together they identify a node in the whole model."""

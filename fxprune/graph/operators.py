@@ -1,4 +1,4 @@
-"""Tables of operations: which ones finish the value before them, and which ones add."""
+"""Classifies operations by tables: additions, norms, activations, operations that may run in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 from fxprune.graph.fx_utils import INPLACE_ORIGIN, class_names, qualified_name
 
 ADDITIONS: frozenset[Any] = frozenset({operator.add, torch.add, "add"})
-"""Targets that sum two values."""
+"""Targets of nodes that add two values."""
 
 NORM_MODULES = (
     "torch.nn.modules.batchnorm.",
@@ -21,13 +21,13 @@ NORM_MODULES = (
     "torch.nn.modules.instancenorm.",
     "torchvision.ops.misc.FrozenBatchNorm2d",
 )
-"""Prefixes of class names of modules that rescale each channel of what a layer gave."""
+"""Prefixes of class names of norms: modules that rescale each channel of a layer's output."""
 
 NEW_TENSOR_MODULES = ("torch.nn.modules.conv.", "torch.nn.modules.linear.Linear", *NORM_MODULES)
-"""Prefixes of class names of modules whose value is a tensor of its own, which their gradient does not need."""
+"""Prefixes of class names of modules whose output is a new tensor that their backward pass does not need."""
 
 ACTIVATION_MODULES = ("torch.nn.modules.activation.", "torch.nn.modules.dropout.", "torch.nn.modules.linear.Identity")
-"""Prefixes of class names of modules that act on each value alone."""
+"""Prefixes of class names of elementwise modules."""
 
 NORM_FUNCTIONS = frozenset(
     map(qualified_name, (functional.batch_norm, functional.layer_norm, functional.group_norm, functional.instance_norm))
@@ -43,33 +43,35 @@ ACTIVATION_FUNCTIONS = frozenset(
 
 
 def is_norm_layer(layer: nn.Module) -> bool:
-    """Whether a module rescales each channel of what a layer gave."""
+    """Whether a module is a norm: it rescales each channel of a layer's output."""
     return class_names(layer)[0].startswith(NORM_MODULES)
 
 
 def channel_dim(layer: nn.Module, value: Tensor) -> int:
-    """Which dimension of what a module gives are channels, the others being images and places."""
+    """Return the channel dimension of a module's input or output. The other dimensions are images and positions."""
     if isinstance(layer, (nn.Linear, nn.LayerNorm)):
         return value.ndim - 1
     return 1 if value.ndim > 3 or is_norm_layer(layer) else value.ndim - 1
 
 
 def to_rows(layer: nn.Module, value: Tensor) -> Tensor:
-    """What a module reads or gives as rows (n, C), one a place."""
+    """Reshape a module's input or output to rows (n, C), one row per position."""
     rows = value.movedim(channel_dim(layer, value), -1)
     return rows.reshape(-1, rows.shape[-1])
 
 
 def is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node normalizes: it belongs to the layer right before it."""
+    """Whether a node is a norm. A norm belongs to the layer right before it."""
     if node.op == "call_module":
         return is_norm_layer(gm.get_submodule(str(node.target)))
     return qualified_name(node.target) in NORM_FUNCTIONS
 
 
 def may_be_overwritten(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether what reads a node's value may overwrite it: nothing else reads it, it is a tensor of its own, and no
-    gradient needs it."""
+    """Whether the reader of a node's value may overwrite it.
+
+    The value must have one reader only and be a new tensor that no backward pass needs.
+    """
     if len(node.users) != 1:
         return False
     if node.op == "call_module":
@@ -79,15 +81,17 @@ def may_be_overwritten(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def in_place_layers(gm: fx.GraphModule) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Path of each layer called that has an in-place flag, the layer, and whether that call may overwrite its input."""
+    """Yield the path of each called layer with an `inplace` flag, the layer, and whether it may overwrite its input."""
     for node in gm.graph.nodes:
         if node.op == "call_module" and hasattr(layer := gm.get_submodule(str(node.target)), "inplace"):
             yield str(node.target), layer, all(may_be_overwritten(gm, read) for read in node.all_input_nodes)
 
 
 def in_place_functions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
-    """Calls of functions for which the program calls in-place ones, and these, where nothing else reads what they
-    overwrite."""
+    """Yield each node for which the program calls an in-place function, and that function.
+
+    Only nodes whose first argument may be overwritten, see `may_be_overwritten`.
+    """
     for node in gm.graph.nodes:
         written, overwritten = node.meta.get(INPLACE_ORIGIN), node.args[0] if node.args else None
         if written is not None and isinstance(overwritten, fx.Node) and may_be_overwritten(gm, overwritten):
@@ -95,7 +99,7 @@ def in_place_functions(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, Any]]:
 
 
 def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node acts on each value alone (activation, dropout): it belongs to whatever is before it."""
+    """Whether a node is elementwise (activation, dropout). It belongs to the node before it."""
     if node.op == "call_module":
         layer = gm.get_submodule(str(node.target))
         return class_names(layer)[0].startswith(ACTIVATION_MODULES) and not isinstance(layer, nn.MultiheadAttention)
