@@ -1,8 +1,9 @@
-"""From an island's graph to regions: what an identity can stand in for, and what cannot be removed and why.
+"""Finds the regions of an island's graph that an identity can replace, and the reason for each rejected layer.
 
-A region is a set of nodes with one way in (its entry value) and one way out (its exit value). It is found with
-dominators on the value graph: of the nodes that reach the output only through `exit`, those that nothing reaches but
-through `entry`. If nothing else feeds them and both values have the same signature, the exit can become the entry.
+A region is a set of nodes with one input value (the entry) and one output value (the exit). It is found with
+dominators on the value graph: `entry` dominates its nodes (every path to them passes `entry`) and `exit` post-dominates
+them (every path from them to the output passes `exit`). If the nodes read no other value from outside, and entry and
+exit have the same signature, readers of the exit can read the entry instead.
 """
 
 from __future__ import annotations
@@ -35,16 +36,21 @@ def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tup
     island : str
         Path of the island in the model.
     gm : GraphModule
-        Its graph.
-    shapes : Signatures
-        Shape of each of its values. Entry and exit must agree provably for every batch and image size.
+        Graph of the island.
+    shapes : SymbolicShapes
+        Symbolic shape of each value. Entry and exit must have provably equal shapes for every batch and image size.
 
     Returns
     -------
     regions : list of Region
-        In graph order of their exits. They may nest and overlap; each removes at least one layer with weights.
+        In graph order of their exits. They may nest and overlap. Each removes at least one layer with weights.
     rejections : list of Rejection
-        One for each such layer that is in no region, and for each region whose shapes agree by accident of size.
+        One for each layer with weights that is in no region, and one for each region whose entry and exit have equal
+        shapes only at the observed size.
+
+    Examples
+    --------
+    >>> regions, rejections = find_regions("backbone", gm, shapes)                   # doctest: +SKIP
     """
     finder = _Finder(island, gm, shapes)
     regions = _outermost_of_equal_work(finder, [*finder.find_bypasses(), *finder.find_drops()])
@@ -79,7 +85,7 @@ class _Finder:
         return [name for name, index in self.order.items() if bits >> index & 1]
 
     def _subtrees(self, parent: dict[str, str]) -> dict[str, int]:
-        """Bit set of each node's subtree in a dominator tree, the node itself included."""
+        """Return the subtree of each node in a dominator tree as a bit set. The node is part of its subtree."""
         tree = nx.DiGraph((above, below) for below, above in parent.items() if above != below and above is not None)
         tree.add_nodes_from(self.flow)
         sets: dict[str, int] = {}
@@ -90,7 +96,7 @@ class _Finder:
         return sets
 
     def closed_region(self, entry: str, exit_: str) -> int:
-        """Members of the region between two values, or 0 if something else feeds it."""
+        """Return the members of the region between two values as a bit set; 0 if they read another value from outside."""
         inside = self.postdominated[exit_] & self.dominated[entry] & ~self.to_bits([entry])
         allowed = inside | self.to_bits([entry])
         closed = bool(inside >> self.order[exit_] & 1) and all(
@@ -99,14 +105,14 @@ class _Finder:
         return inside if closed else 0
 
     def dominators(self, name: str) -> Iterator[str]:
-        """Dominators of a node, nearest first."""
+        """Yield the dominators of a node, nearest first."""
         while (parent := self.idom.get(name)) not in (None, name, SOURCE):
             assert parent is not None
             yield parent
             name = parent
 
     def find_bypasses(self) -> Iterator[_FoundRegion]:
-        """For each value the nearest earlier one that can stand in for it; what finishes the value goes with it."""
+        """Yield for each value the region back to the nearest earlier value that can replace it, with its epilogue."""
         nearest: dict[str, tuple[str, int]] = {}
         for exit_ in self.order:
             if exit_ not in self.flow or exit_ not in self.shapes.values:
@@ -127,9 +133,9 @@ class _Finder:
     def _with_epilogue(
         self, entry: str, exit_: str, inside: int, nearest: dict[str, tuple[str, int]]
     ) -> tuple[str, str, int]:
-        """Take along what finishes the exit, as far as nobody reads in between: a layer's norm, any activation.
+        """Extend a region by the nodes that finish its exit: the norm of a layer, any activation.
 
-        A norm after a sum stays: it serves what follows.
+        It ends at the first value with several readers. A norm after a sum stays: it belongs to the next layer.
         """
         while True:
             (follower, *others) = list(self.flow.successors(exit_)) or [SINK]
@@ -142,7 +148,7 @@ class _Finder:
             exit_, inside = follower, wider
 
     def find_drops(self) -> Iterator[_FoundRegion]:
-        """For each sum the operands whose branch nothing else reads."""
+        """Yield for each addition the operands whose branch has no other reader."""
         for name, node in self.nodes.items():
             operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
             if node.target not in ADDITIONS or len(operands) != 2 or node.kwargs or operands[0] is operands[1]:
@@ -163,7 +169,7 @@ class _Finder:
             self.unproved.append(Rejection(name, reason))
 
     def layers_of(self, bits: int) -> list[str]:
-        """Paths, below the island, of what gives a set of nodes their names: modules, or constants read."""
+        """Return the paths, below the island, of the modules or constants that hold the weights of a set of nodes."""
         paths: dict[str, None] = {}
         for name in self.members(bits & self.weighted):
             node = self.nodes[name]
@@ -189,7 +195,7 @@ class _Finder:
         )
 
     def reject_uncovered(self, regions: list[_FoundRegion]) -> Iterator[Rejection]:
-        """Say of every layer with weights that no region holds why that is so."""
+        """Yield a rejection, with its reason, for every layer with weights that is in no region."""
         covered = 0
         for _, _, _, inside in regions:
             covered |= inside
@@ -215,11 +221,11 @@ class _Finder:
         before = "x".join(map(str, self.shapes.observed_shape(sources[0])[1:])) if sources else "nothing"
         after = "x".join(map(str, self.shapes.observed_shape(name)[1:]))
         change = f"it turns {before} into {after}" if before != after else "its shape is not provably that of its input"
-        return f"{change}, and no piece of the graph around it starts and ends with one shape"
+        return f"{change}, and no part of the graph around it starts and ends with the same shape"
 
 
 def _outermost_of_equal_work(finder: _Finder, found: list[_FoundRegion]) -> list[_FoundRegion]:
-    """Of nested regions that remove the same layers keep the outermost: it removes the glue as well."""
+    """Keep the outermost of nested regions that remove the same layers: it also removes the nodes without weights."""
     kept: list[_FoundRegion] = []
     for candidate in found:
         _, _, _, inside = candidate
@@ -234,7 +240,7 @@ def _outermost_of_equal_work(finder: _Finder, found: list[_FoundRegion]) -> list
 
 
 def _number_duplicates(regions: list[Region]) -> list[Region]:
-    """Give regions of one name numbers: ``fc``, ``fc#2``."""
+    """Number regions that have the same name: ``fc``, ``fc#2``."""
     seen: dict[str, int] = {}
     distinct = []
     for region in regions:

@@ -1,4 +1,4 @@
-"""A symbolic tracer that knows structure: static lengths, leaf modules with reasons, no in-place operation left."""
+"""Traces a module to a functional graph: no in-place operation, static lengths resolved, known leaf modules kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEAF_MODULES: dict[str, str] = {
     "timm.layers.drop.DropPath": "reads self.training",
     "ultralytics.nn.modules.conv.Conv": "fuse() looks for instances of it and folds its norm",
 }
-"""Modules that stay one node, by qualified class name (subclasses included), each with the reason."""
+"""Modules that stay one node, by qualified class name (subclasses included), and the reason for each."""
 
 AUGMENTED_ASSIGNMENTS: dict[Any, Callable[..., Any]] = {
     getattr(operator, f"i{name}"): getattr(operator, name)
@@ -37,7 +37,7 @@ INPLACE_TO_FUNCTIONAL: dict[Any, Callable[..., Any]] = {
     },
     torch.zero_: torch.zeros_like,
 }
-"""In-place functions and what computes the same into a new tensor; the augmented assignments are among them."""
+"""Each in-place function, with the function that computes the same into a new tensor. Includes `+=` and the like."""
 
 _STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
     "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,
@@ -47,7 +47,7 @@ _STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
 
 
 class StaticLengthProxy(fx.Proxy):
-    """A proxy whose `len` resolves where the length is a constant of the program."""
+    """A proxy that supports `len` if the program fixes the number of values."""
 
     def __len__(self) -> int:
         length = static_length(self.node)
@@ -55,7 +55,7 @@ class StaticLengthProxy(fx.Proxy):
 
 
 def static_length(node: fx.Node) -> int | None:
-    """Number of values a node yields if the program fixes it (`chunk(2, 1)`, `split((a, b), 1)`), else None."""
+    """Return the number of values of a node if the program fixes it (`chunk(2, 1)`, `split((a, b), 1)`), else None."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     rule = _STATIC_LENGTHS.get(str(name))
     if rule is None or node.op not in ("call_method", "call_function"):
@@ -66,7 +66,7 @@ def static_length(node: fx.Node) -> int | None:
 
 
 def _make_augmented_assignment(written: Callable[..., Any]) -> Callable[..., Any]:
-    """An augmented assignment: as `torch.fx` has it a new value, which remembers how it was written."""
+    """Make an augmented assignment. It creates a new value, as in `torch.fx`, and records the in-place operator."""
 
     def assign(self: StaticLengthProxy, other: Any) -> Any:
         result = INPLACE_TO_FUNCTIONAL[written](self, other)
@@ -84,22 +84,31 @@ for _written in AUGMENTED_ASSIGNMENTS:
 class FunctionalTracer(fx.Tracer):
     """Trace a module to a functional graph.
 
-    In-place operations become their functional forms, and what the program reads from an overwritten value
-    afterwards reads the new value, so that the graph computes what the module computes with no value overwritten.
+    In-place operations become their functional forms. Later readers of an overwritten value read the new value. So the
+    graph computes the same as the module and overwrites no value.
 
     Parameters
     ----------
     opaque : collection of str
-        Dotted paths, relative to the root, that stay one node because their inside cannot be traced.
+        Dotted paths, relative to the root, of modules that stay one node because their inside cannot be traced.
 
     Attributes
     ----------
     failed_module : str or None
         Path of the innermost module whose forward raised while it was traced; "" is the root.
     owners : dict
-        By node name, the module whose forward made it.
+        Path of the module whose forward created the node, by node name.
     traced_modules : dict
         Paths of all modules that were traced into, in order.
+
+    Examples
+    --------
+    >>> class AddInPlace(nn.Module):
+    ...     def forward(self, x):
+    ...         x += 1
+    ...         return x
+    >>> [node.target for node in FunctionalTracer().trace(AddInPlace()).nodes][1]
+    <built-in function add>
     """
 
     def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
@@ -112,7 +121,7 @@ class FunctionalTracer(fx.Tracer):
         self._overwritten: dict[fx.Node, fx.Node] = {}
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace to the end, whatever is pressed meanwhile."""
+        """Trace a module; Ctrl-C takes effect after the trace."""
         with defer_interrupts():
             return super().trace(root, concrete_args)
 
@@ -123,7 +132,7 @@ class FunctionalTracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Trace a module call and note which module a failure came from."""
+        """Trace a module call. If its forward raises, record the path of the module."""
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
@@ -138,16 +147,16 @@ class FunctionalTracer(fx.Tracer):
             self._active.pop()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Wrap a node."""
+        """Wrap a node in a proxy that supports `len`."""
         return StaticLengthProxy(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Iterate over a value whose length is a constant of the program."""
+        """Iterate over a value whose length the program fixes."""
         length = static_length(obj.node)
         return super().iter(obj) if length is None else iter([operator.getitem(obj, i) for i in range(length)])
 
     def create_arg(self, a: Any) -> Any:
-        """Turn an argument into graph form; an OrderedDict stays one."""
+        """Convert an argument to a graph argument; an OrderedDict stays an OrderedDict."""
         if isinstance(a, OrderedDict) and type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
         if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
@@ -202,7 +211,7 @@ def is_in_place(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str
 def functional_form(
     kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Target and arguments that compute the same into a new tensor."""
+    """Return target, args and kwargs of the call that computes the same into a new tensor."""
     if kind == "call_method":
         functional = str(target).rstrip("_")
         if not hasattr(torch.Tensor, functional):
@@ -218,14 +227,14 @@ def functional_form(
 
 
 def _inplace_argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Where a call says ``inplace=True``: the position or the name of the argument."""
+    """Return the position or the name of the argument ``inplace=True`` of a call; None without it."""
     if kwargs.get("inplace") is True:
         return "inplace"
     if not any(value is True for value in args):
         return None
     try:
         names = list(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # a built-in function says nothing of its arguments, and has no such flag
+    except (TypeError, ValueError):  # a built-in function has no signature, and no such flag
         return None
     position = names.index("inplace") if "inplace" in names else len(args)
     return position if position < len(args) and args[position] is True else None
