@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,23 +60,38 @@ def finetune(model: nn.Module, batches: Sequence[Any], learning_rate: float, see
 
 
 def finetune_for(
-    seconds: float, model: nn.Module, batches: Sequence[Any], learning_rate: float, looks: int = 4, seed: int = 0
+    seconds: float,
+    model: nn.Module,
+    batches: Sequence[Any],
+    learning_rate: float,
+    looks: int = 4,
+    seed: int = 0,
+    clock: Callable[[], float] = time.process_time,
 ) -> Iterator[nn.Module]:
-    """Train a copy for so much processor time, the rate falling to nothing; batches come in a random order.
+    """Train a copy for so many seconds of processor time, on batches in random order.
+
+    The learning rate falls linearly to 0.
+
+    Parameters
+    ----------
+    looks : int
+        Equal parts of the time, after each of which the copy is given out.
+    clock : callable
+        Gives the time in seconds.
 
     Yields
     ------
     Module
-        The copy in eval mode, as it is after each of `looks` equal parts of the time.
+        The copy in eval mode.
     """
     tuning = Tuning(model, batches, learning_rate, seed)
     random = torch.Generator().manual_seed(seed)
     spent, number, order = 0.0, 0, list[int]()
     for look in range(1, looks + 1):
         while spent < seconds * look / looks:
-            started = time.process_time()
+            started = clock()
             order = order or torch.randperm(len(batches), generator=random).tolist()
             tuning.step(order.pop(), number, pace=1 - spent / seconds)
             number += 1
-            spent += time.process_time() - started
+            spent += clock() - started
         yield tuning.model.eval()

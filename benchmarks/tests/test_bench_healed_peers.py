@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +17,11 @@ import fxprune
 from benchmarks import bench_deeper, results
 from benchmarks.peers import bench_healed_peers
 from benchmarks.subjects import TWIN, UNPRUNED, Latencies, Subject
-from benchmarks.training.finetune import finetune_for
+from benchmarks.tests.tiny_subject import make_items, make_subject, needs_peer
+from benchmarks.training.finetune import Tuning, finetune_for
 from fxprune.profiling.flops_params import count_params
 from fxprune.profiling.interleaved_timing import Timing
 from fxprune.search.plan_search import DEFAULT_TRIES
-from tests.test_bench_peers import make_items, make_subject, needs_peer
 
 pytestmark = pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")
 
@@ -32,20 +32,26 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bench_deeper, bench_healed_peers):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
-    torch.manual_seed(0)
 
 
-def test_training_for_a_time_takes_about_that_long_and_changes_a_copy() -> None:
+def test_fine_tuning_ends_when_its_time_is_spent_and_changes_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    paces, step = [], Tuning.step
+
+    def noted(self: Tuning, index: int, number: int, pace: float = 1.0) -> None:
+        paces.append(pace)
+        step(self, index, number, pace)
+
+    monkeypatch.setattr(Tuning, "step", noted)
+    ticks = itertools.count()
     subject = make_subject()
     batches = fxprune.batches(subject.model, make_items(4), batch_size=2)
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
-    started = time.process_time()
-    seen = []
-    for model in finetune_for(0.5, subject.model, batches, 1e-3, looks=3):
+    seen: list[torch.Tensor] = []
+    for model in finetune_for(6.0, subject.model, batches, 1e-3, looks=3, clock=lambda: float(next(ticks))):
         assert not model.training
+        assert len(paces) == 2 * len(seen) + 2  # a step takes one second of this clock, a look comes every two
         seen.append(model.get_parameter("head.weight").detach().clone())
-    assert time.process_time() - started >= 0.5
-    assert len(seen) == 3
+    assert paces == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert not torch.equal(seen[0], seen[1])
     assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
 

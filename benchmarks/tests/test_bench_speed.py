@@ -25,7 +25,6 @@ def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ]
     for row in rows:
         assert row["flops_cut"] >= row["budget"]
-        assert row["own_time"] > 0
         assert row["realized"] == pytest.approx((1 - row["ratio"]) / row["own_time"])
         assert row["floor_low"] <= row["floor"] <= row["floor_high"]
     lines = (tmp_path / "speed.md").read_text().splitlines()

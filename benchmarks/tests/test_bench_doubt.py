@@ -10,8 +10,8 @@ from torch import nn
 
 from benchmarks import bench_deeper, bench_doubt, results
 from benchmarks.subjects import Subject
+from benchmarks.tests.tiny_subject import make_subject
 from fxprune.datasets.evaluation import Boxes
-from tests.test_bench_peers import make_subject
 
 
 @pytest.fixture(autouse=True)
