@@ -1,5 +1,5 @@
-"""Passes over fx graphs, the only code of fxprune that writes graphs: one pass a file, named by what it does.
+"""Passes that rewrite fx graphs, one kind per file. No other code of fxprune rewrites graphs.
 
-A `GraphModule` comes in; it is changed in place, and every pass returns a `PassResult`. A new pass is a module with a
-function ``f(gm, ...) -> PassResult``; where it is to run after every rewrite, it goes into `pipeline` too.
+Input: a `GraphModule`, which is changed in place. Output: a `PassResult`. A new pass is a module with a function
+``f(gm, ...) -> PassResult``. A pass that must run after every rewrite also goes into `pipeline`.
 """

@@ -1,4 +1,4 @@
-"""Regions out of a graph."""
+"""Removes regions from a graph."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 
 def bypass_regions(gm: fx.GraphModule, stand_ins: Mapping[str, str]) -> PassResult:
-    """Replaces the value that leaves each region by the value that stands in for it.
+    """Replaces the output value of each region by its stand-in value.
 
-    For a bypass that is the value that enters the region, for a drop the operand of the sum that stays. The nodes of
-    the regions stay behind as dead code for `remove_dead_code`.
+    The stand-in of a bypass is the input value of the region. The stand-in of a drop is the operand of the addition
+    that stays. The nodes of the regions become dead code; `remove_dead_code` erases them.
 
     Parameters
     ----------
     gm : GraphModule
         Rewritten in place.
     stand_ins : mapping of str to str
-        Name of each region's exit node, and of the node to read instead. Regions may follow one another.
+        Name of each region's exit node, and name of the node that is read instead. A stand-in may itself be the exit
+        of another region.
 
     Returns
     -------
     PassResult
-        `modified` says whether any reader changed.
+        `modified` is True if any reader changed.
 
     Raises
     ------
     KeyError
         If a node is not in the graph.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> gm = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    >>> bypass_regions(gm, {"_1": "input_1"}).modified
+    True
     """
     nodes = {node.name: node for node in gm.graph.nodes}
     modified = False

@@ -1,4 +1,4 @@
-"""What a bypass leaves behind where values are concatenated: one value twice, and a value in its own parts."""
+"""Simplifies concatenations after a bypass: of the same value twice, or of all parts of one value."""
 
 from __future__ import annotations
 
@@ -16,30 +16,41 @@ from fxprune.graph.fx_utils import join_path, tied_tensors
 from fxprune.graph.operators import ADDITIONS
 
 NARROWED_WEIGHTS = "fxprune_narrowed"
-"""Key of a graph's meta: weights that were narrowed, by path, and their shapes since."""
+"""Key of a graph's meta: the path and the new shape of each weight that was narrowed."""
 
 
 def deduplicate_concat(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module | None = None) -> PassResult:
-    """Replaces concatenations that hold a value twice by ones that hold it once, their readers by narrower ones.
+    """Replaces concatenations that hold a value twice by ones that hold it once, and their readers by narrower ones.
 
-    A convolution is linear: of channels that are the same, it needs the sum of their weights. Exact but for the
-    rounding of that sum. Left alone is a concatenation that anything but such convolutions reads: ones that are called
-    once, are not grouped, and share no weight.
+    A convolution is linear: equal input channels need only one weight, the sum of their weights. Exact except for the
+    rounding of this sum. All readers must be convolutions that are called once, are not grouped and share no weight;
+    otherwise the concatenation stays.
 
     Parameters
     ----------
     gm : GraphModule
-        Rewritten in place; the layers that become narrower are copies. ``gm.meta[NARROWED_WEIGHTS]`` says which these
-        are.
+        Rewritten in place; narrowed layers are copies. ``gm.meta[NARROWED_WEIGHTS]`` lists the narrowed weights.
     channels : mapping of str to int
-        How many channels the values have, by node name; see `fxprune.graph.channels.channels_of`.
+        Number of channels of the values, by node name; see `fxprune.graph.channels.channels_of`.
     model : Module, optional
-        What the graph is a part of; weights shared with other parts of it are left alone.
+        The model that contains the graph. Weights shared with other parts of it stay.
 
     Returns
     -------
     PassResult
-        `modified` says whether any reader became narrower.
+        `modified` is True if any reader became narrower.
+
+    Examples
+    --------
+    >>> class Twice(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.conv = nn.Conv2d(6, 8, 1)
+    ...     def forward(self, x):
+    ...         return self.conv(torch.cat([x, x], 1))
+    >>> gm = fx.symbolic_trace(Twice())
+    >>> deduplicate_concat(gm, {"x": 3}).modified, gm.conv.in_channels
+    (True, 3)
     """
     tied = tied_tensors(gm if model is None else model)
     narrowed: dict[str, tuple[int, ...]] = {}
@@ -66,9 +77,10 @@ def deduplicate_concat(gm: fx.GraphModule, channels: Mapping[str, int], model: n
 
 
 def collapse_split_concat(gm: fx.GraphModule) -> PassResult:
-    """Replaces all parts of a value, concatenated in their order, by the value. Exact bit for bit.
+    """Replaces the concatenation of all parts of a value, in order, by the value. Exact bit for bit.
 
-    Only if convolutions alone read the concatenation, or if the value lies in memory as the concatenation would.
+    Only if all readers of the concatenation are convolutions, or if the value has the memory layout of the
+    concatenation.
 
     Parameters
     ----------
@@ -78,7 +90,21 @@ def collapse_split_concat(gm: fx.GraphModule) -> PassResult:
     Returns
     -------
     PassResult
-        `modified` says whether any concatenation went.
+        `modified` is True if any concatenation was removed.
+
+    Examples
+    --------
+    >>> class Split(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.conv = nn.Conv2d(6, 8, 1)
+    ...     def forward(self, x):
+    ...         first, second = x.split((2, 4), 1)
+    ...         return self.conv(torch.cat([first, second], 1))
+    >>> from fxprune.graph.tracer import FunctionalTracer
+    >>> root = Split()
+    >>> collapse_split_concat(fx.GraphModule(root, FunctionalTracer().trace(root))).modified
+    True
     """
     modified = False
     for node in gm.graph.nodes:
@@ -91,7 +117,7 @@ def collapse_split_concat(gm: fx.GraphModule) -> PassResult:
 
 
 def _as_multiple(node: fx.Node) -> tuple[fx.Node, int]:
-    """What a value is a multiple of, and how many times it is that: a value added to itself is twice that value."""
+    """Return a base value and the factor by which the node multiplies it: a value added to itself has factor 2."""
     factor = 1
     while node.target in ADDITIONS and node.args == (*node.all_input_nodes,) * 2 and not node.kwargs:
         factor, node = 2 * factor, node.all_input_nodes[0]
@@ -101,7 +127,7 @@ def _as_multiple(node: fx.Node) -> tuple[fx.Node, int]:
 def _narrowable_convolutions(
     gm: fx.GraphModule, user: fx.Node, value: fx.Node, width: int, tied: set[int]
 ) -> list[str]:
-    """Paths below the layer that a node calls of the convolutions to narrow; empty if it cannot be narrowed."""
+    """Return the paths, below the called layer, of the convolutions to narrow; empty if one cannot be narrowed."""
     if user.op != "call_module" or user.args != (value,) or user.kwargs:
         return []
     layer = gm.get_submodule(str(user.target))
@@ -117,7 +143,7 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
 
 
 def _is_narrowable(convolution: Any, width: int) -> bool:
-    """Whether a convolution reads all of so many channels for every one that it gives, by a weight of its own."""
+    """Whether a convolution is not grouped, has `width` input channels, and its weight is a plain parameter."""
     plain = type(convolution._parameters.get("weight")) is nn.Parameter
     return plain and bool(convolution.groups == 1 and convolution.in_channels == width)
 
@@ -136,7 +162,7 @@ def _narrow(convolution: nn.Module, values: Sequence[tuple[fx.Node, int]], width
 
 
 def _split_source(values: Sequence[fx.Node]) -> fx.Node | None:
-    """The value of which these are all parts, in order."""
+    """Return the value that was split into exactly these parts, in order; None if there is no such value."""
     split = values[0].args[0] if values and values[0].target is operator.getitem else None
     if not isinstance(split, fx.Node) or split_count(split) != len(values):
         return None
@@ -145,14 +171,14 @@ def _split_source(values: Sequence[fx.Node]) -> fx.Node | None:
 
 
 def _is_contiguous(node: fx.Node) -> bool:
-    """Whether a value lies in memory in the order of its axes, as the program itself says."""
+    """Whether the program itself makes a value contiguous."""
     while node.target == "view":
         node = node.all_input_nodes[0]
     return node.target == "contiguous" and len(node.args) == 1 and not node.kwargs
 
 
 def _is_replaceable(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
-    """Whether no reader of a concatenation can tell it from an equal value, however that lies in memory."""
+    """Whether all readers of a concatenation compute the same from `value`, whatever its memory layout."""
     layers = [gm.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
     if len(layers) == len(node.users) and all(input_convolutions(layer) for layer in layers):
         return True

@@ -1,4 +1,4 @@
-"""Out of a graph and its module goes what nothing reads any more."""
+"""Removes the nodes, modules and parameters that no other node reads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fxprune.graph.fx_utils import has_effect
 def remove_dead_code(gm: fx.GraphModule) -> PassResult:
     """Replaces a graph, its modules and its parameters by those that the output needs.
 
-    Torch's own `delete_all_unused_submodules` leaves parameters and buffers on modules that stay, the root among
-    them; here they go too.
+    Torch's `delete_all_unused_submodules` keeps unused parameters and buffers of the modules that stay, such as the
+    root. This pass deletes them too.
 
     Parameters
     ----------
@@ -24,7 +24,15 @@ def remove_dead_code(gm: fx.GraphModule) -> PassResult:
     Returns
     -------
     PassResult
-        `modified` says whether anything went.
+        `modified` is True if any node, parameter or buffer was removed.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> gm = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    >>> gm.graph.output_node().args = (next(iter(gm.graph.nodes)),)
+    >>> remove_dead_code(gm).modified, list(gm.state_dict())
+    (True, [])
     """
     before = (len(gm.graph.nodes), len(gm.state_dict()))
     gm.graph.eliminate_dead_code(is_impure_node=has_effect)
@@ -43,9 +51,9 @@ def remove_dead_code(gm: fx.GraphModule) -> PassResult:
 
 
 def erase_unused(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
-    """Replaces a graph by one without the named nodes, as far as nothing else reads them.
+    """Replaces a graph by one without those of the named nodes that no other node reads.
 
-    Unlike `remove_dead_code` it leaves everything else alone, such as updates of statistics that nobody reads.
+    Unlike `remove_dead_code` it keeps all other nodes, such as updates of statistics that no node reads.
 
     Parameters
     ----------
@@ -57,7 +65,14 @@ def erase_unused(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
     Returns
     -------
     PassResult
-        `modified` says whether any node went.
+        `modified` is True if any node was removed.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> gm = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    >>> erase_unused(gm, ["_0"]).modified  # the output reads it
+    False
     """
     before = len(gm.graph.nodes)
     for node in reversed(list(gm.graph.nodes)):

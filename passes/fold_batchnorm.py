@@ -1,4 +1,4 @@
-"""Norms into the convolutions before them."""
+"""Folds batch norms into the convolutions before them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,31 @@ from fxprune.graph.fx_utils import class_names
 from fxprune.passes.dead_code import remove_dead_code
 
 FROZEN_BATCHNORM = "torchvision.ops.misc.FrozenBatchNorm2d"
-"""A norm that no training changes."""
+"""Class name of a norm that training does not change."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fold_batchnorm(gm: fx.GraphModule) -> PassResult:
-    """Replaces a convolution and the batch norm that alone reads it by one convolution. Exact but for rounding.
+    """Replaces a convolution and the batch norm that reads it by one convolution. Exact except for rounding.
 
-    Only norms in eval mode, or fixed ones; only convolutions that are called once.
+    Folds only norms in eval mode or with fixed statistics. The convolution must be called once, and the norm must be
+    its only reader.
 
     Parameters
     ----------
     gm : GraphModule
-        Rewritten in place; its new convolutions are copies.
+        Rewritten in place; the folded convolutions are copies.
 
     Returns
     -------
     PassResult
-        `modified` says whether any norm went.
+        `modified` is True if any norm was folded.
+
+    Examples
+    --------
+    >>> gm = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval())
+    >>> fold_batchnorm(gm).modified, list(gm.state_dict())
+    (True, ['0.weight', '0.bias'])
     """
     pairs = list(foldable_pairs(gm))
     for convolution, norm in pairs:
@@ -46,7 +53,7 @@ def fold_batchnorm(gm: fx.GraphModule) -> PassResult:
 
 
 def foldable_pairs(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Find convolutions and the norms that they can absorb."""
+    """Yield pairs of nodes: a convolution, and the norm that can be folded into it."""
     for node in gm.graph.nodes:
         reader = next(iter(node.users)) if len(node.users) == 1 else None
         if reader is None or {node.op, reader.op} != {"call_module"} or reader.args != (node,) or reader.kwargs:
@@ -57,7 +64,7 @@ def foldable_pairs(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def folded_convolution(convolution: nn.Module, norm: nn.Module) -> nn.Module:
-    """The convolution that computes what a convolution and a norm do; computed in float32 at least."""
+    """Return one convolution that replaces a convolution and a norm. Its weights are computed in float32 at least."""
     weight = convolution.get_parameter("weight")
     precise = torch.promote_types(weight.dtype, torch.float32)
     first, second = (_copy_layer(layer).to(precise).eval() for layer in (convolution, norm))
@@ -78,7 +85,7 @@ def _is_foldable(layer: Any) -> bool:
 
 
 def _is_fixed_norm(layer: Any) -> bool:
-    """Whether a layer is a norm by statistics that are the same at every call."""
+    """Whether a layer is a norm whose statistics are the same in every call."""
     if _has_hooks(layer):
         return False
     return class_names(layer)[0] == FROZEN_BATCHNORM or (

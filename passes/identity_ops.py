@@ -1,4 +1,4 @@
-"""Out of a graph go operations that give what they are given."""
+"""Removes operations whose output equals their input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IDENTITY_MODULES: Mapping[str, Callable[[Any], bool]] = {
     "torchvision.ops.stochastic_depth.StochasticDepth": lambda layer: layer.p == 0,
     "timm.layers.drop.DropPath": lambda layer: not layer.drop_prob,
 }
-"""By class name: when a layer gives what it is given, in train mode as in eval mode."""
+"""By class name: whether the output of a layer equals its input, in train mode and in eval mode."""
 
 _ABOVE_ZERO, _TO_SIX = (0.0, float("inf")), (0.0, 6.0)
 _CLAMPS: Mapping[Any, Callable[..., tuple[float, float]]] = {
@@ -29,14 +29,14 @@ _CLAMPS: Mapping[Any, Callable[..., tuple[float, float]]] = {
     functional.relu6: lambda x, inplace=False: _TO_SIX,
     functional.hardtanh: lambda x, min_val=-1.0, max_val=1.0, inplace=False: (min_val, max_val),
 }
-"""What cuts values off at both ends of a range and does nothing else, and that range."""
+"""Operations that only clamp values to a range, each with a function that returns the range."""
 
 
 def remove_identity_ops(gm: fx.GraphModule) -> PassResult:
-    """Replaces operations that give what they are given by what they are given, in train mode and in eval mode.
+    """Replaces operations whose output equals their input, in train mode and in eval mode, by their input.
 
-    These are layers in `IDENTITY_MODULES`, and of two activations such as ``relu(relu(x))`` the one whose work the
-    other does. What the graph gives, and layers with hooks, stay.
+    These are the layers in `IDENTITY_MODULES` and, of two successive clamps such as ``relu(relu6(x))``, the clamp with
+    the wider range. Operations that the output reads and layers with hooks stay.
 
     Parameters
     ----------
@@ -46,7 +46,13 @@ def remove_identity_ops(gm: fx.GraphModule) -> PassResult:
     Returns
     -------
     PassResult
-        `modified` says whether any operation went.
+        `modified` is True if any operation was removed.
+
+    Examples
+    --------
+    >>> gm = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.Conv2d(3, 8, 1)))
+    >>> remove_identity_ops(gm).modified
+    True
     """
     modified = False
     for node in gm.graph.nodes:
@@ -80,7 +86,7 @@ def _is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _clamp(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """The range at whose ends a node cuts values off, if that is all it does."""
+    """Return the range to which a node clamps values, or None if it is no plain clamp."""
     if len(node.all_input_nodes) != 1 or not node.args:
         return None
     if node.op == "call_module":

@@ -1,4 +1,4 @@
-"""In-place operations out of a graph, and back where they do no harm."""
+"""Removes in-place operations from a graph, and restores them where this is safe."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ VIEW_OPERATIONS = frozenset(
     {"getitem", "chunk", "split", "view", "reshape", "transpose", "permute", "flatten", "unbind", "detach", "squeeze"}
     | {"unsqueeze", "expand", "narrow", "select", "t", "contiguous"}
 )
-"""Operations whose value may share memory with their input's."""
+"""Operations whose output may share memory with their input."""
 
 
 def functionalize(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
-    """Replaces operations that overwrite one of the named values by ones that compute a new value.
+    """Replaces operations that overwrite one of the named values by operations that compute a new value.
 
-    What reads the overwritten value afterwards reads the new one. Left alone are operations on the graph's inputs and
-    on views: there the overwriting is seen elsewhere.
+    Later readers of the overwritten value read the new value. Operations on the graph's inputs and on views stay:
+    other code can see that these are overwritten.
 
     Parameters
     ----------
     gm : GraphModule
         Rewritten in place.
     names : collection of str
-        Values that a bypass is about to give other readers, or to take readers from.
+        Names of values whose readers a bypass will change.
 
     Returns
     -------
     PassResult
-        `modified` says whether any operation changed.
+        `modified` is True if any operation changed.
+
+    Examples
+    --------
+    >>> gm = fx.symbolic_trace(lambda x: (x + 1).relu_())
+    >>> functionalize(gm, ["add"]).modified, gm.graph.output_node().args[0].target
+    (True, 'relu')
     """
     modified = False
     for node in list(gm.graph.nodes):
@@ -53,7 +59,7 @@ def functionalize(gm: fx.GraphModule, names: Collection[str]) -> PassResult:
 
 
 def reinplace(gm: fx.GraphModule) -> PassResult:
-    """Replaces functions by the in-place ones that the program calls, where nothing else reads what they overwrite.
+    """Replaces functions by the in-place functions of the traced program, if the overwritten value has no other reader.
 
     Parameters
     ----------
@@ -63,7 +69,12 @@ def reinplace(gm: fx.GraphModule) -> PassResult:
     Returns
     -------
     PassResult
-        `modified` says whether any function changed.
+        `modified` is True if any function changed.
+
+    Examples
+    --------
+    >>> reinplace(gm).modified                                     # doctest: +SKIP
+    True
     """
     modified = False
     for node, written in in_place_functions(gm):

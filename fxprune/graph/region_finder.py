@@ -96,7 +96,7 @@ class _Finder:
         return sets
 
     def closed_region(self, entry: str, exit_: str) -> int:
-        """Return the members of the region between two values as a bit set; 0 if they read another value from outside."""
+        """Return the region between two values as a bit set; 0 if its nodes read another value from outside."""
         inside = self.postdominated[exit_] & self.dominated[entry] & ~self.to_bits([entry])
         allowed = inside | self.to_bits([entry])
         closed = bool(inside >> self.order[exit_] & 1) and all(
@@ -112,7 +112,7 @@ class _Finder:
             name = parent
 
     def find_bypasses(self) -> Iterator[_FoundRegion]:
-        """Yield for each value the region back to the nearest earlier value that can replace it, with its epilogue."""
+        """Yield, for each value, the region from the nearest earlier value that can replace it, with its epilogue."""
         nearest: dict[str, tuple[str, int]] = {}
         for exit_ in self.order:
             if exit_ not in self.flow or exit_ not in self.shapes.values:
