@@ -1,5 +1,5 @@
-"""Kinds of models: which batches each takes, how it gives a loss, how it gives boxes.
+"""Adapters: how to read the batches of a kind of model, compute its loss and find its boxes.
 
-A model and a raw batch come in; a `Batch` in one common form, a loss or detections go out. For a new kind of model
-write a module with an `Adapter`, see `protocol`, and add it to the table of `registry`.
+Input: a model and a raw batch. Output: a `Batch` in one common form, a loss, or detections. For a new kind of model,
+write a module with an `Adapter` (see `protocol`) and add it to the table in `registry`.
 """

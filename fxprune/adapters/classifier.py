@@ -1,4 +1,4 @@
-"""Image classifiers: a tensor of images in, a tensor of logits out."""
+"""Adapter of image classifiers: input images (N, 3, H, W), output logits (N, classes)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMS = "(Tensor(N, 3, H, W), Tensor(N) of class indices), or images alone as Te
 
 
 def normalize(model: nn.Module, raw: Any) -> Batch:
-    """Read a classifier's batch; see `FORMS`."""
+    """Convert a raw batch in one of the `FORMS` to a `Batch` on the model's device."""
     if isinstance(raw, Mapping):
         raise BatchError(f"got a dict with keys {sorted(map(str, raw))}; known forms for a classifier: {FORMS}")
     pair = isinstance(raw, (list, tuple)) and len(raw) == 2 and isinstance(raw[1], Tensor) and raw[1].ndim != 3
@@ -38,12 +38,12 @@ def _rank(value: Any) -> int:
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """Return logits (N, classes).
+    """Run the model in eval mode and return logits (N, classes).
 
     Raises
     ------
     ModelError
-        If the model gives something else, for then its loss is not known.
+        If the output is anything else, because its loss is then not known.
     """
     output = model.eval()(batch.images)
     if not isinstance(output, Tensor) or output.ndim != 2:
@@ -56,7 +56,7 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy, mean over the images, with every module in eval mode."""
+    """Compute the cross entropy, a scalar, as mean over the images. Every module is in eval mode."""
     logits, labels = predict(model, batch), batch.targets
     if labels.ndim == 2 and labels.shape != logits.shape:
         raise BatchError(f"labels have {labels.shape[1]} classes, the model {logits.shape[1]}")
@@ -68,7 +68,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def label(model: nn.Module, batch: Batch) -> Batch:
-    """Use the model's own most likely class as the label of each image."""
+    """Use the class with the model's highest logit as the label of each image."""
     with torch.no_grad():
         return Batch(batch.images, predict(model, batch).argmax(1), batch.count)
 

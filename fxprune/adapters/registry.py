@@ -1,4 +1,4 @@
-"""The table of adapters, and what is done about wrappers around a model."""
+"""Chooses the adapter of a model, and unwraps and rewraps wrapped models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxprune.errors import ModelError, SettingError
 from fxprune.graph.fx_utils import class_names
 
 ADAPTERS: tuple[Adapter, ...] = (ultralytics.ADAPTER, torchvision.ADAPTER, classifier.ADAPTER)
-"""Tried in this order; the last one takes whatever gives logits."""
+"""Tried in this order. The last one matches every model and needs logits as output."""
 
 _WRAPPERS: dict[str, str] = {
     "torch._dynamo.eval_frame.OptimizedModule": "pass model._orig_mod and compile the result again",
@@ -24,7 +24,27 @@ _WRAPPERS: dict[str, str] = {
 
 
 def choose_adapter(model: nn.Module, raw: Any, loss: Callable[[nn.Module, Any], Tensor] | None) -> Adapter:
-    """Pick the adapter for a model, given its first batch and the caller's loss."""
+    """Choose the adapter for a model by its first batch, or make one from the caller's loss.
+
+    Parameters
+    ----------
+    model : Module
+        The network, not wrapped.
+    raw
+        The first batch of the loader.
+    loss : callable, optional
+        ``loss(model, batch) -> scalar tensor``.
+
+    Raises
+    ------
+    SettingError
+        If `loss` is not callable.
+
+    Examples
+    --------
+    >>> choose_adapter(nn.Linear(3, 2), None, None).family
+    'classifier'
+    """
     if loss is not None:
         if not callable(loss):
             raise SettingError(f"loss must be callable(model, batch) -> scalar tensor, got {type(loss).__name__}")
@@ -33,12 +53,12 @@ def choose_adapter(model: nn.Module, raw: Any, loss: Callable[[nn.Module, Any], 
 
 
 def detector_adapter(network: nn.Module) -> Adapter:
-    """Pick the adapter for a detector, without a batch of it: ultralytics', or else torchvision's convention.
+    """Choose the adapter for a detector without a batch: ultralytics, or else torchvision's convention.
 
     Raises
     ------
     ModelError
-        If the model is known to be no detector: one of torchvision's classifiers and the like.
+        If the model is a torchvision model, but no detector.
     """
     known = any(name.startswith("torchvision.models.") for name in class_names(network))
     if known and not torchvision.is_torchvision_detector(network):
@@ -47,12 +67,12 @@ def detector_adapter(network: nn.Module) -> Adapter:
 
 
 def unwrap(model: Any) -> nn.Module:
-    """Return the network to work on: the model itself, or what a `YOLO` object holds.
+    """Return the network inside a `YOLO` object, or the model itself.
 
     Raises
     ------
     ModelError
-        If it is no module, is wrapped (says how to unwrap), or its weights are on the meta device.
+        If it is no module, is wrapped (the message says how to unwrap it), or has weights on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -66,5 +86,5 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def rewrap_like(model: nn.Module, network: nn.Module) -> nn.Module:
-    """Give a pruned network the wrapper its original had: a `YOLO` comes back as a `YOLO`."""
+    """Wrap a pruned network like its original model: returns a `YOLO` object if the original is one."""
     return ultralytics.rewrap_yolo(model, network) if ultralytics.is_yolo(model) else network

@@ -1,4 +1,4 @@
-"""Detectors of torchvision's convention: losses in train mode, boxes in eval mode, lists of images and dicts."""
+"""Adapter of detectors with torchvision's convention: losses in train mode, boxes in eval mode."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ FORMS = (
     " or images alone as list of Tensor(3, H, W) or Tensor(N, 3, H, W)"
 )
 CONFIDENCE_THRESHOLD = 0.5
-"""Score from which an output serves as a label; in an image that reaches none, half of its best score."""
+"""Least score of outputs that serve as labels; half the best score of an image if that is less."""
 CONVENTION = (
-    "a detector of torchvision's convention takes a list of Tensor(3, H, W) and gives, in eval mode, one dict of boxes,"
-    " labels and scores an image: wrap the model in a module that does, or measure it with a loop of your own"
+    "a detector of torchvision's convention takes a list of Tensor(3, H, W) and returns, in eval mode, one dict of"
+    " boxes, labels and scores per image: wrap the model in such a module, or evaluate it with your own loop"
 )
 
 
 def matches(model: nn.Module, raw: Any) -> bool:
-    """Whether the model is one of torchvision's detectors, or its batches are theirs."""
+    """Whether the model is one of torchvision's detectors, or the batch has the form of theirs."""
     return is_torchvision_detector(model) or _is_pair(raw)
 
 
@@ -44,7 +44,7 @@ def _is_pair(raw: Any) -> bool:
 
 
 def normalize(model: nn.Module, raw: Any) -> Batch:
-    """Read a detector's batch; see `FORMS`."""
+    """Convert a raw batch in one of the `FORMS` to a `Batch` on the model's device."""
     device = device_of(model)
     if isinstance(raw, Mapping) or not isinstance(raw, (Tensor, list, tuple)):
         raise BatchError(f"got a {type(raw).__name__}; known forms for a torchvision detector: {FORMS}")
@@ -86,10 +86,10 @@ def _read_target(target: Mapping[str, Any], device: torch.device) -> dict[str, A
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The detector's losses (P,), in the order it gives them; torchvision takes their mean over the images.
+    """Compute the detector's losses (P,), in the order of its output; each is a mean over the images.
 
-    Torchvision gives losses only in train mode. Containers go there, layers stay in eval mode: norms keep their
-    statistics and dropout is off, as at inference.
+    Torchvision returns losses only in train mode. Only containers are set to train mode. Layers stay in eval mode:
+    norms keep their statistics and dropout is off, as at inference.
     """
     losses = _trainable_mode(model)(batch.images, [dict(target) for target in batch.targets])
     if not isinstance(losses, Mapping) or not losses:
@@ -106,7 +106,7 @@ def _trainable_mode(model: nn.Module) -> nn.Module:
 
 
 def predict(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]]:
-    """Return one dict of boxes, labels and scores an image."""
+    """Run the detector in eval mode and return one dict of boxes, labels and scores per image."""
     outputs: list[dict[str, Tensor]] = model.eval()(batch.images)
     return outputs
 
@@ -119,7 +119,7 @@ def label(model: nn.Module, batch: Batch) -> Batch:
 
 
 def detections(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
-    """What the detector finds, if that is boxes alone: no masks, no key points."""
+    """Return the boxes found at inference; None if the detector also outputs masks or key points."""
     with torch.no_grad():
         outputs = predict(model, batch)
     return outputs if all(set(output) == {"boxes", "labels", "scores"} for output in outputs) else None
@@ -137,7 +137,7 @@ def _confident_targets(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -> list[dict[str, Tensor]]:
-    """Run the detector on images of any sizes; it sizes them itself, whatever `image_size`."""
+    """Run the detector on images of any sizes. It resizes them itself and ignores `image_size`."""
     device = device_of(model)
     rows = [check_image(image, 3, FORMS).to(device) for image in images]
     if is_torchvision_detector(model):
@@ -145,7 +145,7 @@ def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -
     else:
         try:
             outputs = model(rows)
-        except (TypeError, AttributeError) as error:  # what a model that takes a tensor makes of a list
+        except (TypeError, AttributeError) as error:  # a model that takes a tensor was called with a list
             said = str(error).split("\n")[0]
             raise ModelError(
                 f"{type(model).__name__} cannot take a list of images ({type(error).__name__}: {said}); {CONVENTION}"
@@ -163,7 +163,7 @@ def _is_detection(output: Any) -> bool:
 def collate(
     model: nn.Module, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None, image_size: int | None
 ) -> Any:
-    """Put images and targets in two lists; without targets, images in one."""
+    """Return (list of images, list of targets), or the list of images without targets."""
     rows = [check_image(image, 3, FORMS) for image in images]
     return rows if targets is None else (rows, [dict(target) for target in targets])
 

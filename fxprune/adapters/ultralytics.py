@@ -1,4 +1,4 @@
-"""Ultralytics models: `DetectionModel` and its kin, and the `YOLO` object around one."""
+"""Adapter of ultralytics models: `DetectionModel` and similar classes, and the `YOLO` object that wraps one."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FORMS = (
     " or images alone as dict(img=...) or Tensor(N, 3, H, W)"
 )
 CONFIDENCE_THRESHOLD = 0.25
-"""Score from which an output serves as a label (ultralytics' own prediction threshold)."""
+"""Least score of outputs that serve as labels (ultralytics' own prediction threshold)."""
 IMAGE_SIZE = 640
-"""Side of the square where a model does not say what it was trained on (ultralytics' default)."""
+"""Side of the square, in pixels, if a model does not store its training size (ultralytics' default)."""
 
 
 def is_yolo(model: nn.Module) -> bool:
-    """Whether the model is a `YOLO`-like object around a network."""
+    """Whether the model is a `YOLO` object, or a similar one, that wraps a network."""
     return "ultralytics.engine.model.Model" in class_names(model)
 
 
@@ -53,7 +53,7 @@ def unwrap_yolo(model: nn.Module) -> nn.Module:
 
 
 def rewrap_yolo(model: nn.Module, network: nn.Module) -> nn.Module:
-    """Return a copy of a `YOLO` object around another network; what the old one cached is left behind."""
+    """Return a copy of a `YOLO` object with another network and without the predictor, trainer and metrics."""
     twin = copy.copy(model)
     twin.__dict__ = {key: copy.copy(value) for key, value in model.__dict__.items()}
     twin.__dict__.update(predictor=None, trainer=None, metrics=None)
@@ -62,7 +62,7 @@ def rewrap_yolo(model: nn.Module, network: nn.Module) -> nn.Module:
 
 
 def prepare(model: nn.Module) -> None:
-    """Give the copy what its loss reads and ultralytics' trainer would set: the gains, the number of classes."""
+    """Set what the loss reads and ultralytics' trainer would set: the loss gains and the number of classes."""
     from ultralytics.cfg import get_cfg
 
     network = cast(Any, model)
@@ -76,7 +76,7 @@ def prepare(model: nn.Module) -> None:
 
 
 def normalize(model: nn.Module, raw: Any) -> Batch:
-    """Read a batch of ultralytics' form; see `FORMS`."""
+    """Convert a raw batch in one of the `FORMS` to a `Batch` on the model's device."""
     device = device_of(model)
     if not isinstance(raw, Mapping):
         images = raw[0] if isinstance(raw, (list, tuple)) and len(raw) == 1 else raw
@@ -121,18 +121,18 @@ def _check_targets(model: nn.Module, targets: Mapping[str, Any], count: int) -> 
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The parts (P,) of the model's own loss in eval mode; ultralytics sums over the images, this is the mean."""
+    """Compute the parts (P,) of the model's own loss in eval mode, as means over the images (ultralytics sums)."""
     parts = cast(Tensor, cast(Any, model.eval()).loss(batch.targets)[0])
     return parts.reshape(-1) / batch.count
 
 
 def predict(model: nn.Module, batch: Batch) -> Any:
-    """Return what the network gives at inference."""
+    """Run the network in eval mode and return its output."""
     return model.eval()(batch.images)
 
 
 def label(model: nn.Module, batch: Batch) -> Batch:
-    """Use the detector's own confident outputs, after non-maximum suppression, as targets."""
+    """Use the detector's own confident outputs after non-maximum suppression as targets."""
     height, width = batch.images.shape[-2:]
     with torch.no_grad():
         boxes, rows = decode_output(model, predict(model, batch), height, width)
@@ -142,7 +142,7 @@ def label(model: nn.Module, batch: Batch) -> Batch:
 
 
 def _targets(images: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """A batch's targets from the boxes (x1, y1, x2, y2 in its pixels) and class numbers of every image."""
+    """Make the targets of a batch from the boxes (x1, y1, x2, y2 in its pixels) and class numbers of every image."""
     height, width = images.shape[-2:]
     corners = torch.cat([clip(boxes, height, width) for boxes, _ in found])
     centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
@@ -156,12 +156,14 @@ def _targets(images: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> dict[str
 
 
 def square_side(model: nn.Module, image_size: int | None) -> int:
-    """Side of the square the model is fed: as asked, or as trained (else 640), rounded up to a multiple of its stride.
+    """Return the side of the model's square input, in pixels, rounded up to a multiple of its stride.
+
+    The side is `image_size`, or the training size of the model, or 640 if the model does not store it.
 
     Raises
     ------
     SettingError
-        `image_size` is no positive number.
+        If `image_size` is not a positive integer.
     """
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise SettingError(f"image_size is {image_size!r}; give the side of the square in pixels, or None")
@@ -176,14 +178,14 @@ def square_side(model: nn.Module, image_size: int | None) -> int:
 def _letterbox_images(
     model: nn.Module, images: Sequence[Tensor], image_size: int | None
 ) -> tuple[Tensor, list[Placement]]:
-    """Images of any sizes in squares (N, 3, S, S) on the CPU, and where they lie in them."""
+    """Fit images of any sizes into squares (N, 3, S, S) on the CPU; also return their placements."""
     side, stretch = square_side(model, image_size), has_queries(model)
     pairs = [letterbox(check_image(image, 3, FORMS), side, stretch) for image in images]
     return torch.stack([square for square, _ in pairs]), [placement for _, placement in pairs]
 
 
 def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -> list[dict[str, Tensor]]:
-    """Find boxes as ultralytics' ``val(rect=False)`` does: letterboxed, score from .001, at most 300 an image."""
+    """Find boxes as ultralytics' ``val(rect=False)``: letterboxed, scores from 0.001, at most 300 boxes per image."""
     squares, placements = _letterbox_images(model, images, image_size)
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     with torch.no_grad():
@@ -193,7 +195,7 @@ def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -
 
 
 def detections(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
-    """The same of a batch as it is, if that is boxes alone: no masks, no key points."""
+    """Find boxes in a batch, without letterboxing; None if the model also outputs masks or key points."""
     with torch.no_grad():
         boxes, rows = decode_output(model, predict(model, batch), *batch.images.shape[-2:])
         more = boxes.shape[-1] > BOX_COLUMNS if rows else boxes.shape[1] > 4 + count_classes(model)
@@ -208,7 +210,7 @@ def _suppress_as_val(model: nn.Module, boxes: Tensor, rows: bool) -> list[dict[s
 def collate(
     model: nn.Module, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None, image_size: int | None
 ) -> dict[str, Tensor]:
-    """Letterbox images, and boxes with them, into a batch of ultralytics' form; see `FORMS`."""
+    """Letterbox images and their boxes into a batch of ultralytics' form; see `FORMS`."""
     squares, placements = _letterbox_images(model, images, image_size)
     if targets is None:
         return {"img": squares}
@@ -217,7 +219,7 @@ def collate(
 
 
 def _move_to_square(target: Mapping[str, Any], placement: Placement) -> Tensor:
-    """A target's boxes, cut off at the edges of its image, in the pixels of the square."""
+    """Clip the boxes of a target to its image and convert them to pixels of the square."""
     boxes = clip(target["boxes"], placement.height, placement.width)
     outside = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
     if bool(outside.any()):

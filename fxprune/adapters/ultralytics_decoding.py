@@ -1,4 +1,4 @@
-"""From what an ultralytics network gives at inference to boxes: one reading for labels and for evaluation."""
+"""Decodes the inference output of an ultralytics network to boxes, for labels and for evaluation alike."""
 
 from __future__ import annotations
 
@@ -11,60 +11,64 @@ from fxprune.errors import ModelError
 from fxprune.graph.fx_utils import class_names
 
 BOX_COLUMNS = 6
-"""Of an end-to-end head's rows: four of a box, score, class."""
+"""Columns in a row of an end-to-end head: four for the box, score, class."""
 
 NMS_TIMEOUT_S = 3600.0
-"""Per image, before ultralytics' suppression would give up and return fewer boxes."""
+"""Seconds per image after which ultralytics' suppression stops and returns fewer boxes."""
 
 
 def find_head(network: nn.Module) -> Any:
-    """The last layer of an ultralytics network; None where it is not a list of layers."""
+    """Return the last layer of an ultralytics network; None if the network is not a list of layers."""
     layers = getattr(network, "model", None)
     return layers[-1] if isinstance(layers, (nn.Sequential, nn.ModuleList)) and len(layers) else None
 
 
 def has_queries(network: nn.Module) -> bool:
-    """Whether the head is a decoder of queries: it gives boxes as shares of an image it saw stretched."""
+    """Whether the head is a query decoder (RT-DETR). It returns boxes as fractions of the stretched image."""
     return hasattr(find_head(network), "num_queries")
 
 
 def count_classes(network: nn.Module) -> int:
-    """Number of classes the head tells apart."""
+    """Return the number of classes of the head."""
     known = getattr(find_head(network), "nc", None) or getattr(network, "nc", None) or len(cast(Any, network).names)
     return int(known)
 
 
 def decode_output(network: nn.Module, output: Any, height: int, width: int) -> tuple[Tensor, bool]:
-    """Bring a network's output to pixels.
+    """Convert a network's output to boxes in pixels.
 
     Parameters
     ----------
     network : Module
-        Says by its head what the numbers are.
+        The network. Its head determines the format of the output.
     output : Tensor or nested tuple
-        As the network gave it in eval mode; of a tuple the first.
+        Output in eval mode; only the first item of a tuple is read.
     height, width : int
-        Of the images it was given.
+        Size of the input images, in pixels.
 
     Returns
     -------
     Tensor
         Rows (N, k, 6 or more) of x1, y1, x2, y2, score, class; or columns (N, 4 + classes or more, k) of centre x,
-        centre y, width, height and a score a class. In pixels.
+        centre y, width, height and one score per class. Boxes are in pixels.
     bool
-        Whether it is rows, which need no suppression.
+        Whether the output is rows, which need no suppression.
 
     Raises
     ------
     ModelError
-        It is neither: the network is no detector of upright boxes.
+        If the output is neither, because the network is no detector of upright boxes.
+
+    Examples
+    --------
+    >>> boxes, rows = decode_output(network, network(images), *images.shape[-2:])    # doctest: +SKIP
     """
     while isinstance(output, (list, tuple)) and output:
         output = output[0]
     name, classes = type(network).__name__, count_classes(network)
     if any(part.endswith("head.OBB") for part in class_names(find_head(network) or network)):
         raise ModelError(
-            f"{name} finds rotated boxes, of which fxprune has no reading; give a detector of upright boxes"
+            f"{name} finds rotated boxes, which fxprune cannot read; give a detector of upright boxes"
         )
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if not isinstance(output, Tensor) or output.ndim != 3:
@@ -81,32 +85,37 @@ def decode_output(network: nn.Module, output: Any, height: int, width: int) -> t
 
 
 def best_scores(network: nn.Module, boxes: Tensor, rows: bool) -> Tensor:
-    """Scores (N, k) of what `decode_output` gave: for columns the best class's."""
+    """Return the scores (N, k) of an output of `decode_output`; for columns, the score of the best class."""
     return boxes[..., 4] if rows else boxes[:, 4 : 4 + count_classes(network)].amax(1)
 
 
 def suppress_overlaps(
     network: nn.Module, boxes: Tensor, rows: bool, *, confidence: float, iou: float, limit: int, multi_label: bool
 ) -> list[Tensor]:
-    """Drop unsure boxes and, of columns, all that overlap a better one of their class.
+    """Remove boxes with low scores and, for columns, boxes that overlap a better box of the same class.
 
     Parameters
     ----------
     boxes, rows
-        What `decode_output` gave.
+        Output of `decode_output`.
     confidence : float
         Least score.
     iou : float
-        Overlap from which the lesser box goes.
+        Intersection over union above which the box with the lower score is removed.
     limit : int
-        Boxes an image at most, best first.
+        Largest number of boxes per image, best first.
     multi_label : bool
-        Whether one box may be of several classes.
+        Whether one box may have several classes.
 
     Returns
     -------
     list of Tensor
         One per image, (n, 6): x1, y1, x2, y2 in pixels, score, class.
+
+    Examples
+    --------
+    >>> options = {"confidence": 0.25, "iou": 0.7, "limit": 300, "multi_label": False}
+    >>> found = suppress_overlaps(network, boxes, rows, **options)                     # doctest: +SKIP
     """
     from ultralytics.utils.nms import non_max_suppression
 

@@ -1,7 +1,7 @@
-"""Fit images into the square an ultralytics model is fed, and boxes there and back.
+"""Fits images into the square input of an ultralytics model, and converts boxes between image and square.
 
-As ultralytics validates with ``rect=False``: the long side is scaled to the square (bilinear, sides rounded up) and the
-rest filled with grey on both sides; models that were trained on stretched images get stretched ones.
+Same as ultralytics' validation with ``rect=False``: the long side is scaled to the square (bilinear, sides rounded up)
+and both margins are filled with grey. Images are stretched for models that were trained on stretched images.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ PADDING_GREY = 114
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an image came to lie in a square.
+    """Position and scale of an image in a square.
 
     Attributes
     ----------
     height, width : int
-        Of the image, in pixels.
+        Size of the image, in pixels.
     size : int
-        Side of the square.
+        Side of the square, in pixels.
     resized : tuple of int
-        Height and width the image has in it.
+        Height and width of the image in the square, in pixels.
     pad : tuple of int
-        Grey pixels left and above.
+        Number of grey pixels on the left and on the top.
     """
 
     height: int
@@ -40,26 +40,26 @@ class Placement:
 
     @property
     def gain(self) -> tuple[float, float]:
-        """By how much the image was scaled, along x and y."""
+        """Scale factors of the image along x and y."""
         return self.resized[1] / self.width, self.resized[0] / self.height
 
     def to_square(self, boxes: Tensor) -> Tensor:
-        """Boxes (n, 4) as x1, y1, x2, y2 in pixels of the image, in pixels of the square."""
+        """Convert boxes (n, 4), x1, y1, x2, y2, from pixels of the image to pixels of the square."""
         return boxes * boxes.new_tensor(self.gain * 2) + boxes.new_tensor(self.pad * 2)
 
     def to_image(self, boxes: Tensor) -> Tensor:
-        """Boxes (n, 4) as x1, y1, x2, y2 in pixels of the square, in pixels of the image and clipped to it."""
+        """Convert boxes (n, 4), x1, y1, x2, y2, from pixels of the square to pixels of the image; clip to the image."""
         moved = (boxes - boxes.new_tensor(self.pad * 2)) / boxes.new_tensor(self.gain * 2)
         return clip(moved, self.height, self.width)
 
 
 def clip(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Boxes (n, 4) as x1, y1, x2, y2, cut off at the edges of an image."""
+    """Clip boxes (n, 4), x1, y1, x2, y2 in pixels, to an image of this height and width."""
     return torch.minimum(boxes.clamp(min=0), boxes.new_tensor((width, height) * 2))
 
 
 def compute_placement(height: int, width: int, size: int, stretch: bool) -> Placement:
-    """Compute where an image of some height and width lies in a square of side `size`."""
+    """Compute the placement of an image of this height and width in a square of side `size`, all in pixels."""
     if stretch:
         return Placement(height, width, size, (size, size), (0, 0))
     scale = size / max(height, width)
@@ -74,18 +74,18 @@ def letterbox(image: Tensor, size: int, stretch: bool = False) -> tuple[Tensor, 
     Parameters
     ----------
     image : Tensor
-        Float RGB of shape (3, H, W) in [0, 1]; rounded to 8 bits, in which ultralytics resizes.
+        Float RGB of shape (3, H, W) in [0, 1]. It is rounded to 8 bits, because ultralytics resizes 8-bit images.
     size : int
         Side of the square, in pixels.
     stretch : bool
-        Whether to stretch it instead of keeping its shape.
+        Whether to stretch the image to the square. By default the aspect ratio is kept.
 
     Returns
     -------
     Tensor
         Float32 of shape (3, size, size) in [0, 1].
     Placement
-        Where the image lies in it.
+        Position of the image in the square.
 
     Examples
     --------
