@@ -1,34 +1,34 @@
-"""Every error and warning fxprune raises, in one tree.
+"""Defines every error and warning that fxprune raises, in one tree.
 
 ::
 
     FxpruneError
-    |-- BudgetError        the budget is no fraction, or more than the regions can give      (also ValueError)
-    |-- BatchError         a calibration batch has a form, a label or a value that cannot be (also ValueError)
-    |-- DatasetError       images or annotations are missing, broken, or contradict another  (also ValueError)
+    |-- BudgetError        the budget is no fraction, or more than the regions can save      (also ValueError)
+    |-- BatchError         a calibration batch has an unusable form, label or value          (also ValueError)
+    |-- DatasetError       images or annotations are missing, broken or contradictory        (also ValueError)
     |-- LossError          the loss is not a finite scalar that depends on the model         (also ValueError)
-    |-- ModelError         the model cannot be analyzed as it was given                      (also TypeError)
-    |   `-- NoRegionError  nothing in the model can be removed; says why, region by region
+    |-- ModelError         the model cannot be analyzed in its present form                  (also TypeError)
+    |   `-- NoRegionError  nothing in the model can be removed; the message lists the reasons
     |-- PlanError          a plan file is broken, or was made for another graph              (also ValueError)
-    |-- SettingError       an option has a value that is not known                           (also ValueError)
-    `-- StorageError       a save cannot be written, is missing or damaged, or does not fit    (also ValueError)
+    |-- SettingError       an option has an unknown value                                    (also ValueError)
+    `-- StorageError       a save cannot be written, is missing or damaged, or does not fit  (also ValueError)
 
-    FxpruneWarning         something the caller gave will not survive, or was left out       (a UserWarning)
+    FxpruneWarning         something set on the model is lost, or data was left out          (a UserWarning)
 """
 
 from __future__ import annotations
 
 
 class FxpruneError(Exception):
-    """Root of all errors that fxprune raises on purpose."""
+    """Base class of all errors that fxprune raises on purpose."""
 
 
 class BudgetError(FxpruneError, ValueError):
-    """The budget is no fraction in (0, 1), or exceeds what the regions can give."""
+    """The budget is not in (0, 1), or is more than the regions can save."""
 
 
 class BatchError(FxpruneError, ValueError):
-    """A calibration batch has a form, a label or a value that cannot be used."""
+    """A calibration batch has an unusable form, label or value."""
 
 
 class DatasetError(FxpruneError, ValueError):
@@ -40,11 +40,11 @@ class LossError(FxpruneError, ValueError):
 
 
 class ModelError(FxpruneError, TypeError):
-    """The model cannot be analyzed as it was given."""
+    """The model cannot be analyzed in its present form."""
 
 
 class NoRegionError(ModelError):
-    """Nothing in the model can be removed; the message lists why."""
+    """Nothing in the model can be removed; the message lists the reasons."""
 
 
 class PlanError(FxpruneError, ValueError):
@@ -52,12 +52,12 @@ class PlanError(FxpruneError, ValueError):
 
 
 class SettingError(FxpruneError, ValueError):
-    """An option has a value that is not known; the message lists the known ones."""
+    """An option has an unknown value; the message lists the known values."""
 
 
 class StorageError(FxpruneError, ValueError):
-    """A folder cannot be saved to, or what was saved in it is missing, damaged, or does not fit the model."""
+    """A save cannot be written to its folder, is missing or damaged, or does not fit the model."""
 
 
 class FxpruneWarning(UserWarning):
-    """Something the caller set on the model will not survive the rewrite, or some of the data was left out."""
+    """Something that the caller set on the model is lost in the rewrite, or some of the data was left out."""

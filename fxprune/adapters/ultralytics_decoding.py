@@ -67,9 +67,7 @@ def decode_output(network: nn.Module, output: Any, height: int, width: int) -> t
         output = output[0]
     name, classes = type(network).__name__, count_classes(network)
     if any(part.endswith("head.OBB") for part in class_names(find_head(network) or network)):
-        raise ModelError(
-            f"{name} finds rotated boxes, which fxprune cannot read; give a detector of upright boxes"
-        )
+        raise ModelError(f"{name} finds rotated boxes, which fxprune cannot read; give a detector of upright boxes")
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if not isinstance(output, Tensor) or output.ndim != 3:
         raise ModelError(f"{name} gave {shape} instead of boxes (N, channels, k) or (N, k, 6); give a detector")

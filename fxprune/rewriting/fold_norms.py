@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, for inference."""
+"""Folds the batch norms of a model into the convolutions before them, for inference."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from fxprune.passes.fold_batchnorm import fold_batchnorm, foldable_pairs, folded
 from fxprune.runtime.private_copy import private_copy
 
 FUSED_FORWARD = "forward_fuse"
-"""Method by which a leaf module says how it runs without its norm."""
+"""Name of the method by which a leaf module runs without its norm."""
 
 
 def fold_norms(model: nn.Module) -> nn.Module:
-    """Fold batch norms into the convolutions before them, in a copy for inference.
+    """Fold batch norms into the convolutions before them, in a copy of the model for inference.
 
-    Works on the graphs of a pruned model, on any other `torch.fx.GraphModule`, and on modules with a fused forward of
-    their own (ultralytics' ``Conv``). What lies outside of these, such as parts of a detector in which nothing was
-    removed, keeps its norms. So does a convolution that is called twice or that anything else reads.
+    Works on the graphs of a pruned model, on any other `torch.fx.GraphModule`, and on modules with their own fused
+    forward (ultralytics' ``Conv``). Other parts keep their norms, such as parts of a detector where nothing was
+    removed. A norm also stays if its convolution is called twice or has other readers.
 
     Parameters
     ----------
     model : Module
-        What `fxprune.compile`, `fxprune.apply` or `torch.fx.symbolic_trace` returned. It is not changed.
+        Result of `fxprune.compile`, `fxprune.apply` or `torch.fx.symbolic_trace`. It is not changed.
 
     Returns
     -------
     Module
-        The same kind of model, in eval mode; its outputs are the same but for rounding. Training it no longer
-        updates any statistics. Save the model before, `fxprune.save` takes none that was folded.
+        The same kind of model, in eval mode. Its outputs are equal except for rounding. Training no longer updates any
+        statistics. Save the model before folding: `fxprune.save` refuses a folded model.
 
     Raises
     ------
     ModelError
-        If there is no graph to fold norms in.
+        If the model has no graph in which norms can be folded.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def fold_norms(model: nn.Module) -> nn.Module:
 
 
 def _fold_leaf(layer: nn.Module) -> bool:
-    """Fold the one norm in a leaf module that can run without it; say whether there was one."""
+    """Fold the single norm of a leaf module that can run without it. Returns whether a norm was folded."""
     inside = trace_leaf(layer) if hasattr(layer, FUSED_FORWARD) else None
     pairs = [] if inside is None else list(foldable_pairs(inside))
     if inside is None or len(pairs) != 1:

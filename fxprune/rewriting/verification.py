@@ -1,4 +1,4 @@
-"""Checks of a rewritten model: its graphs, and the weights that are left."""
+"""Checks the graphs and the remaining weights of a rewritten model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxprune.runtime.text import first_few
 
 
 def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str]) -> None:
-    """Check one rewritten graph: well-formed, called as before, and nothing left of what should have gone.
+    """Check that a rewritten graph is well-formed, has its old arguments, and contains no removed node.
 
     Parameters
     ----------
@@ -24,12 +24,16 @@ def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str
     gm : GraphModule
         The graph after it.
     gone : set of str
-        Nodes that the plan removes.
+        Names of the nodes that the plan removes.
 
     Raises
     ------
     PlanError
-        If a check fails: the plan does not describe regions of this graph.
+        If a check fails, because the plan does not describe regions of this graph.
+
+    Examples
+    --------
+    >>> verify_graph("", ["x"], fx.symbolic_trace(lambda x: x + 1), {"mul"})
     """
     gm.graph.lint()
     left = sorted(gone & {node.name for node in gm.graph.nodes})
@@ -43,21 +47,25 @@ def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str
 
 
 def verify_weights(original: nn.Module, pruned: nn.Module, plan: Plan, narrowed: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that what is left of the weights is the original's, under its names, and that the removed ones are gone.
+    """Check that the remaining weights have the names of the original and the expected shapes.
 
     Parameters
     ----------
     original, pruned : Module
-        Before and after.
+        The model before and after the rewrite.
     plan : Plan
-        What was carried out, for the message.
+        The applied plan, for the message.
     narrowed : mapping of str to tuple of int
-        Shapes of the weights that are meant to have a new one.
+        New shapes of the narrowed weights, by path.
 
     Raises
     ------
     PlanError
-        If a key is new, or a tensor has another shape than it should.
+        If a key is new, or a tensor does not have its expected shape.
+
+    Examples
+    --------
+    >>> verify_weights(model, pruned, plan, {})                    # doctest: +SKIP
     """
     shapes = {key: tuple(value.shape) for key, value in original.state_dict().items() if hasattr(value, "shape")}
     expected = shapes | {key: shape for key, shape in narrowed.items() if key in shapes}

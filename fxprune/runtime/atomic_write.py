@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Writes a file or a folder completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fxprune.errors import StorageError
 
 @contextmanager
 def atomic_write(place: Path) -> Iterator[Path]:
-    """Move what a block writes beside a place to the place, when it is complete and on the disk.
+    """Write to a draft in the same folder, and move the draft to its place when it is complete and on the disk.
 
-    Folders above the place are made. A file there gives way to a file, a folder to a folder.
+    Parent folders are created. A file replaces an existing file, and a folder replaces an existing folder.
 
     Parameters
     ----------
     place : Path
-        Where the file or folder goes; no link.
+        Path of the file or folder; not a link.
 
     Yields
     ------
     Path
-        Where to write it; nothing is there.
+        Path of the draft, which does not exist yet.
 
     Raises
     ------
     StorageError
-        If it cannot be written. Whatever stops the block or the move, the place is as it was and no draft is left.
+        If the file or folder cannot be written. After any error the place is unchanged and no draft is left.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""JSON that every parser reads, and that may stand in a page."""
+"""Writes JSON that every parser reads, and JSON that is safe inside an HTML page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def dump_script_json(value: Any) -> str:
-    """JSON that may stand in a script element: no sign in it can end the element."""
+    """Write JSON for an HTML script element: ``<``, ``>`` and ``&`` are escaped, so it cannot end the element."""
     text = dump_plain_json(value)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -17,12 +17,18 @@ def dump_script_json(value: Any) -> str:
 
 
 def dump_plain_json(value: Any) -> str:
-    """JSON that every parser reads: what is no finite number is null."""
+    """Write compact JSON that every parser reads: NaN and infinity become null."""
     return json.dumps(replace_nonfinite(value), separators=(",", ":"), allow_nan=False)
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """Plain data with None for every number that is none."""
+    """Copy plain data and replace NaN and infinity by None.
+
+    Examples
+    --------
+    >>> replace_nonfinite({"loss": [1.0, float("nan")]})
+    {'loss': [1.0, None]}
+    """
     if isinstance(value, Mapping):
         return {key: replace_nonfinite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

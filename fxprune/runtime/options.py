@@ -1,4 +1,4 @@
-"""Checks of option values. An option that was removed is refused with what to use instead."""
+"""Checks option values. The error for a removed option says what to use instead."""
 
 from __future__ import annotations
 
@@ -16,32 +16,37 @@ REMOVED_VALUES: dict[tuple[str, str], str] = {
     ("heal", "norms"): "'affine' fits batch norms too, and was better in 25 of 26 measurements",
     ("criterion", "ablation"): "'fisher' was better at a fifth of the time; benchmarks/ablation.py still measures it",
 }
-"""Values of options that earlier versions took, with what to use instead."""
+"""Removed values of options, each with what to use instead."""
 
 REMOVED_KEYWORDS: dict[str, str] = {
     "shapes": "only regions are removed whose shapes provably agree, as shapes='proved' did",
     "checkpoint": "healing takes minutes and starts from the beginning; leave the keyword out",
 }
-"""Keywords that earlier versions took, with what to use instead."""
+"""Removed keywords, each with what to use instead."""
 
 
 def check_choice(option: str, value: object, known: Iterable[str], others: str = "") -> None:
-    """Raise `SettingError` unless a value is one of those that an option takes.
+    """Raise `SettingError` unless a value is one of an option's known values.
 
     Parameters
     ----------
     option : str
         Name of the option, for the message.
     value : object
+        Value to check.
     known : iterable of str
-        Values that the option takes.
+        Known values of the option.
     others : str
-        What it takes besides, in words.
+        Other values that the option accepts, in words; the end of the message.
 
     Raises
     ------
     SettingError
-        Names the option and lists the known values, or says what to use instead of a value that was removed.
+        The message names the option and lists the known values. For a removed value it says what to use instead.
+
+    Examples
+    --------
+    >>> check_choice("cost", "flops", ["flops", "params"])
     """
     names = list(known)
     if isinstance(value, str) and value in names:
@@ -52,7 +57,7 @@ def check_choice(option: str, value: object, known: Iterable[str], others: str =
 
 
 def refuse_removed_keywords(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-    """Make a function raise `SettingError` for keywords of earlier versions; other unknown ones stay a `TypeError`."""
+    """Make a function raise `SettingError` for removed keywords; other unknown keywords still raise `TypeError`."""
 
     @wraps(function)
     def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:

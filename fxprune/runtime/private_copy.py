@@ -1,4 +1,4 @@
-"""Keep the caller's model and randomness as they were."""
+"""Copies models, and restores the random state, so that the caller's are not changed."""
 
 from __future__ import annotations
 
@@ -14,33 +14,43 @@ from fxprune.runtime.distributed import equal_on_all_ranks
 
 
 def private_copy(network: nn.Module, keep_precision: bool = False) -> nn.Module:
-    """Copy a network to work on.
+    """Copy a network, so that the caller's network is not changed.
 
     Parameters
     ----------
     network : Module
-        The caller's; it is not changed.
+        The caller's network.
     keep_precision : bool
-        Whether the copy keeps its precision and gradients' settings. Else it is in float32, since scores in half
-        precision underflow and many CPU kernels lack it, and its weights take no gradients.
+        Whether the copy keeps its precision and its `requires_grad` flags. If False, the copy is in float32, because
+        scores underflow in half precision and many CPU kernels do not support it, and no weight requires gradients.
+
+    Returns
+    -------
+    Module
+        A deep copy.
 
     Raises
     ------
     ModelError
-        If it cannot be copied; says why.
+        If the network cannot be copied; the message says why.
+
+    Examples
+    --------
+    >>> private_copy(nn.Linear(2, 2).half()).weight.dtype
+    torch.float32
     """
     try:
         twin = copy.deepcopy(network)
-    except Exception as error:  # deepcopy runs the model's own code and may fail in any way of its own
+    except Exception as error:  # deepcopy runs the model's own code, which may raise any error
         raise ModelError(
             f"{type(network).__name__} cannot be copied ({type(error).__name__}: {error}); fxprune works on a copy."
-            " Detach tensors the model keeps from its last run, or build it anew"
+            " Detach tensors that the model keeps from its last run, or build it again"
         ) from error
     copies = dict(twin.named_modules())
     for name, old in network.named_modules():
         new = copies.get(name)
         if isinstance(old, fx.GraphModule) and isinstance(new, fx.GraphModule):
-            type(new).__name__ = type(old).__name__  # which torch forgets; every graph module has a class of its own
+            type(new).__name__ = type(old).__name__  # deepcopy loses it; every graph module has its own class
     return twin if keep_precision else twin.float().requires_grad_(False)
 
 

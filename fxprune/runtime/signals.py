@@ -1,4 +1,4 @@
-"""Ctrl-C, held back where it would be taken for something else."""
+"""Delays Ctrl-C in blocks that would handle it wrongly."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from types import FrameType
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Let an interruption wait for the end of the block, as long as that is short.
+    """Delay Ctrl-C until the end of the block. For short blocks only.
 
-    torch's fake tensors make a `TypeError` of a `KeyboardInterrupt`, which then looks like an operation without a
-    shape rule, and symbolic tracing may leave modules patched behind it.
+    torch's fake tensors convert a `KeyboardInterrupt` to a `TypeError`, which then looks like an operation without a
+    shape rule. An interrupted symbolic trace may leave modules patched.
+
+    Examples
+    --------
+    >>> with defer_interrupts():
+    ...     pass
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # signals come to the main thread alone
+        yield  # only the main thread receives signals
         return
     held: list[int] = []
 

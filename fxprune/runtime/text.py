@@ -1,4 +1,4 @@
-"""Words of messages and reports that are put together from lists."""
+"""Formats lists for messages and reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def first_few(items: Sequence[str], most: int = 3, separator: str = ", ") -> str:
-    """Join the first few items, and say how many more there are.
+    """Join the first `most` items and add the number of further items.
 
     Examples
     --------
