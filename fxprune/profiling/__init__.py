@@ -1,5 +1,5 @@
-"""What things cost: FLOPs, parameters and milliseconds of a model, its nodes and its regions.
+"""Measures costs: FLOPs, parameters and milliseconds of a model, its nodes and its regions.
 
-A captured model and one batch come in; numbers by node or region go out. A new cost is counted here; its name goes into
-`COSTS` of `fxprune.planning.analysis`, and a field for it into `Totals` and `Candidate`.
+Input: a captured model and one batch. Output: numbers per node or per region. A new cost is counted here. Add its name
+to `COSTS` of `fxprune.planning.analysis` and a field to `Totals` and `Candidate`.
 """

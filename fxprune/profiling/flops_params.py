@@ -1,4 +1,4 @@
-"""What a model and each of its nodes cost: FLOPs, counted while it runs, and parameters."""
+"""Counts the FLOPs of a model and of each node while the model runs, and its parameters."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fxprune.graph.interpreters import NodeName, run_with
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that the same nodes read; they go when all of these go.
+    """Parameters that the same nodes read. They are removed if all these nodes are removed.
 
     Attributes
     ----------
     params : int
-        Number of values.
+        Number of values in the parameters.
     readers : tuple of NodeName
-        Every node that reads them; a layer called five times has five.
+        Every node that reads them. A layer that is called five times has five readers.
     """
 
     params: int
@@ -34,21 +34,27 @@ class ParameterGroup:
 def count_flops(
     run: Callable[[], Any], graphs: Sequence[tuple[str, fx.GraphModule]]
 ) -> tuple[int, dict[NodeName, int]]:
-    """Run a model once and count floating point operations, two per multiply-add as torch counts.
+    """Run a model once and count its floating point operations: two per multiply-add, as in torch.
 
     Parameters
     ----------
     run : callable
-        Runs the model, the captured graphs in it.
+        Runs the model with the captured graphs in place.
     graphs
         Island names and graphs.
 
     Returns
     -------
     total : int
-        Of the whole run, what lies outside the graphs included.
+        FLOPs of the whole run, including operations outside the graphs.
     nodes : dict
-        Of each node, summed over all its calls.
+        FLOPs of each node, summed over all its calls.
+
+    Examples
+    --------
+    >>> gm = fx.symbolic_trace(nn.Linear(2, 3))
+    >>> count_flops(lambda: gm(torch.ones(1, 2)), [("", gm)])[0]
+    12
     """
     nodes: dict[NodeName, int] = {}
     with _unfused_attention(), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -63,7 +69,7 @@ def count_flops(
 
 @contextmanager
 def _unfused_attention() -> Iterator[None]:
-    """Switch off attention's fused inference kernel, whose operations torch's counter does not know."""
+    """Switch off the fused inference kernel of attention, because torch's counter does not know its operations."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -88,8 +94,14 @@ class _CountingInterpreter(fx.Interpreter):
 def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModule]]) -> list[ParameterGroup]:
     """Group a model's parameters by the nodes that read them.
 
-    A parameter that is also reachable from outside the captured graphs, under a second name, is in no group: it stays
-    whatever goes.
+    A parameter that is also reachable outside the captured graphs, under a second name, is in no group: it is never
+    removed.
+
+    Examples
+    --------
+    >>> gm = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3)))
+    >>> group_parameters(gm, [("", gm)])
+    [ParameterGroup(params=9, readers=(('', '_0'),))]
     """
     readers: dict[int, dict[NodeName, None]] = {}
     names: dict[int, set[str]] = {}
@@ -111,5 +123,5 @@ def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModul
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of values in all parameters of a model, shared ones once."""
+    """Count the values in all parameters of a model; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())

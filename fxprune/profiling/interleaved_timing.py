@@ -1,8 +1,8 @@
-"""Compare the time of functions fairly: run them in turn, many times over, and look at ratios round by round.
+"""Compares the time of functions: runs them in turn, over many rounds, and takes the ratio of their times per round.
 
-The latency of one run is noise: the machine grows warm, other programs come and go. What hits a whole round hits every
-function of it, so a ratio taken within a round cancels it. How far such a ratio still strays is measured too: time the
-same function under two names, and no smaller difference between others means anything.
+The latency of a single run is noisy: the machine warms up, other programs start and stop. Such a disturbance affects
+all functions of a round, so it cancels in a ratio within the round. To measure how much these ratios still vary, time
+the same function under two names. A difference between two functions that is not larger means nothing.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy as np
 import torch
 
 MMAP_THRESHOLD_BYTES = (32 << 20) - (64 << 10)
-"""Bytes, a little less than the 32 MiB up to which glibc learns from the blocks that it sees freed."""
+"""Slightly less than 32 MiB, the largest size of a freed block to which glibc adapts its threshold."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a function took.
+    """Time of a function in every round.
 
     Attributes
     ----------
     name : str
-        What the function was called in the comparison.
+        Name of the function in the comparison.
     latency_ms : tuple of float
-        Milliseconds, one a round, in the order of the rounds.
+        Milliseconds, one value per round, in the order of the rounds.
     """
 
     name: str
@@ -37,20 +37,20 @@ class Timing:
 
     @property
     def median_ms(self) -> float:
-        """Median over the rounds."""
+        """Median over the rounds, in milliseconds."""
         return float(np.median(self.latency_ms))
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as long one function took as another.
+    """Ratio of the time of one function to the time of another.
 
     Attributes
     ----------
     name, base : str
-        The function, and the one it is compared with.
+        Names of the function and of the function it is compared with.
     median, low, high : float
-        Median and quartiles of the ratios of the rounds; above 1 where `name` is slower.
+        Median and quartiles of the ratios of all rounds; above 1 if `name` is slower.
     rounds : int
         Number of rounds.
     """
@@ -64,7 +64,7 @@ class Ratio:
 
     @property
     def error(self) -> float:
-        """How far the median may be off, see `median_error`."""
+        """Half the 95 % confidence interval of the median, see `median_error`."""
         return median_error(self.low, self.high, self.rounds)
 
     def __str__(self) -> str:
@@ -79,23 +79,23 @@ def interleave(
     device: torch.device | str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time functions in turn: in an order drawn at random, then in the same order backwards, and so on.
+    """Time functions in turn: in a random order, then in the reverse order, then in a new random order, and so on.
 
-    A function that comes after a certain other one may find the caches warm, so no order stays. Before the first, the
-    process's memory is settled, see `raise_mmap_threshold`.
+    The order changes because a function may find warm caches after a certain other function. Before the first round,
+    `raise_mmap_threshold` is called.
 
     Parameters
     ----------
     functions : mapping of str to callable
-        What to time. One function under two names shows how far ratios stray by chance.
+        Functions to time. One function under two names shows how much ratios vary by chance.
     rounds : int
-        How often each is timed.
+        Number of times that each function is timed.
     warmup : int
-        Rounds that run first and are not timed.
+        Number of rounds that run first and are not timed.
     device : device, optional
-        Where the work is done; a CUDA or MPS device is waited for before the clock is read.
+        Device of the work. A CUDA or MPS device is synchronized before the clock is read.
     clock : callable
-        Gives the time in seconds.
+        Returns the time in seconds.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def interleave(
     Raises
     ------
     ValueError
-        If there is nothing to time, no round, or a negative number of rounds to warm up.
+        If there is no function, no round, or a negative number of warmup rounds.
 
     Examples
     --------
@@ -132,11 +132,12 @@ def interleave(
 
 
 def raise_mmap_threshold() -> None:
-    """Let glibc keep what is freed, where it would give it back to the system and have it filled with zeros anew.
+    """Make glibc keep freed memory, so that the system does not have to fill it with zeros again.
 
-    A process that has freed no larger block than its activations does so time and again, in every call at another
-    place; what a part of the model takes is then chance. glibc stops when it sees a block freed of
-    `MMAP_THRESHOLD_BYTES` (``mallopt(3)``: ``M_MMAP_THRESHOLD`` is dynamic). Other allocators take no notice.
+    A process returns the memory of its activations to the system until it has freed a larger block. This happens in
+    every call, at changing places, so the time of a part of the model becomes random. glibc stops this after it has
+    freed a block of `MMAP_THRESHOLD_BYTES` (``mallopt(3)``: ``M_MMAP_THRESHOLD`` is dynamic). Other allocators ignore
+    this call.
 
     Examples
     --------
@@ -146,17 +147,17 @@ def raise_mmap_threshold() -> None:
 
 
 def compute_ratio(timing: Timing, base: Timing) -> Ratio:
-    """Compare two functions that were timed together, round by round.
+    """Compute the ratio of the times of two functions from the same call of `interleave`.
 
     Parameters
     ----------
     timing, base : Timing
-        From one call of `interleave`.
+        The function, and the function it is compared with.
 
     Returns
     -------
     Ratio
-        Of `timing` to `base`.
+        Ratio of `timing` to `base`.
 
     Raises
     ------
@@ -176,9 +177,15 @@ def compute_ratio(timing: Timing, base: Timing) -> Ratio:
 
 
 def median_error(low: float, high: float, count: int) -> float:
-    """Half the 95 % interval of a median, from the quartiles of `count` values.
+    """Compute half the 95 % confidence interval of a median from the quartiles of `count` values.
 
-    1.96 standard errors of a median, 1.2533 sigma / sqrt(count); sigma from the quartiles as of normal values.
+    This is 1.96 standard errors of the median, 1.2533 sigma / sqrt(count). Sigma is (high - low) / 1.349, as for normal
+    values.
+
+    Examples
+    --------
+    >>> round(median_error(0.9, 1.1, 100), 3)
+    0.036
     """
     return 1.96 * 1.2533 * (high - low) / 1.349 / math.sqrt(count)
 
@@ -186,10 +193,16 @@ def median_error(low: float, high: float, count: int) -> float:
 def stopwatch(
     device: torch.device | str | None, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
-    """Return what notes a moment, and what gives the milliseconds between two of them.
+    """Return a function that records a moment, and a function that returns the milliseconds between two moments.
 
-    A CUDA device notes its own moments, in the order of its work, and nobody waits for it until the milliseconds are
-    asked for. Others are waited for before the clock is read.
+    On a CUDA device a moment is an event in its stream. The host waits for it only when the milliseconds are computed.
+    Other devices are synchronized before the clock is read.
+
+    Examples
+    --------
+    >>> now, elapsed_ms = stopwatch(None)
+    >>> elapsed_ms(now(), now()) >= 0
+    True
     """
     if device is None or torch.device(device).type != "cuda":
         wait = _wait_for(device)
@@ -213,7 +226,7 @@ def stopwatch(
 
 
 def _orders(names: list[str]) -> Iterator[list[str]]:
-    """Orders to time in, without end; the same ones every time."""
+    """Yield orders of the names without end; the same sequence in every call."""
     rng = np.random.default_rng(0)
     while True:
         order = [names[index] for index in rng.permutation(len(names))]
@@ -222,7 +235,7 @@ def _orders(names: list[str]) -> Iterator[list[str]]:
 
 
 def _wait_for(device: torch.device | str | None) -> Callable[[], None]:
-    """Return what waits for the work on a device; on the CPU calls return when it is done."""
+    """Return a function that waits for the work on a device. It does nothing on the CPU: calls block there."""
     kind = "cpu" if device is None else torch.device(device).type
     if kind == "mps":
         return torch.mps.synchronize

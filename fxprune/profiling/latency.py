@@ -1,9 +1,9 @@
-"""What a model's regions take of its time: milliseconds of one call, on the device and backend that it will run on.
+"""Measures the milliseconds of one model call and the part of each region, on the device and backend of the model.
 
-The whole model is timed as it is, and in turn with it what tells how much of that its regions take. In eager mode an
-interpreter times every node by itself. That costs time of its own, so only the shares of the nodes count: what the
-captured graphs take of a plain call is handed out to their nodes; what lies outside of them stays. Compiled code has
-no nodes, so there every region is cut out, compiled and timed by itself, see `fxprune.profiling.region_modules`.
+The whole model is timed in turn with a probe, which measures the part of each region. In eager mode an interpreter
+times every node. The interpreter itself takes time, so only the shares of the nodes are used: the time of the captured
+graphs in a plain call is divided among their nodes by these shares. Compiled code has no nodes, so every region is
+extracted, compiled and timed alone, see `fxprune.profiling.region_modules`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fxprune.profiling.region_modules import extract_regions
 
 ROUNDS, WARMUP = 15, 2
 CHAIN_EXTRA = 2
-"""Of a compiled region so many more are timed in a row with it, and what one of them adds on average counts."""
+"""Number of additional copies in the chain of a compiled region. The average time per additional copy counts."""
 WHOLE, AGAIN, NODES = "whole", "whole again", "nodes"
 
 Timings = Mapping[str, Timing]
@@ -41,17 +41,17 @@ Tell = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True)
 class Latency:
-    """What a call of a model takes, and its regions of that.
+    """Time of one model call, and the part of each region.
 
     Attributes
     ----------
     whole_ms : float or None
-        The whole model, median of the rounds; None if it was not measured.
+        Time of the whole model, median over the rounds; None if it was not measured.
     regions_ms : mapping of str to float
-        What goes with each region, by name; 0 where chance alone gives as much.
+        Time of each region, by name; 0 if it is not larger than its error.
     settings : mapping
-        What it was measured on: ``device``, ``images`` of the call, ``threads``, ``rounds``, and ``floor``: how far the
-        model strays from itself, as a share of `whole_ms`. A smaller difference means nothing.
+        Conditions of the measurement: ``device``, ``images`` per call, ``threads``, ``rounds``, and ``floor``: the
+        difference between two timings of the same model, as a share of `whole_ms`. A smaller difference means nothing.
     """
 
     whole_ms: float | None
@@ -64,20 +64,20 @@ UNMEASURED = Latency(None, {}, {})
 
 @dataclass(frozen=True)
 class ProbeInputs:
-    """A captured model, as a probe is given it.
+    """Inputs of a probe: a captured model and how to run it.
 
     Attributes
     ----------
     run : callable
-        Runs it, its graphs in place, in eager mode.
+        Runs the model with its graphs in place, in eager mode.
     graphs
         Island names and graphs.
     regions : sequence of Region
-        What is asked for.
+        Regions to measure.
     prepare : callable
         Makes a module run on the backend.
     device, clock, tell
-        Where it runs, what gives the time in seconds, and what is told of progress.
+        Device of the model, function that returns the time in seconds, and function that receives the progress.
     """
 
     run: Callable[[], Any]
@@ -91,14 +91,14 @@ class ProbeInputs:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is timed in turn with the whole model, and what gives the regions' milliseconds of every round then."""
+    """Functions to time in turn with the whole model, and a function that returns milliseconds per region and round."""
 
     functions: Mapping[str, Callable[[], Any]]
     regions_ms: Callable[[Timings], Mapping[str, Any]]
 
 
 def node_probe(watched: ProbeInputs) -> Probe:
-    """Share out what the graphs take of a plain call as an interpreter finds it spent on their nodes."""
+    """Make a probe that divides the time of the graphs among their nodes by the shares that an interpreter measures."""
     timer = NodeTimer(watched.graphs, watched.device, watched.clock)
     nodes = {region.name: [(region.island, node) for node in region.nodes] for region in watched.regions}
 
@@ -113,9 +113,9 @@ def node_probe(watched: ProbeInputs) -> Probe:
 
 
 def compiled_probe(watched: ProbeInputs) -> Probe:
-    """Compile every region by itself, equal ones once, and take what it adds to itself as a share of the whole.
+    """Make a probe that compiles each region alone (equal regions once) and measures the time per additional copy.
 
-    What a compiler makes of a row need not grow evenly: of RetinaNet's head a second block added 12 ms, a third 8.
+    The time of compiled copies need not grow evenly: in RetinaNet's head a second block added 12 ms, a third one 8 ms.
     """
     pieces = extract_regions(watched.run, watched.graphs, watched.regions)
     kinds = {piece.work_key: piece for piece in pieces}
@@ -143,7 +143,7 @@ def compiled_probe(watched: ProbeInputs) -> Probe:
 
 @dataclass(frozen=True)
 class Backend:
-    """What makes a module run on it, in place; what finds the regions' part; and a context to run in meanwhile."""
+    """Function that makes a module run on the backend, in place; probe of the regions; context for the measurement."""
 
     prepare: Callable[[nn.Module], None]
     probe: Callable[[ProbeInputs], Probe]
@@ -151,7 +151,7 @@ class Backend:
 
 
 def _raise_recompile_limit() -> AbstractContextManager[Any]:
-    """Models of one class share code, each compiles it anew, and after some times Dynamo goes on in eager mode."""
+    """Raise the limit: models of one class share code, each recompiles it, and above the limit Dynamo runs eagerly."""
     patched: AbstractContextManager[Any] = torch._dynamo.config.patch(recompile_limit=256)
     return patched
 
@@ -160,22 +160,22 @@ BACKENDS = {
     "eager": Backend(lambda module: None, node_probe),
     "inductor": Backend(partial(nn.Module.compile, dynamic=False), compiled_probe, _raise_recompile_limit),
 }
-"""Backends by name; each with the probe that predicts measured cuts best (`benchmarks.bench_latency`)."""
+"""Backends by name, each with the probe that predicts measured cuts best (`benchmarks.bench_latency`)."""
 
 
 def check_backend(backend: object) -> None:
-    """Raise `SettingError` unless a backend is known, or None."""
+    """Raise `SettingError` unless `backend` is None or the name of a known backend."""
     if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise SettingError(f"latency_backend {backend!r} is not known; known: {', '.join(BACKENDS)}, or None")
 
 
 def choose_backend(cost: str, backend: str | None) -> str | None:
-    """The backend to measure on: the one asked for, or eager if the cost is latency and none was."""
+    """Return the requested backend; without a request, eager if the cost is latency, else None."""
     return "eager" if backend is None and cost == "latency" else backend
 
 
 def backend_copy(model: nn.Module, backend: Backend) -> nn.Module:
-    """Copy a model that is about to be captured and make it run on a backend; the weights are shared, not copied."""
+    """Copy a model before it is captured and make the copy run on a backend; both share their weights."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, tensors)
     backend.prepare(twin)
@@ -195,31 +195,32 @@ def measure_latency(
     clock: Callable[[], float] = time.perf_counter,
     tell: Tell = lambda stage, done, total: None,
 ) -> Latency:
-    """Time a model, and in turn with it what tells how much of that its regions take.
+    """Time a model, in turn with the probe that measures the part of each region.
 
     Parameters
     ----------
     backend : Backend
-        What it runs on.
+        Backend of the measurement.
     model, captured : Module
-        As it will be used, see `backend_copy`, and with its graphs in place.
+        The model as it will be used, see `backend_copy`, and the captured model with its graphs in place.
     graphs, regions
-        Island names and graphs, and what is asked for.
+        Island names and graphs, and the regions to measure.
     adapter, batch : Adapter, Batch
-        How to call them, and on what.
+        Adapter that calls both models, and the input of the calls.
     rounds, clock
-        How often everything is timed, after some rounds to warm up, and what gives the time in seconds.
+        Number of timed rounds, after some warmup rounds, and function that returns the time in seconds.
     tell : callable
-        ``tell(stage, done, total)`` as work goes on.
+        ``tell(stage, done, total)`` receives the progress.
 
     Returns
     -------
     Latency
+        Milliseconds of the whole model and of each region.
 
     Raises
     ------
     SettingError
-        If the model does not run on the backend; says why.
+        If the model does not run on the backend; the message says why.
 
     Examples
     --------
@@ -245,7 +246,7 @@ def measure_latency(
 
 @contextmanager
 def _comparable(model: nn.Module, captured: nn.Module, graphs: Graphs) -> Iterator[None]:
-    """Let a model and its captured version do the same work, without gradients, until the end of the block."""
+    """Make a model and its captured version do the same work, without gradients, until the end of the block."""
     with torch.no_grad(), frozen_eval_mode(model), frozen_eval_mode(captured), matching_inplace_flags(graphs, model):
         yield
 
@@ -253,23 +254,29 @@ def _comparable(model: nn.Module, captured: nn.Module, graphs: Graphs) -> Iterat
 def _try_call(call: Callable[[], Any]) -> None:
     try:
         call()
-    except Exception as error:  # a backend may fail in any way of its own
+    except Exception as error:  # a backend may raise any error
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingError(
-            f"the model does not run on the backend that its latency is to be measured on"
+            f"the model does not run on the backend of the latency measurement"
             f" ({type(error).__name__}: {said[:200]}); latency_backend='eager' compiles nothing"
         ) from error
 
 
 def significant_median(values_ms: Sequence[float]) -> float:
-    """Median of the rounds; 0 if it is no larger than its own error."""
+    """Return the median of the rounds in milliseconds; 0 if it is not larger than its own error.
+
+    Examples
+    --------
+    >>> significant_median([1.0, 1.1, 1.2]), significant_median([-1.0, 0.1, 1.0])
+    (1.1, 0.0)
+    """
     low, middle, high = (float(value) for value in np.percentile(values_ms, (25, 50, 75)))
     return middle if middle > median_error(low, high, len(values_ms)) else 0.0
 
 
 @contextmanager
 def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode; calls that do so again spend no time on it until the end of the block."""
+    """Put a model in eval mode. Until the end of the block, further calls of `eval` take no time."""
     model.eval()
     model.__dict__["eval"] = lambda: model
     try:
@@ -280,9 +287,10 @@ def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def matching_inplace_flags(graphs: Graphs, model: nn.Module) -> Iterator[None]:
-    """Let the layers of captured graphs overwrite what those of the model do, unless something else reads it.
+    """Set the `inplace` flags of captured layers as in the model, unless the overwritten value has another reader.
 
-    Captured graphs are functional; a model that is not would spend another share of its time in its largest values.
+    Captured graphs are functional. In a model with in-place layers, the largest values would take another share of the
+    time.
     """
     layers = [
         layer

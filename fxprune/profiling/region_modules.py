@@ -1,8 +1,8 @@
-"""Regions by themselves: cut out of a captured model with the values they are fed, to be compiled and timed alone.
+"""Extracts regions from a captured model as single modules with their inputs, to compile and time each one alone.
 
-A region that is called alone pays for the call, its guards, and for bringing its values into the layout it works in;
-within the model it does not. So it is timed once and several times in a row, each on weights of its own: what they take
-more, shared out among them, is what one of it takes.
+A region that is called alone also pays for the call, its guards, and the conversion of its inputs to its memory layout.
+Within the model it does not. So a single region and a chain of several copies are timed, each copy with its own
+weights. The additional time of the chain, per additional copy, is the time of the region.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fxprune.graph.symbolic_shapes import tensor_specs
 
 @dataclass(frozen=True, eq=False)
 class RegionModule:
-    """A region as a module of its own.
+    """A region as a separate module.
 
     Attributes
     ----------
     region : str
-        Its name.
+        Name of the region.
     module : GraphModule
-        Takes the values that the region reads from outside, and gives its exit's.
+        Its inputs are the values that the region reads from outside. Its output is the exit value.
     stand_in : int
-        Position among them of the value that stands in for the exit.
+        Position of the stand-in among the inputs.
     calls : tuple of tuple
-        What it was given, once for every time the model runs it.
+        Inputs of each call, one tuple per time that the model runs the region.
     """
 
     region: str
@@ -45,7 +45,7 @@ class RegionModule:
 
     @cached_property
     def work_key(self) -> str:
-        """The same for regions that do the same work: equal layers on equally sized values."""
+        """Key that is equal for regions with the same work: equal layers on values of equal size."""
         rows = []
         for node, (_, target, *arguments) in zip(
             self.module.graph.nodes, graph_structure(self.module.graph), strict=True
@@ -58,9 +58,9 @@ class RegionModule:
         return repr((rows, tensor_specs(self.calls), self.stand_in))
 
     def chained(self, times: int) -> tuple[fx.GraphModule, list[Any]]:
-        """Make a module that does the region's work so many times, and what it takes.
+        """Make a module that runs the region `times` times in a row; also return its inputs.
 
-        Each reads what the one before it gave in place of what stands in for the region, and has weights of its own.
+        Each copy has its own weights. It reads the output of the previous copy instead of the stand-in.
         """
         parts = [self.module, *(copy.deepcopy(self.module) for _ in range(times - 1))]
         root, graph, given, results = nn.ModuleList(parts), fx.Graph(), list[Any](), list[fx.Node]()
@@ -82,20 +82,20 @@ class RegionModule:
 
 
 def extract_regions(run: Callable[[], Any], graphs: Graphs, regions: Iterable[Region]) -> list[RegionModule]:
-    """Cut regions out of a captured model, and run it once to see what they are fed.
+    """Extract regions from a captured model, and run the model once to record their inputs.
 
     Parameters
     ----------
     run : callable
-        Runs the model, the captured graphs in it.
+        Runs the model with the captured graphs in place.
     graphs
         Island names and graphs.
     regions : iterable of Region
-        Which ones.
+        Regions to extract.
 
     Returns
     -------
-    list of Piece
+    list of RegionModule
         In the order of the regions.
 
     Examples
@@ -120,7 +120,7 @@ def extract_regions(run: Callable[[], Any], graphs: Graphs, regions: Iterable[Re
 
 
 def extract_subgraph(gm: fx.GraphModule, region: Region) -> tuple[fx.GraphModule, list[str]]:
-    """Copy a region's nodes into a graph of their own; returns its module and the names of the nodes that feed it."""
+    """Copy a region's nodes into a new graph; return its module and the names of its input nodes."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     inside = [node for node in gm.graph.nodes if node.name in region.nodes]
     sources = dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in inside)
@@ -133,7 +133,7 @@ def extract_subgraph(gm: fx.GraphModule, region: Region) -> tuple[fx.GraphModule
 
 
 def _inline(graph: fx.Graph, part: fx.GraphModule, prefix: str, values: Sequence[fx.Node]) -> fx.Node:
-    """Append a part's nodes to a graph and return its result."""
+    """Append the nodes of a part to a graph and return its output node."""
     taken = (node for node in part.graph.nodes if node.op == "placeholder")
     copies: dict[fx.Node, fx.Node] = dict(zip(taken, values, strict=True))
     for node in part.graph.nodes:
@@ -145,7 +145,7 @@ def _inline(graph: fx.Graph, part: fx.GraphModule, prefix: str, values: Sequence
 
 
 class _InputRecorder(fx.Interpreter):
-    """Notes the values of some nodes."""
+    """Records the values of some nodes."""
 
     def __init__(self, gm: fx.GraphModule, island: str, values: dict[NodeName, list[Any]]) -> None:
         super().__init__(gm)
