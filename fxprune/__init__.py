@@ -1,4 +1,4 @@
-"""fxprune: a compiler pass over torch.fx that finds the blocks a detector does not need and removes them."""
+"""Finds the blocks that a detector does not need and replaces them by identities: a compiler pass over torch.fx."""
 
 from fxprune.datasets.batches import batches
 from fxprune.datasets.coco import CocoDataset

@@ -1,4 +1,4 @@
-"""Any other model, by the caller's own ``loss(model, batch)``."""
+"""Adapter of any other model, by the caller's own ``loss(model, batch)``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ FORMS = "whatever the given loss(model, batch) takes"
 
 
 def make_adapter(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
-    """Make the adapter of a user's loss.
+    """Make the adapter for a caller's loss.
 
-    The loss is taken with the model in eval mode and should be the mean over the images of the batch; the batch is
-    handed on as the loader gave it, tensors moved to the model's device.
+    Parameters
+    ----------
+    loss : callable
+        ``loss(model, batch) -> scalar tensor``, the mean over the images of the batch. It is called with the model in
+        eval mode, and with the batch of the loader, its tensors moved to the model's device.
+
+    Examples
+    --------
+    >>> adapter = make_adapter(lambda model, batch: model(batch).mean())
     """
 
     def compute(model: nn.Module, batch: Batch) -> Tensor:
@@ -32,7 +39,7 @@ def make_adapter(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
         return value.reshape(1)
 
     def label(model: nn.Module, batch: Batch) -> Batch:
-        return Batch(batch.images, batch.images, batch.count)  # the loss makes its own targets of what it is given
+        return Batch(batch.images, batch.images, batch.count)  # the loss makes its own targets from the batch
 
     return Adapter(
         family="model with the caller's loss",
@@ -51,9 +58,9 @@ def make_adapter(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
 
 
 def normalize(model: nn.Module, raw: Any) -> Batch:
-    """Move a batch to the model's device and count its images: the leading dimension of its first tensor of rank 4.
+    """Move a batch to the model's device and count its images.
 
-    A list of images (3, H, W) counts its items.
+    The count is the leading dimension of the first tensor of rank 4, else the number of tensors of rank 3.
     """
     device = device_of(model)
     moved = map_tensors(dict(raw), lambda value: value.to(device)) if isinstance(raw, Mapping) else None

@@ -1,4 +1,4 @@
-"""One form for every batch, whatever the loader gave, and the record of functions an adapter is."""
+"""Defines `Batch`, the common form of all batches, and `Adapter`, the functions for one family of models."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fxprune.errors import BatchError, ModelError
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch in the form its adapter works on.
+    """A batch in the common form that adapters work on.
 
     Attributes
     ----------
     images
-        What the model takes: a tensor (N, 3, H, W), or a list of tensors (3, H, W) for torchvision detectors.
+        Input of the model: a tensor (N, 3, H, W), or a list of tensors (3, H, W) for torchvision detectors.
     targets
-        Labels in the form the adapter's loss takes, or None where there are none.
+        Labels in the form that the adapter's loss takes, or None without labels.
     count : int
         Number of images.
     """
@@ -33,39 +33,39 @@ class Batch:
 
 @dataclass(frozen=True)
 class Adapter:
-    """How fxprune talks to one family of models. Functions work on a private copy of the model.
+    """Functions by which fxprune runs one family of models. They work on a private copy of the model.
 
     Attributes
     ----------
     family : str
-        Name for messages and reports.
+        Name of the family in messages and reports.
     forms : str
         The known batch forms, in words.
     matches : callable
         ``(model, raw batch) -> bool``.
     prepare : callable
-        ``(model) -> None``: what must be set once on the copy before a loss can be had.
+        ``(model) -> None``: sets on the copy, once, what its loss needs.
     normalize : callable
         ``(model, raw batch) -> Batch`` on the model's device; raises `BatchError`.
     loss : callable
-        ``(model, Batch) -> Tensor (P,)``: the parts that the loss is the sum of, each the mean over the images of the
-        batch; sets the modes it needs.
+        ``(model, Batch) -> Tensor (P,)``: the parts whose sum is the loss, each a mean over the images of the batch.
+        Sets the train or eval modes that it needs.
     predict : callable
-        ``(model, Batch) -> outputs`` as at inference; sets eval mode.
+        ``(model, Batch) -> output`` at inference. Sets eval mode.
     label : callable
         ``(model, Batch) -> Batch`` with the model's own confident outputs as targets.
     detections : callable
-        ``(model, Batch) -> one dict an image, or None``: what it finds at inference as `detect` gives it, in pixels of
-        the batch's images; None where that is not boxes, or more than boxes.
+        ``(model, Batch) -> list of dict, or None``: the boxes at inference in the form of `detect`, in pixels of the
+        batch's images. None if the model outputs no boxes, or more than boxes.
     detect : callable
-        ``(model, images, image size or None) -> one dict an image``: for images (3, H, W) in [0, 1] of any sizes,
-        ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the image given, ``labels`` (n,) the model's class numbers,
-        ``scores`` (n,). The model is in eval mode already. Raises `ModelError` if it is no detector.
+        ``(model, images, image size or None) -> list of dict``, for images (3, H, W) in [0, 1] of any sizes. One dict
+        per image: ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the input image, ``labels`` (n,) the model's class
+        numbers, ``scores`` (n,). The model is in eval mode already. Raises `ModelError` if it is no detector.
     collate : callable
-        ``(model, images, targets or None, image size or None) -> raw batch`` that `normalize` takes, from images
-        (3, H, W) in [0, 1] and dicts of ``boxes`` and ``labels`` as `detect` gives them.
+        ``(model, images, targets or None, image size or None) -> raw batch`` for `normalize`, from images (3, H, W)
+        in [0, 1] and targets, dicts with ``boxes`` and ``labels`` as in `detect`.
     whole_model_is_graph : bool
-        Whether the model is just its forward, so that a GraphModule can stand in for the whole of it.
+        Whether only the forward of the model is used, so that a GraphModule can replace the whole model.
     """
 
     family: str
@@ -83,7 +83,7 @@ class Adapter:
 
 
 def refuse_detection(model: nn.Module, *_: Any) -> NoReturn:
-    """Stand in for `detect` and `collate` where a model gives no boxes.
+    """Refuse `detect` and `collate`, for models that output no boxes.
 
     Raises
     ------
@@ -91,33 +91,33 @@ def refuse_detection(model: nn.Module, *_: Any) -> NoReturn:
         Always.
     """
     raise ModelError(
-        f"{type(model).__name__} is not known to give boxes; evaluate and batches take detectors of torchvision's"
-        " convention (a list of images in; in eval mode a list of dicts with boxes, labels, scores out) and ultralytics"
-        " models: measure this one with a loop of your own, and make its calibration batches by hand"
+        f"{type(model).__name__} is not known to give boxes; evaluate and batches take ultralytics models and detectors"
+        " of torchvision's convention (input: a list of images; output in eval mode: a list of dicts with boxes,"
+        " labels, scores). Evaluate this model with your own loop, and make its calibration batches yourself"
     )
 
 
 def confidence_threshold(usual: float, best: float) -> float:
-    """Score from which what a model finds serves as a label: the usual one, or half the best score if that is less."""
+    """Return the least score of outputs that serve as labels: the usual one, or half the best score if that is less."""
     return min(usual, best / 2)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of a model's first parameter or buffer; the CPU where it has none."""
+    """Return the device of a model's first parameter or buffer; the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def check_image(image: Any, rank: int, forms: str) -> Tensor:
-    """Return an image tensor as float32, refused unless it is a numeric tensor of the given rank.
+    """Return an image tensor as float32 after a check of its type, rank and values.
 
     Integer images are read as 0..255 and scaled to [0, 1].
 
     Raises
     ------
     BatchError
-        If it is no tensor, has another rank, or holds NaN or infinity.
+        If it is no tensor, has another rank, or contains NaN or infinity.
     """
     if not isinstance(image, Tensor):
         raise BatchError(f"expected an image tensor, got {type(image).__name__}; known forms: {forms}")
@@ -135,7 +135,7 @@ def stack_images(images: Any, forms: str) -> Tensor:
     Raises
     ------
     BatchError
-        If sizes differ (named) or the batch is empty.
+        If the sizes differ (the message lists them), or if the batch is empty.
     """
     if isinstance(images, (list, tuple)):
         rows = [check_image(image, 3, forms) for image in images]

@@ -1,4 +1,4 @@
-"""Values that the stages hand on: islands, regions, rejections, and links between islands."""
+"""Defines the dataclasses that all stages share: islands, regions, rejections, and links between islands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """What a module was first called with on the observed batch (`TensorSpec`), and a digest of each output."""
+    """Arguments of a module's first call on the observed batch (as `TensorSpec`), and a digest of each output."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -20,20 +20,20 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class Island:
-    """A submodule that was captured as one graph.
+    """A submodule that is captured as one graph.
 
     Attributes
     ----------
     name : str
         Dotted path in the model; "" is the model itself.
     gm : GraphModule
-        The graph over the model's own layers; it stands where the submodule stood.
+        The graph over the model's own layers. It replaces the submodule.
     opaque : tuple of str
-        Paths below the island that stayed one node because they cannot be traced.
-    call : Call
-        What it was called with.
+        Paths below the island of modules that stay one node, because they cannot be traced.
+    call : RecordedCall
+        The first call of the submodule.
     fingerprint : str
-        Of the graph, before those nested in its opaque parts came to stand there.
+        Fingerprint of the graph, computed before the graphs nested in its opaque parts were put in place.
     """
 
     name: str
@@ -50,19 +50,19 @@ class Region:
     Attributes
     ----------
     name : str
-        Dotted path in the model, e.g. ``backbone.body.layer3.4``; the shortest that holds its layers and no others.
+        Dotted path in the model, e.g. ``backbone.body.layer3.4``: the shortest that contains its layers and no others.
     kind : str
-        ``"bypass"``: readers of the exit read the entry. ``"drop"``: an `add` leaves one operand out.
+        ``"bypass"``: readers of the exit read the entry instead. ``"drop"``: an addition omits one operand.
     island : str
         Path of the island; "" is the model itself.
     exit : str
-        Node whose value goes.
+        Node whose value is removed.
     stand_in : str
-        Node whose value is read instead: the entry, or the operand that stays.
+        Node whose value is read instead: the entry of a bypass, the remaining operand of a drop.
     nodes : tuple of str
-        All nodes that go, in graph order, exit included.
+        All removed nodes in graph order, including the exit.
     layers : tuple of str
-        Dotted paths, in the model, of the modules with weights and of the weights used as constants that they read.
+        Dotted paths, in the model, of the modules with weights and of the constant weights that these nodes read.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Something that looked removable and is not: its `name` and the `reason` in words."""
+    """A layer or region that cannot be removed: its `name` and the `reason` in words."""
 
     name: str
     reason: str
@@ -98,19 +98,19 @@ class Captured:
 
 
 IMAGES, RESULTS = "<images>", "<results>"
-"""Ends of links: what the model is given, and what it gives."""
+"""Ends of links: the input and the output of the model."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Data that goes from one island to another through the Python between them.
+    """Data flow from one island to another through Python code outside the graphs.
 
     Attributes
     ----------
     source : str
-        Island that gives it, or `IMAGES`.
+        Island that outputs the data, or `IMAGES`.
     target : str
-        Island that takes it, or `RESULTS`.
+        Island that reads the data, or `RESULTS`.
     """
 
     source: str

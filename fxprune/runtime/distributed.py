@@ -1,7 +1,7 @@
-"""Several processes as one: they share out the work, add up what each has found, and fail together.
+"""Runs several processes as one: they share the work, sum up their results, and fail together.
 
-Whatever decides what comes next is the same on all of them to the last bit, or it is the first one's: processes that
-went different ways would wait for each other for good.
+A value that decides a branch must be equal on all processes to the last bit, or must come from rank 0. Otherwise the
+processes could take different branches and wait for each other forever.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are; ``(0, 1)`` where no process group was set up.
+    """Return the rank of this process and the number of processes; ``(0, 1)`` without a process group.
 
     Examples
     --------
@@ -32,18 +32,18 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def belongs_to_rank(index: int) -> bool:
-    """Whether an item of a sequence that all processes go through is this one's to work on."""
+    """Whether this process works on the item at `index` of a sequence that all processes iterate over."""
     rank, world = rank_and_world()
     return index % world == rank
 
 
 def take_shard(items: Sequence[Value]) -> list[Value]:
-    """The items of a sequence that all processes hold that are this one's to work on."""
+    """Return the items that this process works on, from a sequence that all processes hold."""
     return [item for index, item in enumerate(items) if belongs_to_rank(index)]
 
 
 def gather_shards(own: Sequence[Value], count: int) -> list[Value]:
-    """All items of a sequence of which every process has its `take_shard`."""
+    """Return all `count` items of a sequence, of which every process holds its `take_shard`."""
     shares = all_gather(list(own))
     return [shares[index % len(shares)][index // len(shares)] for index in range(count)]
 
@@ -56,12 +56,12 @@ def check_enough_batches(batches: int) -> None:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a GPU the current one until the end of a block: NCCL sends what is no tensor from there."""
+    """Make a GPU the current device until the end of a block. NCCL sends pickled objects from the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sum a tensor over all processes; in float64 if it is a sum already, so that their number does not matter."""
+    """Sum a tensor over all processes. Pass partial sums in float64: the number of processes then does not matter."""
     if rank_and_world()[1] > 1:
         total = _to_backend(value.clone())
         distributed.all_reduce(total)
@@ -70,7 +70,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def all_reduce_gradients(weights: Sequence[nn.Parameter]) -> None:
-    """Sum gradients over all processes; one that has none there adds nothing."""
+    """Sum gradients over all processes. A weight without a gradient on some process adds nothing there."""
     if rank_and_world()[1] == 1:
         return
     own = [weight.grad if weight.grad is not None else torch.zeros_like(weight) for weight in weights]
@@ -80,7 +80,7 @@ def all_reduce_gradients(weights: Sequence[nn.Parameter]) -> None:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """What every process has, in the order of their numbers; anything that can be pickled."""
+    """Return the value of every process in the order of ranks. It can be any object that can be pickled."""
     world = rank_and_world()[1]
     if world == 1:
         return [value]
@@ -90,7 +90,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def equal_on_all_ranks(measure: Callable[[], float]) -> bool:
-    """Whether all processes measure about the same number; where there is one only, it does not measure."""
+    """Whether all processes measure about the same number. A single process does not measure."""
     if rank_and_world()[1] == 1:
         return True
     numbers = all_gather(measure())
@@ -98,7 +98,7 @@ def equal_on_all_ranks(measure: Callable[[], float]) -> bool:
 
 
 def broadcast_tensors(values: Sequence[Tensor]) -> None:
-    """Give tensors the first process's values, on all of them."""
+    """Copy the tensors of rank 0 to all processes, in place."""
     for value in values if rank_and_world()[1] > 1 else ():
         sent = _to_backend(value.detach())
         distributed.broadcast(sent, src=0)
@@ -106,12 +106,12 @@ def broadcast_tensors(values: Sequence[Tensor]) -> None:
 
 
 def run_on_rank_zero(make: Callable[[], Value]) -> Value:
-    """What the first process makes, on all of them; the others wait, and do nothing meanwhile that could disturb it."""
+    """Call a function on rank 0 only and return its result on all processes. The others wait and cannot disturb it."""
     rank, world = rank_and_world()
     if world == 1:
         return make()
     with raise_on_all_ranks() as meet:
-        meet()  # all have come
+        meet()  # wait for all processes
         found: list[Any] = [make() if rank == 0 else None]
     distributed.broadcast_object_list(found, src=0)
     result: Value = found[0]
@@ -120,10 +120,15 @@ def run_on_rank_zero(make: Callable[[], Value]) -> Value:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[Callable[[], None]]:
-    """Let what one process raises in a block be raised by all, at the end of it.
+    """Raise an error of one process in a block on all processes, at the end of the block.
 
-    What is yielded is to be called by all alike before they exchange anything within the block: there those that are
-    still well learn what befell another. Interruptions are not passed on.
+    Interrupts are not passed on.
+
+    Yields
+    ------
+    callable
+        All processes must call it before they exchange anything in the block. It raises the error of a process that
+        failed before.
     """
     try:
         yield _exchange_errors
@@ -135,11 +140,11 @@ def raise_on_all_ranks() -> Iterator[Callable[[], None]]:
 
 
 SHARED_ERROR_ATTRIBUTE = "fxprune_told"
-"""Attribute of an error that all processes know of."""
+"""Attribute that marks an error as known to all processes."""
 
 
 def _exchange_errors(own: Exception | None = None) -> None:
-    """Wait for the others, and raise if one of them, or this one, has failed."""
+    """Wait for the other processes, and raise if one of them or this one has failed."""
     reports = all_gather(None if own is None else _portable_error(own))
     for rank, report in enumerate(reports):
         if report is not None:
@@ -150,13 +155,13 @@ def _exchange_errors(own: Exception | None = None) -> None:
 
 
 def _portable_error(error: Exception) -> tuple[type[FxpruneError], str]:
-    """An error in a form that can be sent."""
+    """Convert an error to a class and a message that can be sent."""
     if isinstance(error, FxpruneError):
         return type(error), str(error)
     return FxpruneError, f"{type(error).__name__}: {error}"
 
 
 def _to_backend(value: Tensor) -> Tensor:
-    """A tensor as the processes' backend takes it: NCCL wants it on the GPU, all want it contiguous."""
+    """Return a tensor in the form that the backend needs: on the GPU for NCCL, and contiguous."""
     names = str(distributed.get_backend())
     return (value.cuda() if "nccl" in names and "cpu:" not in names else value).contiguous()
