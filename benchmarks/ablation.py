@@ -15,12 +15,10 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.adapters.registry import choose_adapter
-from fxprune.datasets.calibration import Calibration
+from fxprune.datasets.calibration import open_calibration
 from fxprune.healing.loss_change import LossChange
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.plan import Plan
-from fxprune.runtime.private_copy import private_copy
 
 
 def analyze_by(criterion: str, model: nn.Module, batches: Sequence[Any], seed: int = 0) -> Analysis:
@@ -36,16 +34,14 @@ def analyze_by_ablation(model: nn.Module, batches: Sequence[Any]) -> Analysis:
     Each part of the loss is averaged over the images and taken relative to its own size.
     """
     analysis = fxprune.analyze(model, batches[:1], criterion="random")
-    calibration, network = Calibration(batches), private_copy(model)
-    adapter = choose_adapter(network, calibration.first_raw, None)
-    adapter.prepare(network)
+    opened = open_calibration(model, batches, None)
     with torch.no_grad():
-        judge = LossChange(model, adapter, list(calibration.own(network, adapter)), seed=0)
+        judge = LossChange(opened.adapted, list(enumerate(opened.keep().batches)))
         scores = [
             judge.increase(fxprune.apply(model, plan_removing(analysis, {region.name}))) for region in analysis.regions
         ]
     regions = tuple(replace(region, score=score) for region, score in zip(analysis.regions, scores, strict=True))
-    return replace(analysis, regions=regions, settings={**analysis.settings, "criterion": "ablation"})
+    return replace(analysis, regions=regions, settings=analysis.settings.with_entries(criterion="ablation"))
 
 
 def plan_removing(analysis: Analysis, names: set[str]) -> Plan:

@@ -26,16 +26,13 @@ from torch import Tensor, fx
 import fxprune
 from benchmarks.results import RESULTS, machine, read_rows, replace_rows
 from benchmarks.subjects import Subject, add_options, subjects
-from fxprune.adapters.calls import batch_loss
-from fxprune.adapters.registry import choose_adapter
+from fxprune.attribution.captured_model import find_all_regions
 from fxprune.attribution.criteria import FISHER_GATE, relative_loss
-from fxprune.datasets.calibration import Calibration
+from fxprune.datasets.calibration import open_calibration
 from fxprune.graph.fx_utils import is_weighted, map_tensors
 from fxprune.graph.interpreters import run_with
 from fxprune.graph.records import Region
 from fxprune.planning.analysis import Analysis
-from fxprune.planning.analyzer import Study
-from fxprune.runtime.private_copy import private_copy
 
 Sums = dict[str, Tensor]
 """Per image, float64 (N,), by name."""
@@ -149,13 +146,9 @@ class Captive:
     """A detector's graphs with its calibration batches, for as many passes as there are to try."""
 
     def __init__(self, subject: Subject) -> None:
-        calibration = Calibration(subject.batches())
-        model = private_copy(subject.model)
-        self.adapter = choose_adapter(model, calibration.first_raw, None)
-        self.adapter.prepare(model)
-        first = calibration.first(model, self.adapter)
-        self.captured = Study("grad_delta", None, 0).capture(model, self.adapter, first)
-        self.batches = [batch for _, batch in calibration.own(self.captured.model, self.adapter)]
+        opened = open_calibration(subject.model, subject.batches(), None)
+        self.batches = opened.keep().batches
+        self.captured = find_all_regions(opened.adapted, self.batches[0])
 
     def collect(self, taken: Pass) -> dict[str, Sums]:
         """Sums of every region over the calibration images, from one forward and backward pass a batch."""
@@ -169,7 +162,7 @@ class Captive:
         with run_with(self.captured.graphs, make):
             for index, batch in enumerate(self.batches):
                 batch_sums.clear()
-                parts = batch_loss(self.captured.model, self.adapter, batch, index, 0)
+                parts = self.captured.adapted.loss(index, batch)
                 taken.loss(parts).backward()  # type: ignore[no-untyped-call]
                 for name, calls in batch_sums.items():
                     for key in calls[0]:

@@ -29,12 +29,13 @@ from benchmarks.ablation import plan_removing
 from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
 from benchmarks.subjects import Subject, add_options, subjects
 from benchmarks.training.train import cache_folder
-from fxprune.datasets.calibration import Calibration
+from fxprune.datasets.calibration import CalibrationSet
 from fxprune.healing.methods import METHODS
+from fxprune.planning.analyzer import AnalysisOptions
 from fxprune.planning.plan import Plan
 from fxprune.profiling.latency import choose_backend
 from fxprune.search.compile import materialize_calibration
-from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES, SearchSettings
+from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES, SearchOptions, find_plan
 
 NAME = "bench_deeper"
 BUDGETS = (0.1, 0.2, 0.3, 0.4)
@@ -78,9 +79,7 @@ def add_cut_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(subject: Subject, options: argparse.Namespace) -> None:
     """Make the rows of one detector that are not there yet; each is written as soon as it is known."""
-    images = subject.unlabelled()
-    calibration = Calibration(images)
-    materialize_calibration(subject.model, calibration, None)
+    calibration = materialize_calibration(subject.model, subject.unlabelled(), AnalysisOptions())
     for budget in options.budgets:
         for strategy in options.strategies:
             wanted = [heal for heal in options.heals if not known(subject, strategy, heal, budget, options.cost)]
@@ -90,7 +89,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> None:
 
 def cut(
     subject: Subject,
-    calibration: Calibration,
+    calibration: CalibrationSet,
     strategy: str,
     heals: Sequence[str],
     budget: float,
@@ -128,23 +127,13 @@ def cut(
 
 
 def find(
-    subject: Subject, calibration: Calibration, strategy: str, budget: float, options: argparse.Namespace
+    subject: Subject, calibration: CalibrationSet, strategy: str, budget: float, options: argparse.Namespace
 ) -> tuple[list[Plan], Row]:
     """The plans of a strategy, what they save, and the seconds that it took."""
     started = time.process_time()
-    search = SearchSettings(
-        strategy=strategy,
-        budget=budget,
-        cost=options.cost,
-        criterion="fisher",
-        trial_method="affine",
-        loss=None,
-        seed=0,
-        latency_backend=choose_backend(options.cost, None),
-        tries=options.tries,
-        progress=lambda stage, done, total: None,
-    )
-    plans = [search.run(subject.model, calibration)]
+    search = SearchOptions(budget, options.cost, strategy, options.tries)
+    analysis = AnalysisOptions("fisher", latency_backend=choose_backend(options.cost, None))
+    plans = [find_plan(subject.model, calibration, search, analysis, "affine")[0]]
     cost = {
         "flops_cut": 1 - plans[-1].after.flops / plans[0].before.flops,
         "predicted_latency_cut": latency_cut(plans),

@@ -32,15 +32,16 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.systems import add_options, chosen, sizes_of, write_rows
-from fxprune.adapters.calls import normalize_and_label
+from fxprune.adapters.calls import AdaptedModel, normalize_and_label
 from fxprune.adapters.protocol import Adapter, Batch
 from fxprune.adapters.registry import choose_adapter
+from fxprune.attribution.captured_model import CapturedModel, find_all_regions
+from fxprune.attribution.criteria import get_criterion
 from fxprune.attribution.recorder import AttributionRecord
-from fxprune.datasets.calibration import Calibration
-from fxprune.graph.records import Captured
-from fxprune.planning.analyzer import Study
+from fxprune.attribution.scoring import record_attribution
 from fxprune.profiling.interleaved_timing import Timing, compute_ratio, interleave
 from fxprune.runtime.private_copy import private_copy
+from fxprune.runtime.progress import no_progress
 from tests.helpers.systems import SIX, System
 
 PARTS = ("overhead", "captum", "capture")
@@ -63,19 +64,25 @@ def prepare(model: nn.Module, raw: Any) -> Prepared:
     twin, own = private_copy(model), copy.deepcopy(raw)
     adapter = choose_adapter(twin, own, None)
     adapter.prepare(twin)
-    return Prepared(twin, own, adapter, normalize_and_label(twin, adapter, own, 0)[0])
+    return Prepared(twin, own, adapter, normalize_and_label(twin, adapter, own, 0))
 
 
-def capture_of(study: Study, ready: Prepared) -> Captured:
+def capture_of(ready: Prepared) -> CapturedModel:
     """Capture a prepared model and find its regions."""
-    return study.capture(ready.model, ready.adapter, ready.batch)
+    return find_all_regions(AdaptedModel(ready.model, ready.adapter), ready.batch)
 
 
 def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Callable[[], AttributionRecord]:
     """Make the attribution pass of `fxprune.analyze` over one batch; every node and region is recorded."""
-    study, ready = Study(criterion, None, 0), prepare(model, raw)
-    captured = capture_of(study, ready)
-    return lambda: study._record(captured, ready.adapter, Calibration([ready.raw]))[0]
+    ready = prepare(model, raw)
+    captured = capture_of(ready)
+    chosen = get_criterion(criterion)[1]
+
+    def record() -> AttributionRecord:
+        batch = captured.adapted.read(0, ready.raw)
+        return record_attribution(captured, chosen, [batch], {}, no_progress)[0]
+
+    return record
 
 
 def bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
@@ -201,9 +208,8 @@ def measure_capture(system: System, options: argparse.Namespace) -> dict[str, An
     """Time capture, shape proof and regions of a system on one image."""
     rounds, clock = options.captures, CLOCKS[options.clock]
     model, raw = system.build(sizes_of(options), images=1)
-    study = Study("fisher", None, 0)
     ready = iter([prepare(model, raw) for _ in range(rounds)])
-    functions = {"capture": lambda: capture_of(study, next(ready))}
+    functions = {"capture": lambda: capture_of(next(ready))}
     timing = interleave(functions, rounds=rounds, warmup=0, clock=clock)["capture"]
     seconds = [round(latency / 1e3, 2) for latency in timing.latency_ms]
     return {"part": "capture", "system": system.name, "capture_s": round(timing.median_ms / 1e3, 2), "each_s": seconds}

@@ -17,10 +17,12 @@ from fxprune.errors import (
     SettingError,
     StorageError,
 )
+from fxprune.graph.records import Rejection
 from fxprune.healing.heal import heal
+from fxprune.planning.analysis import Analysis
 from fxprune.planning.analyzer import analyze
-from fxprune.planning.plan import Plan
-from fxprune.reporting.report import report
+from fxprune.planning.plan import Candidate, Plan
+from fxprune.reporting.report import Report, report
 from fxprune.rewriting.apply import apply
 from fxprune.rewriting.fold_norms import fold_norms
 from fxprune.search.compile import compile  # noqa: A004
@@ -28,8 +30,10 @@ from fxprune.version import __version__
 from fxprune.visualize.draw import draw
 
 __all__ = [
+    "Analysis",
     "BatchError",
     "BudgetError",
+    "Candidate",
     "CocoDataset",
     "DatasetError",
     "FxpruneError",
@@ -39,6 +43,8 @@ __all__ = [
     "NoRegionError",
     "Plan",
     "PlanError",
+    "Rejection",
+    "Report",
     "SettingError",
     "StorageError",
     "__version__",
@@ -54,3 +60,7 @@ __all__ = [
     "report",
     "save",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

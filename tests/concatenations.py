@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fxprune.graph.capture import trace_module
+from fxprune.graph.capture import Traced, trace_module
 from fxprune.graph.channels import channels_of
 from fxprune.passes.concat import deduplicate_concat
 
@@ -19,8 +19,8 @@ EXACT = 1e-12
 
 def traced(model: nn.Module) -> Any:
     found = trace_module(model, frozenset(), fixed_opaque=True)
-    assert found is not None
-    return found[0]
+    assert isinstance(found, Traced)
+    return found.gm
 
 
 def narrow(gm: fx.GraphModule, model: nn.Module | None = None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fxprune.graph.records import Rejection
 from fxprune.planning.plan import Candidate, Plan, Totals
+from fxprune.planning.provenance import Provenance
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -60,5 +61,5 @@ def plan_of(
         None if before.latency_ms is None else before.latency_ms - sum(one.latency_ms or 0.0 for one in gone),
     )
     rejections = tuple(Rejection(name, reason) for name, reason in (reasons or {}).items())
-    settings = {"criterion": "fisher", **(settings or {})}
-    return Plan(0.1, "flops", settings, before, after, (), tuple(regions), rejections, nodes=(), links=())
+    made = Provenance({"criterion": "fisher", **(settings or {})})
+    return Plan(0.1, "flops", made, before, after, (), tuple(regions), rejections, nodes=(), links=())

@@ -15,8 +15,8 @@ from torch.multiprocessing.spawn import start_processes
 
 import fxprune
 from fxprune.adapters import torchvision
+from fxprune.adapters.calls import AdaptedModel
 from fxprune.adapters.protocol import Batch
-from fxprune.datasets.calibration import Calibration
 from fxprune.demo.bundled import load_dataset, load_detector
 from fxprune.healing.distillation.feature_distance import FeatureDistance
 from fxprune.healing.heal import _make_pair, heal_student
@@ -154,7 +154,7 @@ def prune(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], dict[str,
 def measure_distance(folder: Path) -> float:
     """How far the features of a pruned model are off."""
     model, pruned = _pruned(0)
-    pair, read = _make_pair(model, pruned, applied_plans(pruned), Calibration(batches()), None)
+    pair, read = _make_pair(model, pruned, applied_plans(pruned), batches(), None)
     return FeatureDistance(pair, read).mean(read)
 
 
@@ -166,7 +166,8 @@ def measure_agreement(folder: Path) -> float:
             weight.mul_(0.9)
     dataset = load_dataset("calibration")
     batches = [Batch([dataset[2 * index + place][0] for place in (0, 1)], None, 2) for index in range(4)]
-    judge = DetectionAgreement(model, torchvision.ADAPTER, take_shard(list(enumerate(batches))))
+    original = AdaptedModel.copy_of(model, torchvision.ADAPTER)
+    judge = DetectionAgreement(original, take_shard(list(enumerate(batches))))
     return judge.increase(other)
 
 

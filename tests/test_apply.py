@@ -192,7 +192,8 @@ def test_a_plan_made_with_torch_2_11_is_carried_out(file: str, make: Callable[[]
 def test_a_plan_of_other_versions_that_does_not_fit_says_so(tiny_model: nn.Module, plan: Plan) -> None:
     other = copy.deepcopy(tiny_model)
     other.set_submodule("blocks.2.act", nn.Sigmoid())
-    old = replace(plan, settings={**plan.settings, "versions": {"torch": "2.11.0+cpu", "torchvision": "0.26.0"}})
+    versions = {"torch": "2.11.0+cpu", "torchvision": "0.26.0"}
+    old = replace(plan, settings=plan.settings.with_entries(versions=versions))
     with pytest.raises(
         PlanError, match=r"differs \(it was made with torch 2\.11\.0, here is .* and torchvision 0\.26\.0"
     ):
@@ -223,7 +224,7 @@ def test_a_region_that_would_read_what_comes_after_it(tiny_model: nn.Module, pla
 def test_a_region_whose_nodes_are_still_read(tiny_model: nn.Module, plan: Plan) -> None:
     index = plan.regions.index(plan.removed[0])
     edited = Plan.from_dict(changed(plan.to_dict(), f"regions[{index}].nodes", ["stem", *plan.removed[0].nodes]))
-    with pytest.raises(PlanError, match=r"\['stem'\] should be gone but something still reads them"):
+    with pytest.raises(PlanError, match=r"stem should be gone but something still reads them"):
         fxprune.apply(tiny_model, edited)
 
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 from torch import Tensor, nn
 
-from fxprune.adapters import classifier
+from fxprune.adapters import classifier, registry
 from fxprune.adapters.protocol import Batch
-from fxprune.datasets import calibration as calibrations
-from fxprune.datasets.calibration import Calibration
+from fxprune.datasets import calibration
+from fxprune.datasets.calibration import open_calibration
 from tests.models import pixels, tiny
 
 
-def test_each_batch_without_labels_is_labelled_once() -> None:
+def test_each_batch_without_labels_is_labelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
 
     def label(model: nn.Module, batch: Batch) -> Batch:
@@ -25,12 +25,15 @@ def test_each_batch_without_labels_is_labelled_once() -> None:
     def draw() -> Iterator[Tensor]:
         yield from (pixels(2, 3, 16, 16, seed=seed) for seed in range(3))
 
-    model, adapter, calibration = tiny(), replace(classifier.ADAPTER, label=label), Calibration(draw())
-    first = calibration.first(model, adapter)
-    batches = [batch for _, batch in calibration.own(model, adapter)]
+    monkeypatch.setattr(registry, "ADAPTERS", (replace(classifier.ADAPTER, label=label),))
+    opened = open_calibration(tiny(), draw(), None)
+    first = opened.first
+    batches = list(opened.own_batches(opened.adapted))
     assert batches[0] is first
     assert [len(images) for images in seen] == [2, 2, 2]
-    assert calibration.targets == "the model's own confident outputs"
+    assert {batch.own_targets for batch in batches if batch is not None} == {True}
+    kept = open_calibration(tiny(), draw(), None).keep()
+    assert (len(kept.batches), kept.targets) == (3, "the model's own confident outputs")
 
 
 @pytest.mark.parametrize(
@@ -47,12 +50,11 @@ def test_each_batch_without_labels_is_labelled_once() -> None:
 def test_two_samples_have_no_image_in_common(
     batches: int, images: int, world: int, one: list[int], other: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, calibration = tiny(), Calibration([pixels(2, 3, 16, 16, seed=seed) for seed in range(batches)])
-    calibration.keep(model, classifier.ADAPTER)
-    kept = list(calibration)
-    monkeypatch.setattr(calibrations, "rank_and_world", lambda: (0, world))
+    loader = [pixels(2, 3, 16, 16, seed=seed) for seed in range(batches)]
+    kept = open_calibration(tiny(), loader, None).keep()
+    monkeypatch.setattr(calibration, "world_size", lambda: world)
     found = [
-        [next(i for i, own in enumerate(kept) if own is batch) for batch in part]
-        for part in calibration.apart(images, images + 2)
+        [next(i for i, own in enumerate(kept.batches) if own is batch) for batch in part.batches]
+        for part in kept.split(images, images + 2)
     ]
     assert found == [one, other]

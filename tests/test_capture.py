@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune.graph.capture import capture_islands, trace_module
+from fxprune.graph.capture import Traced, Untraced, capture_islands, trace_module
 from fxprune.graph.fx_utils import fingerprint
 from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
 from tests.zoo import ZOO, conv, image_batch, mean_loss
@@ -65,20 +66,21 @@ class Named(nn.Module):
 @pytest.mark.parametrize("part", [Dropping, Branching])
 def test_a_part_that_cannot_be_traced_stays_one_node(part: type[nn.Module]) -> None:
     traced = trace_module(Holder(part()), frozenset())
-    assert traced is not None
-    gm, opaque = traced
-    assert opaque == {"part"}
-    assert "part" in {node.target for node in gm.graph.nodes if node.op == "call_module"}
+    assert isinstance(traced, Traced)
+    assert set(traced.opaque) == {"part"}
+    assert "part" in {node.target for node in traced.gm.graph.nodes if node.op == "call_module"}
 
 
 @pytest.mark.parametrize("part", [Dropping, Branching])
 def test_a_module_whose_own_forward_stands_in_the_way_is_no_island(part: type[nn.Module]) -> None:
-    assert trace_module(part(), frozenset()) is None
+    traced = trace_module(part(), frozenset())
+    assert isinstance(traced, Untraced)
+    assert re.search("could not be traced|not the same in train and in eval mode", traced.reason)
 
 
 def test_islands_are_found_inside_what_is_opaque() -> None:
     model = Holder(nn.Sequential(Dropping())).eval()
-    _, islands = capture_islands(copy.deepcopy(model), lambda network: network(image_batch()), True)
+    _, islands, _ = capture_islands(copy.deepcopy(model), lambda network: network(image_batch()), True)
     assert [island.name for island in islands] == ["", "part.0.one"]
     analysis = fxprune.analyze(model, [image_batch()], loss=mean_loss)
     names = {region.name for region in analysis.regions}
@@ -105,8 +107,8 @@ def test_modes_are_restored_by_tracing() -> None:
 
 def test_an_ordered_dict_stays_one() -> None:
     traced = trace_module(Named(), frozenset())
-    assert traced is not None
-    output = traced[0](image_batch())
+    assert isinstance(traced, Traced)
+    output = traced.gm(image_batch())
     assert type(output) is OrderedDict
     assert list(output) == ["b", "a"]
 
@@ -116,7 +118,7 @@ def test_a_graph_gives_what_its_module_gave(name: str) -> None:
     model = ZOO[name].build().eval()
     x = image_batch()
     wanted = model(x.clone())
-    captured, islands = capture_islands(copy.deepcopy(model), lambda network: network(x.clone()), True)
+    captured, islands, _ = capture_islands(copy.deepcopy(model), lambda network: network(x.clone()), True)
     assert [island.name for island in islands] == [""]
     output = captured(x.clone())
     pairs = zip(output, wanted, strict=True) if isinstance(wanted, (list, tuple)) else [(output, wanted)]
@@ -143,7 +145,7 @@ def test_a_graph_that_gives_something_else_is_taken_back() -> None:
             network.calls = 0
         return network(image_batch())
 
-    captured, islands = capture_islands(model, run, True)
+    captured, islands, _ = capture_islands(model, run, True)
     assert isinstance(captured, Counting)
     assert [island.name for island in islands] == ["one", "two"]
 
@@ -160,7 +162,7 @@ def test_one_module_under_two_names_is_replaced_under_both() -> None:
             x = self.stem(x)
             return self.second(self.first(x)) if float(x.sum()) > -1e9 else x
 
-    model, islands = capture_islands(Twice(), lambda network: network(image_batch()), True)
+    model, islands, _ = capture_islands(Twice(), lambda network: network(image_batch()), True)
     assert [island.name for island in islands] == ["stem", "first"]
     assert model.get_submodule("first") is model.get_submodule("second")
 
@@ -169,16 +171,16 @@ def test_plain_attributes_survive_capture_and_deepcopy() -> None:
     model = ZOO["split_concat"].build()
     model.f, model.i, model.type = -1, 7, "C2f"  # type: ignore[assignment]
     traced = trace_module(model, frozenset())
-    assert traced is not None
-    twin = copy.deepcopy(traced[0])
+    assert isinstance(traced, Traced)
+    twin = copy.deepcopy(traced.gm)
     assert [getattr(twin, name) for name in ("f", "i", "type")] == [-1, 7, "C2f"]
 
 
 def test_fingerprints_tell_structures_apart_and_not_weights() -> None:
     def of(model: nn.Module) -> str:
         traced = trace_module(model, frozenset())
-        assert traced is not None
-        return fingerprint(traced[0])
+        assert isinstance(traced, Traced)
+        return fingerprint(traced.gm)
 
     torch.manual_seed(1)
     first = of(ZOO["chain"].build())
@@ -205,11 +207,11 @@ class Tall(nn.Module):
 
 def test_growing_formulas_are_shortened_and_stay_provable() -> None:
     traced = trace_module(Tall(), frozenset())
-    assert traced is not None
-    signatures = propagate_symbolic(traced[0], tensor_specs((image_batch((33, 41)),)), {})
+    assert isinstance(traced, Traced)
+    signatures = propagate_symbolic(traced.gm, tensor_specs((image_batch((33, 41)),)), {})
     assert signatures.failure == ""
-    names = [node.name for node in traced[0].graph.nodes if node.name.startswith("convs")]
+    names = [node.name for node in traced.gm.graph.nodes if node.name.startswith("convs")]
     assert len(names) == 4
-    pads = [node.name for node in traced[0].graph.nodes if node.name.startswith("pad")]
+    pads = [node.name for node in traced.gm.graph.nodes if node.name.startswith("pad")]
     assert all(signatures.provably_equal(pad, layer) for pad, layer in zip(pads, names, strict=True))
     assert not signatures.provably_equal(names[0], names[1])

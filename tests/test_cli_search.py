@@ -13,7 +13,7 @@ from rich.console import Console
 import fxprune
 from fxprune.cli.app import main
 from fxprune.cli.calibration_images import open_images
-from fxprune.cli.options import DataOptions, SearchOptions
+from fxprune.cli.options import DataOptions, PruneOptions
 from fxprune.cli.steps import describe_effort
 from fxprune.cli.terminal import Terminal
 from fxprune.demo.bundled import load_detector
@@ -150,15 +150,15 @@ def test_healing_reads_more_images(heal: str, limit: int | None, count: int) -> 
 @pytest.mark.parametrize(
     ("search", "said"),
     [
-        (SearchOptions("one_shot", heal="mimic"), ""),
-        (SearchOptions("search", 24, "none"), "tries up to 24 plans: 25 forward passes over 192, at most"),
+        (PruneOptions("one_shot", heal="mimic"), ""),
+        (PruneOptions("search", 24, "none"), "tries up to 24 plans: 25 forward passes over 192, at most"),
         (
-            SearchOptions("search", 3, "mimic"),
+            PruneOptions("search", 3, "mimic"),
             "up to 3 plans: 12 forward passes over 64 of them and 4 over 192",
         ),
     ],
 )
-def test_the_effort_is_said(search: SearchOptions, said: str) -> None:
+def test_the_effort_is_said(search: PruneOptions, said: str) -> None:
     found = describe_effort(200, search)
     assert said in found
     assert bool(said) == bool(found)

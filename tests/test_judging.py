@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.adapters import classifier, torchvision, ultralytics
+from fxprune.adapters.calls import AdaptedModel
 from fxprune.adapters.protocol import Batch
 from fxprune.adapters.registry import choose_adapter
 from fxprune.datasets.evaluation import Boxes
@@ -30,7 +31,7 @@ def judged(count: int = 6) -> tuple[nn.Module, DetectionAgreement]:
     model = load_detector()
     rows = images(count)
     batches = [Batch(rows[:4], None, 4), Batch(rows[4:], None, count - 4)]
-    judge = make_plan_judge(model, torchvision.ADAPTER, list(enumerate(batches)), seed=0)
+    judge = make_plan_judge(AdaptedModel.copy_of(model, torchvision.ADAPTER), list(enumerate(batches)))
     assert isinstance(judge, DetectionAgreement)
     return model, judge
 
@@ -63,14 +64,15 @@ def test_what_is_unsure_of_all_is_held_to_the_half_it_is_surer_of(monkeypatch: p
     monkeypatch.setattr(
         DetectionAgreement, "_detect_boxes", lambda self, model: [boxes(0.2, 0.11, 0.09), boxes(), boxes(0.05)]
     )
-    judge = DetectionAgreement(nn.Identity(), torchvision.ADAPTER, [])
+    judge = DetectionAgreement(AdaptedModel(nn.Identity(), torchvision.ADAPTER), [])
     assert [len(found.labels) for found in judge.truth] == [2, 0, 0]
     assert CONFIDENCE_THRESHOLD > 0.2
 
 
 def test_the_loss_judges_what_finds_no_boxes_or_more_than_boxes() -> None:
     (x, y), *_ = labelled()
-    assert isinstance(make_plan_judge(tiny(), classifier.ADAPTER, [(0, Batch(x, y, len(x)))], seed=0), LossChange)
+    original = AdaptedModel(tiny(), classifier.ADAPTER)
+    assert isinstance(make_plan_judge(original, [(0, Batch(x, y, len(x)))]), LossChange)
 
     class Masks(nn.Module):
         def forward(self, rows: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -78,7 +80,7 @@ def test_the_loss_judges_what_finds_no_boxes_or_more_than_boxes() -> None:
             return [{**found, "masks": torch.ones(1, 1, 8, 8)} for _ in rows]
 
     assert torchvision.detections(Masks(), Batch(images(2), None, 2)) is None
-    empty: Any = DetectionAgreement(Masks(), torchvision.ADAPTER, [(0, Batch(images(2), None, 2))])
+    empty: Any = DetectionAgreement(AdaptedModel(Masks(), torchvision.ADAPTER), [(0, Batch(images(2), None, 2))])
     assert not empty.is_applicable
 
 
@@ -106,7 +108,7 @@ def test_a_search_of_a_detector_says_how_much_is_still_found() -> None:
     report = fxprune.report(pruned)
     (plan,) = report.plans
     adapter = choose_adapter(model, loader[1], None)
-    judge = DetectionAgreement(model, adapter, [(0, Batch(loader[1], None, 4))])
+    judge = DetectionAgreement(AdaptedModel.copy_of(model, adapter), [(0, Batch(loader[1], None, 4))])
     assert plan.settings["agreement"] == pytest.approx(judge.to_settings(judge.increase(pruned))["agreement"])
     assert "loss_increase" not in plan.settings
     words = str(report)

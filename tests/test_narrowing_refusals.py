@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from fxprune.graph.capture import trace_module
+from fxprune.graph.capture import Traced, trace_module
 from fxprune.passes.concat import NARROWED_WEIGHTS, deduplicate_concat
 from tests.concatenations import Joining, image, narrow, plain, traced
 
@@ -81,10 +81,10 @@ def test_left_alone(name: str) -> None:
 def test_a_layer_whose_inside_is_not_known_is_left_alone() -> None:
     model = Joining([2, 3], [1, 2, 2], lambda n: Standardized(n, 4, 3)).double()
     found = trace_module(model, frozenset({"reader"}), fixed_opaque=True)
-    assert found is not None
-    assert [node.op for node in found[0].graph.nodes][-2] == "call_module"
-    assert not narrow(found[0])
-    assert torch.equal(found[0](image()), model(image()))
+    assert isinstance(found, Traced)
+    assert [node.op for node in found.gm.graph.nodes][-2] == "call_module"
+    assert not narrow(found.gm)
+    assert torch.equal(found.gm(image()), model(image()))
 
 
 def test_a_concatenation_of_rows_is_none_of_channels() -> None:

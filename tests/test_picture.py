@@ -190,7 +190,7 @@ def test_a_plan_of_the_analysis_can_be_shown_first(analysis: Analysis, budget: f
 
 def test_budgets_of_latency_begin_above_the_noise(analysis: Analysis) -> None:
     regions = tuple(replace(region, latency_ms=2.0) for region in analysis.regions)
-    settings = {**analysis.settings, "latency": {"backend": "eager", "floor": 0.0312}}
+    settings = analysis.settings.with_entries(latency={"backend": "eager", "floor": 0.0312})
     timed = replace(analysis, regions=regions, before=replace(analysis.before, latency_ms=10.0), settings=settings)
     picture = build_view(timed, timed.plan(0.2, "latency"))
     assert [row["budget"] for row in picture["plans"]] == [percent / 100 for percent in range(4, 81)]

@@ -16,6 +16,7 @@ from fxprune import Plan
 from fxprune.graph.records import Link, Rejection
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.plan import Candidate, IslandRecord, NodeRecord, Totals
+from fxprune.planning.provenance import Provenance
 from tests.models import flops_of, labelled, params_of
 
 # To JSON and back ----------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ _node_records = st.builds(
         Plan,
         budget=st.floats(0.01, 0.99),
         cost=st.sampled_from(["flops", "latency", "params", "blocks"]),
-        settings=st.dictionaries(_words, st.one_of(_words, _counts, _numbers, st.none())),
+        settings=st.dictionaries(_words, st.one_of(_words, _counts, _numbers, st.none())).map(Provenance),
         before=_totals,
         after=_totals,
         islands=st.lists(st.builds(IslandRecord, name=_words, fingerprint=_words, opaque=_names), max_size=2).map(

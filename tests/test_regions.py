@@ -12,7 +12,7 @@ from torch import fx
 
 import fxprune
 from fxprune.errors import NoRegionError
-from fxprune.graph.capture import trace_module
+from fxprune.graph.capture import Traced, trace_module
 from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, value_graph
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import SymbolicShapes, propagate_symbolic, tensor_specs
@@ -24,8 +24,8 @@ NAMES = sorted(ZOO)
 def captured(name: str) -> tuple[fx.GraphModule, SymbolicShapes]:
     """Graph and signatures of a zoo model."""
     traced = trace_module(ZOO[name].build(), frozenset())
-    assert traced is not None
-    return traced[0], propagate_symbolic(traced[0], tensor_specs((image_batch(),)), {})
+    assert isinstance(traced, Traced)
+    return traced.gm, propagate_symbolic(traced.gm, tensor_specs((image_batch(),)), {})
 
 
 @pytest.mark.parametrize("name", NAMES)

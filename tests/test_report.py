@@ -54,7 +54,6 @@ def test_settings_say_how_it_was_made(report: Report) -> None:
         "criterion": "fisher",
         "budget": 0.3,
         "cost": "flops",
-        "shapes": "proved",
         "seed": 0,
         "images": 5,
         "batches": 3,

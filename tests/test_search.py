@@ -12,16 +12,14 @@ from torch import nn
 
 import fxprune
 from fxprune.adapters.protocol import Batch
-from fxprune.adapters.registry import choose_adapter
-from fxprune.datasets.calibration import Calibration
+from fxprune.datasets.calibration import CalibrationSet, open_calibration
 from fxprune.errors import FxpruneWarning, SettingError
 from fxprune.healing.loss_change import LossChange
 from fxprune.healing.methods import HealingContext
 from fxprune.healing.reconstruction.layerwise import reconstruct_layers
 from fxprune.healing.saliency import saliency_maps
 from fxprune.planning.plan import Plan
-from fxprune.search.compile import materialize_calibration
-from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES, SearchSettings
+from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES, PlanSearch
 from tests.hostile import Unread, assert_refused, assert_unchanged
 from tests.models import build, labelled, pixels, tiny
 
@@ -64,11 +62,9 @@ def test_the_loader_is_read_once_and_labelled_by_the_model_as_it_was() -> None:
 
 def test_the_judge_knows_what_the_loss_was() -> None:
     model = tiny()
-    calibration = Calibration(labelled())
     pruned = fxprune.compile(model, labelled(), 0.3)
-    materialize_calibration(model, calibration, None)
-    adapter = choose_adapter(model, calibration.first_raw, None)
-    judge = LossChange(model, adapter, list(calibration.own(model, adapter)), seed=0)
+    opened = open_calibration(model, labelled(), None)
+    judge = LossChange(opened.adapted, list(enumerate(opened.keep().batches)))
     assert judge.increase(model) == 0.0
     losses = [
         float(np.mean([float(nn.functional.cross_entropy(version(x), y).detach()) for x, y in labelled()]))
@@ -81,19 +77,17 @@ def test_the_judge_knows_what_the_loss_was() -> None:
 def test_plans_are_judged_on_other_images_than_they_were_mended_on(monkeypatch: pytest.MonkeyPatch) -> None:
     mended: list[list[Batch]] = []
     judged: list[list[Batch]] = []
-    mend, worse = SearchSettings.heal_trial, LossChange.increase
+    mend, worse = PlanSearch.heal_trial, LossChange.increase
 
-    def noted_mend(
-        self: SearchSettings, pruned: nn.Module, model: nn.Module, images: Calibration, care: HealingContext
-    ) -> nn.Module:
-        mended.append(list(images))
-        return mend(self, pruned, model, images, care)
+    def noted_mend(self: PlanSearch, pruned: nn.Module, images: CalibrationSet, context: HealingContext) -> nn.Module:
+        mended.append(list(images.batches))
+        return mend(self, pruned, images, context)
 
     def noted_worse(self: LossChange, pruned: nn.Module) -> float:
         judged.append([batch for _, batch in self.batches])
         return worse(self, pruned)
 
-    monkeypatch.setattr(SearchSettings, "heal_trial", noted_mend)
+    monkeypatch.setattr(PlanSearch, "heal_trial", noted_mend)
     monkeypatch.setattr(LossChange, "increase", noted_worse)
     fxprune.compile(tiny(), unlabelled(), 0.3, strategy="search", heal="affine", tries=2)
     assert len(mended) == len(judged) > 1

@@ -158,7 +158,7 @@ def compare(subject: Subject, options: argparse.Namespace, training: Sequence[An
 def count_first(model: nn.Module, batches: Sequence[Any]) -> int:
     """FLOPs of one inference on the first calibration batch."""
     adapter = choose_adapter(model, batches[0], None)
-    return flops_of(model, adapter, normalize_and_label(model, adapter, batches[0], 0)[0])
+    return flops_of(model, adapter, normalize_and_label(model, adapter, batches[0], 0))
 
 
 def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Variant], list[Row]]:

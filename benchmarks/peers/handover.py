@@ -112,7 +112,7 @@ def prepare(model: nn.Module, batches: Sequence[Any], way: Way) -> Prepared:
         unsplit(twin)
     adapter = choose_adapter(twin, batches[0], None)
     adapter.prepare(twin)
-    example = normalize_and_label(twin, adapter, first_two(batches[0]), 0)[0]
+    example = normalize_and_label(twin, adapter, first_two(batches[0]), 0)
     fixed = set() if all(not value.requires_grad for value in model.parameters()) else frozen
     for name, value in twin.named_parameters():
         value.requires_grad_(value.is_floating_point() and name not in fixed)
@@ -206,7 +206,7 @@ def flops_of(model: nn.Module, adapter: Adapter, batch: Batch) -> int:
 def sum_gradients(model: nn.Module, adapter: Adapter, batches: Sequence[Any]) -> dict[str, Tensor]:
     """Gradients of the adapter's loss by parameter name, summed over batches; the model keeps none."""
     for index, raw in enumerate(batches):
-        batch, _ = normalize_and_label(model, adapter, raw, index)
+        batch = normalize_and_label(model, adapter, raw, index)
         batch_loss(model, adapter, batch, index, seed=0).sum().backward()  # type: ignore[no-untyped-call]
     model.eval()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

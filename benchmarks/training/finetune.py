@@ -33,7 +33,7 @@ class Tuning:
 
     def step(self, index: int, number: int, pace: float = 1.0) -> None:
         """One step on one batch, at a share of the learning rate."""
-        batch, _ = normalize_and_label(self.model, self.adapter, self.batches[index], index)
+        batch = normalize_and_label(self.model, self.adapter, self.batches[index], index)
         loss = batch_loss(self.model, self.adapter, batch, index, seed=self.seed + number).sum()
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

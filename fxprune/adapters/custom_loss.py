@@ -13,6 +13,9 @@ from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detectio
 from fxprune.errors import LossError
 from fxprune.graph.fx_utils import map_tensors
 
+Loss = Callable[[nn.Module, Any], Tensor]
+"""A caller's own loss: ``loss(model, batch) -> scalar Tensor``, the mean over the images."""
+
 FORMS = "whatever the given loss(model, batch) takes"
 
 

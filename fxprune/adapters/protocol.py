@@ -24,11 +24,14 @@ class Batch:
         Labels in the form that the adapter's loss takes, or None without labels.
     count : int
         Number of images.
+    own_targets : bool
+        Whether the targets are the model's own confident outputs.
     """
 
     images: Any
     targets: Any
     count: int
+    own_targets: bool = False
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class AttributionRecord:
         Per node the shape of its value at the first call; only single tensors.
     images : int
         Images seen.
+    own_targets : frozenset of bool
+        Whether targets were the model's own outputs: both values where batches differed.
     """
 
     grad_act: dict[NodeName, float] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class AttributionRecord:
     fisher: dict[str, float] = field(default_factory=dict)
     shapes: dict[NodeName, tuple[int, ...]] = field(default_factory=dict)
     images: int = 0
+    own_targets: frozenset[bool] = frozenset()
     _pending: dict[tuple[str, Any], list[Tensor]] = field(default_factory=dict)
     _room: Tensor | None = None
 
@@ -61,11 +64,12 @@ class AttributionRecord:
             self._room = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
         return self._room[: like.numel()].view(like.shape)
 
-    def close_batch(self, index: int, images: int) -> None:
+    def close_batch(self, index: int, images: int, own_targets: bool = False) -> None:
         """Take the batch under way into the expectation.
 
         The loss is the mean over `images` of each image's own loss, so the terms already sum to a mean over them, and
-        squared ones to a mean divided by their number; batches count by their number of images.
+        squared ones to a mean divided by their number; batches count by their number of images. `own_targets` says
+        whether the targets were the model's own outputs.
 
         Raises
         ------
@@ -92,6 +96,7 @@ class AttributionRecord:
             factor = weight * images if kind == "fisher" else weight
             known[kind][key] = known[kind].get(key, 0.0) + factor * value
         self.images += images
+        self.own_targets |= {own_targets}
 
 
 def merge_records(records: Sequence[AttributionRecord]) -> AttributionRecord:
@@ -111,6 +116,7 @@ def merge_records(records: Sequence[AttributionRecord]) -> AttributionRecord:
         joined(lambda record: record.fisher),
         {key: shape for record in reversed(records) for key, shape in record.shapes.items()},
         images,
+        frozenset().union(*(record.own_targets for record in records)),
     )
 
 

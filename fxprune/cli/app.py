@@ -12,7 +12,7 @@ from fxprune.attribution.criteria import CRITERIA
 from fxprune.cli import options as o
 from fxprune.cli import output, steps, tables
 from fxprune.cli.calibration_images import check_data, open_images
-from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions, SearchOptions
+from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, PruneOptions, ScoreOptions
 from fxprune.cli.runner import EXIT_STATUS, Command, keep_stdout, report_errors, typer_command, version_line
 from fxprune.cli.terminal import Result, Terminal, open_terminal
 from fxprune.demo.run import DEMO_CRITERIA, run_demo
@@ -113,7 +113,7 @@ def analyze(
     """Score every block that could go; mark those a budget takes."""
     with terminal.progress() as tell:
         network = steps.load_checked_model(model, data, budget, out, tell)
-        analysis = steps.run_analysis(network, steps.open_calibration(network, data, tell), scores, budget.cost)
+        analysis = steps.run_analysis(network, steps.open_calibration_images(network, data, tell), scores, budget.cost)
         plan = analysis.plan(budget.budget, budget.cost)
 
         def fill(draft: Path) -> None:
@@ -153,7 +153,7 @@ def sweep(
     output.check_folder(out.out, out.force)
     with terminal.progress() as tell:
         network = steps.load_model(model, data.device, tell)
-        images = steps.open_calibration(network, data, tell, heal)
+        images = steps.open_calibration_images(network, data, tell, heal)
         analysis = steps.run_analysis(network, images, scores, cost)
         points, plans = steps.sweep_budgets(network, analysis, fractions, cost, data, images, heal)
         document = {
@@ -196,7 +196,7 @@ def draw(
             what = steps.load_model(model, data.device, tell)
         else:
             network = steps.load_model(model, data.device, tell)
-            what = steps.run_analysis(network, steps.open_calibration(network, data, tell), scores)
+            what = steps.run_analysis(network, steps.open_calibration_images(network, data, tell), scores)
         tell("draw", 0, 1)
         output.check_file(picture, force)  # again: it may have appeared meanwhile
         drawing.draw(what, picture)
@@ -210,18 +210,18 @@ def prune(
     data: DataOptions,
     scores: ScoreOptions,
     budget: BudgetOptions,
-    search: SearchOptions,
+    search: PruneOptions,
     out: OutputOptions,
 ) -> Result:
     """Analyze, remove, mend if asked to, and save the smaller model."""
     with terminal.progress() as tell:
         network = steps.load_checked_model(model, data, budget, out, tell)
-        images = steps.open_calibration(network, data, tell, search.heal)
+        images = steps.open_calibration_images(network, data, tell, search.heal)
         if remark := steps.describe_effort(images.image_count, search):
             terminal.say(remark, head=f"{search.strategy}:")
-        pruned, analysis = steps.prune_and_heal(network, images, scores, budget, search)
-        shown = applied_plans(pruned)[-1] if analysis else None
-        return steps.save_result(pruned, analysis or pruned, shown, out, tell)
+        pruning = steps.prune_and_heal(network, images, scores, budget, search)
+        shown = applied_plans(pruning.model)[-1]
+        return steps.save_result(pruning.model, pruning.analysis, shown, out, tell)
 
 
 @command("Cut")

@@ -15,8 +15,10 @@ from fxprune.attribution.criteria import CRITERIA
 from fxprune.errors import SettingError
 from fxprune.healing.methods import METHODS
 from fxprune.planning.analysis import COSTS
-from fxprune.profiling.latency import BACKENDS
+from fxprune.planning.analyzer import AnalysisOptions
+from fxprune.profiling.latency import BACKENDS, choose_backend
 from fxprune.runtime.options import REMOVED_KEYWORDS, check_choice
+from fxprune.runtime.progress import Progress
 from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES
 
 MODEL_PANEL, DATA_PANEL, SCORES_PANEL, RESULT_PANEL = "Model", "Data", "What goes", "Result"
@@ -128,6 +130,11 @@ class ScoreOptions:
         str | None, choice(SCORES_PANEL, "Measure milliseconds; with --cost latency eager unless given", BACKENDS)
     ] = None
 
+    def for_analysis(self, cost: str, progress: Progress) -> AnalysisOptions:
+        """Return the options of an analysis for budgets of a cost."""
+        backend = choose_backend(cost, self.latency_backend)
+        return AnalysisOptions(self.criterion, seed=self.seed, latency_backend=backend, progress=progress)
+
 
 CostName = Annotated[str, choice(SCORES_PANEL, "What the budget counts", COSTS)]
 
@@ -146,7 +153,7 @@ HealName = Annotated[str, choice(SCORES_PANEL, "Mend what the cut broke, without
 
 
 @dataclass(frozen=True)
-class SearchOptions:
+class PruneOptions:
     """How what goes is found, and what is left mended."""
 
     strategy: Annotated[

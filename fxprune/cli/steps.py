@@ -14,23 +14,23 @@ from torch import nn
 from fxprune.adapters.registry import unwrap
 from fxprune.cli.calibration_images import EvaluationImages, calibration_batches, check_data, check_size, open_images
 from fxprune.cli.models import open_model
-from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, ScoreOptions, SearchOptions
+from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, PruneOptions, ScoreOptions
 from fxprune.cli.output import PICTURE, REPORT, check_folder, write_folder, write_report
 from fxprune.cli.tables import Point
 from fxprune.cli.terminal import Result, Tell, to_json
 from fxprune.datasets.evaluation import evaluate
 from fxprune.deploy.save_load import save
 from fxprune.errors import BudgetError, FxpruneWarning
-from fxprune.healing.heal import heal
+from fxprune.healing.heal import heal_with
+from fxprune.healing.methods import HealingOptions
 from fxprune.planning.analysis import Analysis
-from fxprune.planning.analyzer import analyze
+from fxprune.planning.analyzer import analyze_with
 from fxprune.planning.ilp import check_budget
 from fxprune.planning.plan import Plan
-from fxprune.profiling.latency import choose_backend
 from fxprune.reporting.report import report
 from fxprune.rewriting.apply import apply
-from fxprune.search import compile as compilation
-from fxprune.search.plan_search import FITTING_METHODS, HEALING_IMAGES, JUDGING_IMAGES
+from fxprune.search.compile import Pruning, prune
+from fxprune.search.plan_search import FITTING_METHODS, HEALING_IMAGES, JUDGING_IMAGES, SearchOptions
 from fxprune.visualize import draw as drawing
 from fxprune.visualize.network_view import Drawable
 
@@ -61,7 +61,7 @@ class CalibrationInput:
             self.tell("attribution", 0, self.image_count)
 
 
-def open_calibration(model: nn.Module, data: DataOptions, tell: Tell, heal: str = "none") -> CalibrationInput:
+def open_calibration_images(model: nn.Module, data: DataOptions, tell: Tell, heal: str = "none") -> CalibrationInput:
     """Open the calibration images."""
     pictures = open_images(model, data, "calibration", heal)
     return CalibrationInput(calibration_batches(model, pictures, data), len(pictures.dataset), data.batch, tell)
@@ -69,14 +69,7 @@ def open_calibration(model: nn.Module, data: DataOptions, tell: Tell, heal: str 
 
 def run_analysis(model: nn.Module, images: CalibrationInput, scores: ScoreOptions, cost: str = "flops") -> Analysis:
     """Analyze a model on its calibration images."""
-    return analyze(
-        model,
-        images.loader,
-        criterion=scores.criterion,
-        seed=scores.seed,
-        latency_backend=choose_backend(cost, scores.latency_backend),
-        progress=images.tell_images,
-    )
+    return analyze_with(model, images.loader, scores.for_analysis(cost, images.tell_images))
 
 
 def load_checked_model(
@@ -90,40 +83,22 @@ def load_checked_model(
 
 
 def prune_and_heal(
-    model: nn.Module, images: CalibrationInput, scores: ScoreOptions, budget: BudgetOptions, search: SearchOptions
-) -> tuple[nn.Module, Analysis | None]:
-    """Prune and heal a model; with one plan by score also what it was chosen from."""
-    if search.strategy == "one_shot":
-        analysis = run_analysis(model, images, scores, budget.cost)
-        pruned = apply_plan(model, analysis.plan(budget.budget, budget.cost), images.tell)
-        return heal_model(pruned, model, images, search.heal, search.steps, scores.seed), analysis
-    pruned = compilation.compile(
-        model,
-        images.loader,
-        budget.budget,
-        criterion=scores.criterion,
-        cost=budget.cost,
-        strategy=search.strategy,
-        heal=search.heal,
-        latency_backend=scores.latency_backend,
-        seed=scores.seed,
-        tries=search.tries,
-        steps=search.steps,
-        progress=images.tell_images,
-    )
-    return pruned, None
+    model: nn.Module, images: CalibrationInput, scores: ScoreOptions, budget: BudgetOptions, options: PruneOptions
+) -> Pruning:
+    """Prune and heal a model, as `fxprune.compile` does."""
+    search = SearchOptions(budget.budget, budget.cost, options.strategy, options.tries)
+    healing = HealingOptions(options.heal, options.steps, seed=scores.seed, progress=images.tell_images)
+    return prune(model, images.loader, search, scores.for_analysis(budget.cost, images.tell_images), healing)
 
 
-def heal_model(
-    pruned: nn.Module, model: nn.Module, images: CalibrationInput, method: str, steps: int = 400, seed: int = 0
-) -> nn.Module:
+def heal_model(pruned: nn.Module, model: nn.Module, images: CalibrationInput, method: str) -> nn.Module:
     """Heal a pruned model, if that is asked for."""
     if method == "none":
         return pruned
-    return heal(pruned, model, images.loader, method, steps=steps, seed=seed, progress=images.tell)
+    return heal_with(pruned, model, images.loader, HealingOptions(method, progress=images.tell))
 
 
-def describe_effort(images: int, search: SearchOptions) -> str:
+def describe_effort(images: int, search: PruneOptions) -> str:
     """Say what a search will cost at most; empty if there is none."""
     if search.strategy != "search":
         return ""

@@ -1,18 +1,20 @@
-"""One pass over the calibration batches: read once, normalized once, labelled if need be."""
+"""Calibration batches: read once from a loader, and kept where they are needed again."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.adapters.calls import normalize_and_label, normalize_batch
+from fxprune.adapters.calls import AdaptedModel
+from fxprune.adapters.custom_loss import Loss
 from fxprune.adapters.protocol import Adapter, Batch, device_of
+from fxprune.adapters.registry import choose_adapter, unwrap
 from fxprune.errors import BatchError
 from fxprune.graph.fx_utils import map_tensors
 from fxprune.runtime.distributed import (
@@ -21,162 +23,218 @@ from fxprune.runtime.distributed import (
     check_enough_batches,
     equal_on_all_ranks,
     raise_on_all_ranks,
-    rank_and_world,
+    world_size,
 )
-
-
-class Calibration:
-    """The batches of a loader in the form the model's adapter takes.
-
-    Parameters
-    ----------
-    loader : iterable
-        Any iterable of batches; a generator is read once. Several processes are all given the same.
-
-    Attributes
-    ----------
-    first_raw
-        The first batch as it was given.
-    count : int
-        Batches of the loader, those of other processes too, that `own` has come by.
-    """
-
-    @classmethod
-    def of(cls, loader: Any) -> Calibration:
-        """A loader's calibration; one that was made already as it is."""
-        return loader if isinstance(loader, cls) else cls(loader)
-
-    def __init__(self, loader: Any) -> None:
-        if isinstance(loader, (str, bytes, Tensor, dict)) or not isinstance(loader, Iterable):
-            raise BatchError(
-                f"calib_loader must be an iterable of batches, got {type(loader).__name__};"
-                " a single batch goes in a list"
-            )
-        self._rest = iter(loader)
-        first = next(self._rest, _END)
-        if first is _END:
-            raise BatchError("calib_loader yielded no batch; give at least one")
-        self.first_raw: Any = first
-        self._first: Batch | None = None
-        self._kept: list[Batch] | None = None
-        self._with_labels: set[bool] = set()
-        self.count = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches that `keep` has read."""
-        return iter(self._kept or ())
-
-    @property
-    def targets(self) -> str:
-        """Where the targets of the batches read so far came from, in words."""
-        if all(self._with_labels):
-            return "labels given"
-        own = "the model's own confident outputs"
-        return f"labels given for some batches, {own} for the rest" if any(self._with_labels) else own
-
-    def own(self, model: nn.Module, adapter: Adapter) -> Iterator[tuple[int, Batch]]:
-        """Yield this process's share of the batches, each once and with its number among all.
-
-        Batches without labels get the model's own confident outputs.
-
-        Raises
-        ------
-        BatchError
-            At the end, if there were fewer batches than processes.
-        """
-        self.count = 0
-        for index, raw in enumerate(chain([self.first_raw], self._rest) if self._kept is None else self._kept):
-            self.count += 1
-            if belongs_to_rank(index):
-                yield index, raw if self._kept is not None else self._labelled(model, adapter, raw, index)
-        check_enough_batches(self.count)
-
-    def keep(self, model: nn.Module, adapter: Adapter) -> None:
-        """Read everything now, labelled by this model if need be; it can be gone through again then, or in parts.
-
-        Once is enough.
-        """
-        if self._kept is not None:
-            return
-        read: dict[int, Batch] = {}
-        own: dict[int, Any] = {}
-        with raise_on_all_ranks():
-            for index, raw in enumerate(chain([self.first_raw], self._rest)):
-                mine = belongs_to_rank(index)
-                read[index] = (self._labelled if mine or not index else normalize_batch)(model, adapter, raw, index)
-                if mine:
-                    own[index] = map_tensors(read[index].targets, Tensor.cpu)
-        self.count = len(read)
-        self.settle()
-        labelled: dict[int, Any] = {index: targets for part in all_gather(own) for index, targets in part.items()}
-        to = device_of(model)
-        self._kept = [
-            batch
-            if belongs_to_rank(index)
-            else replace(batch, targets=map_tensors(labelled[index], lambda value: value.to(to)))
-            for index, batch in read.items()
-        ]
-
-    def settle(self) -> None:
-        """Learn of the other processes where the targets of their batches came from.
-
-        Raises
-        ------
-        BatchError
-            If they read more batches, or fewer.
-        """
-        self._with_labels = set().union(*all_gather(self._with_labels))
-        counts = all_gather(self.count)
-        if len({*counts}) > 1:
-            raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER_HINT}")
-
-    def apart(self, images: int, others: int) -> tuple[Calibration, Calibration]:
-        """Two samples of the batches kept, no batch in both: as many as hold so many images, half of all at most, and
-        of the rest as many as hold so many others.
-
-        Both of all batches where these are too few for every process to have some in each.
-        """
-        kept, world = self._kept or [], rank_and_world()[1]
-        if len(kept) < 2 * world:
-            return self._some(kept, images), self._some(kept, others)
-        one = self._some(kept[::2], images)
-        return one, self._some([batch for batch in kept if all(batch is not own for own in one)], others)
-
-    def _some(self, batches: Sequence[Batch], images: int) -> Calibration:
-        part, found = copy.copy(self), 0
-        part._kept = []
-        for batch in batches:
-            if found < images or len(part._kept) < rank_and_world()[1]:
-                part._kept.append(batch)
-                found += batch.count
-        return part
-
-    def images(self, model: nn.Module, adapter: Adapter) -> Iterator[Batch]:
-        """Yield every batch once, in the form the adapter runs; labels are left out and none are made."""
-        if self._kept is not None:
-            yield from (Batch(batch.images, None, batch.count) for batch in self._kept)
-            return
-        for index, raw in enumerate(chain([self.first_raw], self._rest)):
-            batch = normalize_batch(model, adapter, raw, index)
-            yield Batch(batch.images, None, batch.count)
-
-    def first(self, model: nn.Module, adapter: Adapter) -> Batch:
-        """Return the first batch, which `own` gives again; read, and labelled if need be, when first asked for."""
-        if self._first is None:
-            self._first = self._read(model, adapter, self.first_raw, 0)
-        return self._first
-
-    def _labelled(self, model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
-        return self._read(model, adapter, raw, index) if index else self.first(model, adapter)
-
-    def _read(self, model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
-        batch, labelled = normalize_and_label(model, adapter, raw, index)
-        self._with_labels.add(labelled)
-        return batch
-
 
 _END = object()
 SAME_LOADER_HINT = "give all the same loader in the same order, one that does not share out images by itself"
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Calibration batches that are kept in memory.
+
+    Attributes
+    ----------
+    batches : tuple of Batch
+        All batches of the loader, with targets; the same in all processes.
+    adapter : Adapter
+        What they were read by.
+    targets : str
+        Where the targets came from, in words.
+
+    Examples
+    --------
+    >>> calibration = CalibrationSet.read(adapted, loader)         # doctest: +SKIP
+    >>> some, others = calibration.split(64, 192)                  # doctest: +SKIP
+    """
+
+    batches: tuple[Batch, ...] = field(repr=False)
+    adapter: Adapter
+    targets: str
+
+    @classmethod
+    def read(cls, adapted: AdaptedModel, raws: Iterable[Any]) -> CalibrationSet:
+        """Read all batches of a loader. Those without labels get the model's own confident outputs.
+
+        Every process labels its share of the batches and learns the others' targets.
+
+        Raises
+        ------
+        BatchError
+            If a batch cannot be read, or the processes read different numbers of batches.
+        """
+        read: dict[int, Batch] = {}
+        own: dict[int, tuple[Any, bool]] = {}
+        with raise_on_all_ranks():
+            for index, raw in enumerate(raws):
+                is_own = belongs_to_rank(index)
+                read[index] = (adapted.read if is_own or not index else adapted.normalize)(index, raw)
+                if is_own:
+                    own[index] = map_tensors(read[index].targets, Tensor.cpu), read[index].own_targets
+        check_same_count(len(read))
+        device = device_of(adapted.module)
+        for part in all_gather(own):
+            for index, (targets, own_targets) in part.items():
+                if not belongs_to_rank(index):
+                    targets = map_tensors(targets, lambda value: value.to(device))
+                    read[index] = replace(read[index], targets=targets, own_targets=own_targets)
+        sources = {batch.own_targets for batch in read.values()}
+        return cls(tuple(read.values()), adapted.adapter, describe_targets(sources))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    @property
+    def image_batches(self) -> list[Batch]:
+        """All batches, without their targets."""
+        return [replace(batch, targets=None) for batch in self.batches]
+
+    def own_batches(self) -> Iterator[Batch | None]:
+        """Yield the batches in order; None stands for one that is another process's to work on."""
+        check_enough_batches(len(self.batches))
+        for index, batch in enumerate(self.batches):
+            yield batch if belongs_to_rank(index) else None
+
+    def split(self, images: int, others: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Draw two samples with no batch in common.
+
+        Parameters
+        ----------
+        images : int
+            Images of the first sample: as many batches as hold them, at most half of all.
+        others : int
+            Images of the second sample, from the batches that are left.
+
+        Returns
+        -------
+        tuple of CalibrationSet
+            Both are drawn from all batches where there are too few for every process to have some of each.
+        """
+        if len(self.batches) < 2 * world_size():
+            return self._take(self.batches, images), self._take(self.batches, others)
+        first = self._take(self.batches[::2], images)
+        left = [batch for batch in self.batches if all(batch is not taken for taken in first.batches)]
+        return first, self._take(left, others)
+
+    def _take(self, batches: Sequence[Batch], images: int) -> CalibrationSet:
+        taken: list[Batch] = []
+        for batch in batches:
+            if sum(one.count for one in taken) < images or len(taken) < world_size():
+                taken.append(batch)
+        return replace(self, batches=tuple(taken))
+
+
+@dataclass(frozen=True)
+class OpenCalibration:
+    """A copy of a model, and the batches it will be calibrated on; of a loader no more than the first one is read.
+
+    Attributes
+    ----------
+    adapted : AdaptedModel
+        The private copy.
+    source : CalibrationSet or iterator
+        The batches that were kept, or the loader's, the first one included. An iterator can be used once.
+    first_raw
+        The first batch, as `source` has it.
+    """
+
+    adapted: AdaptedModel
+    source: CalibrationSet | Iterator[Any] = field(repr=False)
+    first_raw: Any = field(repr=False)
+
+    @cached_property
+    def first(self) -> Batch:
+        """The first batch, with targets."""
+        if isinstance(self.source, CalibrationSet):
+            return self.source.batches[0]
+        return self.adapted.read(0, self.first_raw)
+
+    def keep(self) -> CalibrationSet:
+        """Read all batches now and keep them."""
+        if isinstance(self.source, CalibrationSet):
+            return self.source
+        return CalibrationSet.read(self.adapted, self.source)
+
+    def image_batches(self) -> list[Batch]:
+        """Read all batches without their targets; none are made."""
+        if isinstance(self.source, CalibrationSet):
+            return self.source.image_batches
+        batches = (self.adapted.normalize(index, raw) for index, raw in enumerate(self.source))
+        return [replace(batch, targets=None) for batch in batches]
+
+    def own_batches(self, adapted: AdaptedModel) -> Iterator[Batch | None]:
+        """Yield the batches in order, read one at a time; None stands for one that is another process's to work on.
+
+        Parameters
+        ----------
+        adapted : AdaptedModel
+            The model that labels those that came without labels.
+
+        Raises
+        ------
+        BatchError
+            If a batch cannot be read, or, at the end, if there were fewer batches than processes.
+        """
+        if isinstance(self.source, CalibrationSet):
+            yield from self.source.own_batches()
+            return
+        count = 0
+        for index, raw in enumerate(self.source):
+            count += 1
+            if not belongs_to_rank(index):
+                yield None
+            else:
+                yield adapted.read(index, raw) if index else self.first
+        check_enough_batches(count)
+
+
+def open_calibration(model: nn.Module, loader: Any, loss: Loss | None, seed: int = 0) -> OpenCalibration:
+    """Copy a model, choose its adapter by the first batch of a loader, and prepare the copy.
+
+    Parameters
+    ----------
+    model : Module
+        The caller's; it is not changed.
+    loader : iterable or CalibrationSet
+        Batches as the adapter takes them; a generator is read once. Several processes are all given the same.
+    loss : callable, optional
+        The caller's own loss, for models of no known kind.
+    seed : int
+        Of samplers inside the loss.
+
+    Raises
+    ------
+    BatchError
+        If it is no iterable of batches, or yields none.
+    """
+    if isinstance(loader, CalibrationSet):
+        return OpenCalibration(AdaptedModel.copy_of(model, loader.adapter, seed), loader, None)
+    if isinstance(loader, (str, bytes, Tensor, dict)) or not isinstance(loader, Iterable):
+        raise BatchError(
+            f"calib_loader must be an iterable of batches, got {type(loader).__name__}; a single batch goes in a list"
+        )
+    batches = iter(loader)
+    first_raw = next(batches, _END)
+    if first_raw is _END:
+        raise BatchError("calib_loader yielded no batch; give at least one")
+    adapter = choose_adapter(unwrap(model), first_raw, loss)
+    return OpenCalibration(AdaptedModel.copy_of(model, adapter, seed), chain([first_raw], batches), first_raw)
+
+
+def describe_targets(sources: Collection[bool]) -> str:
+    """Say where targets came from; True stands for a batch with targets of the model's own."""
+    own = "the model's own confident outputs"
+    if not any(sources):
+        return "labels given"
+    return own if all(sources) else f"labels given for some batches, {own} for the rest"
+
+
+def check_same_count(count: int) -> None:
+    """Raise `BatchError` if the processes read more batches, or fewer."""
+    counts = all_gather(count)
+    if len({*counts}) > 1:
+        raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER_HINT}")
 
 
 def check_same_batches(batches: Iterable[Batch]) -> None:

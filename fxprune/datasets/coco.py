@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from fxprune.errors import DatasetError, FxpruneWarning
+from fxprune.errors import DatasetError
+from fxprune.runtime.user_warnings import warn_user
 
 ANNOTATION_PARTS = ("images", "annotations", "categories")
 
@@ -195,10 +195,8 @@ def _read_boxes(
         else:
             dropped.append(f"{name} (image {entry['image_id']}, bbox {list(box.xywh)})")
     if dropped:
-        warnings.warn(
-            f"{file}: {len(dropped)} box(es) without a positive width and height are left out, first {dropped[0]}",
-            FxpruneWarning,
-            stacklevel=4,
+        warn_user(
+            f"{file}: {len(dropped)} box(es) without a positive width and height are left out, first {dropped[0]}"
         )
     return boxes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fxprune.datasets.coco import read_image
-from fxprune.errors import DatasetError, FxpruneWarning
+from fxprune.errors import DatasetError
+from fxprune.runtime.user_warnings import warn_user
 
 Item = tuple[Tensor, dict[str, Any]]
 
@@ -115,7 +115,7 @@ def list_images(folder: Path) -> list[Path]:
         raise DatasetError(f"{folder} holds no image among its {len(files)} files")
     if others := [path.name for path in files if path not in set(images)]:
         text = f"{folder}: {len(others)} file(s) that are no images by their name are left out, first {others[0]}"
-        warnings.warn(text, FxpruneWarning, stacklevel=2)
+        warn_user(text)
     return images
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from fxprune.errors import LossError
 from fxprune.graph.fx_utils import TRACED_MODULES, fingerprint, graph_structure, is_weighted, is_within, join_path
 from fxprune.graph.operators import in_place_layers
-from fxprune.graph.records import Island, RecordedCall
+from fxprune.graph.records import Island, RecordedCall, Rejection
 from fxprune.graph.symbolic_shapes import tensor_specs
 from fxprune.graph.tracer import FunctionalTracer
 
@@ -24,7 +24,7 @@ _MAX_TRACE_ATTEMPTS = 64
 
 def capture_islands(
     model: nn.Module, run: Callable[[nn.Module], Any], whole_model_is_graph: bool
-) -> tuple[nn.Module, list[Island]]:
+) -> tuple[nn.Module, list[Island], list[Rejection]]:
     """Replace every island of a model by its `GraphModule`.
 
     Parameters
@@ -44,6 +44,9 @@ def capture_islands(
         The copy with its islands in place; a `GraphModule` if the whole model is one.
     islands : list of Island
         Outer ones before those nested in what stayed opaque inside them.
+    rejections : list of Rejection
+        Modules that could not be captured as one graph, with the words of the exception or what differed. Their parts
+        may be islands of their own.
 
     Raises
     ------
@@ -55,9 +58,8 @@ def capture_islands(
     calls = record_module_calls(shell, run)
     if not calls and any(True for _ in model.parameters()):
         raise LossError(f"the loss does not depend on the model: no layer of {type(model).__name__} was called")
-    islands = list(
-        _find_islands(shell, "root", calls) if whole_model_is_graph else _find_islands_below(shell, "root", calls)
-    )
+    search = _Search(shell, calls)
+    islands = list(search.find("root") if whole_model_is_graph else search.find_below("root"))
     while True:
         originals = {island.name: shell.get_submodule(island.name) for island in islands}
         for island in islands:
@@ -67,9 +69,16 @@ def capture_islands(
             break
         for island in reversed(islands):
             replace_module(shell, island.name, originals[island.name])
-        islands = [island for island in islands if not is_within(island.name, unfaithful)]
-        islands += _find_islands_below(shell, unfaithful, calls)
-    return shell.get_submodule("root"), [replace(island, name=island.name[len("root.") :]) for island in islands]
+        name, reason = unfaithful
+        search.refused[name] = reason
+        islands = [island for island in islands if not is_within(island.name, name)]
+        islands += search.find_below(name)
+    named = [replace(island, name=_without_root(island.name)) for island in islands]
+    return shell.get_submodule("root"), named, search.rejections()
+
+
+def _without_root(name: str) -> str:
+    return name.removeprefix("root").removeprefix(".")
 
 
 def record_module_calls(shell: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, RecordedCall]:
@@ -118,8 +127,8 @@ def _moments(value: torch.Tensor) -> tuple[float, float]:
 
 def _first_unfaithful(
     shell: nn.Module, islands: list[Island], calls: dict[str, RecordedCall], run: Callable[[nn.Module], Any]
-) -> str | None:
-    """Run the model with its islands installed; name the first whose outputs are not those of its module."""
+) -> tuple[str, str] | None:
+    """Run the model with its islands in place; name the first whose outputs are not those of its module, and why."""
     seen: dict[str, RecordedCall] = {}
     failure: Exception | None = None
     with ExitStack() as hooks, torch.no_grad():
@@ -130,8 +139,10 @@ def _first_unfaithful(
         except Exception as error:  # a graph may fail on real values in any way of its own
             failure = error
     wrong = [name for name, call in seen.items() if not _digests_equal(call.outputs, calls[name].outputs)]
+    if wrong and failure is not None:
+        return max(wrong, key=len), f"its graph fails on real values ({describe_exception(failure)})"
     if wrong:
-        return max(wrong, key=len) if failure is not None else wrong[0]
+        return wrong[0], "its graph has other outputs than the module on the first calibration batch"
     if failure is not None:
         raise failure
     return None
@@ -145,60 +156,125 @@ def _digests_equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def _find_islands(model: nn.Module, name: str, calls: dict[str, RecordedCall]) -> Iterator[Island]:
-    """Yield the outermost traceable modules at and below a path, and those nested in what is opaque in them."""
-    module = model.get_submodule(name)
-    if name in calls:
-        traced = trace_module(module, frozenset())
-        if traced is not None:
-            gm, opaque = traced
-            yield Island(name, gm, tuple(sorted(opaque)), calls[name], fingerprint(gm))
-            for path in sorted(opaque):
-                yield from _find_islands_below(model, join_path(name, path), calls)
-            return
-    yield from _find_islands_below(model, name, calls)
+class _Search:
+    """The search for islands, and why modules are none.
+
+    Attributes
+    ----------
+    refused : dict of str to str
+        Why a module that was called is not one graph, by path below the shell.
+    """
+
+    def __init__(self, shell: nn.Module, calls: dict[str, RecordedCall]) -> None:
+        self.shell, self.calls = shell, calls
+        self.refused: dict[str, str] = {}
+
+    def find(self, name: str) -> Iterator[Island]:
+        """Yield the outermost traceable modules at and below a path, and those nested in their opaque parts."""
+        if name in self.calls:
+            traced = trace_module(self.shell.get_submodule(name), frozenset())
+            if isinstance(traced, Traced):
+                yield Island(name, traced.gm, tuple(sorted(traced.opaque)), self.calls[name], fingerprint(traced.gm))
+                for path in sorted(traced.opaque):
+                    part = join_path(name, path)
+                    if part in self.calls:
+                        self.refused[part] = traced.opaque[path]
+                    yield from self.find_below(part)
+                return
+            self.refused[name] = traced.reason
+        yield from self.find_below(name)
+
+    def find_below(self, name: str) -> Iterator[Island]:
+        """The same for the children of a module."""
+        for child, _ in self.shell.get_submodule(name).named_children():
+            yield from self.find(join_path(name, child))
+
+    def rejections(self) -> list[Rejection]:
+        """What was refused; a container that is never called is not looked at."""
+        return [Rejection(_without_root(name) or "<model>", reason) for name, reason in self.refused.items() if reason]
 
 
-def _find_islands_below(model: nn.Module, name: str, calls: dict[str, RecordedCall]) -> Iterator[Island]:
-    for child, _ in model.get_submodule(name).named_children():
-        yield from _find_islands(model, join_path(name, child), calls)
+@dataclass(frozen=True)
+class Traced:
+    """A module as one graph.
+
+    Attributes
+    ----------
+    gm : GraphModule
+        The graph; the layers are shared with the module.
+    opaque : mapping of str to str
+        Paths that stayed one node, each with the reason.
+    """
+
+    gm: fx.GraphModule
+    opaque: Mapping[str, str]
 
 
-def trace_module(
-    module: nn.Module, opaque: frozenset[str], fixed_opaque: bool = False
-) -> tuple[fx.GraphModule, frozenset[str]] | None:
+@dataclass(frozen=True)
+class Untraced:
+    """A module that is not one graph, and the `reason` in words; "" where there is nothing to say of it."""
+
+    reason: str
+
+
+def describe_exception(error: BaseException) -> str:
+    """Name an exception and the first line of its message, e.g. ``TypeError: 'Proxy' object is not iterable``."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def trace_module(module: nn.Module, opaque: Collection[str], fixed_opaque: bool = False) -> Traced | Untraced:
     """Trace a module whose graph is the same in train and in eval mode.
 
-    A part that cannot be traced, or whose graph depends on the mode, becomes opaque: one node of the graph.
+    A part that cannot be traced, or whose graph depends on the mode, becomes opaque: one node of the graph. So do all
+    other parts of its class.
 
     Parameters
     ----------
     module : Module
         The module; its layers are shared with the graph, its modes are restored.
-    opaque : frozenset of str
+    opaque : collection of str
         Paths that are opaque from the start.
     fixed_opaque : bool
         Whether these are all that may be opaque.
 
     Returns
     -------
-    (GraphModule, frozenset of str) or None
-        None if the module's own forward is the part that cannot be traced, or no layer with weights was captured.
+    Traced or Untraced
+        `Untraced` if the module's own forward cannot be traced, or no layer with weights was captured.
     """
+    reasons = dict.fromkeys(opaque, "")
     for _ in range(1 if fixed_opaque else _MAX_TRACE_ATTEMPTS):
-        traced = _trace_both_modes(module, opaque)
-        if isinstance(traced, fx.GraphModule):
-            captured = any(is_weighted(traced, node) for node in traced.graph.nodes if node.target not in opaque)
-            return (traced, opaque) if captured else None
-        if traced == "" or traced in opaque:
-            return None
-        kind = type(module.get_submodule(traced))
-        opaque |= {path for path, part in module.named_modules() if path and type(part) is kind}
-    return None
+        try:
+            gm = _trace_both_modes(module, frozenset(reasons))
+        except _TraceFailure as failure:
+            if failure.path == "" or failure.path in reasons:
+                return Untraced(failure.reason)
+            kind = type(module.get_submodule(failure.path))
+            same = [path for path, part in module.named_modules() if path and type(part) is kind]
+            reasons |= {path: failure.reason for path in same if path not in reasons}
+        else:
+            weighted = any(is_weighted(gm, node) for node in gm.graph.nodes if node.target not in reasons)
+            return Traced(gm, reasons) if weighted else Untraced("")
+    return Untraced(f"too many of its parts could not be traced; the last one: {failure_text(reasons)}")
 
 
-def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule | str:
-    """Trace in train and eval mode; give the graph, or the path of the module that stands in the way."""
+def failure_text(reasons: Mapping[str, str]) -> str:
+    """Name the part that was found last, with its reason."""
+    path, reason = list(reasons.items())[-1]
+    return f"{path}: {reason}"
+
+
+class _TraceFailure(Exception):
+    """A module cannot be traced because of the part at `path` ("" is the module itself)."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path, self.reason = path, reason
+
+
+def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule:
+    """Trace in train and eval mode. Raises `_TraceFailure` if one fails, or if the two differ."""
     modes = {part: part.training for part in module.modules()}
     graphs: list[tuple[fx.Graph, FunctionalTracer]] = []
     try:
@@ -207,15 +283,18 @@ def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModu
             tracer = FunctionalTracer(opaque)
             try:
                 graphs.append((tracer.trace(module), tracer))
-            except Exception:  # a forward may fail on symbolic values in any way of its own
-                return tracer.failed_module or ""
+            except Exception as error:  # a forward may fail on symbolic values in any way of its own
+                reason = f"its forward could not be traced ({describe_exception(error)})"
+                raise _TraceFailure(tracer.failed_module or "", reason) from error
     finally:
         for part, training in modes.items():
             part.training = training
     (trained, first), (evaluated, second) = graphs
     difference = _first_difference(trained, evaluated)
     if difference is not None:
-        return (first if difference[0] is trained else second).owners.get(difference[1], "")
+        graph, node = difference
+        owner = (first if graph is trained else second).owners.get(node, "")
+        raise _TraceFailure(owner, f"its graph is not the same in train and in eval mode (from node {node!r} on)")
     gm = _make_graph_module(module, evaluated)
     gm.meta[TRACED_MODULES] = list(second.traced_modules)
     return gm

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.graph.capture import trace_module
+from fxprune.graph.capture import Traced, trace_module
 from fxprune.graph.fx_utils import class_names
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
 from fxprune.graph.tracer import LEAF_MODULES, static_length
@@ -129,7 +129,7 @@ def trace_leaf(layer: nn.Module) -> fx.GraphModule | None:
     if not any(name in LEAF_MODULES for name in class_names(layer)) or "forward" in vars(layer):
         return None
     traced = trace_module(layer, frozenset(), fixed_opaque=True)
-    return None if traced is None else traced[0]
+    return traced.gm if isinstance(traced, Traced) else None
 
 
 def input_convolutions(layer: nn.Module) -> list[str] | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,6 @@ class Rejection:
 
     name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A model with its islands in place, its regions, and what does not depend on the criterion."""
-
-    model: nn.Module
-    islands: Sequence[Island]
-    regions: Sequence[Region]
-    rejections: Sequence[Rejection]
-
-    @property
-    def graphs(self) -> list[tuple[str, fx.GraphModule]]:
-        """Name and graph of each island."""
-        return [(island.name, island.gm) for island in self.islands]
 
 
 IMAGES, RESULTS = "<images>", "<results>"

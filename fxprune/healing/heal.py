@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fxprune.adapters.protocol import Batch, device_of
-from fxprune.adapters.registry import choose_adapter, rewrap_like, unwrap
-from fxprune.datasets.calibration import Calibration, check_same_batches
-from fxprune.errors import FxpruneWarning, ModelError
-from fxprune.healing.distillation.schedule import Schedule
-from fxprune.healing.methods import METHODS, HealingContext, HealingRun, Note, run_method
+from fxprune.adapters.calls import isolated_run
+from fxprune.adapters.custom_loss import Loss
+from fxprune.adapters.protocol import Batch
+from fxprune.adapters.registry import rewrap_like, unwrap
+from fxprune.datasets.calibration import check_same_batches, open_calibration
+from fxprune.errors import ModelError
+from fxprune.healing.methods import HealingContext, HealingOptions, HealingRun, Note, run_method
 from fxprune.healing.teacher_student import TeacherStudent, pair_models
 from fxprune.planning.plan import Plan
 from fxprune.rewriting.apply import trace_checked
@@ -22,15 +21,14 @@ from fxprune.rewriting.history import SAVINGS_ATTRIBUTE, applied_plans, attach_h
 from fxprune.runtime.distributed import (
     broadcast_tensors,
     check_enough_batches,
-    on_device,
     raise_on_all_ranks,
     rank_and_world,
 )
-from fxprune.runtime.options import check_choice, refuse_removed_keywords
-from fxprune.runtime.private_copy import check_same_weights, preserve_rng_state, private_copy
+from fxprune.runtime.options import refuse_removed_keywords
+from fxprune.runtime.private_copy import check_same_weights, private_copy
 from fxprune.runtime.progress import Progress, no_progress
+from fxprune.runtime.user_warnings import warn_user
 
-Loss = Callable[[nn.Module, Any], Tensor]
 WARN_LOSS_DEVIATION = 1.0
 """How far off the loss on these is left that is told: as far as if one part of it had doubled."""
 
@@ -91,16 +89,20 @@ def heal(
     --------
     >>> healed = fxprune.heal(fxprune.apply(model, plan), model, loader, "affine")   # doctest: +SKIP
     """
-    check_heal(method)
-    schedule = Schedule(steps, learning_rate, seed)
-    care = HealingContext(schedule, progress or no_progress, final=method != "none")
-    return heal_student(pruned, original, calib_loader, method, loss, care)
+    options = HealingOptions(method, steps, learning_rate, seed, loss, progress or no_progress)
+    return heal_with(pruned, original, calib_loader, options)
+
+
+def heal_with(pruned: nn.Module, original: nn.Module, calib_loader: Any, options: HealingOptions) -> nn.Module:
+    """Heal a model; as `heal`, with the options in one value."""
+    context = HealingContext(options.schedule(), options.progress, final=options.method != "none")
+    return heal_student(pruned, original, calib_loader, options.method, options.loss, context)
 
 
 def heal_student(
     pruned: nn.Module,
     original: nn.Module,
-    calib_loader: Iterable[Any],
+    calib_loader: Any,
     method: str,
     loss: Loss | None,
     context: HealingContext,
@@ -108,13 +110,12 @@ def heal_student(
     """As `heal`; unless it is to be thorough, no images are held out, nothing is judged and nothing noted."""
     network, before = unwrap(pruned), unwrap(original)
     plans = _plans_applied_since(before, network)
-    device = device_of(network)
-    with on_device(device), preserve_rng_state(network), torch.inference_mode(False), torch.no_grad():
+    with isolated_run(network, grad=False):
         healed = private_copy(network, keep_precision=True)
         with raise_on_all_ranks():
             for record in plans[0].islands:
                 trace_checked(before, record, plans[0])  # held to its fingerprint
-            pair, batches = _make_pair(before, network, plans, Calibration.of(calib_loader), loss)
+            pair, batches = _make_pair(before, network, plans, calib_loader, loss)
         for model in (before, network):
             check_same_weights(model)
         check_same_batches(batches)
@@ -136,11 +137,9 @@ def _warn_of_loss(note: Note, strategy: str | None) -> None:
         off = "no number" if loss is None else f"still off by {loss:.2g} (1: as if one part of it had doubled)"
         more = "more steps" if note["method"] == "mimic" else "heal='mimic'"
         more += " or strategy='search'" * (strategy != "search")
-        warnings.warn(
+        warn_user(
             f"after healing, the loss on images that were held out is {off}: remove less, or try {more};"
-            " fxprune.evaluate tells what the model still finds",
-            FxpruneWarning,
-            stacklevel=5,
+            " fxprune.evaluate tells what the model still finds"
         )
 
 
@@ -156,19 +155,12 @@ def _plans_applied_since(before: nn.Module, network: nn.Module) -> tuple[Plan, .
 
 
 def _make_pair(
-    before: nn.Module, network: nn.Module, plans: Iterable[Plan], calibration: Calibration, loss: Loss | None
+    before: nn.Module, network: nn.Module, plans: Iterable[Plan], loader: Any, loss: Loss | None
 ) -> tuple[TeacherStudent, list[Batch]]:
-    """Private copies of both models, and the calibration batches in the form they are run on."""
-    adapter = choose_adapter(before, calibration.first_raw, loss)
-    old, new = private_copy(before), private_copy(network)
-    for twin in (old, new):
-        adapter.prepare(twin)
-    batches = list(calibration.images(old, adapter))
+    """Copy both models, and read the calibration batches."""
+    opened = open_calibration(before, loader, loss)
+    teacher, student = opened.adapted, opened.adapted.copy_version(network)
+    batches = opened.image_batches()
     check_enough_batches(len(batches))
     islands = {node.island for plan in plans for node in plan.nodes}
-    return pair_models(old, new, adapter, batches[0], islands), batches
-
-
-def check_heal(method: object) -> None:
-    """Raise `SettingError` unless a method is known."""
-    check_choice("heal", method, METHODS)
+    return pair_models(teacher.module, student.module, teacher.adapter, batches[0], islands), batches

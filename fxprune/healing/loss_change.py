@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters.calls import batch_loss
-from fxprune.adapters.protocol import Adapter, Batch, device_of
-from fxprune.adapters.registry import unwrap
+from fxprune.adapters.calls import AdaptedModel
+from fxprune.adapters.protocol import Batch
 from fxprune.attribution.criteria import part_sizes
 from fxprune.errors import LossError
-from fxprune.runtime.distributed import all_gather, on_device, raise_on_all_ranks
-from fxprune.runtime.private_copy import preserve_rng_state, private_copy
+from fxprune.runtime.distributed import all_gather, raise_on_all_ranks
 
 
 class LossChange:
-    """Takes the loss of pruned versions of a model.
+    """Measures how much the loss of pruned versions of a model differs from that of the model.
 
     Parameters
     ----------
-    model : Module
-        As it was.
-    adapter : Adapter
+    original : AdaptedModel
+        The model before it was pruned.
     batches : sequence of (int, Batch)
         This process's share of the images, with targets and with their numbers among all.
-    seed : int
-        For samplers inside the loss.
     """
 
     noise_std = 0.05
     """Standard deviation of what sums of single damages leave unexplained, in the logarithm of what has grown."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, batches: Sequence[tuple[int, Batch]], seed: int) -> None:
-        self.adapter, self.batches, self.seed = adapter, batches, seed
-        self.before = self.loss_parts(model)
+    def __init__(self, original: AdaptedModel, batches: Sequence[tuple[int, Batch]]) -> None:
+        self.original, self.batches = original, batches
+        self.before = self.loss_parts(original)
         size = self._mean(self.before)
         self.part_scale = part_sizes(size) if len(size) > 1 else size.abs().clamp_min(1.0)
 
@@ -59,17 +53,14 @@ class LossChange:
         """
         return self._mean_change(pruned, torch.abs)
 
-    def loss_parts(self, model: nn.Module) -> list[Tensor]:
-        """Parts (P,) of the loss of each batch."""
-        with to_be_run(model, self.adapter) as network:
-            return [
-                batch_loss(network, self.adapter, batch, index, self.seed).double().cpu()
-                for index, batch in self.batches
-            ]
+    def loss_parts(self, version: AdaptedModel) -> list[Tensor]:
+        """Compute the parts (P,) of the loss of each batch."""
+        with version.running(grad=False), raise_on_all_ranks():
+            return [version.loss(index, batch).double().cpu() for index, batch in self.batches]
 
     def _mean_change(self, pruned: nn.Module, count: Callable[[Tensor], Tensor]) -> float:
         try:
-            after = self.loss_parts(pruned)
+            after = self.loss_parts(self.original.copy_version(pruned))
         except LossError:
             return math.inf
         changes = [count((new - old) / self.part_scale) for new, old in zip(after, self.before, strict=True)]
@@ -82,18 +73,3 @@ class LossChange:
         totals, counts = zip(*all_gather(own), strict=True)
         mean: Tensor = sum(totals) / sum(counts)
         return mean
-
-
-@contextmanager
-def to_be_run(model: nn.Module, adapter: Adapter) -> Iterator[nn.Module]:
-    """A private copy of a version, ready to be run without gradients by all processes together."""
-    network = private_copy(unwrap(model))
-    adapter.prepare(network)
-    with (
-        on_device(device_of(network)),
-        preserve_rng_state(network),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        raise_on_all_ranks(),
-    ):
-        yield network

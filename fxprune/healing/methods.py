@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxprune.adapters.calls import AdaptedModel
+from fxprune.adapters.custom_loss import Loss
 from fxprune.adapters.protocol import Batch
 from fxprune.healing.distillation.feature_distance import FeatureDistance
 from fxprune.healing.distillation.feature_mimic import (
@@ -30,12 +32,39 @@ from fxprune.healing.saliency import Maps, saliency_maps
 from fxprune.healing.teacher_student import TeacherStudent
 from fxprune.runtime.distributed import gather_shards, raise_on_all_ranks, rank_and_world, run_on_rank_zero, take_shard
 from fxprune.runtime.json_text import replace_nonfinite
+from fxprune.runtime.options import check_choice
 from fxprune.runtime.progress import Progress, no_progress
 
 Note = dict[str, Any]
 NumberedBatch = tuple[int, Batch]  # a batch, or a piece of one, with the batch's number
 INTERPOLATIONS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """How far to go from the weights as they were to those that were fitted or trained; held-out images decide."""
+
+
+@dataclass(frozen=True)
+class HealingOptions:
+    """How a pruned model is healed; see `fxprune.heal`.
+
+    Raises
+    ------
+    SettingError
+        If one is not known, or is no such number.
+    """
+
+    method: str = "mimic"
+    steps: int = 400
+    learning_rate: float = 2e-3
+    seed: int = 0
+    loss: Loss | None = None
+    progress: Progress = field(default=no_progress, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice("heal", self.method, METHODS)
+        self.schedule()
+
+    def schedule(self) -> Schedule:
+        """Return the schedule of the training."""
+        return Schedule(self.steps, self.learning_rate, self.seed)
 
 
 @dataclass(frozen=True)
@@ -89,8 +118,8 @@ class HealingRun:
     def loss_change(self) -> LossChange:
         """Who takes the loss on what is held out."""
         pair, own = self.pair, take_shard(self.held_out)
-        labelled = [(index, pair.adapter.label(pair.teacher, piece)) for index, piece in own]
-        return LossChange(pair.teacher, pair.adapter, labelled, self.context.schedule.seed)
+        original = AdaptedModel(pair.teacher, pair.adapter, self.context.schedule.seed)
+        return LossChange(original, [(index, original.label(piece)) for index, piece in own])
 
     def feature_distance(self) -> float:
         """How far features are off on what is held out; no number where processes cannot share that out."""

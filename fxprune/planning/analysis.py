@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
 
 from fxprune.errors import BudgetError, SettingError
 from fxprune.graph.fx_utils import is_within
 from fxprune.graph.records import Link, Rejection
 from fxprune.planning.ilp import CostItem, check_budget, choose_regions
 from fxprune.planning.plan import Candidate, IslandRecord, NodeRecord, Plan, Totals, cost_of
+from fxprune.planning.provenance import Provenance
 from fxprune.profiling.flops_params import ParameterGroup
+from fxprune.runtime.options import check_choice
 
 COSTS = ("flops", "latency", "params", "blocks")
 """What a budget can count."""
@@ -20,8 +20,7 @@ COSTS = ("flops", "latency", "params", "blocks")
 
 def check_cost(cost: object) -> None:
     """Raise `SettingError` unless a cost is known."""
-    if cost not in COSTS:
-        raise SettingError(f"cost {cost!r} is not known; known: {', '.join(COSTS)}")
+    check_choice("cost", cost, COSTS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Analysis:
     links: tuple[Link, ...]
     islands: tuple[IslandRecord, ...]
     before: Totals
-    settings: Mapping[str, Any]
+    settings: Provenance
     groups: tuple[ParameterGroup, ...] = field(repr=False)
 
     def plan(self, budget: float = 0.1, cost: str = "flops") -> Plan:
@@ -115,7 +114,7 @@ class Analysis:
                 "cost='latency' needs milliseconds, and none were measured: call fxprune.analyze(...,"
                 " latency_backend='eager'), or 'inductor'"
             )
-        floor = self.settings["latency"]["floor"] if cost == "latency" else 0.0
+        floor = self.settings.latency_floor if cost == "latency" else 0.0
         if fraction < floor:
             raise BudgetError(
                 f"budget {fraction:.3g} of the model's latency cannot be told from noise: timed against itself it"

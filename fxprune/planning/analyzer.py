@@ -1,47 +1,163 @@
-"""The analysis of a model: capture it, find its regions, count its costs, run the calibration batches."""
+"""From a model and its batches to an `Analysis`: capture once, score by any number of criteria."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, fx, nn
+from torch import nn
 
-from fxprune.adapters.calls import batch_loss
-from fxprune.adapters.protocol import Adapter, Batch, device_of
-from fxprune.adapters.registry import choose_adapter, unwrap
+from fxprune.adapters.calls import isolated_run
+from fxprune.adapters.custom_loss import Loss
+from fxprune.adapters.protocol import Batch
+from fxprune.adapters.registry import unwrap
+from fxprune.attribution.captured_model import capture_model
 from fxprune.attribution.criteria import RegionScore, ScoringInputs, get_criterion
-from fxprune.attribution.dataflow import trace_dataflow
-from fxprune.attribution.linear_recovery import (
-    GramInterpreter,
-    GramSums,
-    LinearMap,
-    linearly_absorbable,
-    solve_linear_maps,
+from fxprune.attribution.scoring import fit_recovery_maps, record_attribution
+from fxprune.datasets.calibration import (
+    check_same_batches,
+    check_same_count,
+    describe_targets,
+    open_calibration,
 )
-from fxprune.attribution.recorder import AttributionRecord, RecordingInterpreter, merge_records
-from fxprune.datasets.calibration import Calibration, check_same_batches
-from fxprune.errors import LossError, ModelError
-from fxprune.graph.capture import capture_islands
-from fxprune.graph.interpreters import run_with
-from fxprune.graph.records import Captured, Link, Region, Rejection
-from fxprune.graph.region_finder import find_regions
-from fxprune.graph.symbolic_shapes import propagate_symbolic
 from fxprune.planning.analysis import Analysis
-from fxprune.planning.candidates import build_candidates, build_node_records, without_cost
+from fxprune.planning.candidates import build_candidates, build_node_records
 from fxprune.planning.plan import IslandRecord, Totals
-from fxprune.profiling.flops_params import count_flops, count_params, group_parameters
+from fxprune.planning.provenance import Provenance
+from fxprune.profiling.flops_params import count_params, group_parameters
 from fxprune.profiling.latency import BACKENDS, UNMEASURED, Latency, backend_copy, check_backend, measure_latency
-from fxprune.runtime.distributed import all_gather, on_device, raise_on_all_ranks, run_on_rank_zero
+from fxprune.runtime.distributed import raise_on_all_ranks, run_on_rank_zero
 from fxprune.runtime.options import refuse_removed_keywords
-from fxprune.runtime.private_copy import check_same_weights, preserve_rng_state, private_copy
-from fxprune.runtime.progress import Progress
+from fxprune.runtime.private_copy import check_same_weights
+from fxprune.runtime.progress import Progress, no_progress
 from fxprune.version import __version__
+
+
+@dataclass(frozen=True)
+class AnalysisOptions:
+    """How a model is analyzed; see `analyze`.
+
+    Raises
+    ------
+    SettingError
+        If one is not known.
+    """
+
+    criterion: str | RegionScore = "fisher"
+    loss: Loss | None = None
+    seed: int = 0
+    latency_backend: str | None = None
+    progress: Progress = field(default=no_progress, repr=False)
+
+    def __post_init__(self) -> None:
+        get_criterion(self.criterion)
+        check_backend(self.latency_backend)
+
+
+class Analyzer:
+    """A model that is captured once and scored by any number of criteria.
+
+    Parameters
+    ----------
+    model : Module
+        The caller's; the work is done on a copy.
+    loader : iterable or CalibrationSet
+        Batches. To score by more than one criterion they have to be kept.
+    options : AnalysisOptions
+        The criterion is not looked at; it is given to `score`.
+
+    Attributes
+    ----------
+    captured : CapturedModel
+        The copy, captured.
+    latency : Latency
+        What was measured before it was captured.
+
+    Raises
+    ------
+    FxpruneError
+        As `analyze` does.
+    """
+
+    def __init__(self, model: nn.Module, loader: Any, options: AnalysisOptions) -> None:
+        self.options, say = options, options.progress
+        network = unwrap(model)
+        check_same_weights(network)
+        with raise_on_all_ranks():
+            self.opened = open_calibration(network, loader, options.loss, options.seed)
+            adapted, first = self.opened.adapted, self.opened.first
+            backend = BACKENDS[options.latency_backend] if options.latency_backend else None
+            twin = backend_copy(adapted.module, backend) if backend else None
+            say("capture", 0, 1)
+            self.captured = capture_model(adapted, first)
+            say("capture", 1, 1)
+        check_same_batches([first])
+        self.name = type(network).__name__
+        self.latency = UNMEASURED if twin is None else self._measure_latency(twin, first)
+
+    def score(self, criterion: str | RegionScore) -> Analysis:
+        """Score every region; see `analyze` for the criteria."""
+        name, chosen = get_criterion(criterion)
+        captured, opened, say = self.captured, self.opened, self.options.progress
+        if chosen.linear_recovery:
+            opened = replace(opened, source=opened.keep())
+            maps = fit_recovery_maps(captured, opened.own_batches(captured.adapted), say)
+        else:
+            maps = {}
+        record, links, count = record_attribution(captured, chosen, opened.own_batches(captured.adapted), maps, say)
+        check_same_count(count)
+        inputs = ScoringInputs(
+            captured.regions, record, dict(captured.adapted.module.named_modules()), captured.adapted.seed
+        )
+        with raise_on_all_ranks():
+            scores = chosen.score(inputs)
+        scores = run_on_rank_zero(lambda: scores)
+        groups = group_parameters(captured.adapted.module, captured.graphs)
+        regions, unscored = build_candidates(captured.regions, scores, captured.flops, groups, self.latency)
+        settings = {
+            "model": self.name,
+            "criterion": name,
+            "seed": captured.adapted.seed,
+            "family": captured.adapted.adapter.family,
+            "images": record.images,
+            "batches": count,
+            "targets": describe_targets(record.own_targets),
+            "versions": library_versions(),
+        }
+        if self.latency is not UNMEASURED:
+            settings["latency"] = {"backend": self.options.latency_backend, **self.latency.settings}
+        blocks = sum(region.block for region in regions)
+        params = count_params(captured.adapted.module)
+        return Analysis(
+            regions=regions,
+            rejections=(*captured.rejections, *unscored),
+            nodes=tuple(build_node_records(captured.graphs, record, captured.flops)),
+            links=links,
+            islands=tuple(IslandRecord(i.name, i.fingerprint, i.opaque) for i in captured.islands),
+            before=Totals(captured.total_flops, params, blocks, self.latency.whole_ms),
+            settings=Provenance(settings),
+            groups=tuple(groups),
+        )
+
+    def _measure_latency(self, twin: nn.Module, first: Batch) -> Latency:
+        """Measure milliseconds; one process does, alone."""
+        backend, captured = BACKENDS[str(self.options.latency_backend)], self.captured
+        module, adapter = captured.adapted.module, captured.adapted.adapter
+        return run_on_rank_zero(
+            lambda: measure_latency(
+                backend, twin, module, captured.graphs, captured.regions, adapter, first, tell=self.options.progress
+            )
+        )
+
+
+def analyze_with(model: nn.Module, loader: Any, options: AnalysisOptions) -> Analysis:
+    """Analyze a model; as `analyze`, with the options in one value."""
+    with isolated_run(unwrap(model), grad=True):
+        return Analyzer(model, loader, options).score(options.criterion)
 
 
 @refuse_removed_keywords
@@ -50,12 +166,12 @@ def analyze(
     calib_loader: Iterable[Any],
     *,
     criterion: str | RegionScore = "fisher",
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
     latency_backend: str | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Find what can be removed from a model, what it would save, and how important it is.
+    """Find what can be removed from a model, what that would save, and how important it is.
 
     Parameters
     ----------
@@ -63,19 +179,19 @@ def analyze(
         A torchvision detector or classifier, an ultralytics model or `YOLO` object, or anything with a `loss`.
         It is not changed; the work is done on a copy in float32.
     calib_loader : iterable
-        Batches in the form the kind of model takes (an unknown form raises with the known ones), with labels or
+        Batches in the form this kind of model takes (an unknown form raises with the known ones), with labels or
         images alone; then the model's own confident outputs are the targets. Read once.
     criterion : str or callable
         ``"fisher"`` (default), ``"fisher_mended"``, ``"grad_delta"``, ``"grad_act"`` (arXiv 2602.14040), ``"l1"`` (its
-        baseline), ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by dotted path; see
-        `fxprune.attribution.criteria`. ``"fisher_mended"`` keeps the batches in memory.
+        baseline), ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by dotted path;
+        see `fxprune.attribution.criteria`. ``"fisher_mended"`` keeps the batches in memory.
     loss : callable, optional
         ``loss(model, batch) -> scalar Tensor``, the mean over the images; for models of no known kind.
     seed : int
         For samplers inside the loss, and for ``criterion="random"``.
     latency_backend : str, optional
-        ``"eager"`` or ``"inductor"`` (``torch.compile(dynamic=False)``): measure milliseconds there, of one
-        call in float32 on the first batch, with the model's device and torch's threads. Let nothing else run meanwhile.
+        ``"eager"`` or ``"inductor"`` (``torch.compile(dynamic=False)``): measure the milliseconds of one call in
+        float32 on the first batch there, on the model's device, with torch's threads. Let nothing else run meanwhile.
     progress : callable, optional
         ``progress(stage, done, total)``; `total` is None where it is not known.
 
@@ -83,7 +199,7 @@ def analyze(
     -------
     Analysis
         The same in all processes (`torch.distributed`), which share out the batches: call it in each, with the same
-        model and loader. One alone measures milliseconds.
+        model and loader. Milliseconds are measured by one process alone.
 
     Raises
     ------
@@ -96,176 +212,12 @@ def analyze(
     --------
     >>> plan = fxprune.analyze(model, loader).plan(budget=0.1)     # doctest: +SKIP
     """
-    study = Study(criterion, loss, seed, progress, latency_backend)
-    network = unwrap(model)
-    device = device_of(network)
-    with on_device(device), preserve_rng_state(network), torch.inference_mode(False), torch.enable_grad():
-        return study.run(private_copy(network), calib_loader)
+    options = AnalysisOptions(criterion, loss, seed, latency_backend, progress or no_progress)
+    return analyze_with(model, calib_loader, options)
 
 
-@dataclass(frozen=True)
-class Study:
-    """Settings of an analysis, checked; see `fxprune.analyze`.
-
-    Raises
-    ------
-    SettingError
-        If one is not known.
-    """
-
-    criterion: str | RegionScore
-    loss: Callable[[nn.Module, Any], Tensor] | None
-    seed: int
-    progress: Progress | None = None
-    latency_backend: str | None = None
-
-    def __post_init__(self) -> None:
-        get_criterion(self.criterion)
-        check_backend(self.latency_backend)
-
-    def run(self, model: nn.Module, calib_loader: Any) -> Analysis:
-        """Analyze a private copy of a model; it is changed."""
-        check_same_weights(model)
-        with raise_on_all_ranks():
-            calibration = Calibration.of(calib_loader)
-            adapter = choose_adapter(model, calibration.first_raw, self.loss)
-            adapter.prepare(model)
-            first = calibration.first(model, adapter)
-            twin = backend_copy(model, BACKENDS[self.latency_backend]) if self.latency_backend else None
-            self._say("capture", 0, 1)
-            captured = self.capture(model, adapter, first)
-            self._say("capture", 1, 1)
-            total, nodes = count_flops(lambda: adapter.predict(captured.model, first), captured.graphs)
-            flops = {key: value / first.count for key, value in nodes.items()}
-            captured = without_cost(captured, flops)
-        check_same_batches([first])
-        latency = UNMEASURED if twin is None else self._latency(twin, captured, adapter, first)
-        record, links = self._record(captured, adapter, calibration)
-        name, criterion = get_criterion(self.criterion)
-        evidence = ScoringInputs(
-            regions=captured.regions,
-            record=record,
-            modules=dict(captured.model.named_modules()),
-            seed=self.seed,
-        )
-        with raise_on_all_ranks():
-            scores = criterion.score(evidence)
-        scores = run_on_rank_zero(lambda: scores)
-        groups = group_parameters(captured.model, captured.graphs)
-        regions, unscored = build_candidates(captured.regions, scores, flops, groups, latency)
-        blocks = sum(region.block for region in regions)
-        settings = {
-            "model": type(model).__name__,
-            "criterion": name,
-            "seed": self.seed,
-            "family": adapter.family,
-            "images": record.images,
-            "batches": calibration.count,
-            "targets": calibration.targets,
-            "versions": _library_versions(),
-            **({"latency": {"backend": self.latency_backend, **latency.settings}} if twin else {}),
-        }
-        return Analysis(
-            regions=regions,
-            rejections=(*captured.rejections, *unscored),
-            nodes=tuple(build_node_records(captured.graphs, record, flops)),
-            links=links,
-            islands=tuple(IslandRecord(i.name, i.fingerprint, i.opaque) for i in captured.islands),
-            before=Totals(total / first.count, count_params(captured.model), blocks, latency.whole_ms),
-            settings=settings,
-            groups=tuple(groups),
-        )
-
-    def capture(self, model: nn.Module, adapter: Adapter, first: Batch) -> Captured:
-        """Capture a private copy of a model and find its regions.
-
-        Raises
-        ------
-        ModelError
-            If no part of it can be captured.
-        """
-        model, islands = capture_islands(
-            model, lambda network: batch_loss(network, adapter, first, 0, self.seed), adapter.whole_model_is_graph
-        )
-        if not islands:
-            raise ModelError(f"no part of {type(model).__name__} with weights could be traced to an fx graph")
-        regions: list[Region] = []
-        rejections: list[Rejection] = []
-        for island in islands:
-            shapes = propagate_symbolic(island.gm, island.call.args, island.call.kwargs)
-            found, refused = find_regions(island.name, island.gm, shapes)
-            regions += found
-            rejections += refused
-        return Captured(model, islands, regions, rejections)
-
-    def _record(
-        self, captured: Captured, adapter: Adapter, calibration: Calibration
-    ) -> tuple[AttributionRecord, tuple[Link, ...]]:
-        """One forward and one backward pass per batch, every node recorded; and what the first one links."""
-        record = AttributionRecord()
-        links: tuple[Link, ...] = ()
-        criterion = get_criterion(self.criterion)[1]
-        maps = self._maps(captured, adapter, calibration) if criterion.linear_recovery else {}
-
-        def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
-            own = [region for region in captured.regions if region.island == island]
-            return RecordingInterpreter(gm, island, record, own, criterion.gate, maps)
-
-        with raise_on_all_ranks(), run_with(captured.graphs, make):
-            for index, batch in calibration.own(captured.model, adapter):
-                run = partial(batch_loss, captured.model, adapter, batch, index, self.seed)
-                parts, links = (run(), links) if record.images else trace_dataflow(run, captured.graphs)
-                if not parts.requires_grad:
-                    raise LossError(f"batch {index}: the loss does not depend on the model's captured layers")
-                criterion.loss(parts).backward()  # type: ignore[no-untyped-call]
-                record.close_batch(index, batch.count)
-                self._say("attribution", index + 1, None)
-        calibration.settle()
-        record = merge_records(all_gather(record))
-        if not record.grad_act:
-            raise LossError("no gradient reached any captured layer: the loss does not depend on the model")
-        return record, run_on_rank_zero(lambda: links)
-
-    def _maps(self, captured: Captured, adapter: Adapter, calibration: Calibration) -> Mapping[str, LinearMap]:
-        """What stands in for regions once they are mended: one forward pass per batch, and another of the first."""
-        calibration.keep(captured.model, adapter)
-        sums: GramSums = {}
-        with raise_on_all_ranks(), torch.no_grad():
-            regions: list[Region] | None = None
-            for index, batch in calibration.own(captured.model, adapter):
-                run = partial(batch_loss, captured.model, adapter, batch, index, self.seed)
-                if regions is None:
-                    with torch.enable_grad(), run_with(captured.graphs, _make_tracking_interpreter):
-                        links = trace_dataflow(run, captured.graphs)[1]
-                    regions = list(linearly_absorbable(captured.graphs, links, captured.regions))
-                with run_with(captured.graphs, partial(_make_gram_interpreter, regions, sums)):
-                    run()
-                self._say("stand-ins", index + 1, None)
-        return solve_linear_maps(sums)
-
-    def _latency(self, twin: nn.Module, captured: Captured, adapter: Adapter, first: Batch) -> Latency:
-        """Measured by one process alone."""
-        backend, graphs, regions = BACKENDS[str(self.latency_backend)], captured.graphs, captured.regions
-        return run_on_rank_zero(
-            lambda: measure_latency(backend, twin, captured.model, graphs, regions, adapter, first, tell=self._say)
-        )
-
-    def _say(self, stage: str, done: int, total: int | None) -> None:
-        if self.progress is not None:
-            self.progress(stage, done, total)
-
-
-def _make_tracking_interpreter(island: str, gm: fx.GraphModule) -> fx.Interpreter:
-    return RecordingInterpreter(gm, island, AttributionRecord(), ())
-
-
-def _make_gram_interpreter(
-    regions: Sequence[Region], sums: GramSums, island: str, gm: fx.GraphModule
-) -> fx.Interpreter:
-    return GramInterpreter(gm, [region for region in regions if region.island == island], sums)
-
-
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Return the versions of what an analysis depends on."""
     return {
         "fxprune": __version__,
         "torch": torch.__version__,

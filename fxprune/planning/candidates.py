@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-from torch import nn
+from collections.abc import Iterator, Mapping, Sequence
 
 from fxprune.attribution.criteria import absolute_weights
 from fxprune.attribution.recorder import AttributionRecord
-from fxprune.errors import LossError, NoRegionError, SettingError
+from fxprune.errors import LossError, SettingError
 from fxprune.graph.fx_utils import join_path, operation_name
 from fxprune.graph.interpreters import Graphs, NodeName
-from fxprune.graph.records import Captured, Region, Rejection
+from fxprune.graph.records import Region, Rejection
 from fxprune.planning.plan import Candidate, NodeRecord
 from fxprune.profiling.flops_params import ParameterGroup
 from fxprune.profiling.latency import Latency
-from fxprune.runtime.text import first_few
 
 
 def build_candidates(
     regions: Sequence[Region],
     scores: dict[str, float],
-    flops: dict[NodeName, float],
+    flops: Mapping[NodeName, float],
     groups: Sequence[ParameterGroup],
     latency: Latency,
 ) -> tuple[tuple[Candidate, ...], list[Rejection]]:
@@ -49,7 +46,9 @@ def build_candidates(
     return tuple(rows), refused
 
 
-def build_node_records(graphs: Graphs, record: AttributionRecord, flops: dict[NodeName, float]) -> Iterator[NodeRecord]:
+def build_node_records(
+    graphs: Graphs, record: AttributionRecord, flops: Mapping[NodeName, float]
+) -> Iterator[NodeRecord]:
     """Say of every node what it is and what was found of it."""
     for island, gm in graphs:
         for node in gm.graph.nodes:
@@ -67,19 +66,3 @@ def build_node_records(graphs: Graphs, record: AttributionRecord, flops: dict[No
                 l1=(absolute_weights([gm.get_submodule(str(node.target))]) or None) if called else None,
                 flops=flops.get(key, 0.0),
             )
-
-
-def without_cost(captured: Captured, flops: dict[tuple[str, str], float]) -> Captured:
-    """Take out the regions that do no work at inference. Raises `NoRegionError` if none is left."""
-    idle = [r for r in captured.regions if not sum(flops.get((r.island, node), 0.0) for node in r.nodes)]
-    reason = "it does no floating point work at inference on the first calibration batch"
-    rejections = [*captured.rejections, *(Rejection(region.name, reason) for region in idle)]
-    regions = [region for region in captured.regions if region not in idle]
-    if not regions:
-        raise _no_region_error(captured.model, rejections)
-    return Captured(captured.model, captured.islands, regions, rejections)
-
-
-def _no_region_error(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionError:
-    rows = first_few([f"\n  {rejection.name}: {rejection.reason}" for rejection in rejections], most=20, separator="")
-    return NoRegionError(f"nothing in {type(model).__name__} can be removed:{rows}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from fxprune.errors import PlanError
 from fxprune.graph.records import Link, Rejection
 from fxprune.planning.plan_schema import encode_json, read_record
+from fxprune.planning.provenance import Provenance
 
 VERSION = 2
 """Version of the plan file's schema; files of version 1, which know of no latency, are read as well."""
@@ -185,7 +186,7 @@ class Plan:
 
     budget: float
     cost: str
-    settings: Mapping[str, Any]
+    settings: Provenance
     before: Totals
     after: Totals
     islands: tuple[IslandRecord, ...]
@@ -201,7 +202,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, ready for JSON."""
-        return {"fxprune_plan": VERSION, **json.loads(json.dumps(asdict(self)))}
+        rows = {**vars(self), "settings": dict(self.settings)}
+        plain = {name: _to_plain(value) for name, value in rows.items()}
+        return {"fxprune_plan": VERSION, **json.loads(json.dumps(plain))}
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
@@ -222,6 +225,10 @@ class Plan:
         parts: dict[str, Any] = {"before": Totals, "after": Totals}
         lists: dict[str, Any] = {"islands": IslandRecord, "regions": Candidate, "rejections": Rejection}
         lists |= {"nodes": NodeRecord, "links": Link}
+        if "settings" in rest:
+            if not isinstance(rest["settings"], Mapping):
+                raise PlanError(f"plan field 'plan.settings' should be an object, is {rest['settings']!r}")
+            rest["settings"] = Provenance(rest["settings"])
         for key, kind in parts.items():
             rest[key] = read_record(kind, rest.get(key), key, _fail, added)
         for key, kind in lists.items():
@@ -255,3 +262,10 @@ class Plan:
 
 def _fail(text: str) -> PlanError:
     return PlanError(f"plan {text}")
+
+
+def _to_plain(value: Any) -> Any:
+    """Turn records, and lists of them, into plain data."""
+    if isinstance(value, (tuple, list)):
+        return [_to_plain(row) for row in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

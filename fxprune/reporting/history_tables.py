@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from fxprune.planning.plan import Plan, Totals, cost_of
+from fxprune.planning.provenance import as_number
 from fxprune.reporting.importance_scale import choose_scale
 from fxprune.reporting.table_model import (
     MAX_NAMES,
@@ -70,7 +71,7 @@ def build_steps(plans: Sequence[Plan]) -> tuple[Step, ...]:
     for plan in plans:
         blocks -= plan.before.blocks - plan.after.blocks
         names = tuple(region.name for region in sorted(plan.removed, key=lambda region: region.score))
-        steps.append(Step(names, replace(plan.after, blocks=blocks), _number(plan.settings.get("loss_increase"))))
+        steps.append(Step(names, replace(plan.after, blocks=blocks), plan.settings.loss_increase))
     return tuple(steps)
 
 
@@ -101,7 +102,7 @@ def _describe_ways(plans: Sequence[Plan]) -> Iterator[str]:
 
     def way(numbered: tuple[int, Plan]) -> str:
         plan = numbered[1]
-        return f"{_describe_budget(plan)}; by {plan.settings.get('criterion')}; {_describe_calibration(plan)}"
+        return f"{_describe_budget(plan)}; by {plan.settings.criterion}; {_describe_calibration(plan)}"
 
     for text, some in groupby(enumerate(plans, 1), way):
         numbers = [number for number, _ in some]
@@ -113,7 +114,7 @@ def _removed_section(plans: Sequence[Plan]) -> Section:
     kinds: tuple[Kind, ...] = ("number", "name", "words", "number", "number", "number")
     rows = []
     for number, plan in enumerate(plans, 1):
-        scale, criterion = choose_scale(region.score for region in plan.regions), str(plan.settings.get("criterion"))
+        scale, criterion = choose_scale(region.score for region in plan.regions), plan.settings.criterion
         for region in sorted(plan.removed, key=lambda region: region.score):
             costs = format_share(region.flops, plans[0].before.flops), format_quantity(region.params)
             rows.append(
@@ -125,8 +126,7 @@ def _removed_section(plans: Sequence[Plan]) -> Section:
 
 def healing_section(plans: Sequence[Plan]) -> Section | None:
     """How a model was healed, and what that did to its features; None if it was not."""
-    notes = [plan.settings.get("heal") for plan in plans]
-    known = [note for note in notes if isinstance(note, Mapping)]
+    known = [plan.settings.healing for plan in plans if plan.settings.healing]
     if not known:
         return None
     trained, judged = (any(key in note for note in known) for key in ("steps", "loss"))
@@ -142,7 +142,7 @@ def healing_section(plans: Sequence[Plan]) -> Section | None:
 
 def _describe_share(note: Mapping[str, Any]) -> str:
     """Say how far a healing went, where that was not all the way."""
-    share = _number(note.get("share"))
+    share = as_number(note.get("share"))
     if share is None or share == 1:
         return ""
     return f"It went {share:.0%} of the way: there the loss on images that were held out is nearest to what it was."
@@ -162,14 +162,15 @@ def _before_and_after(note: Mapping[str, Any], what: str) -> tuple[float | None,
     """What it was before and after a healing, where that is known."""
     found = note.get(what)
     known = found if isinstance(found, Mapping) else {}
-    return _number(known.get("before")), _number(known.get("after"))
+    return as_number(known.get("before")), as_number(known.get("after"))
 
 
 def decision_section(plans: Sequence[Plan]) -> Section:
     """What the last of some plans was made by."""
     plan = plans[-1]
     settings = {key: value for key, value in plan.settings.items() if key not in DESCRIBED_SETTINGS}
-    versions = settings.pop("versions", {})
+    settings.pop("versions", None)
+    versions = plan.settings.versions
     rows = {
         "budget": _describe_budget(plan),
         "criterion": settings.pop("criterion", ""),
@@ -177,10 +178,10 @@ def decision_section(plans: Sequence[Plan]) -> Section:
     }
     if "strategy" in plan.settings:
         rows["strategy"] = _describe_strategy(plan)
-    if isinstance(settings.get("latency"), Mapping):
+    if plan.settings.latency:
         settings["latency"] = _describe_latency(plan)
     rows |= settings
-    if isinstance(versions, Mapping) and versions:
+    if versions:
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     columns = (Column("", "words"), Column("", "words"))
     return Section("How it was decided", columns, tuple(Row((key, str(value))) for key, value in rows.items()))
@@ -189,12 +190,12 @@ def decision_section(plans: Sequence[Plan]) -> Section:
 def _describe_strategy(plan: Plan) -> str:
     name, tried = plan.settings["strategy"], plan.settings.get("tried")
     mended = " once mended" if plan.settings.get("mended", "none") != "none" else ""
-    agreement = _number(plan.settings.get("agreement"))
+    agreement = plan.settings.agreement
     if name == "search" and agreement is not None:
         judged = f"by what it still finds{mended}, as mAP of what was found before; that of the best: {agreement:.3f}"
         return f"search: {count_noun(tried, 'plan')} tried, each judged {judged}"
     if name == "search":
-        grown = format_signed(_number(plan.settings.get("loss_increase")))
+        grown = format_signed(plan.settings.loss_increase)
         return (
             f"search: {count_noun(tried, 'plan')} tried, each judged by its loss{mended}; growth of the best: {grown}"
         )
@@ -216,22 +217,16 @@ def _describe_calibration(plan: Plan) -> str:
 
 def latency_conditions(plan: Plan) -> dict[str, Any]:
     """What the plan's milliseconds are of; figures that differ in it do not compare."""
-    settings = plan.settings.get("latency")
-    known = settings if isinstance(settings, Mapping) else {}
-    return {key: known.get(key, "?") for key in ("backend", "device", "images", "threads")}
+    return {key: plan.settings.latency.get(key, "?") for key in ("backend", "device", "images", "threads")}
 
 
 def _describe_latency(plan: Plan) -> str:
     backend, device, images, threads = latency_conditions(plan).values()
-    floor = plan.settings["latency"].get("floor")
-    noise = f"; the model strays from itself by {floor:.1%}" if isinstance(floor, float) else ""
+    floor = plan.settings.latency_floor
+    noise = f"; the model strays from itself by {floor:.1%}" if floor else ""
     return f"{backend} on {device}, {count_noun(threads, 'thread')}, {count_noun(images, 'image')} a call{noise}"
 
 
 def format_signed(value: float | None) -> str:
     """Write a growth with its sign: ``format_signed(-0.0123) == "−0.0123"``."""
     return "" if value is None else f"{'−' if value < 0 else '+'}{abs(value):.3g}"
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -120,7 +120,7 @@ def _chart(plan: Plan, whole: Totals, when: str) -> Section:
         rows = shown if fits or region.removed else hidden
         blocks += region.block and rows is hidden
         rows.append(_row(region, marks[index], scale, whole, timed))
-    title = f"Importance by {plan.settings.get('criterion')}{when}, least first"
+    title = f"Importance by {plan.settings.criterion}{when}, least first"
     more = _hidden_section(columns, hidden, blocks, len(marks))
     return Section(title, columns, tuple(shown), tuple(_legend(plan, scale, shown)), more)
 

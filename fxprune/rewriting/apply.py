@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,8 +9,8 @@ import torchvision
 from torch import fx, nn
 
 from fxprune.adapters.registry import rewrap_like, unwrap
-from fxprune.errors import FxpruneWarning, PlanError
-from fxprune.graph.capture import replace_module, trace_module
+from fxprune.errors import PlanError
+from fxprune.graph.capture import Traced, Untraced, replace_module, trace_module
 from fxprune.graph.channels import channels_of
 from fxprune.graph.fx_utils import fingerprint, join_path
 from fxprune.passes.bypass import bypass_regions
@@ -22,6 +20,7 @@ from fxprune.planning.plan import Candidate, IslandRecord, Plan
 from fxprune.rewriting.history import attach_history, narrowing_savings, raw_plans, structural_changes
 from fxprune.rewriting.verification import verify_graph, verify_weights
 from fxprune.runtime.private_copy import private_copy
+from fxprune.runtime.user_warnings import warn_user
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -70,7 +69,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         pruned = shell.get_submodule("root")
     verify_weights(network, pruned, plan, narrowed)
     saved = narrowing_savings({node.name: node.flops for node in plan.nodes}, network.state_dict(), narrowed)
-    unhealed = {key: value for key, value in plan.settings.items() if key != "heal"}
+    unhealed = plan.settings.without("heal")
     plans = [*raw_plans(network), replace(plan, settings=unhealed).to_dict()]
     attach_history(pruned, plans, structural_changes(network), saved)
     return rewrap_like(model, pruned)
@@ -90,21 +89,22 @@ def trace_checked(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.Grap
     except AttributeError:
         raise PlanError(f"the plan needs {where}, which this model does not have") from None
     traced = trace_module(module, frozenset(record.opaque), fixed_opaque=True)
-    found = None if traced is None else fingerprint(traced[0])
-    if traced is None or found != record.fingerprint:
-        raise PlanError(
-            f"{where} of this model has fingerprint {found}, the plan was made for {record.fingerprint}:"
-            f" the structure differs{_describe_version_changes(plan)}; analyze this model and make a new plan"
-        )
-    return traced[0]
+    if isinstance(traced, Traced) and fingerprint(traced.gm) == record.fingerprint:
+        return traced.gm
+    found = f"has fingerprint {fingerprint(traced.gm)}" if isinstance(traced, Traced) else "is no graph"
+    why = f" ({traced.reason})" if isinstance(traced, Untraced) and traced.reason else ""
+    raise PlanError(
+        f"{where} of this model {found}{why}, the plan was made for {record.fingerprint}:"
+        f" the structure differs{_describe_version_changes(plan)}; analyze this model and make a new plan"
+    )
 
 
 def _describe_version_changes(plan: Plan) -> str:
     """Say which libraries have another version than when the plan was made, for their models may be others too."""
-    made = plan.settings.get("versions")
+    made = plan.settings.versions
     known = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     known = {name: version.partition("+")[0] for name, version in known.items()}
-    then = {name: str(made[name]).partition("+")[0] for name in known if isinstance(made, Mapping) and name in made}
+    then = {name: made[name].partition("+")[0] for name in known if name in made}
     others = [f"{name} {then[name]}, here is {known[name]}" for name in then if then[name] != known[name]]
     return f" (it was made with {' and '.join(others)})" if others else ""
 
@@ -142,9 +142,7 @@ def _warn_of_hooks(island: str, module: nn.Module, gm: fx.GraphModule) -> None:
         hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         if any(hooks) and not f"{name}.".startswith(called):
             shown = ".".join(filter(None, (island, name))) or "the model itself"
-            warnings.warn(
+            warn_user(
                 f"{shown} carries hooks; it becomes part of a graph and they are gone in the pruned model."
-                " Register them on the result, or on a layer that stays",
-                FxpruneWarning,
-                stacklevel=4,
+                " Register them on the result, or on a layer that stays"
             )

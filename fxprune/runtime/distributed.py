@@ -31,6 +31,11 @@ def rank_and_world() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
 
 
+def world_size() -> int:
+    """Number of processes; 1 where no process group was set up."""
+    return rank_and_world()[1]
+
+
 def belongs_to_rank(index: int) -> bool:
     """Whether this process works on the item at `index` of a sequence that all processes iterate over."""
     rank, world = rank_and_world()

@@ -1,31 +1,38 @@
-"""Everything in one call: score, choose, remove, mend."""
+"""Everything in one call: score, choose, remove, heal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from fxprune.adapters.protocol import device_of
-from fxprune.adapters.registry import choose_adapter, unwrap
+from fxprune.adapters.calls import isolated_run
+from fxprune.adapters.custom_loss import Loss
+from fxprune.adapters.registry import unwrap
 from fxprune.attribution.criteria import RegionScore
-from fxprune.datasets.calibration import Calibration
-from fxprune.healing.distillation.schedule import Schedule
-from fxprune.healing.heal import Loss, check_heal, heal
-from fxprune.planning.analysis import check_cost
-from fxprune.planning.ilp import check_budget
+from fxprune.datasets.calibration import CalibrationSet, open_calibration
+from fxprune.healing.heal import heal_with
+from fxprune.healing.methods import HealingOptions
+from fxprune.planning.analysis import Analysis
+from fxprune.planning.analyzer import AnalysisOptions
+from fxprune.planning.plan import Plan
 from fxprune.profiling.latency import choose_backend
 from fxprune.rewriting.apply import apply
-from fxprune.runtime.distributed import on_device, raise_on_all_ranks
+from fxprune.runtime.distributed import raise_on_all_ranks
 from fxprune.runtime.options import refuse_removed_keywords
-from fxprune.runtime.private_copy import preserve_rng_state, private_copy
 from fxprune.runtime.progress import Progress, no_progress
-from fxprune.search.plan_search import DEFAULT_TRIES, SearchSettings
+from fxprune.search.plan_search import DEFAULT_TRIES, SearchOptions, find_plan
 
-QUICK_METHODS = {"mimic": "affine"}
-"""How plans are mended while they are compared, where the result is mended in a way that takes long."""
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `prune` returns: the pruned model, the plan that was carried out, and the analysis it was chosen from."""
+
+    model: nn.Module
+    plan: Plan
+    analysis: Analysis
 
 
 @refuse_removed_keywords
@@ -45,7 +52,7 @@ def compile(
     steps: int = 400,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Remove a fraction of a model's cost, and mend what that broke.
+    """Remove a fraction of a model's cost, and heal what is left.
 
     Parameters
     ----------
@@ -57,15 +64,17 @@ def compile(
         What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
     strategy : str
         ``"one_shot"``: the best plan by score. ``"search"``, for budgets of 0.2 on: `tries` plans, first those of the
-        criterion, ``"fisher_mended"`` and their mean, mended on 64 images, judged on 192 others
+        criterion, ``"fisher_mended"`` and their mean, healed on 64 images, judged on 192 others
         (`fxprune.search.agreement`). An interrupted search returns the best plan so far.
     heal : str
-        How it is mended, see `fxprune.heal`. All but ``"none"`` keep the batches in memory.
+        How the pruned model is healed, see `fxprune.heal`. All methods but ``"none"`` keep the batches in memory.
+    tries, steps : int
+        Plans that a search tries; steps that ``heal="mimic"`` trains for.
 
     Returns
     -------
     Module
-        The same kind of model, smaller; see `fxprune.apply`. `fxprune.report` says what went. The same in all
+        The same kind of model, smaller; see `fxprune.apply`. `fxprune.report` says what was removed. The same in all
         processes (`torch.distributed`) if all call it with the same model and loader; an interruption ends them.
 
     Raises
@@ -76,32 +85,30 @@ def compile(
     --------
     >>> pruned = fxprune.compile(model, loader, budget=0.3, strategy="search", heal="mimic")   # doctest: +SKIP
     """
-    check_budget(budget)
-    check_cost(cost)
-    check_heal(heal)
-    Schedule(steps)
-    quick, timed, say = QUICK_METHODS.get(heal, heal), choose_backend(cost, latency_backend), progress or no_progress
-    search = SearchSettings(strategy, float(budget), cost, criterion, quick, loss, seed, timed, tries, say)
-    with on_device(device_of(unwrap(model))):
-        calibration = Calibration.of(calib_loader)
-        if strategy != "one_shot" or heal != "none":
-            materialize_calibration(model, calibration, loss)
-        pruned = apply(model, search.run(model, calibration))
-        return pruned if heal == "none" else _heal_pruned(pruned, model, calibration, search, heal, steps)
+    say = progress or no_progress
+    analysis = AnalysisOptions(criterion, loss, seed, choose_backend(cost, latency_backend), say)
+    healing = HealingOptions(heal, steps, seed=seed, loss=loss, progress=say)
+    return prune(model, calib_loader, SearchOptions(budget, cost, strategy, tries), analysis, healing).model
 
 
-def materialize_calibration(model: nn.Module, calibration: Calibration, loss: Loss | None) -> None:
-    """Keep the batches, labelled by the model as it was if need be."""
-    network = unwrap(model)
-    with raise_on_all_ranks(), preserve_rng_state(network), torch.inference_mode(False):
-        twin = private_copy(network)
-        adapter = choose_adapter(twin, calibration.first_raw, loss)
-        adapter.prepare(twin)
-        calibration.keep(twin, adapter)
+def prune(
+    model: nn.Module, calib_loader: Any, search: SearchOptions, analysis: AnalysisOptions, healing: HealingOptions
+) -> Pruning:
+    """Do what `compile` does, with the options in three values; return the plan and the analysis too."""
+    with isolated_run(unwrap(model), grad=True):
+        loader: Any = calib_loader
+        if search.strategy != "one_shot" or healing.method != "none":
+            loader = materialize_calibration(model, calib_loader, analysis)
+        plan, whole = find_plan(model, loader, search, analysis, healing.method)
+        analysis.progress("rewrite", 0, 1)
+        pruned = apply(model, plan)
+        analysis.progress("rewrite", 1, 1)
+        if healing.method != "none":
+            pruned = heal_with(pruned, model, loader, healing)
+    return Pruning(pruned, plan, whole)
 
 
-def _heal_pruned(
-    pruned: nn.Module, model: nn.Module, calibration: Calibration, search: SearchSettings, method: str, steps: int
-) -> nn.Module:
-    say = search.progress
-    return heal(pruned, model, calibration, method, loss=search.loss, steps=steps, seed=search.seed, progress=say)
+def materialize_calibration(model: nn.Module, loader: Any, options: AnalysisOptions) -> CalibrationSet:
+    """Read and keep the batches; the model as it is labels those that came without labels."""
+    with isolated_run(unwrap(model), grad=True), raise_on_all_ranks():
+        return open_calibration(model, loader, options.loss, options.seed).keep()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,22 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.adapters.registry import choose_adapter, unwrap
-from fxprune.attribution.criteria import RegionScore
-from fxprune.datasets.calibration import Calibration
-from fxprune.errors import BudgetError, FxpruneWarning, SettingError
-from fxprune.healing.heal import Loss, heal_student
-from fxprune.healing.loss_change import LossChange
+from fxprune.adapters.calls import AdaptedModel, isolated_run
+from fxprune.adapters.registry import unwrap
+from fxprune.datasets.calibration import CalibrationSet
+from fxprune.errors import BudgetError, SettingError
+from fxprune.healing.heal import heal_student
 from fxprune.healing.methods import HealingContext
-from fxprune.planning.analysis import Analysis
-from fxprune.planning.analyzer import Study, analyze
+from fxprune.planning.analysis import Analysis, check_cost
+from fxprune.planning.analyzer import AnalysisOptions, Analyzer, analyze_with
+from fxprune.planning.ilp import check_budget
 from fxprune.planning.plan import Plan, cost_of
 from fxprune.rewriting.apply import apply
 from fxprune.runtime.distributed import rank_and_world, run_on_rank_zero
-from fxprune.runtime.json_text import replace_nonfinite
 from fxprune.runtime.options import check_choice
-from fxprune.runtime.progress import Progress
-from fxprune.search.agreement import DetectionAgreement, make_plan_judge
+from fxprune.runtime.user_warnings import warn_user
+from fxprune.search.agreement import PlanJudge, make_plan_judge
 from fxprune.search.surrogate import LinearSurrogate
 
 DEFAULT_TRIES = 16
@@ -42,122 +40,167 @@ RECOVERY_CRITERION, FITTING_METHODS = "fisher_mended", ("affine", "mimic")
 """A criterion of what fits cannot mend, and the healings that begin by fits."""
 
 
+QUICK_METHODS = {"mimic": "affine"}
+"""How trials are healed, where the result is healed by a method that takes long."""
+
+
 @dataclass(frozen=True)
-class SearchSettings:
-    """Settings of a search, see `fxprune.compile`; `trial_method` is the healing that a plan gets before it is judged.
+class SearchOptions:
+    """How much is removed, and how the plan is found; see `fxprune.compile`.
 
     Raises
     ------
-    SettingError
-        If the strategy is not known, or `tries` is no positive number.
+    BudgetError, SettingError
+        If the budget is no fraction, the cost or the strategy is not known, or `tries` is no positive number.
     """
 
-    strategy: str
-    budget: float
-    cost: str
-    criterion: str | RegionScore
-    trial_method: str
-    loss: Loss | None
-    seed: int
-    latency_backend: str | None
-    tries: int
-    progress: Progress
+    budget: float = 0.1
+    cost: str = "flops"
+    strategy: str = "one_shot"
+    tries: int = DEFAULT_TRIES
 
     def __post_init__(self) -> None:
-        Study(self.criterion, self.loss, self.seed)  # checks these
+        check_budget(self.budget)
+        check_cost(self.cost)
         check_choice("strategy", self.strategy, STRATEGIES)
         if not isinstance(self.tries, int) or isinstance(self.tries, bool) or self.tries < 1:
             raise SettingError(f"tries is {self.tries!r}; give a number of plans to try, from 1")
 
-    def run(self, model: nn.Module, calibration: Calibration) -> Plan:
-        """Find the plan to carry out."""
-        return STRATEGIES[self.strategy](self, model, calibration)
 
-    def analyze(self, model: nn.Module, calibration: Calibration) -> Analysis:
-        """Score what is left of a model."""
-        return analyze(
-            model,
-            calibration,
-            criterion=self.criterion,
-            loss=self.loss,
-            seed=self.seed,
-            latency_backend=self.latency_backend,
-            progress=self.progress,
-        )
+@dataclass(frozen=True)
+class PlanSearch:
+    """One search for a plan.
 
-    def prior_scores(self, model: nn.Module, calibration: Calibration, analysis: Analysis) -> list[list[float]]:
-        """Scores to propose plans by: those of the analysis, and what regions cost once they are mended."""
-        own = [region.score for region in analysis.regions]
-        if self.trial_method not in FITTING_METHODS:
-            return [own]
-        after = replace(self, criterion=RECOVERY_CRITERION, latency_backend=None).analyze(model, calibration)
-        scores = {region.name: region.score for region in after.regions}
-        return [own, [scores.get(region.name, region.score) for region in analysis.regions]]
+    Attributes
+    ----------
+    model : Module
+        The caller's.
+    loader : iterable or CalibrationSet
+        Batches; a search that tries plans needs them to be kept.
+    options : SearchOptions
+    analysis : AnalysisOptions
+    trial_method : str
+        How a pruned model is healed before it is judged.
+    """
 
-    def heal_trial(
-        self, pruned: nn.Module, model: nn.Module, calibration: Calibration, care: HealingContext
-    ) -> nn.Module:
-        """A pruned model after the quick healing."""
-        return (
-            heal_student(pruned, model, calibration, self.trial_method, self.loss, care)
-            if self.trial_method != "none"
-            else pruned
-        )
+    model: nn.Module
+    loader: Any
+    options: SearchOptions
+    analysis: AnalysisOptions
+    trial_method: str
+
+    def heal_trial(self, pruned: nn.Module, calibration: CalibrationSet, context: HealingContext) -> nn.Module:
+        """Heal a pruned model quickly, to be judged."""
+        if self.trial_method == "none":
+            return pruned
+        return heal_student(pruned, self.model, calibration, self.trial_method, self.analysis.loss, context)
 
 
-def _plan_once(search: SearchSettings, model: nn.Module, calibration: Calibration) -> Plan:
-    return run_on_rank_zero(partial(search.analyze(model, calibration).plan, search.budget, search.cost))
+def find_plan(
+    model: nn.Module, loader: Any, options: SearchOptions, analysis: AnalysisOptions, heal: str
+) -> tuple[Plan, Analysis]:
+    """Find the plan to carry out.
+
+    Parameters
+    ----------
+    model : Module
+        Not changed.
+    loader : iterable or CalibrationSet
+        Batches; kept ones for any strategy but ``"one_shot"``.
+    options, analysis
+        What to remove, and how regions are scored.
+    heal : str
+        How the result will be healed; trials are healed alike, or in a quicker way.
+
+    Returns
+    -------
+    plan : Plan
+    analysis : Analysis
+        What it was chosen from.
+    """
+    search = PlanSearch(model, loader, options, analysis, QUICK_METHODS.get(heal, heal))
+    return STRATEGIES[options.strategy](search)
 
 
-def _search_plans(search: SearchSettings, model: nn.Module, calibration: Calibration) -> Plan:
-    """Let scores propose whole plans, judge each once mended, and learn from that what scores are worth."""
-    whole = search.analyze(model, calibration)
-    analysis = _without_negligible(whole, search)
-    mended_on, judged_on = calibration.apart(HEALING_IMAGES, JUDGING_IMAGES)
-    judge, care = _make_judge(model, judged_on, search), HealingContext()
-    beliefs = LinearSurrogate(search.prior_scores(model, calibration, analysis), search.seed, judge.noise_std)
+def _plan_once(search: PlanSearch) -> tuple[Plan, Analysis]:
+    """Choose the best plan by score alone."""
+    analysis = analyze_with(search.model, search.loader, search.analysis)
+    options = search.options
+    return run_on_rank_zero(partial(analysis.plan, options.budget, options.cost)), analysis
+
+
+def _search_plans(search: PlanSearch) -> tuple[Plan, Analysis]:
+    """Propose whole plans by scores, judge each after healing, and learn from that what scores are worth."""
+    options, say = search.options, search.analysis.progress
+    whole, prior_scores = _analyze_for_search(search)
+    analysis = _without_negligible(whole, options)
+    healing_set, judging_set = search.loader.split(HEALING_IMAGES, JUDGING_IMAGES)
+    judge, context = _make_judge(search, judging_set), HealingContext()
+    names = [region.name for region in analysis.regions]
+    surrogate = LinearSurrogate(
+        [[scores[name] for name in names] for scores in prior_scores], search.analysis.seed, judge.noise_std
+    )
     found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
-    search.progress("search", 0, search.tries)
+    say("search", 0, options.tries)
     try:
-        for number in range(1, search.tries + 1):
-            plan = run_on_rank_zero(partial(_propose_plan, analysis, beliefs, found, search))
+        for number in range(1, options.tries + 1):
+            plan = run_on_rank_zero(partial(_propose_plan, analysis, surrogate, found, options))
             if plan is None:
                 break
-            loss = judge.increase(search.heal_trial(apply(model, plan), model, mended_on, care))
+            loss = judge.increase(search.heal_trial(apply(search.model, plan), healing_set, context))
             found[_removed_mask(plan)] = loss, plan
-            beliefs.observe(_removed_mask(plan), loss)
-            search.progress("search", number, search.tries)
+            surrogate.observe(_removed_mask(plan), loss)
+            say("search", number, options.tries)
     except KeyboardInterrupt:
         if not found or rank_and_world()[1] > 1:
             raise
-        _warn_of_interruption(f"after {len(found)} of {search.tries} plans")
+        _warn_of_interruption(f"after {len(found)} of {options.tries} plans")
     loss, plan = run_on_rank_zero(lambda: min(found.values(), key=lambda pair: pair[0]))
     gone = {region.name for region in plan.removed}
-    plan = replace(plan, regions=tuple(replace(region, removed=region.name in gone) for region in whole.regions))
-    return _with_provenance(
-        plan, strategy="search", tried=len(found), mended=search.trial_method, **judge.to_settings(loss)
-    )
+    regions = tuple(replace(region, removed=region.name in gone) for region in whole.regions)
+    facts = {"strategy": "search", "tried": len(found), "mended": search.trial_method, **judge.to_settings(loss)}
+    return replace(plan, regions=regions, settings=plan.settings.with_entries(**facts)), whole
+
+
+def _analyze_for_search(search: PlanSearch) -> tuple[Analysis, list[dict[str, float]]]:
+    """Capture the model once; score it by the criterion and, if trials are fitted, by what fits cannot recover.
+
+    Returns
+    -------
+    analysis : Analysis
+        By the criterion.
+    prior_scores : list of dict
+        Scores by region and by each criterion. A region without a score of its own keeps that of the first.
+    """
+    with isolated_run(unwrap(search.model), grad=True):
+        analyzer = Analyzer(search.model, search.loader, search.analysis)
+        whole = analyzer.score(search.analysis.criterion)
+        own = {region.name: region.score for region in whole.regions}
+        if search.trial_method not in FITTING_METHODS:
+            return whole, [own]
+        recovered = analyzer.score(RECOVERY_CRITERION)
+    return whole, [own, own | {region.name: region.score for region in recovered.regions}]
 
 
 def _propose_plan(
-    analysis: Analysis, beliefs: LinearSurrogate, found: Iterable[Any], search: SearchSettings
+    analysis: Analysis, surrogate: LinearSurrogate, found: Iterable[Any], options: SearchOptions
 ) -> Plan | None:
-    """The best plan by what is believed, drawn at random; one that was not tried, or None."""
-    for scores in beliefs.propose():
+    """Return the best plan by scores that the surrogate draws; one that was not tried, or None."""
+    for scores in surrogate.propose():
         regions = zip(analysis.regions, scores, strict=True)
         believed = replace(analysis, regions=tuple(replace(region, score=float(score)) for region, score in regions))
-        plan = believed.plan(search.budget, search.cost)
+        plan = believed.plan(options.budget, options.cost)
         if _removed_mask(plan) not in found:
             return plan
     return None
 
 
-def _without_negligible(analysis: Analysis, search: SearchSettings) -> Analysis:
-    """An analysis without the regions that save next to nothing, unless the budget cannot be met without them."""
-    least = MIN_SAVING_SHARE * search.budget * (cost_of(analysis.before, search.cost) or 0.0)
-    regions = tuple(region for region in analysis.regions if (cost_of(region, search.cost) or 0.0) >= least)
+def _without_negligible(analysis: Analysis, options: SearchOptions) -> Analysis:
+    """Leave out the regions that save next to nothing, unless the budget cannot be met without them."""
+    least = MIN_SAVING_SHARE * options.budget * (cost_of(analysis.before, options.cost) or 0.0)
+    regions = tuple(region for region in analysis.regions if (cost_of(region, options.cost) or 0.0) >= least)
     try:
-        replace(analysis, regions=regions).plan(search.budget, search.cost)
+        replace(analysis, regions=regions).plan(options.budget, options.cost)
     except BudgetError:
         return analysis
     return replace(analysis, regions=regions)
@@ -167,21 +210,18 @@ def _removed_mask(plan: Plan) -> tuple[bool, ...]:
     return tuple(region.removed for region in plan.regions)
 
 
-def _make_judge(model: nn.Module, calibration: Calibration, search: SearchSettings) -> LossChange | DetectionAgreement:
-    """A judge, on a sample of the images."""
-    adapter = choose_adapter(unwrap(model), calibration.first_raw, search.loss)
-    return make_plan_judge(model, adapter, list(calibration.own(model, adapter)), search.seed)
-
-
-def _with_provenance(plan: Plan, **facts: Any) -> Plan:
-    return replace(plan, settings={**plan.settings, **replace_nonfinite(facts)})
+def _make_judge(search: PlanSearch, calibration: CalibrationSet) -> PlanJudge:
+    """Choose the judge, on the images that plans are judged on."""
+    original = AdaptedModel.copy_of(search.model, calibration.adapter, search.analysis.seed)
+    batches = [(index, batch) for index, batch in enumerate(calibration.own_batches()) if batch is not None]
+    return make_plan_judge(original, batches)
 
 
 def _warn_of_interruption(where: str) -> None:
-    warnings.warn(f"the search was interrupted {where}; this is the best so far", FxpruneWarning, stacklevel=6)
+    warn_user(f"the search was interrupted {where}; this is the best so far")
 
 
-STRATEGIES: dict[str, Callable[[SearchSettings, nn.Module, Calibration], Plan]] = {
+STRATEGIES: dict[str, Callable[[PlanSearch], tuple[Plan, Analysis]]] = {
     "one_shot": _plan_once,
     "search": _search_plans,
 }

@@ -101,7 +101,7 @@ def _accumulate_plans(plans: Sequence[Plan]) -> list[Plan]:
         after = replace(plan.after, blocks=blocks)
         regions = tuple(replace(region, removed=region.name in gone) for region in first.regions)
         share = 1 - (cost_of(after, first.cost) or 0.0) / (cost_of(first.before, first.cost) or 1.0)
-        settings = {key: value for key, value in first.settings.items() if key not in ("step", "loss_increase")}
+        settings = first.settings.without("loss_increase")
         found.append(replace(first, settings=settings, regions=regions, after=after, budget=share))
     return found if found and gone <= {region.name for region in first.regions} else [plans[-1]]
 
@@ -111,7 +111,7 @@ def _position(plans: Sequence[Plan], shown: Plan | None) -> int | None:
 
 
 def _plans_by_percent(analysis: Analysis, cost: str) -> Iterator[Plan]:
-    floor = analysis.settings["latency"]["floor"] if cost == "latency" else 0.0
+    floor = analysis.settings.latency_floor if cost == "latency" else 0.0
     for percent in range(max(math.ceil(100 * floor), 1), 100):
         try:
             yield analysis.plan(percent / 100, cost)

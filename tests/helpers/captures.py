@@ -16,7 +16,9 @@ from fxprune.runtime.private_copy import private_copy
 
 def capture_copy(model: nn.Module, batch: Any, whole_model_is_graph: bool) -> tuple[nn.Module, list[Island]]:
     """Capture the graphs of a copy of a model, as they are called at inference."""
-    return capture_islands(private_copy(model).eval(), lambda network: network.eval()(batch), whole_model_is_graph)
+    run = lambda network: network.eval()(batch)  # noqa: E731
+    captured, islands, _ = capture_islands(private_copy(model).eval(), run, whole_model_is_graph)
+    return captured, islands
 
 
 def to_regions(candidates: Iterable[Candidate]) -> list[Region]:

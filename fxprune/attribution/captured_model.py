@@ -1,0 +1,120 @@
+"""A model captured once: its graphs in place, its regions, and what every node computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx, nn
+
+from fxprune.adapters.calls import AdaptedModel
+from fxprune.adapters.protocol import Batch
+from fxprune.errors import ModelError, NoRegionError
+from fxprune.graph.capture import capture_islands
+from fxprune.graph.interpreters import NodeName
+from fxprune.graph.records import Island, Region, Rejection
+from fxprune.graph.region_finder import find_regions
+from fxprune.graph.symbolic_shapes import propagate_symbolic
+from fxprune.profiling.flops_params import count_flops
+from fxprune.runtime.text import first_few
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """A private copy of a model with its islands in place. It can be scored by any number of criteria.
+
+    Attributes
+    ----------
+    adapted : AdaptedModel
+        The copy; where an island stood is its graph.
+    islands : tuple of Island
+        Every captured graph.
+    regions : tuple of Region
+        What can be removed and does work at inference.
+    rejections : tuple of Rejection
+        What cannot be removed, and why.
+    flops : mapping of (str, str) to float
+        Operations per image of every node, by island and node name.
+    total_flops : float
+        Operations per image of the whole model.
+    """
+
+    adapted: AdaptedModel
+    islands: tuple[Island, ...]
+    regions: tuple[Region, ...]
+    rejections: tuple[Rejection, ...]
+    flops: Mapping[NodeName, float] = field(default_factory=dict, repr=False)
+    total_flops: float = 0.0
+
+    @property
+    def graphs(self) -> list[tuple[str, fx.GraphModule]]:
+        """Name and graph of each island."""
+        return [(island.name, island.gm) for island in self.islands]
+
+    def regions_of(self, island: str) -> list[Region]:
+        """Return the regions of one island."""
+        return [region for region in self.regions if region.island == island]
+
+
+def capture_model(adapted: AdaptedModel, first: Batch) -> CapturedModel:
+    """Capture a model, find its regions and count its operations.
+
+    Parameters
+    ----------
+    adapted : AdaptedModel
+        Its module is changed.
+    first : Batch
+        A batch with targets; graphs are held to what the model gives on it.
+
+    Raises
+    ------
+    ModelError
+        If no part of the model can be captured; says why.
+    NoRegionError
+        If nothing in it can be removed; lists why.
+    """
+    captured = find_all_regions(adapted, first)
+    total, nodes = count_flops(lambda: captured.adapted.predict(first), captured.graphs)
+    flops = {name: value / first.count for name, value in nodes.items()}
+    return _drop_costless(replace(captured, flops=flops, total_flops=total / first.count))
+
+
+def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
+    """Capture a model and find its regions, those that do no work at inference included."""
+    name = type(adapted.module).__name__
+    module, islands, rejections = capture_islands(
+        adapted.module,
+        lambda network: replace(adapted, module=network).loss(0, first),
+        adapted.adapter.whole_model_is_graph,
+    )
+    if not islands:
+        raise ModelError(f"no part of {name} with weights could be traced to an fx graph:{_listed(rejections)}")
+    regions: list[Region] = []
+    for island in islands:
+        shapes = propagate_symbolic(island.gm, island.call.args, island.call.kwargs)
+        found, refused = find_regions(island.name, island.gm, shapes)
+        regions += found
+        rejections += refused
+    return CapturedModel(replace(adapted, module=module), tuple(islands), tuple(regions), tuple(rejections))
+
+
+def _drop_costless(captured: CapturedModel) -> CapturedModel:
+    """Reject the regions that do no work at inference. Raises `NoRegionError` if none is left."""
+    flops = captured.flops
+    idle = [r for r in captured.regions if not sum(flops.get((r.island, node), 0.0) for node in r.nodes)]
+    reason = "it does no floating point work at inference on the first calibration batch"
+    rejections = (*captured.rejections, *(Rejection(region.name, reason) for region in idle))
+    regions = tuple(region for region in captured.regions if region not in idle)
+    if not regions:
+        raise no_region_error(captured.adapted.module, rejections)
+    return replace(captured, regions=regions, rejections=rejections)
+
+
+def no_region_error(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionError:
+    """Make the error of a model in which nothing can be removed."""
+    return NoRegionError(f"nothing in {type(model).__name__} can be removed:{_listed(rejections)}")
+
+
+def _listed(rejections: Sequence[Rejection]) -> str:
+    rows = [f"\n  {rejection.name or '<model>'}: {rejection.reason}" for rejection in rejections]
+    return first_few(rows, most=20, separator="")
