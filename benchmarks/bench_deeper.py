@@ -26,9 +26,9 @@ from torch import nn
 
 import fxprune
 from benchmarks.ablation import plan_removing
+from benchmarks.cache import cache_folder
 from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
 from benchmarks.subjects import Subject, add_options, subjects
-from benchmarks.training.train import cache_folder
 from fxprune.datasets.calibration import CalibrationSet
 from fxprune.healing.methods import METHODS
 from fxprune.planning.analyzer import AnalysisOptions

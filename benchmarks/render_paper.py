@@ -5,6 +5,7 @@ python -m benchmarks.render_paper
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
@@ -25,6 +26,7 @@ STYLES = {
 
 def main(argv: list[str] | None = None) -> None:
     """Write the table and one figure per model."""
+    argparse.ArgumentParser(description="Table and figures of what bench_paper measured.").parse_args(argv)
     rows, regions = sorted(read_rows("bench_paper"), key=place_of), read_rows("bench_paper_regions")
     models = list(dict.fromkeys(row["model"] for row in rows))
     parts = [

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 import fxprune
+from benchmarks.cache import ensure_calibration, ensure_digits, load_trained
 from benchmarks.detectors import DETECTORS
-from benchmarks.training.train import calibration_folder, digits_folder, load_trained
 from fxprune import CocoDataset
 from fxprune.adapters.protocol import device_of
 from fxprune.graph.fx_utils import map_tensors
@@ -195,8 +195,8 @@ def trained(name: str, options: argparse.Namespace) -> Subject:
         raise SystemExit(f"{name!r} is none of the trained detectors: {', '.join(DETECTORS)}")
     size = DETECTORS[name].size
     model = random_weights(name) if options.untrained else load_trained(name)
-    val = CocoDataset.from_folder(digits_folder(size) / "val")
-    calibration = CocoDataset.from_folder(calibration_folder(size, options.calibration))
+    val = CocoDataset.from_folder(ensure_digits(size) / "val")
+    calibration = CocoDataset.from_folder(ensure_calibration(size, options.calibration))
     return Subject(
         name,
         model.to(options.device),

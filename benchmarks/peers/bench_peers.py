@@ -27,6 +27,7 @@ from torch import nn
 
 import fxprune
 from benchmarks.ablation import analyze_by
+from benchmarks.cache import ensure_digits
 from benchmarks.detectors import DETECTORS
 from benchmarks.peers import render_peers
 from benchmarks.peers.channels import PeerError, Settings, find_ratio, first_line, first_working_way, prune_channels
@@ -34,7 +35,6 @@ from benchmarks.peers.handover import flops_of
 from benchmarks.results import Row, machine, replace_rows
 from benchmarks.subjects import UNPRUNED, Items, Subject, add_options, subjects
 from benchmarks.training.finetune import finetune
-from benchmarks.training.train import digits_folder
 from fxprune import CocoDataset
 from fxprune.adapters.calls import normalize_and_label
 from fxprune.adapters.registry import choose_adapter
@@ -126,7 +126,7 @@ def read_training(subject: Subject, options: argparse.Namespace) -> Sequence[Any
     if not options.finetune_images:
         return []
     if options.images is None:
-        dataset, first = CocoDataset.from_folder(digits_folder(DETECTORS[subject.name].size) / "train"), 0
+        dataset, first = CocoDataset.from_folder(ensure_digits(DETECTORS[subject.name].size) / "train"), 0
     else:
         dataset = CocoDataset(options.calibration_images, options.calibration_annotations)
         first = options.calibration

@@ -5,6 +5,7 @@ python -m benchmarks.peers.render_peers
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -25,6 +26,7 @@ Point = tuple[float, float]
 
 def main(argv: list[str] | None = None) -> None:
     """Write the tables."""
+    argparse.ArgumentParser(description="Tables of what bench_peers measured.").parse_args(argv)
     rows = read_rows("bench_peers")
     models = list(dict.fromkeys(row["model"] for row in rows))
     parts = ["# Removing blocks or channels\n", summary(rows, models)]

@@ -23,22 +23,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 
-from benchmarks.data import SPLITS, DigitsConfig, load_sources, write_split
+from benchmarks.cache import WEIGHTS_FILE, cache_folder, ensure_digits
 from benchmarks.detectors import DETECTORS
 from benchmarks.results import replace_rows
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
-
-WEIGHTS = "weights.safetensors"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,63 +59,25 @@ def main(argv: list[str] | None = None) -> None:
     if options.restart:
         for file in ("checkpoint.pt", "log.jsonl"):
             (folder / file).unlink(missing_ok=True)
-    digits = digits_folder(recipe.size, options.images, options.seed)
+    digits = ensure_digits(recipe.size, options.images, options.seed)
     if options.name.startswith("yolo"):
         from benchmarks.training.train_ultralytics import run
     else:
         from benchmarks.training.train_torchvision import run
     model = run(recipe, folder, digits, options)
     scores = evaluate(model.eval(), CocoDataset.from_folder(digits / "val"), image_size=recipe.size)
-    save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS)
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS_FILE
+    )
     row = {
         "model": options.name, "size": recipe.size, "epochs": options.epochs, "images": options.images,
         "seed": options.seed, "start": recipe.start or ("imagenet" if recipe.imagenet else "random"),
         "device": options.device, "mAP": round(scores["mAP"], 4), "mAP50": round(scores["mAP50"], 4),
         "seconds": round(time.perf_counter() - started),
-        "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest(),
     }  # fmt: skip
     replace_rows("train", options.name, [row])
     print(json.dumps(row))
-
-
-def cache_folder() -> Path:
-    """Where data and weights are kept between runs."""
-    return Path(os.environ.get("FXPRUNE_CACHE", Path.home() / ".cache" / "fxprune"))
-
-
-def digits_folder(size: int, images: int = 8000, seed: int = 0) -> Path:
-    """Compose the data set if it is not in the cache yet; returns its folder, with one sub-folder per split."""
-    folder = cache_folder() / f"digits-{size}px-{images}-seed{seed}"
-    if not (folder / "done").exists():
-        config, sources = DigitsConfig(size=size, train=images, seed=seed), load_sources()
-        for split in SPLITS:
-            write_split(folder / split, config, sources, split)
-        (folder / "done").touch()
-    return folder
-
-
-def calibration_folder(size: int, images: int, seed: int = 0) -> Path:
-    """Compose so many calibration images; the first ones are those of `digits_folder`. Returns their folder."""
-    folder = cache_folder() / f"digits-{size}px-calibration{images}-seed{seed}"
-    if not (folder / "annotations.json").exists():
-        write_split(folder, DigitsConfig(size=size, calibration=images, seed=seed), load_sources(), "calibration")
-    return folder
-
-
-def load_trained(name: str) -> nn.Module:
-    """The trained detector `name` in eval mode, from the cache.
-
-    Raises
-    ------
-    SystemExit
-        It was not trained yet; says how to.
-    """
-    file = cache_folder() / name / WEIGHTS
-    if not file.exists():
-        raise SystemExit(f"{file} is missing; run `python -m benchmarks.training.train {name}` first.")
-    model = DETECTORS[name].build(DETECTORS[name].size)
-    model.load_state_dict(load_file(file))
-    return model.eval()
 
 
 if __name__ == "__main__":

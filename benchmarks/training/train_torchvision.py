@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.cache import WEIGHTS_FILE
 from benchmarks.detectors import Recipe
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
@@ -57,7 +58,7 @@ def start_from(model: nn.Module, recipe: Recipe, cache: Path) -> None:
     if recipe.imagenet is not None:
         copy_matching(model.get_submodule("backbone.body"), recipe.imagenet().state_dict())
     if recipe.start is not None:
-        file = cache / recipe.start / "weights.safetensors"
+        file = cache / recipe.start / WEIGHTS_FILE
         if not file.exists():
             raise SystemExit(f"{file} is missing; run `python -m benchmarks.training.train {recipe.start}` first.")
         copied = copy_matching(model, load_file(file))
