@@ -1,13 +1,19 @@
-"""Other ways to make one number of gradient and difference: what each keeps of the trained detectors.
+"""Variants of the gradient criteria, and the mAP that each loses on the trained detectors.
 
     python -m benchmarks.bench_criteria [MODEL ...] [--budgets 0.1 0.2 0.3]
 
-``grad_delta`` sums ``|g_i (y_i - s_i)|`` over all elements i of a region's exit value y, s being what would stand in
-for it and g the gradient of the loss. Tried beside it, all from one forward and backward pass: sums over a channel or
-over a whole image before the absolute value, squares in its place, a loss whose parts are weighed by their own size
-(`fxprune.attribution.criteria.relative_loss`), and regions that are only partly open while the gradient is taken
-(``s + gate (y - s)``). ``fisher`` is the squares of channels, squared again, with relative parts and gates of .9. Rows
-go to ``results/bench_criteria.jsonl``; plans that `benchmarks.bench_paper` has evaluated are not evaluated again.
+Let y be the value at a region's exit, s the value that stands in for it after the removal, and g the gradient of the
+loss by y. ``grad_delta`` sums ``|g_i (y_i - s_i)|`` over all elements i. The variants come from one forward and
+backward pass:
+
+- sums over a channel or over a whole image before the absolute value is taken;
+- squares instead of absolute values;
+- a loss whose parts are divided by their own size (`fxprune.attribution.criteria.relative_loss`);
+- gates: the gradient is taken at ``s + gate (y - s)``.
+
+``fisher`` sums squares over channels and squares the sum, with the relative loss and gates of .9. Rows go to
+``results/bench_criteria.jsonl``, the table to ``results/criteria.md``. Plans that `benchmarks.bench_paper` has
+evaluated are not evaluated again.
 """
 
 from __future__ import annotations
@@ -35,13 +41,13 @@ from fxprune.graph.records import Region
 from fxprune.planning.analysis import Analysis
 
 Sums = dict[str, Tensor]
-"""Per image, float64 (N,), by name."""
+"""Sums by name, one value per image, float64 (N,)."""
 
 console = Console(stderr=True)
 
 
 def reduce_terms(gradient: Tensor, activation: Tensor, stand_in: Tensor) -> Sums:
-    """Per-image sums of the terms ``g (y - s)`` that the variants are made of; all three of shape (N, C, ...)."""
+    """Sum the terms ``g (y - s)`` per image in the ways of the variants; all tensors have shape (N, C, ...)."""
     terms = (gradient * (activation - stand_in)).double()
     flat = terms.flatten(1)
     channels = terms.flatten(2).sum(2) if terms.ndim > 2 else flat
@@ -56,7 +62,15 @@ def reduce_terms(gradient: Tensor, activation: Tensor, stand_in: Tensor) -> Sums
 
 @dataclass(frozen=True)
 class Pass:
-    """How gradients are taken: of which loss, and how far open the regions are."""
+    """How gradients are taken.
+
+    Attributes
+    ----------
+    loss : callable
+        Makes one number of the parts of the loss.
+    gate : float
+        1 keeps the region's value, 0 replaces it by what stands in for it.
+    """
 
     loss: Callable[[Tensor], Tensor]
     gate: float = 1.0
@@ -66,17 +80,17 @@ PLAIN, RELATIVE = Pass(torch.sum), Pass(relative_loss)
 
 
 def mean_of(key: str) -> Callable[[Sums], float]:
-    """Mean over the images of what `reduce_terms` calls `key`."""
+    """Make the criterion that is the mean over images of the sum `key` of `reduce_terms`."""
     return lambda sums: float(sums[key].abs().mean())
 
 
 def image_squares(sums: Sums) -> float:
-    """Mean over the images of the squared sum over all elements: the Fisher information of one gate."""
+    """Average the squared sum over all elements: the Fisher information of one gate per region."""
     return float(sums["image"].square().mean())
 
 
 def fisher(sums: Sums) -> float:
-    """The square of the Fisher information of gates on channels, as `fxprune.attribution.criteria` has it."""
+    """Square the Fisher information of gates on channels, as `fxprune.attribution.criteria` does."""
     return float(sums["channel squares"].mean()) ** 2
 
 
@@ -101,7 +115,7 @@ VARIANTS: dict[str, tuple[Pass, Callable[[Sums], float]]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Score, plan and evaluate; print the summary."""
+    """Score, plan and evaluate; write and print the table."""
     parser = argparse.ArgumentParser(description="What variants of the gradient criterion keep.")
     add_options(parser)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.2, 0.3])
@@ -114,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(subject: Subject, budgets: Iterable[float]) -> list[dict[str, Any]]:
-    """One row per variant and budget."""
+    """Measure one row per variant and budget."""
     known = {frozenset(row["regions"]): row["mAP"] for row in read_rows("bench_paper") if row["model"] == subject.name}
     whole = known.get(frozenset()) or subject.evaluate(subject.model)["mAP"]
     analysis = fxprune.analyze(subject.model, subject.batches(), criterion="l1")
@@ -137,13 +151,13 @@ def measure(subject: Subject, budgets: Iterable[float]) -> list[dict[str, Any]]:
 
 
 def rescored(analysis: Analysis, scores: Mapping[str, float]) -> Analysis:
-    """The same analysis with other scores; regions without one are left out."""
+    """Replace the scores of an analysis; regions without a new score are left out."""
     regions = tuple(replace(region, score=scores[region.name]) for region in analysis.regions if region.name in scores)
     return replace(analysis, regions=regions)
 
 
 class Captive:
-    """A detector's graphs with its calibration batches, for as many passes as there are to try."""
+    """A detector's captured graphs and its calibration batches."""
 
     def __init__(self, subject: Subject) -> None:
         opened = open_calibration(subject.model, subject.batches(), None)
@@ -151,7 +165,7 @@ class Captive:
         self.captured = find_all_regions(opened.adapted, self.batches[0])
 
     def collect(self, taken: Pass) -> dict[str, Sums]:
-        """Sums of every region over the calibration images, from one forward and backward pass a batch."""
+        """Collect the sums of every region over the calibration images; one forward and backward pass per batch."""
         everything: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         batch_sums: dict[str, list[Sums]] = defaultdict(list)
 
@@ -173,7 +187,10 @@ class Captive:
 
 
 def over_calls(parts: list[Tensor], images: int) -> Tensor:
-    """Sum over the calls of an island: rows of each image, or, where they cannot be told apart, all spread evenly."""
+    """Sum over the calls of an island, per image.
+
+    If the rows of a call cannot be assigned to images, their sum is divided evenly.
+    """
     total = torch.zeros(images, dtype=torch.float64)
     for part in parts:
         total = total + (part.reshape(images, -1).sum(1) if len(part) % images == 0 else part.sum() / images)
@@ -181,7 +198,7 @@ def over_calls(parts: list[Tensor], images: int) -> Tensor:
 
 
 class TermInterpreter(fx.Interpreter):
-    """Runs a graph with its regions gated and reduces ``g (y - s)`` at every exit as its gradient comes."""
+    """Runs a graph with gated regions and reduces ``g (y - s)`` at every exit in the backward pass."""
 
     def __init__(self, gm: fx.GraphModule, regions: Iterable[Region], sums: dict[str, list[Sums]], gate: float) -> None:
         super().__init__(gm, garbage_collect_values=False)
@@ -193,7 +210,7 @@ class TermInterpreter(fx.Interpreter):
         self.weighted = {node.name for node in gm.graph.nodes if is_weighted(gm, node)}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node and hook its value if it is an exit."""
+        """Run a node; if it is an exit, add a hook to its value."""
         value = super().run_node(n)
         if n.name in self.weighted and torch.is_grad_enabled():
             value = map_tensors(value, lambda t: t if t.requires_grad else t.detach().requires_grad_())
@@ -216,7 +233,7 @@ class TermInterpreter(fx.Interpreter):
 
 
 def table() -> str:
-    """Mean loss of mAP over models, by variant and budget, and over everything."""
+    """Render the mean loss of mAP over models, by variant and budget."""
     rows = read_rows("bench_criteria")
     budgets = sorted({row["budget"] for row in rows})
     lines = [f"| variant | mean loss | {' | '.join(f'at {budget:.0%}' for budget in budgets)} |"]

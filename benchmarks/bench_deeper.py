@@ -1,14 +1,16 @@
-"""Deeper cuts: what each strategy and each healing keeps of a trained detector, and how long it takes.
+"""The mAP of trained detectors after deeper cuts, by strategy and healing, and the time that each takes.
 
     python -m benchmarks.bench_deeper [MODEL ...]                   # composed digits; benchmarks.training.train first
-    python -m benchmarks.bench_deeper --cost latency [MODEL ...]    # budgets of milliseconds, on a quiet machine
+    python -m benchmarks.bench_deeper --cost latency [MODEL ...]    # budgets of latency, on a quiet machine
     python -m benchmarks.bench_deeper --render                      # the table alone
 
-The images come without labels: the detector labels them itself. Rows go to ``results/bench_deeper.jsonl``, one a
-detector, strategy, healing, cost and budget; those that are there are not made again, and what another strategy
-or budget removed too is not healed again. Seconds are processor time, which other work on the machine hardly changes.
-The table is ``results/deeper.md``. What ``affine`` and ``mimic`` leave is kept in the cache folder (see
-`benchmarks.training.train`), for whoever compares it with something else.
+Calibration images have no labels; the detector labels them itself. Rows go to ``results/bench_deeper.jsonl``, one per
+detector, strategy, healing, cost and budget, the table to ``results/deeper.md``. Rows that exist are not made again. A
+cut that removes the same regions as an earlier one is not healed again. Seconds are processor time, which depends
+little on other work on the machine.
+
+Detectors healed by ``affine`` and ``mimic`` are kept in the cache folder (`benchmarks.cache`), where other benchmarks
+find them.
 """
 
 from __future__ import annotations
@@ -42,19 +44,19 @@ BUDGETS = (0.1, 0.2, 0.3, 0.4)
 COSTS = ("flops", "latency")
 KEYS = ("model", "strategy", "heal", "budget", "cost")
 GOALS = {0.1: 0.002, 0.2: 0.005, 0.3: 0.015, 0.4: 0.05}
-"""What a budget may cost of mAP."""
+"""For each budget the largest loss of mAP that is a success."""
 JUDGE = "boxes"
-"""What plans of a search are judged by now."""
+"""How a search ranks plans in new rows: by the boxes that a pruned detector still finds."""
 SHOWN = ("none", "norms", "affine", "mimic")
 """The healings that rows are of; ``"norms"`` and the strategy ``"greedy"`` are in old rows alone."""
 KEPT = ("affine", "mimic")
-"""The healings whose detectors are kept."""
+"""Healings whose detectors are kept in the cache folder."""
 
 console = Console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure what the results lack of the detectors asked for, and render the table."""
+    """Measure the rows that the results lack, and render the table."""
     parser = argparse.ArgumentParser(description="mAP of deeper cuts by strategy and healing.")
     add_cut_options(parser)
     parser.add_argument("--heals", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_cut_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say which of the cuts are meant."""
+    """Add the options that choose detectors, budgets and strategies."""
     add_options(parser)
     parser.set_defaults(calibration=256)
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
@@ -78,7 +80,7 @@ def add_cut_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(subject: Subject, options: argparse.Namespace) -> None:
-    """Make the rows of one detector that are not there yet; each is written as soon as it is known."""
+    """Measure the rows of one detector that the results lack; each is written at once."""
     calibration = materialize_calibration(subject.model, subject.unlabelled(), AnalysisOptions())
     for budget in options.budgets:
         for strategy in options.strategies:
@@ -95,7 +97,7 @@ def cut(
     budget: float,
     options: argparse.Namespace,
 ) -> None:
-    """Find the plans of one strategy and heal what they leave in several ways."""
+    """Find a plan by one strategy, prune, and heal in several ways; writes one row per healing."""
     try:
         known_before = found_before(subject, strategy, budget, options)
         plans, cost = known_before or find(subject, calibration, strategy, budget, options)
@@ -129,7 +131,7 @@ def cut(
 def find(
     subject: Subject, calibration: CalibrationSet, strategy: str, budget: float, options: argparse.Namespace
 ) -> tuple[list[Plan], Row]:
-    """The plans of a strategy, what they save, and the seconds that it took."""
+    """Find the plans of a strategy; returns them with the columns of a row for savings and seconds."""
     started = time.process_time()
     search = SearchOptions(budget, options.cost, strategy, options.tries)
     analysis = AnalysisOptions("fisher", latency_backend=choose_backend(options.cost, None))
@@ -145,7 +147,7 @@ def find(
 def found_before(
     subject: Subject, strategy: str, budget: float, options: argparse.Namespace
 ) -> tuple[list[Plan], Row] | None:
-    """The same of a row that there is already."""
+    """Make the plans of an existing row again; None if there is no such row."""
     wanted = {"model": subject.name, "strategy": strategy, "budget": budget, "cost": options.cost}
     wanted |= {"tries": options.tries} if strategy == "search" else {}
     rows = (row for row in read_rows(NAME) if strategy == "one_shot" or not is_older(row))
@@ -163,28 +165,30 @@ def found_before(
 
 
 def place_of(row: Row) -> Path:
-    """Where the healed detector that a row is of is kept."""
+    """Give the folder of the healed detector of a row."""
     return cache_folder() / "deeper" / "-".join(str(row[key]) for key in KEYS)
 
 
 def known(subject: Subject, strategy: str, heal: str, budget: float, cost: str) -> bool:
-    """Whether the results have a row already that is not older than what healing minds now."""
+    """Whether the results have a row made by the current methods (see `is_older`)."""
     wanted = (subject.name, strategy, heal, budget, cost)
     return any(wanted == tuple(row[key] for key in KEYS) for row in read_rows(NAME) if not is_older(row))
 
 
 def is_older(row: Row) -> bool:
-    """Whether a row is of before healing minded where deviations matter, or of a search that judged by such healing or
-    by the loss."""
+    """Whether a row was made by an older method.
+
+    Healing without saliency weights, or a search that ranked plans by the loss.
+    """
     if row["strategy"] == "search" and row.get("judge") != JUDGE:
         return True
     return not row.get("saliency") and (row["heal"] in KEPT or row["strategy"] != "one_shot")
 
 
 def same_cut(row: Row) -> Row | None:
-    """The row of another strategy or budget that removed the same and was healed in the same way, if there is one.
+    """Find a row with the same regions and healing, of another strategy or budget.
 
-    And if the detector, where it is to be kept, is still there.
+    If the healing's detectors are kept, the detector must still be in the cache folder.
     """
     alike = ("model", "heal", "steps", "saliency", "images", "regions", "machine")
     same = (other for other in read_rows(NAME) if all(row[key] == other.get(key) for key in alike))
@@ -194,7 +198,7 @@ def same_cut(row: Row) -> Row | None:
 def facts(
     subject: Subject, strategy: str, heal: str, budget: float, options: argparse.Namespace, plans: Sequence[Plan]
 ) -> Row:
-    """What is known of a row before anything is healed."""
+    """Make the columns of a row that are known before healing."""
     return {
         "model": subject.name,
         "criterion": "fisher",
@@ -214,21 +218,21 @@ def facts(
 
 
 def scores_of(subject: Subject, healed: nn.Module) -> dict[str, float]:
-    """Average precision of a healed model."""
+    """Evaluate a healed model; returns the score columns of a row."""
     scores = subject.evaluate(healed.eval())
     return {"mAP": scores["mAP"], "mAP50": scores["mAP50"]}
 
 
 def latency_cut(plans: Sequence[Plan]) -> float | None:
-    """What share of the milliseconds the plans count off, where they were measured."""
+    """Predict the fraction of latency that plans save; None if latency was not measured."""
     first, last = plans[0].before.latency_ms, plans[-1].after.latency_ms
     return None if first is None or last is None else 1 - last / first
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a detector, cost, budget and strategy; the mAP that each healing loses, and the seconds it took.
+    """Render one line per detector, cost, budget and strategy: the mAP that each healing loses, and its seconds.
 
-    What is marked † was measured before healing minded where deviations matter, or before searches judged by boxes.
+    Values of older methods are marked † (see `is_older`).
     """
     yield f"| model (mAP) | budget | strategy | {' | '.join(SHOWN)} | goal | search + heal, s |"
     yield "|---|--:|---|" + "--:|" * (len(SHOWN) + 2)
@@ -245,7 +249,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def loss_of(row: Row) -> str:
-    """What a row lost of mAP, marked if it is older."""
+    """Format the mAP that a row lost, marked † if it is older."""
     return f"{round(row['unpruned_mAP'] - row['mAP'], 3) + 0.0:.3f}{'†' if is_older(row) else ''}"
 
 

@@ -1,11 +1,14 @@
-"""How sure the figures of deeper cuts are: the standard error of the mAP that a cut loses.
+"""The standard error of the mAP that deeper cuts lose, by a bootstrap.
 
-    python -m benchmarks.bench_doubt [MODEL ...]        # of the healed detectors that benchmarks.bench_deeper keeps
+    python -m benchmarks.bench_doubt [MODEL ...]        # needs the detectors that benchmarks.bench_deeper keeps
     python -m benchmarks.bench_doubt --render           # the table alone
 
-A bootstrap (Efron, 1979): the val images are drawn again and again, as many as there are and with replacement, and the
-detector as it was and the healed one are scored on the same draws. Rows go to ``results/bench_doubt.jsonl``, one a
-healed detector; those that are there are not made again unless the detector's figure has changed since.
+Bootstrap (Efron, 1979): as many images as there are val images are drawn from these with replacement, many times. The
+unpruned and the healed detector are scored on each draw. The standard deviation of the difference is the standard
+error.
+
+Rows go to ``results/bench_doubt.jsonl``, one per healed detector, the table to ``results/doubt.md``. A row is made
+again only if the detector's mAP in the results of `benchmarks.bench_deeper` has changed.
 """
 
 from __future__ import annotations
@@ -27,12 +30,13 @@ from fxprune.datasets.evaluation import Boxes, average_precision, collect_boxes
 
 NAME = "bench_doubt"
 DRAWS = 100
+"""Of the bootstrap."""
 
 console = Console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure what the results lack of the detectors asked for, and render the table."""
+    """Measure the rows that the results lack, and render the table."""
     parser = argparse.ArgumentParser(description="Standard errors of the mAP that deeper cuts lose.")
     add_cut_options(parser)
     parser.set_defaults(strategies=["one_shot"])
@@ -45,14 +49,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def wanted(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
-    """Whether a row of deeper cuts is asked for, its detector is kept, and it is not measured yet."""
+    """Whether a row of `benchmarks.bench_deeper` is asked for, its detector is kept, and it is not measured yet."""
     asked = row["heal"] in options.heals and row["strategy"] in options.strategies and row["budget"] in options.budgets
     known = any(all(row[key] == other[key] for key in (*KEYS, "mAP")) for other in read_rows(NAME))
     return row["model"] == subject.name and asked and not known and place_of(row).exists()
 
 
 def measure(subject: Subject, cuts: Sequence[Row]) -> None:
-    """Make the rows of one detector's cuts."""
+    """Measure the cuts of one detector and write their rows."""
     if not cuts:
         return
     truth, before = found_by(subject, subject.model)
@@ -71,19 +75,19 @@ def measure(subject: Subject, cuts: Sequence[Row]) -> None:
 
 
 def found_by(subject: Subject, model: nn.Module) -> tuple[list[Boxes], list[Boxes]]:
-    """True and detected boxes of the val images."""
+    """Find the true and the detected boxes of the val images."""
     return collect_boxes(model.eval(), subject.val, image_size=subject.image_size)
 
 
 def scores(truth: Sequence[Boxes], found: Sequence[Boxes]) -> NDArray[np.float64]:
-    """Average precision on `DRAWS` draws of the images, the same ones every time."""
+    """Compute the average precision on `DRAWS` draws of the images; the draws are the same in every call."""
     random = np.random.default_rng(0)
     draws = random.integers(len(truth), size=(DRAWS, len(truth))).tolist()
     return np.array([average_precision([truth[i] for i in draw], [found[i] for i in draw])["mAP"] for draw in draws])
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a cut."""
+    """Render one line per cut."""
     yield "| model | cut | healing | mAP lost | standard error |"
     yield "|---|---|---|--:|--:|"
     for row in sorted(rows, key=lambda row: [str(row[key]) for key in KEYS]):

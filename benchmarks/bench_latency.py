@@ -1,15 +1,22 @@
-"""Budgets of latency: what cuts were predicted to gain, and what they gain.
+"""Predicted and measured cuts of latency.
 
     python -m benchmarks.bench_latency [MODEL ...] [--untrained] [--backends eager inductor] [--rounds 31]
 
-For each detector: plans by ``fisher`` that take a tenth and more of its latency, the cut that both ways to find
-a region's part predict (the shares of its nodes under an interpreter; itself cut out, once and several times in a
-row), and the cut that is measured, the unpruned detector and itself again (the A/A floor) in turn with it, all on the
-first calibration batch. The plan is by the way that the backend has in `fxprune.profiling.latency.BACKENDS`, bold in
-the table. Detectors are made to find nothing (``--boxes`` leaves them as they are): one that a cut has broken finds
-boxes everywhere, and suppressing those takes longer than what the cut saves. The rest of the time is the same whatever
-the weights are: ``--untrained`` needs no training, other regions are the least important then. Rows go to
-``results/bench_latency.jsonl``, the table to ``results/latency.md``.
+For each detector plans by ``fisher`` are made with budgets of latency. The latency that a cut saves is predicted in two
+ways and measured:
+
+- ``nodes``: the share of every node under an interpreter;
+- ``pieces``: every region extracted and timed by itself, once and several times in a row;
+- measured: the pruned, the unpruned and again the unpruned detector (the A/A floor), timed in turn.
+
+All are timed on the first calibration batch. The plan uses the way of its backend in
+`fxprune.profiling.latency.BACKENDS`, which is bold in the table.
+
+Score thresholds are raised so that detectors find no boxes; ``--boxes`` leaves them as they are. A detector broken by a
+cut finds boxes everywhere, and suppressing them may take longer than the cut saves. Otherwise latency does not depend
+on the weights: ``--untrained`` takes random ones, with which other regions are the least important.
+
+Rows go to ``results/bench_latency.jsonl``, the table to ``results/latency.md``.
 """
 
 from __future__ import annotations
@@ -47,18 +54,18 @@ from tests.helpers.captures import capture_copy, to_regions
 
 PROBES: Mapping[str, Callable[[ProbeInputs], Probe]] = {"nodes": node_probe, "pieces": compiled_probe}
 FLAGS = {"untrained": "untrained", "boxes": "with boxes"}
-GOAL = 0.15
-"""How far a predicted cut may be from the measured one, as a share of that."""
+MAX_RELATIVE_ERROR = 0.15
+"""The goal: largest difference of the predicted and the measured cut, divided by the measured one."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the detectors asked for and render the table of all that were."""
+    """Measure the detectors asked for and render the table of all rows."""
     parser = argparse.ArgumentParser(description="Predicted and measured cuts of latency.")
     add_options(parser)
     parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["eager"])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.2, 0.3])
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--untrained", action="store_true", help="weights at random, for only time matters")
+    parser.add_argument("--untrained", action="store_true", help="random weights")
     parser.add_argument("--boxes", action="store_true", help="leave score thresholds as they are")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -73,19 +80,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def flags_of(options: Mapping[str, Any]) -> Iterator[str]:
-    """What a row is of besides detector and backend, in words."""
+    """List the flags in a row or in options, in words."""
     return (said for flag, said in FLAGS.items() if options.get(flag))
 
 
 def silence(model: nn.Module) -> None:
-    """Raise the score thresholds of torchvision's detectors above every score; ultralytics' networks have none."""
+    """Raise the score thresholds of torchvision's detectors above all scores; networks of ultralytics have none."""
     for part in model.modules():
         if hasattr(part, "score_thresh"):
             part.score_thresh = 2.0  # type: ignore[assignment]
 
 
 def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iterator[Row]:
-    """One row a budget that can be met."""
+    """Measure one row per budget that can be met."""
     batches = subject.batches()
     analysis = fxprune.analyze(subject.model, batches, latency_backend=backend)
     adapter = detector_adapter(subject.model)
@@ -113,7 +120,10 @@ def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iter
 def milliseconds(
     subject: Subject, analysis: Analysis, backend: str, probe: str, adapter: Adapter, batch: Batch
 ) -> tuple[float, Mapping[str, float]]:
-    """Of the whole and of every region by one of the probes: the analysis' own, or measured now."""
+    """Predict the milliseconds of the whole model and of every region by one probe.
+
+    They are in the analysis if its backend uses that probe, else they are measured.
+    """
     known = BACKENDS[backend]
     if known.probe is PROBES[probe]:
         assert analysis.before.latency_ms is not None
@@ -128,7 +138,7 @@ def milliseconds(
 
 
 def plans_for(analysis: Analysis, budgets: list[float]) -> Iterator[tuple[float, fxprune.Plan]]:
-    """Plans that take these shares of the latency; a budget that cannot be met is told and left out."""
+    """Make a plan for each budget of latency. Budgets that cannot be met are printed and left out."""
     for budget in budgets:
         try:
             yield budget, analysis.plan(budget, "latency")
@@ -139,7 +149,15 @@ def plans_for(analysis: Analysis, budgets: list[float]) -> Iterator[tuple[float,
 def time_all(
     model: nn.Module, versions: Mapping[float, nn.Module], backend: Backend, adapter: Adapter, batch: Batch, rounds: int
 ) -> tuple[dict[Any, Ratio], float]:
-    """Every pruned version, and the unpruned model again, over the unpruned model; and that in milliseconds."""
+    """Time all versions in turn.
+
+    Returns
+    -------
+    ratios : dict
+        Latency over the unpruned model's, of every pruned version and of the unpruned model timed again.
+    ms : float
+        Of the unpruned model.
+    """
     named = {UNPRUNED: model, **{str(budget): version for budget, version in versions.items()}}
     twins = {name: backend_copy(one, backend) for name, one in named.items()}
     with torch.no_grad(), backend.context(), ExitStack() as stack:
@@ -152,7 +170,7 @@ def time_all(
 
 
 def table() -> Iterator[str]:
-    """The rows as Markdown."""
+    """Render the rows as a Markdown table."""
     names = ("images", "ms", "budget", "FLOPs cut", "by nodes", "by pieces", "latency cut", "A/A", "off by", "")
     yield f"| detector | backend | {' | '.join(names)} |"
     yield "|---|---|" + "--:|" * (len(names) - 1) + "---|"
@@ -161,7 +179,7 @@ def table() -> Iterator[str]:
 
 
 def cells(row: Mapping[str, Any]) -> Iterator[str]:
-    """One line of the table."""
+    """Format the cells of a row."""
     own = next(name for name, probe in PROBES.items() if probe is BACKENDS[row["backend"]].probe)
     yield ", ".join([row["detector"], *flags_of(row)])
     yield row["backend"]
@@ -175,7 +193,7 @@ def cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"{row['floor']:.3f} [{row['floor_low']:.3f}, {row['floor_high']:.3f}]"
     off, noise = row[own] / row["latency_cut"] - 1, row["error"] / abs(row["latency_cut"])
     yield f"{off:+.0%} ± {noise:.0%}"
-    yield "too noisy" if noise > GOAL else "met" if abs(off) <= GOAL else "missed"
+    yield "too noisy" if noise > MAX_RELATIVE_ERROR else "met" if abs(off) <= MAX_RELATIVE_ERROR else "missed"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""What an attribution pass costs, against a plain training step and against Captum; and how long capture takes.
+"""The time of an attribution pass, compared with a training step and with Captum, and the time of capture.
 
     python -m benchmarks.bench_overhead [--rounds 7] [--only overhead captum capture] [--systems NAME ...]
                                         [--clock cpu --threads 1]
 
-Everything that is compared takes the same loss of the same batch with norms in eval mode, and runs interleaved; a
-ratio is the median over the rounds with its quartiles, and beside it stands that of a function to itself (A/A), below
-which nothing means anything. Rows go to ``benchmarks/results/bench_overhead.jsonl``.
+All functions that are compared compute the same loss of the same batch, with norms in eval mode. They are timed in
+turn, round by round. A ratio is the median over the rounds, with quartiles. The A/A floor is the ratio of a function to
+itself: differences smaller than it are noise. Rows go to ``results/bench_overhead.jsonl``, in place of those of the
+last run.
 
-- ``overhead``: forward, backward and the reduction of every node and region to numbers, as `fxprune.analyze` does it,
-  against forward and backward with gradients of all weights (a training step without its optimizer), and against
+- ``overhead``: the attribution pass of `fxprune.analyze` (forward, backward, one number for every node and region),
+  compared with forward and backward with gradients of all weights (a training step without its optimizer), and with
   forward and backward with frozen weights and gradients of the images.
-- ``captum``: against `captum.attr.LayerGradientXActivation` on ResNet-50, layer after layer, timed on a few layers
-  evenly spread over the depth and scaled to all, and with all layers in one call; and whether the numbers agree.
-- ``capture``: capture, shape proof and regions of one image's batch, in seconds.
+- ``captum``: the same pass on ResNet-50, compared with `captum.attr.LayerGradientXActivation`: one layer a call (timed
+  on a few layers evenly spread over the depth, and scaled to all), and all layers in one call. Largest difference of
+  the results.
+- ``capture``: seconds of capture, shape proofs and region search, with one image.
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ from tests.helpers.systems import SIX, System
 
 PARTS = ("overhead", "captum", "capture")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""``cpu`` counts the processor's time in this process: on a machine that others use too, with one thread."""
+"""``cpu`` is the processor time of this process: for a busy machine, with one thread."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A private copy of a model with frozen weights, its adapter, and a batch of its own in the adapter's form."""
+    """A copy of a model with frozen weights, its adapter, and a copy of a batch in the adapter's form."""
 
     model: nn.Module
     raw: Any
@@ -60,7 +62,7 @@ class Prepared:
 
 
 def prepare(model: nn.Module, raw: Any) -> Prepared:
-    """Copy a model and a batch, so that what one function does to them is not seen by another."""
+    """Copy a model and a batch, so that functions do not affect each other."""
     twin, own = private_copy(model), copy.deepcopy(raw)
     adapter = choose_adapter(twin, own, None)
     adapter.prepare(twin)
@@ -73,7 +75,7 @@ def capture_of(ready: Prepared) -> CapturedModel:
 
 
 def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Callable[[], AttributionRecord]:
-    """Make the attribution pass of `fxprune.analyze` over one batch; every node and region is recorded."""
+    """Make the attribution pass of `fxprune.analyze` over one batch, which records every node and region."""
     ready = prepare(model, raw)
     captured = capture_of(ready)
     chosen = get_criterion(criterion)[1]
@@ -86,9 +88,9 @@ def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Cal
 
 
 def bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
-    """Make a forward and backward pass of the model as it was given.
+    """Make a forward and backward pass of the uncaptured model.
 
-    Gradients go to all weights, or, with `frozen` weights, to the images.
+    Gradients are of all weights, or, with `frozen` weights, of the images.
     """
     ready = prepare(model, raw)
     inputs = tree_leaves(ready.batch.images) if frozen else list(ready.model.parameters())
@@ -105,13 +107,13 @@ def bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
 
 
 def compared(timings: dict[str, Timing], name: str, base: str) -> dict[str, Any]:
-    """One ratio as plain data."""
+    """Compute a ratio of two timings, as median and quartiles."""
     ratio = compute_ratio(timings[name], timings[base])
     return {key: round(getattr(ratio, key), 4) for key in ("median", "low", "high")}
 
 
 def measure_overhead(system: System, options: argparse.Namespace) -> dict[str, Any]:
-    """Time the attribution pass of a system against bare passes."""
+    """Time the attribution pass of a system and bare passes in turn."""
     sizes, rounds = sizes_of(options), options.rounds
     model, raw = system.build(sizes)
     recording, training = recording_pass(model, raw), bare_pass(model, raw, frozen=False)
@@ -140,7 +142,7 @@ def measure_overhead(system: System, options: argparse.Namespace) -> dict[str, A
 
 
 def captum_layers(model: nn.Module) -> list[str]:
-    """Paths of the leaf modules that one forward pass calls once; Captum keeps one value a module."""
+    """List the leaf modules that a forward pass calls once; Captum keeps one value per module."""
     leaves = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear)
     return [name for name, module in model.named_modules() if isinstance(module, leaves)]
 
@@ -150,7 +152,7 @@ def captum_pass(model: nn.Module, raw: Any, names: Sequence[str], at_once: bool)
     from captum.attr import LayerGradientXActivation
 
     ready = prepare(model, raw)
-    for module in ready.model.modules():  # an in-place ReLU would overwrite the activation that Captum reads
+    for module in ready.model.modules():  # an in-place ReLU overwrites the activation that Captum reads
         if isinstance(module, nn.ReLU):
             module.inplace = False
     layers = [ready.model.get_submodule(name) for name in names]
@@ -168,7 +170,7 @@ def captum_pass(model: nn.Module, raw: Any, names: Sequence[str], at_once: bool)
 
 
 def measure_captum(options: argparse.Namespace) -> dict[str, Any]:
-    """Time the attribution pass of ResNet-50 against Captum over the same layers."""
+    """Time the attribution pass of ResNet-50 and Captum on the same layers in turn."""
     sizes, rounds, sample = sizes_of(options), options.captum_rounds, options.captum_layers
     model, raw = SIX[0].build(sizes)
     names = captum_layers(model)
@@ -205,7 +207,7 @@ def measure_captum(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_capture(system: System, options: argparse.Namespace) -> dict[str, Any]:
-    """Time capture, shape proof and regions of a system on one image."""
+    """Time capture, shape proofs and region search of a system with one image."""
     rounds, clock = options.captures, CLOCKS[options.clock]
     model, raw = system.build(sizes_of(options), images=1)
     ready = iter([prepare(model, raw) for _ in range(rounds)])
@@ -216,7 +218,7 @@ def measure_capture(system: System, options: argparse.Namespace) -> dict[str, An
 
 
 def measure(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all parts asked for."""
+    """Measure all parts asked for, row by row."""
     clock = {"clock": options.clock}
     for system in chosen(options):
         with console.status(system.name):
@@ -230,7 +232,7 @@ def measure(options: argparse.Namespace, console: Console) -> Iterator[dict[str,
 
 
 def show(rows: Sequence[dict[str, Any]]) -> Table:
-    """Lay rows out as a table: a ratio is its median and quartiles."""
+    """Render rows as a table; a ratio has its median and quartiles."""
     table = Table("part", "system", "measured", "value")
     for row in rows:
         skipped = ("part", "system", "machine")
@@ -244,14 +246,14 @@ def show(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, write the rows, print the table."""
-    parser = argparse.ArgumentParser(description="What an attribution pass costs.")
+    parser = argparse.ArgumentParser(description="The time of an attribution pass, and of capture.")
     add_options(parser)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--captures", type=int, default=3, help="how often each capture is timed")
     parser.add_argument("--captum-rounds", type=int, default=3)
     parser.add_argument("--captum-layers", type=int, default=11, help="layers to time one by one; 0 for all")
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: on a machine that is in use")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a busy machine")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     Console().print(show(write_rows("bench_overhead", measure(options, Console(stderr=True)))))

@@ -1,15 +1,14 @@
-"""The paper's table: what each criterion keeps of a trained detector, budget by budget, and how fast it becomes.
+"""The mAP and latency of trained detectors, pruned by each criterion at each budget, without training afterwards.
 
     python -m benchmarks.bench_paper [MODEL ...]                    # composed digits; benchmarks.training.train first
-    python -m benchmarks.bench_paper --coco DIR [MODEL ...]         # COCO 2017 and released weights, where at hand
+    python -m benchmarks.bench_paper --coco DIR [MODEL ...]         # COCO 2017 and released weights
+    python -m benchmarks.bench_paper --reuse [MODEL ...]            # evaluate only cuts that the results lack
+    python -m benchmarks.bench_paper --retime [MODEL ...]           # only time the cuts in the results again
 
-    python -m benchmarks.bench_paper --reuse [MODEL ...]            # evaluate only what the results do not have yet
-    python -m benchmarks.bench_paper --retime [MODEL ...]           # latency alone, of the cuts in the results
-
-No training after pruning. Criteria see the calibration images only; mAP is of the val images. Rows go to
-``results/bench_paper.jsonl``; what the removal of each region alone does goes to ``results/bench_paper_regions.jsonl``,
-and is what the rows of the criterion ``oracle`` are chosen by: no score that is added up can do much better.
-`benchmarks.render_paper` makes the table and the figures of them.
+Criteria see the calibration images only; mAP is of the val images. Rows go to ``results/bench_paper.jsonl``. The mAP
+lost by the removal of each region alone goes to ``results/bench_paper_regions.jsonl``. The criterion ``oracle`` takes
+these losses as scores. It is a bound: no other scores that are added up can do much better. `benchmarks.render_paper`
+makes the tables and figures of the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,23 +25,22 @@ from torch import nn
 import fxprune
 from benchmarks import render_paper
 from benchmarks.ablation import analyze_by, plan_removing
-from benchmarks.results import machine, read_rows, replace_rows
+from benchmarks.results import Row, machine, read_rows, replace_rows
 from benchmarks.subjects import UNPRUNED, Subject, add_options, subjects
 from fxprune.planning.analysis import Analysis
 
 CRITERIA = ("random", "l1", "grad_act", "grad_delta", "fisher", "ablation")
 BLIND = ("random", "l1")
-"""Criteria that do not look at the images; one batch serves to find the regions."""
+"""Criteria that do not use the images. One batch is enough for these, to find the regions."""
 BUDGETS = (0.1, 0.2, 0.3)
 NO_HEALING = {"strategy": "one_shot", "heal": "none", "cost": "flops"}
 
-Row = dict[str, Any]
 console = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One way to prune: the criterion (and its seed), the budget, the plan, and the seconds that it took to find."""
+    """One way to prune: criterion and seed, budget, plan, and the seconds of the analysis."""
 
     criterion: str
     seed: int
@@ -53,12 +50,12 @@ class Cut:
 
     @property
     def regions(self) -> frozenset[str]:
-        """Names of what it removes."""
+        """Names of the removed regions."""
         return frozenset(region.name for region in self.plan.removed)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the detectors asked for, write rows model by model, render."""
+    """Measure the detectors asked for, write rows model by model, and render the tables."""
     parser = argparse.ArgumentParser(description="mAP, cost and latency of pruned detectors, by criterion and budget.")
     add_options(parser)
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
@@ -67,10 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
     parser.add_argument("--agreement", type=int, default=100, metavar="N",
-                        help="val images for the removal of each region alone; 0: leave that out")  # fmt: skip
-    parser.add_argument("--reuse", action="store_true", help="keep the rows of other criteria, and take the mAP of cuts"
-                        " in the results from there: with the weights and the images as they were")  # fmt: skip
-    parser.add_argument("--retime", action="store_true", help="time the cuts in the results again, and nothing else")
+                        help="val images for the removal of each region alone; 0: do not measure it")  # fmt: skip
+    parser.add_argument("--reuse", action="store_true", help="keep the rows of other criteria, and take known mAP from"
+                        " the results; weights and images must be the same")  # fmt: skip
+    parser.add_argument("--retime", action="store_true", help="only time the cuts in the results again")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     for subject in subjects(options):
@@ -95,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Analysis], list[Cut]]:
-    """Analyze once per criterion (and seed), and plan for every budget."""
+    """Analyze once per criterion and seed, and plan for every budget."""
     analyses: dict[str, Analysis] = {}
     cuts: list[Cut] = []
     batches = subject.batches()
@@ -112,20 +109,20 @@ def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Anal
 
 
 def known_scores(subject: Subject) -> dict[frozenset[str], Mapping[str, float]]:
-    """Figures in the results by what was removed, of the same images."""
+    """Read known scores from the results, by the regions removed, where the val images are the same."""
     rows = rows_of("bench_paper", subject)
     return {frozenset(row["regions"]): row for row in rows if row["val_images"] == len(subject.val)}
 
 
 def rows_of(name: str, subject: Subject) -> list[Row]:
-    """What the results have of one detector."""
+    """Read the rows of one detector from the results."""
     return [row for row in read_rows(name) if row["model"] == subject.name]
 
 
 def cut_at(
     budgets: Iterable[float], analysis: Analysis, criterion: str, seed: int = 0, seconds: float = 0.0
 ) -> Iterator[Cut]:
-    """Plan for every budget; those out of reach are left out, aloud."""
+    """Plan for every budget. Budgets that cannot be met are printed and left out."""
     for budget in budgets:
         try:
             yield Cut(criterion, seed, budget, analysis.plan(budget), seconds)
@@ -139,7 +136,7 @@ def judge(
     models: Mapping[frozenset[str], nn.Module],
     known: Mapping[frozenset[str], Mapping[str, float]],
 ) -> Iterator[Row]:
-    """Evaluate every distinct cut once; one row for the unpruned model and one for each cut, latency left out."""
+    """Evaluate every distinct cut once; gives a row of the unpruned model and one of each cut, without latencies."""
     everything = {frozenset[str](): subject.model, **models}
     scores: dict[frozenset[str], Mapping[str, float]] = {}
     for regions, model in everything.items():
@@ -168,7 +165,7 @@ def judge(
 def with_latency(
     subject: Subject, rows: Sequence[Row], models: Mapping[frozenset[str], nn.Module], options: argparse.Namespace
 ) -> Iterator[Row]:
-    """Time all models and add what came out to their rows."""
+    """Time all models and add their latencies to the rows."""
     named = {key_of(regions): model for regions, model in models.items()}
     latencies = subject.time_beside(named, options.rounds, options.timed_images)
     for row in rows:
@@ -177,7 +174,7 @@ def with_latency(
 
 
 def retime(subject: Subject, options: argparse.Namespace) -> None:
-    """Make the cuts of the results again and time them: accuracy may be measured on a busy machine, latency not."""
+    """Make the cuts in the results again and time them, on a quiet machine."""
     rows = rows_of("bench_paper", subject)
     analysis = fxprune.analyze(subject.model, subject.batches()[:1], criterion="random")
     models = {
@@ -188,12 +185,12 @@ def retime(subject: Subject, options: argparse.Namespace) -> None:
 
 
 def key_of(regions: Iterable[str]) -> str:
-    """One name for a set of regions."""
+    """Make one name for a set of regions."""
     return " + ".join(sorted(regions)) or UNPRUNED
 
 
 def remove_each(subject: Subject, analyses: Mapping[str, Analysis], images: int, known: Mapping[str, Row]) -> list[Row]:
-    """The truth that criteria are held to: for every region its scores, and the mAP without it alone."""
+    """Measure the mAP lost by the removal of each region alone; rows have the scores of all criteria beside it."""
     first = next(iter(analyses.values()))
     known = {name: row for name, row in known.items() if row["val_images"] == images}
     complete = known.keys() >= {region.name for region in first.regions}
@@ -217,7 +214,7 @@ def remove_each(subject: Subject, analyses: Mapping[str, Analysis], images: int,
 
 
 def informed(analysis: Analysis, drops: Iterable[Row]) -> Analysis:
-    """The analysis of who knows the mAP drop of each region alone: a bound on scores that are added up."""
+    """Take the mAP lost without each region as its score; gives the analysis of the criterion ``oracle``."""
     truth = {row["region"]: row["mAP_drop"] for row in drops}
     return replace(analysis, regions=tuple(replace(each, score=truth[each.name]) for each in analysis.regions))
 

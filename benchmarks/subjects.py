@@ -1,4 +1,4 @@
-"""What the evidence is measured on: a trained detector, the images it is judged by, and others to calibrate on."""
+"""Trained detectors with their images, and the command-line options that choose both."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, i
 
 BATCH_SIZE = 8
 OFFICIAL = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "yolov8n.pt")
-"""Detectors with released COCO weights that ``--coco`` runs if none is named."""
-
+"""Detectors with released COCO weights that ``--coco`` takes if none is named."""
 
 UNPRUNED, TWIN = "unpruned", "unpruned again"
+"""Names of the unpruned detector in timings. It is timed twice, to measure noise."""
 
 
 @dataclass(frozen=True, eq=False)
 class Latencies:
-    """Timings by name; the unpruned detector stands among them twice, to show how far chance goes."""
+    """Timings by name. The unpruned detector is among them twice: its ratio to itself is the A/A floor."""
 
     timings: Mapping[str, Timing]
 
     def ratio(self, name: str) -> Ratio:
-        """A version's latency over the unpruned detector's, round by round."""
+        """Divide a version's latency by the unpruned detector's, round by round."""
         return compute_ratio(self.timings[name], self.timings[UNPRUNED])
 
     def columns(self, name: str) -> dict[str, float]:
-        """Keys of a row: ratios and the A/A floor as median and quartiles, and the median in milliseconds."""
+        """Make the latency columns of a row: ratio and A/A floor as median and quartiles, and the median in ms."""
         ratio, floor = self.ratio(name), self.ratio(TWIN)
         return {
             "latency_ratio": ratio.median, "latency_ratio_low": ratio.low, "latency_ratio_high": ratio.high,
@@ -51,22 +51,20 @@ class Latencies:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A detector with its data.
+    """A detector with the images that it is evaluated and calibrated on.
 
     Attributes
     ----------
     name : str
-        Of the detector.
+        Name of the detector.
     model : Module
         Trained, in eval mode.
-    val : list
-        Items of a `CocoDataset` to judge by.
-    calibration : list
-        Others, of which the criteria see images and labels.
-    categories : dict of int to str
-        Names of the data set's labels.
+    val : Items
+        Images for evaluation.
+    calibration : Items
+        Other images, for calibration.
     image_size : int, optional
-        What an ultralytics model is fed.
+        Side in pixels of the images that an ultralytics model takes.
     """
 
     name: str
@@ -76,39 +74,39 @@ class Subject:
     image_size: int | None
 
     def batches(self) -> list[Any]:
-        """The calibration images with labels, in the form the model takes."""
+        """Make batches of the calibration images with labels, in the form the model takes."""
         return list(fxprune.batches(self.model, self.calibration, batch_size=BATCH_SIZE, image_size=self.image_size))
 
     def unlabelled(self) -> list[Any]:
-        """The calibration images alone."""
+        """Make batches of the calibration images without labels."""
         pictures = fxprune.batches(
             self.model, self.calibration, batch_size=BATCH_SIZE, image_size=self.image_size, targets=False
         )
         return list(pictures)
 
     def evaluate(self, model: nn.Module, images: int | None = None) -> dict[str, float]:
-        """COCO figures of a pruned version on the (first) val images."""
+        """Evaluate a version of the model on the val images, or on the first `images` of them; COCO's scores."""
         val = self.val if images is None else Items(self.val.rows[:images], self.val.categories)
         return fxprune.evaluate(model, val, image_size=self.image_size)
 
     @cached_property
     def unpruned(self) -> dict[str, float]:
-        """COCO figures of the detector as it is."""
+        """COCO's scores of the unpruned detector."""
         return self.evaluate(self.model)
 
     def timed_batch(self, images: int) -> Any:
-        """Some val images in the form the model takes at inference, where it runs."""
+        """Make one batch of val images as the model takes them at inference, on its device."""
         some = Items(self.val.rows[:images], self.val.categories)
         (batch,) = fxprune.batches(self.model, some, batch_size=images, image_size=self.image_size, targets=False)
         return map_tensors(batch["img"] if isinstance(batch, dict) else batch, lambda value: value.to(self.device))
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The model's device."""
         return device_of(self.model)
 
     def time_beside(self, models: Mapping[str, nn.Module], rounds: int, images: int) -> Latencies:
-        """Time pruned versions and the unpruned detector in turn on one batch."""
+        """Time pruned versions and the unpruned detector in turn on one batch of so many images."""
         batch = self.timed_batch(images)
         everything = {UNPRUNED: self.model, TWIN: self.model, **models}
         with torch.inference_mode():
@@ -124,7 +122,7 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """Decoded items of a data set, kept in memory."""
+    """Decoded items of a data set, held in memory."""
 
     rows: list[tuple[Tensor, dict[str, Any]]]
     categories: dict[int, str]
@@ -137,13 +135,13 @@ class Items:
 
 
 def read_items(dataset: CocoDataset, limit: int | None) -> Items:
-    """Decode the first images of a data set."""
+    """Decode the first `limit` images of a data set, or all."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return Items([dataset[index] for index in range(count)], dict(dataset.categories))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which detectors and which data."""
+    """Add the options that choose detectors and data."""
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(DETECTORS)}; by default all")
     parser.set_defaults(untrained=False)
     parser.add_argument("--coco", type=Path, metavar="DIR", help="COCO 2017 (val2017, train2017 and annotations in DIR)"
@@ -160,12 +158,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def subjects(options: argparse.Namespace) -> Iterator[Subject]:
-    """The detectors asked for, one at a time.
+    """Load the detectors asked for, one at a time.
 
     Raises
     ------
     SystemExit
-        Weights or images are missing; says which, and where they were looked for.
+        Weights or images are missing. The message says which, and where they were looked for.
     """
     if options.coco is not None:
         options.images = options.images or options.coco / "val2017"
@@ -190,7 +188,7 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
 
 
 def trained(name: str, options: argparse.Namespace) -> Subject:
-    """One of the six, with composed digits."""
+    """Load one of the six trained detectors with its composed digits."""
     if name not in DETECTORS:
         raise SystemExit(f"{name!r} is none of the trained detectors: {', '.join(DETECTORS)}")
     size = DETECTORS[name].size
@@ -207,19 +205,19 @@ def trained(name: str, options: argparse.Namespace) -> Subject:
 
 
 def random_weights(name: str) -> nn.Module:
-    """One of the six as it is before training, the same every time."""
+    """Build one of the six with random weights from a fixed seed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return DETECTORS[name].build(DETECTORS[name].size).eval()
 
 
 def released(name: str) -> nn.Module:
-    """A detector with its official COCO weights: torchvision's ``DEFAULT``, or an ultralytics ``.pt``.
+    """Load a detector with its official COCO weights: torchvision's ``DEFAULT``, or an ultralytics ``.pt``.
 
     Raises
     ------
     SystemExit
-        They are not on this machine and cannot be downloaded.
+        The weights are not on this machine and cannot be downloaded.
     """
     if name.endswith(".pt"):
         from ultralytics import YOLO

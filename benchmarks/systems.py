@@ -14,7 +14,7 @@ from tests.helpers.systems import MORE, SIX, Sizes, System
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that the benchmarks over systems share."""
+    """Add the options that choose systems, sizes and threads."""
     known = [system.name for system in (*SIX, *MORE)]
     parser.add_argument("--systems", nargs="+", choices=known, metavar="NAME", help="only these")
     for name, value in vars(Sizes()).items():
@@ -23,19 +23,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(options: argparse.Namespace, everything: bool = False) -> list[System]:
-    """The systems asked for: those named, else the six, else all."""
+    """Choose the systems named in `options`; without names the six, or all with `everything`."""
     if options.systems:
         return [system for system in (*SIX, *MORE) if system.name in options.systems]
     return [*SIX, *(MORE if everything else ())]
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
-    """The sizes asked for."""
+    """Read the sizes from the options."""
     return Sizes(**{name: getattr(options, name) for name in vars(Sizes())})
 
 
 def write_rows(name: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write rows to ``results/<name>.jsonl`` as they come, over those of the last run; returns them."""
+    """Write rows to ``results/<name>.jsonl`` one by one, in place of the rows of the last run; returns them."""
     RESULTS.mkdir(exist_ok=True)
     written = []
     with (RESULTS / f"{name}.jsonl").open("w", encoding="utf-8") as file:

@@ -1,14 +1,18 @@
-"""Blocks removed and healed against channels removed and fine-tuned: one latency, the same images, the same seconds.
+"""Removed blocks with healing, and pruned channels with fine-tuning, compared at the same latency and training time.
 
-    python -m benchmarks.peers.bench_healed_peers [MODEL ...]    # of what bench_deeper has made; on a quiet machine
+    python -m benchmarks.peers.bench_healed_peers [MODEL ...]    # needs the detectors that bench_deeper keeps
     python -m benchmarks.peers.bench_healed_peers --render       # the table alone
 
-Ours is what `benchmarks.bench_deeper` found and healed without labels. Of Torch-Pruning's ratios the least is taken
-that is as fast, all timed in turn; what it leaves is fine-tuned on the same images, with their labels, for the
-processor time that search and healing took together, at each of several learning rates. It is looked at four times
-meanwhile, and its best look at the val images counts: whatever is unequal is in its favour. Rows go to
-``results/bench_healed_peers.jsonl``, the table is ``results/healed_peers.md``. Where the same cut has been healed anew
-since, the table has that, with the seconds of both.
+The healed detectors are those of `benchmarks.bench_deeper`: pruned by fxprune and healed without labels. Of the
+versions of Torch-Pruning (the peer) that are at least as fast, the one with the smallest pruning ratio is compared. All
+versions are timed in turn, on a quiet machine.
+
+The peer's version is fine-tuned on the same images, with their labels, for the processor time that search and healing
+took together, at each of several learning rates. It is evaluated on the val images four times during each run, and the
+best score counts. Every difference between the two sides is in the peer's favour.
+
+Rows go to ``results/bench_healed_peers.jsonl``, the table to ``results/healed_peers.md``. If a detector has been healed
+again after the comparison, the table shows its new mAP and seconds beside the peer's old ones.
 """
 
 from __future__ import annotations
@@ -31,18 +35,18 @@ from benchmarks.training.finetune import finetune_for
 
 NAME = "bench_healed_peers"
 PEER = "taylor"
-"""The best of Torch-Pruning's importances in ``results/peers.md``."""
+"""The importance of Torch-Pruning that keeps most mAP in ``results/peers.md``."""
 SWEEP = (*(step / 20 for step in range(1, 15)), 0.8, 0.9)
-"""Its pruning ratios."""
-CUT = ("regions", "unpruned_mAP")
-"""What rows of the same cut of the same detector have in common."""
+"""Pruning ratios of Torch-Pruning."""
+CUT_KEYS = ("regions", "unpruned_mAP")
+"""Keys with equal values in rows of the same cut of the same detector."""
 
 console = Console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare the detectors asked for, write rows model by model in place of those of the same cuts, render."""
-    parser = argparse.ArgumentParser(description="Healed blocks against fine-tuned channels.")
+    """Compare the detectors asked for, replace the rows of the same cuts, and render the table."""
+    parser = argparse.ArgumentParser(description="Healed blocks and fine-tuned channels at the same latency.")
     add_cut_options(parser)
     parser.add_argument("--costs", nargs="+", default=list(COSTS), choices=COSTS)
     parser.add_argument("--heals", nargs="+", default=list(KEPT), choices=KEPT)
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
-    """The rows of one detector."""
+    """Make the rows of one detector."""
     ours = {row_key(row): row for row in read_rows(OURS) if asked(row, subject, options)}
     models = {key: fxprune.load(subject.model, place_of(row)).eval() for key, row in ours.items()}
     if not models:
@@ -76,7 +80,7 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
         seconds, limit = seconds_of(row), timed.ratio(key).median
         columns = timed.columns(key)
         shared = {
-            **{name: row[name] for name in (*KEYS, *CUT)},
+            **{name: row[name] for name in (*KEYS, *CUT_KEYS)},
             "mAP": row["mAP"], "seconds": seconds, **columns, "rounds": options.rounds,
             "timed_images": options.timed_images, "images": row["images"], "val_images": row["val_images"],
             "machine": machine(options.device), "error": error,
@@ -90,7 +94,7 @@ def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
-    """Whether a row of `benchmarks.bench_deeper` is one to compare, and what it is of was kept."""
+    """Whether a row of `benchmarks.bench_deeper` is asked for and its detector is kept."""
     wanted = {
         "model": [subject.name],
         "strategy": options.strategies,
@@ -102,28 +106,36 @@ def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
 
 
 def cut_of(row: Row) -> tuple[str, str, str, float, str]:
-    """What tells rows apart: of the same they are replaced, others stay."""
+    """Make the key of a row. A new row replaces an old one with the same key."""
     return row["model"], row["cost"], row["strategy"], row["budget"], row["heal"]
 
 
 def seconds_of(row: Row) -> float:
-    """What a row of `benchmarks.bench_deeper` took."""
+    """Sum the seconds of search and healing in a row of `benchmarks.bench_deeper`."""
     return float(row["search_seconds"] + row["heal_seconds"])
 
 
 def ours_by_now(row: Row, ours: Sequence[Row]) -> Row:
-    """mAP and seconds of ours, as they are by now if the same was removed."""
-    same = (other for other in reversed(ours) if all(other[key] == row[key] for key in (*KEYS, *CUT)))
+    """Find mAP and seconds of the last healing of the same cut; `row` itself if there is none."""
+    same = (other for other in reversed(ours) if all(other[key] == row[key] for key in (*KEYS, *CUT_KEYS)))
     return next(({"mAP": now["mAP"], "seconds": seconds_of(now)} for now in same), row)
 
 
 def row_key(row: Row) -> str:
-    """Name of a version of ours."""
+    """Make the name of a healed version in timings."""
     return f"{row['strategy']} {row['budget']:.0%} {row['cost']} {row['heal']}"
 
 
 def peers(subject: Subject, sweep: Sequence[float]) -> tuple[dict[str, nn.Module], str | None]:
-    """What Torch-Pruning makes of a detector, by its ratio from little to much; or why it makes nothing."""
+    """Prune a detector by Torch-Pruning at every ratio of a sweep.
+
+    Returns
+    -------
+    models : dict of str to Module
+        By ratio, in rising order.
+    error : str, optional
+        Why there are none.
+    """
     settings, batches = PEERS[PEER], subject.batches()
     prepared, failures = first_working_way(subject.model, batches, settings)
     if prepared is None:
@@ -132,13 +144,13 @@ def peers(subject: Subject, sweep: Sequence[float]) -> tuple[dict[str, nn.Module
     for ratio in sorted(sweep):
         try:
             found[str(ratio)] = prune_channels(prepared, settings, ratio)[0]
-        except Exception as error:  # the peer's own code may fail in any way of its own
+        except Exception as error:  # the peer may raise any exception
             console.print(f"{subject.name}: Torch-Pruning at {ratio}: {first_line(error)}")
     return found, None
 
 
 def tuned(subject: Subject, model: nn.Module, seconds: float, rates: Sequence[float]) -> Row:
-    """What fine-tuning brings it to: the best of all rates and looks."""
+    """Fine-tune a model at every rate and evaluate each look; the best score counts."""
     found: dict[str, float] = {}
     for rate in rates:
         try:
@@ -152,7 +164,7 @@ def tuned(subject: Subject, model: nn.Module, seconds: float, rates: Sequence[fl
 
 
 def table(rows: Sequence[Row], ours: Sequence[Row]) -> Iterator[str]:
-    """One line a detector and cut, with what of ours there is of it by now."""
+    """Render one line per detector and cut, with the last healing of that cut."""
     yield "| model | strategy, heal | budget | latency | mAP | s | Torch-Pruning | and tuned | s | its latency |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for row in sorted(rows, key=cut_of):

@@ -1,14 +1,14 @@
-"""Removing blocks against removing channels: fxprune and Torch-Pruning on the same trained detectors.
+"""Block removal by fxprune and channel pruning by Torch-Pruning, compared on the same trained detectors.
 
     python -m benchmarks.peers.bench_peers [MODEL ...]              # composed digits; benchmarks.training.train first
     python -m benchmarks.peers.bench_peers --coco DIR [MODEL ...]   # COCO 2017 and released weights, where at hand
     python -m benchmarks.peers.retime_peers [MODEL ...]             # time the versions in the results again
 
-Both see the same calibration images and, where they need gradients, take them of the same loss. The peer's ratio is
-searched until it saves the FLOPs that our own `fisher` saves at that budget, and swept, so that the two can be
-compared at one latency too. All models of a detector are timed in turn, as pruned. Fine-tuning is the same
-short one for all, the unpruned model included. Rows go to ``results/bench_peers.jsonl``, failures too;
-`benchmarks.peers.render_peers` makes ``results/peers.md`` of them.
+Both tools see the same calibration images. Where they need gradients, these are of the same loss. For each budget the
+pruning ratio of Torch-Pruning (the peer) is searched that saves as many FLOPs as fxprune's ``fisher``. A sweep over
+ratios shows what the peer keeps at the same latency. All models of a detector are timed in turn, before fine-tuning.
+All get the same short fine-tuning, the unpruned model included. Rows go to ``results/bench_peers.jsonl``, one for each
+failure too. `benchmarks.peers.render_peers` makes ``results/peers.md`` of them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PEERS = {
 }
 BUDGETS = (0.1, 0.2, 0.3)
 SWEEP = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6)
-"""Pruning ratios of Torch-Pruning, from little to much."""
+"""Pruning ratios of Torch-Pruning, in rising order."""
 
 console = Console(stderr=True)
 
@@ -64,11 +64,11 @@ class Variant:
     kind : str
         ``unpruned``, ``cut`` (to a budget) or ``sweep``.
     key : str
-        The same for versions that are the same, which are measured once.
+        Equal for equal versions, which are measured once.
     model : Module
         In eval mode.
     budget : float, optional
-        What was asked for.
+        The fraction of FLOPs asked for.
     seconds : float
         Wall time of the pruning call.
     details : dict
@@ -86,7 +86,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores of a version, as pruned or fine-tuned; none where `error` says why."""
+    """Scores of a version, as pruned or fine-tuned; None if it failed, with the reason in `error`."""
 
     scores: Mapping[str, float | None]
     seconds: float | None = None
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description="Block removal against channel pruning by Torch-Pruning.")
     add_options(parser)
     parser.add_argument("--criteria", nargs="*", default=list(OURS), choices=list(OURS), help="of fxprune")
@@ -122,7 +122,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_training(subject: Subject, options: argparse.Namespace) -> Sequence[Any]:
-    """Batches of 16 to fine-tune on: of the train split, or of what follows the calibration images in their set."""
+    """Read batches of 16 to fine-tune on.
+
+    They come from the train split, or from the images that follow the calibration images in their data set.
+    """
     if not options.finetune_images:
         return []
     if options.images is None:
@@ -136,7 +139,7 @@ def read_training(subject: Subject, options: argparse.Namespace) -> Sequence[Any
 
 
 def compare(subject: Subject, options: argparse.Namespace, training: Sequence[Any]) -> list[Row]:
-    """All rows of one detector."""
+    """Make all rows of one detector."""
     batches = subject.batches()
     flops = partial(count_first, batches=batches)
     unpruned = Variant("unpruned", "unpruned", UNPRUNED, subject.model, 0.0, 0.0)
@@ -156,13 +159,13 @@ def compare(subject: Subject, options: argparse.Namespace, training: Sequence[An
 
 
 def count_first(model: nn.Module, batches: Sequence[Any]) -> int:
-    """FLOPs of one inference on the first calibration batch."""
+    """Count the FLOPs of one inference on the first calibration batch."""
     adapter = choose_adapter(model, batches[0], None)
     return flops_of(model, adapter, normalize_and_label(model, adapter, batches[0], 0))
 
 
 def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Variant], list[Row]]:
-    """Our versions: every criterion at every budget."""
+    """Remove blocks by every criterion of fxprune, at every budget."""
     variants, failures = [], []
     for criterion in options.criteria:
         started = time.perf_counter()
@@ -185,7 +188,7 @@ def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Vari
 
 
 def failure(method: str, error: str, **details: Any) -> Row:
-    """A row that says what a method could not do, in the words of its error."""
+    """Make a row of a failure, with the error message."""
     console.print(f"{method}: {error} {details}")
     return {"method": method, "kind": "failed", "heal": "none", "error": error, **details}
 
@@ -193,7 +196,13 @@ def failure(method: str, error: str, **details: Any) -> Row:
 def cut_channels(
     model: nn.Module, batches: Sequence[Any], peer: str, targets: Mapping[float, float], sweep: Iterable[float]
 ) -> tuple[list[Variant], list[Row]]:
-    """The peer's versions with one importance: a sweep over ratios, and one at each share of the FLOPs in `targets`."""
+    """Prune channels by one importance of the peer: a sweep over ratios, and one version for each target.
+
+    Parameters
+    ----------
+    targets : mapping of float to float
+        For each budget the fraction of the FLOPs to save.
+    """
     method, settings = f"torch-pruning {peer}", PEERS[peer]
     prepared, failed = first_working_way(model, batches, settings)
     failures = [failure(method, error, way=way.name) for way, error in failed]
@@ -207,7 +216,7 @@ def cut_channels(
         try:
             pruned, seconds = prune_channels(prepared, settings, ratio)
             shares[ratio] = 1 - count_first(pruned, batches) / base
-        except Exception as error:  # the peer's own code may fail in any way of its own
+        except Exception as error:  # the peer may raise any exception
             failures.append(failure(method, first_line(error), way=way, ratio=ratio, budget=budget))
             return None
         details = {"ratio": ratio, "way": way, "version": version("torch-pruning")}
@@ -232,7 +241,7 @@ def cut_channels(
 def measure(
     subject: Subject, variants: Sequence[Variant], training: Sequence[Any], options: argparse.Namespace
 ) -> Iterator[Row]:
-    """Evaluate, fine-tune and time every distinct version once; rows as pruned and as fine-tuned."""
+    """Evaluate, fine-tune and time every distinct version once; gives a row as pruned and one as fine-tuned."""
     distinct = {variant.key: variant for variant in variants}
     tuned = {v.key for v in variants if training and (v.kind != "sweep" or options.finetune_sweep)}
     batches = subject.batches()
@@ -259,7 +268,7 @@ def measure(
 
 
 def tune(subject: Subject, model: nn.Module, training: Sequence[Any], learning_rate: float) -> Outcome:
-    """Fine-tune a copy and evaluate it; a loss that is not finite is an outcome too."""
+    """Fine-tune a copy and evaluate it. If the loss is not finite, the outcome has the error."""
     try:
         tuned, seconds = finetune(model, training, learning_rate)
     except fxprune.FxpruneError as error:
@@ -268,7 +277,7 @@ def tune(subject: Subject, model: nn.Module, training: Sequence[Any], learning_r
 
 
 def score(subject: Subject, model: nn.Module) -> dict[str, float | None]:
-    """The two figures that rows hold."""
+    """Evaluate a model; returns the two scores that rows hold."""
     figures = subject.evaluate(model)
     return {name: figures[name] for name in ("mAP", "mAP50")}
 

@@ -1,6 +1,7 @@
-"""Channel pruning by Torch-Pruning, the peer that block removal is held against, applied as its users apply it.
+"""Channel pruning by Torch-Pruning (the peer), which block removal is compared with.
 
-What it cannot take in one way is tried in the others before it counts as a failure; every failure keeps its own words.
+A detector can be prepared for it in several ways (`benchmarks.peers.handover`). It counts as a failure if no way works;
+the error message of every way is kept.
 """
 
 from __future__ import annotations
@@ -19,28 +20,36 @@ from torch import nn
 from benchmarks.peers.handover import Prepared, Way, collect, flops_of, prepare, tracing, ways_for
 from fxprune.adapters.calls import batch_loss
 
-TRIAL = 0.1
+TRIAL_RATIO = 0.1
 """Pruning ratio at which a way is tried."""
-TOLERANCE = 0.005
-"""How far the FLOPs saved may be from what is asked, as a share of all."""
-STEPS = 12
-"""Most halvings in the search for a ratio."""
+FLOPS_TOLERANCE = 0.005
+"""Largest difference between the FLOPs saved and the target, as a fraction of all FLOPs."""
+MAX_HALVINGS = 12
+"""Of the interval of ratios in `find_ratio`."""
 
 
 class PeerError(Exception):
-    """The peer gave a model that does not work."""
+    """The peer returned a model that does not work."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How channels are chosen: ``taylor`` or ``magnitude``, and to what number widths are rounded."""
+    """How the peer chooses channels.
+
+    Attributes
+    ----------
+    importance : str
+        ``taylor`` or ``magnitude``.
+    round_to : int, optional
+        Numbers of channels are rounded to multiples of this.
+    """
 
     importance: str
     round_to: int | None = None
 
 
 def prune_channels(prepared: Prepared, settings: Settings, ratio: float) -> tuple[nn.Module, float]:
-    """Prune a fresh copy.
+    """Prune a copy of a detector.
 
     Parameters
     ----------
@@ -49,14 +58,14 @@ def prune_channels(prepared: Prepared, settings: Settings, ratio: float) -> tupl
     settings : Settings
         How channels are chosen.
     ratio : float
-        The peer's ``pruning_ratio``, the share of channels that go.
+        The peer's ``pruning_ratio``: the fraction of channels to remove.
 
     Returns
     -------
     model : Module
         In eval mode, checked by `check`.
     seconds : float
-        That a user would have waited: the call, and the gradients if it needs them.
+        Wall time of the call, and of the gradients if the importance needs them.
     """
     import torch_pruning as tp
 
@@ -71,7 +80,7 @@ def prune_channels(prepared: Prepared, settings: Settings, ratio: float) -> tupl
         pruner = tp.pruner.BasePruner(
             model, example.images, importance, global_pruning=True, pruning_ratio=ratio, round_to=settings.round_to,
             ignored_layers=[model.get_submodule(name) for name in prepared.ignored],
-            in_channel_groups={}, out_channel_groups={},  # its defaults are shared between calls and keep models alive
+            in_channel_groups={}, out_channel_groups={},  # shared between calls by default, which keeps models alive
             forward_fn=tracing(prepared.adapter, example, prepared.outputs),
         )  # fmt: skip
         pruner.step()
@@ -80,18 +89,18 @@ def prune_channels(prepared: Prepared, settings: Settings, ratio: float) -> tupl
         value.grad = None
         value.requires_grad_(name not in prepared.frozen)
     del pruner
-    gc.collect()  # its graph is full of cycles, which hold the activations of the traced run
+    gc.collect()  # its graph has reference cycles, which hold the activations of the traced run
     check(prepared, model)
     return model.eval(), seconds
 
 
 def check(prepared: Prepared, model: nn.Module) -> None:
-    """Refuse a pruned model that does not run, gives outputs of other shapes, has no finite loss or costs no less.
+    """Check that a pruned model runs, keeps the shapes of its outputs, has a finite loss and saves FLOPs.
 
     Raises
     ------
     PeerError
-        Says which.
+        It does not. The message says why.
     """
     adapter, example = prepared.adapter, prepared.example
     before, after = (collect(each, adapter, example, prepared.outputs) for each in (prepared.model, model))
@@ -107,13 +116,21 @@ def check(prepared: Prepared, model: nn.Module) -> None:
 def first_working_way(
     model: nn.Module, batches: Sequence[Any], settings: Settings
 ) -> tuple[Prepared | None, list[tuple[Way, str]]]:
-    """Try the ways in turn; give the first that yields a working model, and those before it with their errors."""
+    """Try the ways in turn.
+
+    Returns
+    -------
+    prepared : Prepared, optional
+        The detector, prepared in the first way that gives a working model.
+    failures : list of (Way, str)
+        The ways before it with their errors.
+    """
     failures = []
     for way in ways_for(model):
         try:
             prepared = prepare(model, batches, way)
-            prune_channels(prepared, settings, TRIAL)
-        except Exception as error:  # the peer's own code may fail in any way of its own
+            prune_channels(prepared, settings, TRIAL_RATIO)
+        except Exception as error:  # the peer may raise any exception
             failures.append((way, first_line(error)))
         else:
             return prepared, failures
@@ -121,26 +138,26 @@ def first_working_way(
 
 
 def first_line(error: Exception) -> str:
-    """Kind and first line of an error."""
+    """Give the class and the first line of an error."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def find_ratio(target: float, share_at: Callable[[float], float | None], known: Mapping[float, float]) -> float:
-    """Halve an interval of pruning ratios until the FLOPs saved are as asked.
+    """Find the pruning ratio that saves a fraction of the FLOPs, by bisection.
 
     Parameters
     ----------
     target : float
-        Share of the FLOPs to save.
+        Fraction of the FLOPs to save.
     share_at : callable
-        ``ratio -> share saved``, or None where that ratio gives no working model.
+        ``ratio -> fraction saved``; None if the ratio gives no working model.
     known : mapping of float to float
-        Ratios whose share is known already.
+        Ratios with known fractions.
 
     Returns
     -------
     float
-        The ratio within `TOLERANCE` of the target, or the nearest found.
+        A ratio within `FLOPS_TOLERANCE` of the target, or the nearest found.
 
     Raises
     ------
@@ -150,8 +167,8 @@ def find_ratio(target: float, share_at: Callable[[float], float | None], known: 
     shares = dict(known)
     low = max((ratio for ratio, share in shares.items() if share < target), default=0.0)
     high = min((ratio for ratio, share in shares.items() if share >= target and ratio > low), default=1.0)
-    for _ in range(STEPS):
-        if any(abs(share - target) <= TOLERANCE for share in shares.values()):
+    for _ in range(MAX_HALVINGS):
+        if any(abs(share - target) <= FLOPS_TOLERANCE for share in shares.values()):
             break
         middle = (low + high) / 2
         share = share_at(middle)

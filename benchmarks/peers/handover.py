@@ -1,7 +1,7 @@
-"""How a detector is handed to Torch-Pruning: a copy, the layers it must leave alone, the gradients of the loss.
+"""Prepares a detector for Torch-Pruning: a copy, the layers to leave alone, the gradients of the loss.
 
-What is to be left alone is found, not listed: the layers whose output no other layer takes. What the peer cannot take
-as it is can be handed over in the other ways that its users know.
+Output layers must keep their channels. They are found in the autograd graph: the layers whose output no other layer
+reads. If pruning a whole detector fails, other ways are tried that Torch-Pruning's examples and users know (`WAYS`).
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from fxprune.profiling.flops_params import count_flops
 from fxprune.runtime.private_copy import private_copy
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+"""Kinds of layers that have channels to prune."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to hand over a detector.
+    """One way to prepare a detector.
 
     Attributes
     ----------
     name : str
-        In words.
+        A description, as it stands in the tables.
     part : str
-        Submodule whose channels are pruned; empty for all.
+        Submodule whose channels are pruned; empty for the whole network.
     unsplit : bool
-        Whether ultralytics' C2f blocks are rewritten first, as the peer's own YOLOv8 example does it.
+        Whether ultralytics' C2f blocks are rewritten first, as in the peer's own YOLOv8 example.
     spare_splits : bool
-        Whether layers whose channels a split divides are left alone too.
+        Whether layers whose output goes to a split are left alone as well.
     """
 
     name: str
@@ -57,30 +58,30 @@ WAYS = (
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A detector as it is handed over, with what is known of it.
+    """A detector prepared for pruning.
 
     Attributes
     ----------
     model : Module
-        A copy whose weights all take gradients, or the peer would not see them.
+        A copy. All its weights take gradients, since the peer ignores those that do not.
     adapter : Adapter
-        Of its family.
+        The adapter of its family.
     example : Batch
         Two labelled images.
     way : Way
-        How it is handed over.
+        How it was prepared.
     outputs : tuple of str
-        Layers whose output no other layer takes.
+        Layers whose output no other layer reads.
     ignored : tuple of str
-        Layers to leave alone: these, and more in some ways.
+        Layers to leave alone: the outputs, and more in some ways.
     frozen : frozenset of str
-        Parameters that took no gradients before.
+        Parameters that take no gradients in the detector as it was given.
     flops : int
         Of one inference on `example`.
     gradients : mapping of str to Tensor
         Of the loss, summed over the calibration batches.
     seconds : float
-        That the gradients took.
+        Wall time of the gradients.
     """
 
     model: nn.Module
@@ -96,7 +97,7 @@ class Prepared:
 
 
 def ways_for(model: nn.Module) -> Iterator[Way]:
-    """The ways that differ for this detector."""
+    """List the ways that apply to this detector."""
     for way in WAYS:
         if way.unsplit and not any(is_c2f(module) for module in model.modules()):
             continue
@@ -105,7 +106,7 @@ def ways_for(model: nn.Module) -> Iterator[Way]:
 
 
 def prepare(model: nn.Module, batches: Sequence[Any], way: Way) -> Prepared:
-    """Copy a detector and find out what the peer needs: the layers to ignore, and gradients of the loss."""
+    """Copy a detector, find the layers to leave alone, and compute the gradients of its loss."""
     frozen = frozenset(name for name, value in model.named_parameters() if not value.requires_grad)
     twin = private_copy(model)
     if way.unsplit:
@@ -128,7 +129,7 @@ def prepare(model: nn.Module, batches: Sequence[Any], way: Way) -> Prepared:
 
 
 def first_two(raw: Any) -> Any:
-    """The first two images of a labelled batch of either family."""
+    """Take the first two images of a labelled batch, with their labels."""
     if not isinstance(raw, Mapping):
         return tuple(part[:2] for part in raw)
     keep = raw["batch_idx"] < 2
@@ -136,9 +137,9 @@ def first_two(raw: Any) -> Any:
 
 
 def find_outputs(model: nn.Module, adapter: Adapter, example: Batch, part: str) -> tuple[str, ...]:
-    """Names of the layers of a part whose output reaches no other layer of it.
+    """Find the layers of a part of the model whose output reaches no other layer of it.
 
-    Layers without gradients, such as the fixed sum over bins behind YOLO's boxes, do not count as layers.
+    Layers without gradients do not count, such as the fixed convolution that decodes YOLO's boxes.
     """
     layers = [
         f"{part}.{name}" if part else name
@@ -151,7 +152,7 @@ def find_outputs(model: nn.Module, adapter: Adapter, example: Batch, part: str) 
 
 
 def collect(model: nn.Module, adapter: Adapter, example: Batch, names: Iterable[str]) -> list[tuple[str, Tensor, Any]]:
-    """Run the detector; give name, output and autograd function of every call of the named layers."""
+    """Run the detector; returns name, output and autograd function of every call of the named layers."""
     seen: list[tuple[str, Tensor, Any]] = []
 
     def noting(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -168,7 +169,7 @@ def collect(model: nn.Module, adapter: Adapter, example: Batch, names: Iterable[
 
 
 def ancestors(functions: Iterable[Any]) -> set[Any]:
-    """All autograd functions that lie before some of the given ones."""
+    """Find all autograd functions that the given ones depend on."""
     found: set[Any] = set()
     stack = [before for function in functions for before, _ in function.next_functions]
     while stack:
@@ -180,7 +181,7 @@ def ancestors(functions: Iterable[Any]) -> set[Any]:
 
 
 def find_split(model: nn.Module, adapter: Adapter, example: Batch, outputs: Sequence[str]) -> tuple[str, ...]:
-    """Names of the layers whose channels a split or chunk divides, as the peer sees them."""
+    """Find the layers whose channels a split or chunk divides, by the peer's own graph."""
     import torch_pruning as tp
 
     names = {module: name for name, module in model.named_modules()}
@@ -194,17 +195,17 @@ def find_split(model: nn.Module, adapter: Adapter, example: Batch, outputs: Sequ
 
 
 def tracing(adapter: Adapter, example: Batch, outputs: Sequence[str]) -> Callable[[nn.Module, Any], list[Tensor]]:
-    """What the peer calls to trace the network: one inference, of which it sees what the output layers give."""
+    """Make the function that the peer traces: one inference that returns the outputs of the output layers."""
     return lambda model, _: [output for _, output, _ in collect(model, adapter, example, outputs)]
 
 
 def flops_of(model: nn.Module, adapter: Adapter, batch: Batch) -> int:
-    """FLOPs of one inference on a batch, by torch's counter."""
+    """Count the FLOPs of one inference on a batch by torch's counter."""
     return count_flops(lambda: adapter.predict(model, batch), [])[0]
 
 
 def sum_gradients(model: nn.Module, adapter: Adapter, batches: Sequence[Any]) -> dict[str, Tensor]:
-    """Gradients of the adapter's loss by parameter name, summed over batches; the model keeps none."""
+    """Sum the gradients of the loss over batches, by parameter name; the model keeps none."""
     for index, raw in enumerate(batches):
         batch = normalize_and_label(model, adapter, raw, index)
         batch_loss(model, adapter, batch, index, seed=0).sum().backward()  # type: ignore[no-untyped-call]
@@ -215,20 +216,20 @@ def sum_gradients(model: nn.Module, adapter: Adapter, batches: Sequence[Any]) ->
 
 
 def is_c2f(module: nn.Module) -> bool:
-    """Whether a module runs as ultralytics' C2f does, chunk and all."""
+    """Whether a module has the forward of ultralytics' C2f, which chunks channels."""
     forward = getattr(type(module), "forward", None)
     return forward.__qualname__ == "C2f.forward" if forward is not None else False
 
 
 class UnsplitC2f(nn.Module):
-    """The same function as a C2f block, its first convolution in two halves instead of a chunk of its output."""
+    """A C2f block whose first convolution is split in two, so that no output is chunked; the function is the same."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         first, self.cv2, self.m = cast(Any, block).cv1, cast(Any, block).cv2, cast(Any, block).m
         width = first.conv.out_channels // 2
         self.cv0, self.cv1 = half_of(first, slice(0, width)), half_of(first, slice(width, 2 * width))
-        for name in ("i", "f", "type"):  # where ultralytics keeps the place in its own graph
+        for name in ("i", "f", "type"):  # ultralytics' records of the block's place in the network
             if hasattr(block, name):
                 setattr(self, name, getattr(block, name))
 
@@ -239,7 +240,7 @@ class UnsplitC2f(nn.Module):
 
 
 def half_of(block: nn.Module, channels: slice) -> nn.Module:
-    """A convolution with norm and activation that gives only some of the channels."""
+    """Copy a convolution with norm and activation, with only some of its output channels."""
     half: Any = copy.deepcopy(block)
     half.conv.weight = nn.Parameter(half.conv.weight[channels].clone())
     half.conv.out_channels = half.bn.num_features = len(half.conv.weight)

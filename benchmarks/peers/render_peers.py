@@ -1,4 +1,4 @@
-"""Tables of what `benchmarks.peers.bench_peers` measured: ``results/peers.md``.
+"""Render the tables of `benchmarks.peers.bench_peers` to ``results/peers.md``.
 
 python -m benchmarks.peers.render_peers
 """
@@ -12,16 +12,17 @@ from itertools import pairwise
 from benchmarks.results import RESULTS, Row, read_rows
 from fxprune.profiling.interleaved_timing import median_error
 
-LEVEL = 0.005
+LEVEL_MAP = 0.005
 """Differences in mAP up to this count as level."""
-NOISY = 0.05
-"""Uncertainty of the unpruned model's latency against itself from which no latency is compared."""
+MAX_UNCERTAINTY = 0.05
+"""Latencies are compared only if the unpruned model's ratio to itself is known this well."""
 HEALS = {"none": "as pruned", "finetune": "fine-tuned"}
 TOOLS = ("fxprune", "torch-pruning")
-OWN_CRITERIA = ("fisher", "ablation")
-"""Ours and not the paper's: what the summary is about."""
+SUMMARY_CRITERIA = ("fisher", "ablation")
+"""Criteria that the summary compares with the peer."""
 
 Point = tuple[float, float]
+"""Latency as a ratio to the unpruned model, and mAP."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def heading(rows: Sequence[Row]) -> str:
-    """One model: what it is without pruning, and after fine-tuning alone."""
+    """Render a model's heading: its scores unpruned, and after fine-tuning alone."""
     first = unpruned(rows, "none")
     warning = "" if measurable(first) else " **Too noisy to compare latencies.**"
     noise = f"{first['floor']:.3f} ± {uncertainty(first):.3f} (median of {first['rounds']} rounds, 95 %)"
@@ -52,17 +53,17 @@ def heading(rows: Sequence[Row]) -> str:
 
 
 def unpruned(rows: Iterable[Row], heal: str) -> Row:
-    """The row of the unpruned model, as it is or fine-tuned."""
+    """Find the row of the unpruned model, as it is or fine-tuned."""
     return next(row for row in rows if row["kind"] == "unpruned" and row["heal"] == heal)
 
 
 def show(value: float | None) -> str:
-    """An mAP, or a dash."""
+    """Format an mAP; a dash if there is none."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def cut_table(rows: Sequence[Row]) -> str:
-    """Every method at every budget, the peer's FLOPs as near to ours as it gets."""
+    """Render every method at every budget; the peer's cuts save as many FLOPs as ours, as nearly as it can."""
     first = unpruned(rows, "none")
     lines = ["| budget | method | FLOPs | params | mAP | fine-tuned | latency | call |",
              "|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
@@ -84,23 +85,23 @@ def cut_table(rows: Sequence[Row]) -> str:
 
 
 def measurable(row: Row) -> bool:
-    """Whether the unpruned model took as long as itself, to within a small uncertainty."""
-    return bool(abs(row["floor"] - 1) <= uncertainty(row) <= NOISY)
+    """Whether the unpruned model's latency over itself is 1, to within a small uncertainty."""
+    return bool(abs(row["floor"] - 1) <= uncertainty(row) <= MAX_UNCERTAINTY)
 
 
 def uncertainty(row: Row) -> float:
-    """Half the 95 % interval of the median of the unpruned model's latency against itself."""
+    """Half of the 95 % interval of the median of the unpruned model's latency over itself."""
     return median_error(row["floor_low"], row["floor_high"], row["rounds"])
 
 
 def find(rows: Iterable[Row], method: str, budget: float, heal: str) -> Row | None:
-    """The cut of a method at a budget."""
+    """Find the row of a method's cut to a budget."""
     return next((row for row in rows if (row["method"], row["budget"], row["heal"], row["kind"])
                  == (method, budget, heal, "cut")), None)  # fmt: skip
 
 
 def curve(rows: Iterable[Row], method: str, heal: str) -> list[Point]:
-    """Latency and mAP of a method, from the unpruned model to the deepest cut; empty if the method made nothing."""
+    """Make a method's curve of latency and mAP, from the unpruned model to the deepest cut; empty if it has no cut."""
     own = [row for row in rows if row["method"] == method and row["kind"] in ("cut", "sweep") and row["heal"] == heal]
     own = [row for row in own if row["mAP"] is not None]
     ordered = sorted(own, key=lambda row: -float(row["flops"]))
@@ -108,17 +109,16 @@ def curve(rows: Iterable[Row], method: str, heal: str) -> list[Point]:
 
 
 def at_latency(points: Sequence[Point], latency: float) -> float | None:
-    """The best mAP that a method has at a latency, straight lines between its points; None if it is never that fast.
+    """Find the best mAP of a method at a latency or below, by linear interpolation; None if it is never that fast.
 
-    A point that is faster counts as well, since nobody is made to wait: where a curve goes up and down, this is in
-    favour of the method.
+    Faster points count as well. Where a curve is not monotonic, this is in favour of the method.
 
     Parameters
     ----------
     points : sequence
         Latency and mAP, in the order of the cuts.
     latency : float
-        The most it may take.
+        Largest latency allowed.
     """
     found = [mAP for own, mAP in points if own <= latency]
     for (before, start), (after, end) in pairwise(points):
@@ -128,12 +128,12 @@ def at_latency(points: Sequence[Point], latency: float) -> float | None:
 
 
 def peers_of(rows: Iterable[Row]) -> list[str]:
-    """The peer's methods that were tried, in order."""
+    """List the peer's methods in the rows, in order."""
     return list(dict.fromkeys(row["method"] for row in rows if row["method"].startswith(TOOLS[1])))
 
 
 def latency_table(rows: Sequence[Row]) -> str:
-    """For each of our cuts, what each of the peer's methods keeps at that latency."""
+    """Render for each of our cuts the mAP of each of the peer's methods at that latency."""
     peers = peers_of(rows)
     lines = [
         "At the latency of each of our cuts (mAP as pruned / fine-tuned; *: within chance of the unpruned model):\n",
@@ -155,7 +155,7 @@ def latency_table(rows: Sequence[Row]) -> str:
 
 
 def kept(points: Sequence[Point], latency: float) -> str:
-    """What a curve keeps at a latency, in a cell."""
+    """Format the mAP of a curve at a latency as a table cell."""
     if not points:
         return "fails"
     value = at_latency(points, latency)
@@ -163,7 +163,7 @@ def kept(points: Sequence[Point], latency: float) -> str:
 
 
 def failure_list(rows: Sequence[Row]) -> str:
-    """What could not be done, in the words of the errors, the same ones once."""
+    """Render the failures with their error messages; equal messages once."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["error"]:
@@ -179,12 +179,12 @@ def failure_list(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row], models: Sequence[str]) -> str:
-    """Who keeps more, our two own criteria against the best of the peer's methods, by model and cut."""
+    """Render the comparison of `SUMMARY_CRITERIA` with the best of the peer's methods, by model and cut."""
     heals = [heal for heal in HEALS if any(row["heal"] == heal for row in rows)]
     columns = [(way, heal) for heal in heals for way in ("FLOPs", "latency")]
     lines = [
         f"Our mAP against the best of Torch-Pruning's, at the FLOPs and at the latency of our cut. Differences up to"
-        f" {LEVEL} count as level. A star: the latency is within chance of the unpruned model's.\n",
+        f" {LEVEL_MAP} count as level. A star: the latency is within chance of the unpruned model's.\n",
         "| model | budget | ours | " + " | ".join(f"same {way}, {HEALS[heal]}" for way, heal in columns) + " |",
         "|---|--:|---|" + "---|" * len(columns),
     ]
@@ -192,7 +192,7 @@ def summary(rows: Sequence[Row], models: Sequence[str]) -> str:
     for model in models:
         own = [row for row in rows if row["model"] == model]
         for row in own:
-            if row["kind"] != "cut" or row["heal"] != "none" or row["method"].split()[-1] not in OWN_CRITERIA:
+            if row["kind"] != "cut" or row["heal"] != "none" or row["method"].split()[-1] not in SUMMARY_CRITERIA:
                 continue
             cells = []
             for way, heal in columns:
@@ -210,7 +210,20 @@ def summary(rows: Sequence[Row], models: Sequence[str]) -> str:
 
 
 def compare(rows: Sequence[Row], row: Row, way: str, heal: str) -> tuple[str, str]:
-    """Who is ahead at one cut, and the cell that says so."""
+    """Compare the mAP of one of our cuts with the peer's best.
+
+    Parameters
+    ----------
+    way : str
+        ``FLOPs`` or ``latency``: what is equal.
+
+    Returns
+    -------
+    winner : str
+        ``ours``, ``level``, ``theirs`` or ``unmeasured``.
+    cell : str
+        Both scores, the better one bold.
+    """
     if way == "latency" and not measurable(row):
         return "unmeasured", "too noisy"
     own = find(rows, row["method"], row["budget"], heal)
@@ -230,7 +243,7 @@ def compare(rows: Sequence[Row], row: Row, way: str, heal: str) -> tuple[str, st
         return "ours", f"**{show(mAP)}**{star} : {'never that fast' if works else 'fails'}"
     peer, best = max(reached.items(), key=lambda item: item[1])
     name = peer.removeprefix(TOOLS[1]).strip()
-    if abs(mAP - best) <= LEVEL:
+    if abs(mAP - best) <= LEVEL_MAP:
         return "level", f"{show(mAP)}{star} : {show(best)} ({name})"
     if mAP > best:
         return "ours", f"**{show(mAP)}**{star} : {show(best)} ({name})"

@@ -1,9 +1,10 @@
-"""Time what `benchmarks.peers.bench_peers` has measured again: accuracy may be taken on a busy machine, latency not.
+"""Time the versions again that `benchmarks.peers.bench_peers` has evaluated.
 
     python -m benchmarks.peers.retime_peers [MODEL ...] [--rounds 31]
 
-Every version in ``results/bench_peers.jsonl`` is made anew from its row, its regions or its pruning ratio, and all
-versions of a detector are timed in turn. The rows keep their accuracy.
+Accuracy can be measured on a busy machine, latency cannot. Every version in ``results/bench_peers.jsonl`` is made again
+from the regions or the pruning ratio in its row. All versions of a detector are timed in turn. Only the latencies of
+the rows change.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def retime(subject: Subject, rows: list[Row], rounds: int, images: int) -> list[Row]:
-    """The rows of one detector with new latencies."""
+    """Time the versions of one detector; returns its rows with new latencies."""
     latencies = subject.time_beside(versions(subject, rows), rounds, images)
     new = {"rounds": rounds, "timed_images": images, "machine": machine(str(subject.device))}
     return [row if row["kind"] == "failed" else {**row, **latencies.columns(key_of(row)), **new} for row in rows]
 
 
 def versions(subject: Subject, rows: list[Row]) -> dict[str, nn.Module]:
-    """Every pruned version that rows are of."""
+    """Make every pruned version in the rows again."""
     batches = subject.batches()
     analysis = fxprune.analyze(subject.model, batches[:1], criterion="random")
     prepared = {peer: first_working_way(subject.model, batches, settings)[0] for peer, settings in PEERS.items()
@@ -59,13 +60,13 @@ def versions(subject: Subject, rows: list[Row]) -> dict[str, nn.Module]:
         peer = row["method"].removeprefix("torch-pruning ")
         ready = prepared[peer]
         if ready is None:
-            raise ValueError(f"{row['method']} does not take {subject.name} any more, but the results have it")
+            raise ValueError(f"{row['method']} fails on {subject.name}, but the results have a row of it")
         models[key_of(row)] = prune_channels(ready, PEERS[peer], row["ratio"])[0]
     return models
 
 
 def key_of(row: Row) -> str:
-    """The same for rows of one version."""
+    """Make the key of a row's version; rows of the same version have the same key."""
     if row["kind"] == "unpruned":
         return UNPRUNED
     return f"{row['method']} {row['ratio']}" if row["regions"] is None else " + ".join(row["regions"])

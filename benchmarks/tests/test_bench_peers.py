@@ -13,7 +13,7 @@ import fxprune
 from benchmarks import results
 from benchmarks.peers import bench_peers, render_peers, retime_peers
 from benchmarks.peers.channels import (
-    TOLERANCE,
+    FLOPS_TOLERANCE,
     PeerError,
     Settings,
     check,
@@ -68,7 +68,7 @@ def test_the_search_ends_at_the_target_and_avoids_what_fails() -> None:
     def share_at(ratio: float) -> float | None:
         return ratio**2 if ratio < 0.6 else None
 
-    assert find_ratio(0.25, share_at, {}) ** 2 == pytest.approx(0.25, abs=TOLERANCE)
+    assert find_ratio(0.25, share_at, {}) ** 2 == pytest.approx(0.25, abs=FLOPS_TOLERANCE)
     assert find_ratio(0.9, share_at, {0.1: 0.01}) == pytest.approx(0.6, abs=0.01)
     asked: list[float] = []
     assert find_ratio(0.25, asked.append, {0.2: 0.04, 0.5: 0.251, 0.7: 0.4}) == 0.5

@@ -1,9 +1,9 @@
-"""Pictures of the trained detectors, with what ``fisher`` would remove.
+"""Draw the trained detectors, with the regions that a plan by ``fisher`` removes.
 
     python -m benchmarks.training.draw_trained [MODEL ...] [--budget 0.1] [--out pictures]
 
-For each, a page of the analysis that shows the plan first, and a still picture of the plan. Those in ``docs/`` were
-made so.
+Each detector gets an HTML page of the analysis, which opens with the plan, and an SVG picture of the plan. The
+pictures in ``docs/`` were made by this command.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fine-tuning that pruned versions get, whatever pruned them."""
+"""Fine-tuning with labels, the same for versions pruned by fxprune and by other tools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxprune.runtime.private_copy import private_copy
 
 
 class Tuning:
-    """Trains a copy of a model by the adapter's own loss; norms keep their statistics.
+    """Trains a copy of a model by its own loss; batch norms keep their statistics.
 
     Attributes
     ----------
@@ -32,7 +32,15 @@ class Tuning:
         self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=1e-4)
 
     def step(self, index: int, number: int, pace: float = 1.0) -> None:
-        """One step on one batch, at a share of the learning rate."""
+        """Take one optimizer step on batch `index`.
+
+        Parameters
+        ----------
+        number : int
+            Number of the step, which seeds the loss.
+        pace : float
+            The learning rate as a fraction of the full one.
+        """
         batch = normalize_and_label(self.model, self.adapter, self.batches[index], index)
         loss = batch_loss(self.model, self.adapter, batch, index, seed=self.seed + number).sum()
         self.optimizer.zero_grad()
@@ -43,14 +51,14 @@ class Tuning:
 
 
 def finetune(model: nn.Module, batches: Sequence[Any], learning_rate: float, seed: int = 0) -> tuple[nn.Module, float]:
-    """Train a copy for one epoch.
+    """Train a copy of a model for one epoch.
 
     Returns
     -------
     model : Module
         The copy, in eval mode.
     seconds : float
-        That it took.
+        Wall time of the training.
     """
     tuning = Tuning(model, batches, learning_rate, seed)
     started = time.perf_counter()

@@ -3,11 +3,11 @@
     python -m benchmarks.training.train NAME [--epochs N] [--images 8000] [--seed 0] [--device cpu] [--threads 1]
 
 Data, checkpoints, weights and the log of every epoch go to the cache folder (``FXPRUNE_CACHE``, by default
-``~/.cache/fxprune``). A run that was interrupted goes on after its last whole epoch; ``--restart`` begins anew. What
-came out, with its sha256, goes into ``benchmarks/results/train.jsonl``.
+``~/.cache/fxprune``). An interrupted run continues after its last whole epoch; ``--restart`` starts again. Scores and
+the weights' sha256 go to ``results/train.jsonl``.
 
-Many images and few epochs, for small networks learn 2,400 by heart. Two detectors start from the weights of
-``resnet50_ssdlite``, and what the results were measured on took more than one cycle for some::
+The recipes use many images and few epochs, since small networks overfit 2,400 images. Two detectors start from the
+weights of ``resnet50_ssdlite``. The detectors in the results were trained by these runs, some of them twice::
 
     python -m benchmarks.training.train resnet50_ssdlite --images 2400 --epochs 10
     python -m benchmarks.training.train resnet50_ssdlite --restart --start resnet50_ssdlite
@@ -38,14 +38,14 @@ from fxprune.datasets.evaluation import evaluate
 
 def main(argv: list[str] | None = None) -> None:
     """Train, save and log one detector."""
-    parser = argparse.ArgumentParser(description="Train a detector of the evidence on composed digits.")
+    parser = argparse.ArgumentParser(description="Train a detector on composed digits.")
     parser.add_argument("name", choices=DETECTORS)
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--images", type=int, default=8000, help="training images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="one thread keeps CPU runs reproducible")
-    parser.add_argument("--restart", action="store_true", help="begin anew")
+    parser.add_argument("--restart", action="store_true", help="start again instead of continuing")
     parser.add_argument("--start", choices=DETECTORS, help="start from this one's weights, which may be its own")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

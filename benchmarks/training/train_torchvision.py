@@ -1,4 +1,4 @@
-"""The training loop of torchvision detectors: AdamW, one cycle, a checkpoint an epoch."""
+"""The training loop of torchvision detectors: AdamW, a one-cycle schedule, a checkpoint after every epoch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EpochEnd = Callable[[int, float, float], object]
 
 
 def run(recipe: Recipe, folder: Path, digits: Path, options: argparse.Namespace) -> nn.Module:
-    """Train by a recipe; go on from ``folder/checkpoint.pt`` if it is there."""
+    """Train by a recipe; continue from ``folder/checkpoint.pt`` if it exists."""
     torch.manual_seed(options.seed)
     model = recipe.build(recipe.size)
     start_from(model, recipe, folder.parent)
@@ -48,7 +48,7 @@ def run(recipe: Recipe, folder: Path, digits: Path, options: argparse.Namespace)
 
 
 def start_from(model: nn.Module, recipe: Recipe, cache: Path) -> None:
-    """Copy ImageNet weights, or another trained detector's tensors of the same name and shape.
+    """Copy ImageNet weights, or the tensors of another trained detector that have the same name and shape.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def start_from(model: nn.Module, recipe: Recipe, cache: Path) -> None:
 
 
 def copy_matching(model: nn.Module, state: dict[str, Tensor]) -> int:
-    """Load the tensors of `state` whose name and shape the model has; returns how many."""
+    """Load the tensors of `state` that match a tensor of the model by name and shape; returns how many."""
     own = model.state_dict()
     matching = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     model.load_state_dict(matching, strict=False)
@@ -83,8 +83,8 @@ def fit(
 ) -> None:
     """Train `model` in place.
 
-    Convolutions run in bfloat16. Shuffling, augmentation and the samplers inside the loss depend on the seed and the
-    epoch alone, so that a run that was interrupted ends as one that was not.
+    Convolutions run in bfloat16. All random numbers depend on the seed and the epoch alone, so that an interrupted run
+    gives the same weights as an uninterrupted one.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def train_epoch(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     bfloat16: bool = False,
 ) -> float:
-    """Take one optimizer step a batch, gradients clipped to a norm of 10; returns the mean of the loss."""
+    """Take one optimizer step per batch, with gradients clipped to a norm of 10; returns the mean loss."""
     losses = []
     model.train()
     for images, targets in batches:
@@ -140,7 +140,7 @@ def train_epoch(
 
 
 def restore(parts: dict[str, Any], checkpoint: Path | None, device: torch.device) -> int:
-    """Load a checkpoint into a model, its optimizer and its schedule; returns the epochs it had behind it."""
+    """Load a checkpoint into a model, its optimizer and its schedule; returns the number of epochs done."""
     if checkpoint is None or not checkpoint.exists():
         return 0
     state = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -152,7 +152,7 @@ def restore(parts: dict[str, Any], checkpoint: Path | None, device: torch.device
 def draw_batches(
     samples: Sequence[Sample], generator: torch.Generator, device: torch.device
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-    """Shuffled, augmented batches of one epoch; what does not fill a batch is left out."""
+    """Draw the shuffled, augmented batches of one epoch; an incomplete last batch is left out."""
     order = torch.randperm(len(samples), generator=generator).tolist()
     for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
         batch = [samples[index] for index in order[start : start + BATCH_SIZE]]
@@ -162,7 +162,7 @@ def draw_batches(
 
 
 def change_light(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Random contrast, brightness and tint of an image of shape (3, H, W) in [0, 1]; digits are never mirrored."""
+    """Change contrast, brightness and tint of an image (3, H, W) in [0, 1] at random. Digits are not mirrored."""
     contrast = 0.7 + 0.6 * torch.rand(1, generator=generator)
     shift = 0.2 * torch.rand(1, generator=generator) - 0.1
     tint = 0.85 + 0.3 * torch.rand(3, 1, 1, generator=generator)

@@ -1,4 +1,4 @@
-"""Training through ultralytics' own trainer, on labels written in its format."""
+"""Training of ultralytics models by ultralytics' own trainer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import nn
 
 from benchmarks.detectors import Recipe
 
-PLAIN = {"mosaic": 0.0, "fliplr": 0.0, "plots": False, "amp": False, "workers": 0, "verbose": False}
-"""Digits are never mirrored, and mosaics are left out, for the runs are short."""
+TRAINER_SETTINGS = {"mosaic": 0.0, "fliplr": 0.0, "plots": False, "amp": False, "workers": 0, "verbose": False}
+"""Settings of the trainer. Digits are not mirrored; runs are too short for mosaics."""
 
-FIGURES = {"mAP": "mAP50-95", "mAP50": "mAP50"}
+SCORES = {"mAP": "mAP50-95", "mAP50": "mAP50"}
+"""ultralytics' names of the scores that are logged."""
 
 
 def run(recipe: Recipe, folder: Path, digits: Path, options: argparse.Namespace) -> nn.Module:
-    """Train YOLOv8n by a recipe; go on from its last checkpoint if there is one that is not finished."""
+    """Train YOLOv8n by a recipe; continue an unfinished run from its last checkpoint."""
     keep_settings_in(folder)
     from ultralytics import YOLO
 
@@ -32,21 +33,21 @@ def run(recipe: Recipe, folder: Path, digits: Path, options: argparse.Namespace)
         model.train(
             data=write_data(digits), imgsz=recipe.size, epochs=options.epochs, batch=16, seed=options.seed,
             device=options.device, optimizer="AdamW", lr0=recipe.learning_rate, cos_lr=True, warmup_epochs=1,
-            project=str(folder), name="run", exist_ok=True, resume=last.exists(), **PLAIN,
+            project=str(folder), name="run", exist_ok=True, resume=last.exists(), **TRAINER_SETTINGS,
         )  # fmt: skip
     trained: nn.Module = YOLO(last).model
     return trained.float().cpu()
 
 
 def keep_settings_in(folder: Path) -> None:
-    """Have ultralytics write its settings into `folder`, not the user's home, and stay offline."""
+    """Let ultralytics write its settings into `folder` instead of the user's home, and work offline."""
     os.environ.setdefault("YOLO_CONFIG_DIR", str(folder))
     os.environ.setdefault("YOLO_OFFLINE", "1")
 
 
 def report(trainer: Any, log: Path) -> None:
-    """Append the figures of an epoch to the log."""
-    scores = {name: round(trainer.metrics[f"metrics/{key}(B)"], 4) for name, key in FIGURES.items()}
+    """Append the scores of an epoch to the log."""
+    scores = {name: round(trainer.metrics[f"metrics/{key}(B)"], 4) for name, key in SCORES.items()}
     row = {"epoch": trainer.epoch + 1, **scores, "seconds": round(trainer.epoch_time or 0)}
     print(json.dumps(row), flush=True)
     with log.open("a", encoding="utf-8") as file:
@@ -56,7 +57,7 @@ def report(trainer: Any, log: Path) -> None:
 def write_data(digits: Path) -> Path:
     """Write ``labels/*.txt`` beside the images of every split, and ``data.yaml``; returns the latter.
 
-    A line is a box: class from 0, centre x, centre y, width, height as shares of the image's sides.
+    Each line is a box: class from 0, then centre x, centre y, width and height as fractions of the image's sides.
     """
     for split in ("train", "val"):
         annotations = json.loads((digits / split / "annotations.json").read_text())
