@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
+from fxprune.errors import ModelError
 from fxprune.graph.capture import Traced, Untraced, capture_islands, trace_module
 from fxprune.graph.fx_utils import fingerprint
 from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
@@ -76,6 +77,31 @@ def test_a_module_whose_own_forward_stands_in_the_way_is_no_island(part: type[nn
     traced = trace_module(part(), frozenset())
     assert isinstance(traced, Untraced)
     assert re.search("could not be traced|not the same in train and in eval mode", traced.reason)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [(Dropping, "not the same in train and in eval mode"), (Branching, r"Error: .*\.py, line \d+")],
+)
+def test_capture_of_an_untraceable_part_says_why_in_the_rejections(part: type[nn.Module], words: str) -> None:
+    analysis = fxprune.analyze(Holder(part()).eval(), [image_batch()], loss=mean_loss)
+    reasons = [rejection.reason for rejection in analysis.rejections if rejection.name == "part"]
+    assert any(re.search(f"only its parts can go: .*{words}", reason) for reason in reasons)
+
+
+def test_capture_of_an_untraceable_model_says_why_in_the_error() -> None:
+    class Eager(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3)) @ self.weight if float(x.sum()) > 0 else x.mean((2, 3)) @ self.weight.T
+
+    with pytest.raises(ModelError, match="could be traced to an fx graph") as caught:
+        fxprune.analyze(Eager(), [image_batch()], loss=mean_loss)
+    assert "<model>: it is not one graph" in str(caught.value)
+    assert "test_capture.py, line" in str(caught.value)
 
 
 def test_islands_are_found_inside_what_is_opaque() -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -191,7 +193,11 @@ class _Search:
 
     def rejections(self) -> list[Rejection]:
         """What was refused; a container that is never called is not looked at."""
-        return [Rejection(_without_root(name) or "<model>", reason) for name, reason in self.refused.items() if reason]
+        return [
+            Rejection(_without_root(name) or "<model>", f"it is not one graph, so only its parts can go: {reason}")
+            for name, reason in self.refused.items()
+            if reason
+        ]
 
 
 @dataclass(frozen=True)
@@ -217,10 +223,23 @@ class Untraced:
     reason: str
 
 
-def describe_exception(error: BaseException) -> str:
-    """Name an exception and the first line of its message, e.g. ``TypeError: 'Proxy' object is not iterable``."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def describe_exception(error: Exception) -> str:
+    """Name an exception, the first sentence of its message, and the line of the model's code that raised it.
+
+    Examples
+    --------
+    >>> describe_exception(TypeError("no len. Use size."))
+    'TypeError: no len'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    said = f"{type(error).__name__}: {lines[0].split('. ')[0][:200]}" if lines[0] else type(error).__name__
+    frames = [frame for frame in extract_tb(error.__traceback__) if not _is_tracing_code(frame.filename)]
+    return f"{said}; {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else said
+
+
+def _is_tracing_code(file: str) -> bool:
+    """Whether a file is torch's or ours, not the model's."""
+    return any(folder in Path(file).parents for folder in (Path(torch.__file__).parent, Path(__file__).parent))
 
 
 def trace_module(module: nn.Module, opaque: Collection[str], fixed_opaque: bool = False) -> Traced | Untraced:
