@@ -50,7 +50,7 @@ from fxprune.profiling.latency import (
     measure_latency,
     node_probe,
 )
-from tests.helpers.captures import capture_copy, to_regions
+from tests.helpers.captures import capture_copy
 
 PROBES: Mapping[str, Callable[[ProbeInputs], Probe]] = {"nodes": node_probe, "pieces": compiled_probe}
 FLAGS = {"untrained": "untrained", "boxes": "with boxes"}
@@ -132,7 +132,7 @@ def milliseconds(
     model, islands = capture_copy(subject.model, batch.images, adapter.whole_model_is_graph)
     graphs = [(island.name, island.gm) for island in islands]
     twin = backend_copy(subject.model, other)
-    found = measure_latency(other, twin, model, graphs, to_regions(analysis.regions), adapter, batch)
+    found = measure_latency(other, twin, model, graphs, [row.region for row in analysis.regions], adapter, batch)
     assert found.whole_ms is not None
     return found.whole_ms, found.regions_ms
 

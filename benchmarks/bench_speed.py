@@ -31,7 +31,7 @@ from fxprune.adapters.registry import choose_adapter
 from fxprune.graph.fx_utils import map_tensors
 from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave
 from fxprune.profiling.region_modules import extract_regions
-from tests.helpers.captures import capture_copy, to_regions
+from tests.helpers.captures import capture_copy
 from tests.helpers.systems import System
 
 BACKENDS: dict[str, Callable[[nn.Module], Callable[..., object]]] = {
@@ -83,7 +83,7 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
     removed = {region.name: region for plan in plans.values() for region in plan.removed}
     with torch.inference_mode():
         graphs = [(island.name, island.gm) for island in islands]
-        for piece in extract_regions(partial(twin, batch), graphs, to_regions(removed.values())):
+        for piece in extract_regions(partial(twin, batch), graphs, [row.region for row in removed.values()]):
             module, values = piece.chained(1)
             functions[f"region {piece.region}"] = partial(prepare(module), *values)
         timings = interleave(functions, rounds=options.rounds, warmup=3, device=options.device)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
-from fxprune.graph.records import Rejection
+from fxprune.graph.records import Region, Rejection
 from fxprune.planning.plan import Candidate, Plan, Totals
 from fxprune.planning.provenance import Provenance
 
@@ -25,21 +26,11 @@ HOSTILE = (
 
 def block(name: str, score: float, removed: bool = False, **others: Any) -> Candidate:
     """A block that is one node of its own."""
-    values = {
-        "name": name,
-        "kind": "bypass",
-        "island": "",
-        "exit": name,
-        "stand_in": "x",
-        "nodes": (name,),
-        "layers": (name,),
-        "score": score,
-        "flops": 1e6,
-        "params": 1000,
-        "block": True,
-        "removed": removed,
-    }
-    return Candidate(**{**values, **others})
+    names = {field.name for field in fields(Region)}
+    region = Region(name, "bypass", "", exit=name, stand_in="x", nodes=(name,), layers=(name,))
+    region = replace(region, **{key: value for key, value in others.items() if key in names})
+    values = {"score": score, "flops": 1e6, "params": 1000, "block": True, "removed": removed}
+    return Candidate(region, **{**values, **{key: value for key, value in others.items() if key not in names}})
 
 
 def plan_of(

@@ -25,7 +25,7 @@ from fxprune.profiling.latency import (
     significant_median,
 )
 from tests.clocks import FakeClock
-from tests.helpers.captures import capture_copy, to_regions
+from tests.helpers.captures import capture_copy
 from tests.models import Block, Detector, build, labelled, pixels, tiny
 
 X = pixels(2, 3, 16, 16)
@@ -62,7 +62,7 @@ def measured(model: nn.Module, clock: FakeClock, backend: Backend = BACKENDS["ea
     adapter = classifier.ADAPTER
     batch = adapter.normalize(model, X)
     now = clock.now
-    regions = to_regions(fxprune.analyze(model, labelled(), criterion="l1").regions)
+    regions = [row.region for row in fxprune.analyze(model, labelled(), criterion="l1").regions]
     twin = backend_copy(model, backend)
     whole, islands = capture_copy(model, X, adapter.whole_model_is_graph)
     graphs = [(island.name, island.gm) for island in islands]

@@ -226,7 +226,7 @@ def test_a_step_that_takes_what_the_first_network_lacks_is_shown_alone() -> None
     once = fxprune.compile(network, labelled(), 0.1)
     twice = fxprune.compile(once, labelled(), 0.1)
     first, second = fxprune.report(twice).plans
-    foreign = [replace(region, name=f"{region.name}, joined") for region in second.regions]
+    foreign = [replace(row, region=replace(row.region, name=f"{row.name}, joined")) for row in second.regions]
     attach_history(twice, [first.to_dict(), replace(second, regions=tuple(foreign)).to_dict()], [])
     (row,) = build_view(twice)["plans"]
     assert len(row["removed"]) == len(second.removed)

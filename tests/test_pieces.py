@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 import fxprune
 from fxprune.graph.records import Island
 from fxprune.profiling.region_modules import RegionModule, extract_regions
-from tests.helpers.captures import capture_copy, to_regions
+from tests.helpers.captures import capture_copy
 from tests.models import Block, Detector, build, pixels, tiny
 
 X = pixels(2, 3, 16, 16)
@@ -24,7 +24,8 @@ def pieces_of(
     model: nn.Module, x: Tensor = X, root: bool = True
 ) -> tuple[dict[str, RegionModule], list[Island], nn.Module]:
     """Every region of a model as a piece, by name; the islands, and the model with these in place."""
-    regions = to_regions(fxprune.analyze(model, [(x, torch.arange(len(x)))], criterion="l1").regions)
+    analysis = fxprune.analyze(model, [(x, torch.arange(len(x)))], criterion="l1")
+    regions = [row.region for row in analysis.regions]
     twin, islands = capture_copy(model, x, root)
     with torch.no_grad():
         pieces = extract_regions(partial(twin, x), [(island.name, island.gm) for island in islands], regions)

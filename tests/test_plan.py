@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune import Plan
-from fxprune.graph.records import Link, Rejection
+from fxprune.graph.records import Link, Region, Rejection
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.plan import Candidate, IslandRecord, NodeRecord, Totals
 from fxprune.planning.provenance import Provenance
@@ -62,8 +62,8 @@ _names = st.lists(_words, max_size=3).map(tuple)
 _numbers = st.floats(allow_nan=False, allow_infinity=False)
 _counts = st.integers(0, 2**40)
 _totals = st.builds(Totals, flops=_numbers, params=_counts, blocks=_counts, latency_ms=st.none() | _numbers)
-_candidates = st.builds(
-    Candidate,
+_regions = st.builds(
+    Region,
     name=_words,
     kind=st.sampled_from(["bypass", "drop"]),
     island=_words,
@@ -71,6 +71,10 @@ _candidates = st.builds(
     stand_in=_words,
     nodes=_names,
     layers=_names,
+)
+_candidates = st.builds(
+    Candidate,
+    region=_regions,
     score=_numbers,
     flops=_numbers,
     params=_counts,

@@ -23,7 +23,7 @@ from fxprune.attribution.linear_recovery import (
     solve_linear_maps,
 )
 from fxprune.graph.records import RESULTS, Link, Region
-from tests.helpers.captures import capture_copy, to_regions
+from tests.helpers.captures import capture_copy
 from tests.models import Detector, build, labelled, pixels
 
 # The nearest map -----------------------------------------------------------------------------------------------------
@@ -53,7 +53,9 @@ def sums_of(gm: fx.GraphModule, regions: Sequence[Region], images: Sequence[Tens
 def test_maps_are_the_least_squares_over_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(Mixing)
     _, (island,) = capture_copy(model, x := pixels(2, 3, 16, 16), whole_model_is_graph=True)
-    regions = [r for r in to_regions(fxprune.analyze(model, labelled()).regions) if r.name in ("mix", "bend")]
+    regions = [
+        r for r in [row.region for row in fxprune.analyze(model, labelled()).regions] if r.name in ("mix", "bend")
+    ]
     images = [x, pixels(3, 3, 12, 12, seed=1)]
     sums = sums_of(island.gm, regions, images)
     held = solve_linear_maps(sums)
@@ -78,7 +80,7 @@ def test_maps_are_the_least_squares_over_all_batches(monkeypatch: pytest.MonkeyP
 def test_large_maps_are_looked_at_in_some_places() -> None:
     model = build(Mixing)
     _, (island,) = capture_copy(model, x := pixels(1, 3, 96, 96), whole_model_is_graph=True)
-    regions = [r for r in to_regions(fxprune.analyze(model, labelled()).regions) if r.name == "mix"]
+    regions = [r for r in [row.region for row in fxprune.analyze(model, labelled()).regions] if r.name == "mix"]
     gram, _ = sums_of(island.gm, regions, [x, x[..., :16, :16]])["mix"]
     assert float(gram[-1, -1]) == MAX_PLACES + 256
 
@@ -128,7 +130,7 @@ READERS: dict[str, tuple[bool, Callable[..., Tensor], Sequence[nn.Module]]] = {
 }
 
 
-REGION = to_regions(fxprune.analyze(build(Detector), labelled(), criterion="random").regions[:1])[0]
+REGION = fxprune.analyze(build(Detector), labelled(), criterion="random").regions[0].region
 
 
 def taken_in(name: str, graphs: list[tuple[str, fx.GraphModule]], links: Sequence[Link]) -> bool:

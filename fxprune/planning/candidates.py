@@ -34,7 +34,7 @@ def build_candidates(
     members = {region.name: {(region.island, node) for node in region.nodes} for region in scored}
     rows = [
         Candidate(
-            **region.__dict__,
+            region=region,
             score=scores[region.name],
             flops=sum(flops.get(key, 0.0) for key in members[region.name]),
             params=sum(group.params for group in groups if members[region.name].issuperset(group.readers)),

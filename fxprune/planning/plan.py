@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from fxprune.errors import PlanError
-from fxprune.graph.records import Link, Rejection
+from fxprune.graph.records import Link, Region, Rejection
 from fxprune.planning.plan_schema import encode_json, read_record
 from fxprune.planning.provenance import Provenance
 
@@ -91,8 +92,9 @@ class Candidate:
 
     Attributes
     ----------
-    name, kind, island, exit, stand_in, nodes, layers
-        As in `fxprune.graph.records.Region`.
+    region : Region
+        What can be removed. Its fields can be read off the candidate too: `name`, `kind`, `island`, `exit`, `stand_in`,
+        `nodes`, `layers`.
     score : float
         Importance by the plan's criterion.
     flops : float
@@ -107,19 +109,70 @@ class Candidate:
         Whether the plan removes it.
     """
 
-    name: str
-    kind: str
-    island: str
-    exit: str
-    stand_in: str
-    nodes: tuple[str, ...]
-    layers: tuple[str, ...]
+    region: Region
     score: float
     flops: float
     params: int
     block: bool
     latency_ms: float | None = None
     removed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Dotted path of the region in the model."""
+        return self.region.name
+
+    @property
+    def kind(self) -> str:
+        """How it is removed: ``"bypass"`` or ``"drop"``."""
+        return self.region.kind
+
+    @property
+    def island(self) -> str:
+        """Path of the island it lies in."""
+        return self.region.island
+
+    @property
+    def exit(self) -> str:
+        """Node whose value is replaced."""
+        return self.region.exit
+
+    @property
+    def stand_in(self) -> str:
+        """Node whose value is read instead."""
+        return self.region.stand_in
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Nodes that are removed."""
+        return self.region.nodes
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Paths of the modules with weights that are removed."""
+        return self.region.layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the candidate as plain data, the region's fields beside its own."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "region"}
+        return {**asdict(self.region), **own}
+
+    @classmethod
+    def from_dict(cls, row: Any, where: str, added: Mapping[str, Any]) -> Candidate:
+        """Read what `to_dict` returned; `where` names the row in errors.
+
+        Raises
+        ------
+        PlanError
+            If a field is missing, unknown, or holds something else; names it.
+        """
+        if not isinstance(row, Mapping) or "region" in row:
+            raise _fail(f"field {where!r} should be an object with the fields of a region and of its costs")
+        names = {field.name for field in fields(Region)}
+        region = read_record(Region, {name: row[name] for name in names if name in row}, where, _fail)
+        own = {name: value for name, value in row.items() if name not in names}
+        found: Candidate = read_record(cls, {**own, "region": region}, where, _fail, added)
+        return found
 
 
 def cost_of(record: Totals | Candidate, cost: str) -> float | None:
@@ -235,7 +288,8 @@ class Plan:
             rows = rest.get(key)
             if not isinstance(rows, list):
                 raise PlanError(f"plan field {key!r} should be a list")
-            rest[key] = tuple(read_record(kind, row, f"{key}[{index}]", _fail, added) for index, row in enumerate(rows))
+            read = Candidate.from_dict if kind is Candidate else partial(_read_row, kind)
+            rest[key] = tuple(read(row, f"{key}[{index}]", added) for index, row in enumerate(rows))
         plan: Plan = read_record(cls, rest, "plan", _fail)
         return plan
 
@@ -264,8 +318,14 @@ def _fail(text: str) -> PlanError:
     return PlanError(f"plan {text}")
 
 
+def _read_row(kind: Any, row: Any, where: str, added: Mapping[str, Any]) -> Any:
+    return read_record(kind, row, where, _fail, added)
+
+
 def _to_plain(value: Any) -> Any:
     """Turn records, and lists of them, into plain data."""
     if isinstance(value, (tuple, list)):
         return [_to_plain(row) for row in value]
+    if isinstance(value, Candidate):
+        return value.to_dict()
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -103,7 +103,7 @@ class Report:
             "before": asdict(self.before),
             "after": asdict(self.after),
             "steps": [asdict(step) for step in self.steps],
-            "regions": [asdict(region) for region in self.regions],
+            "regions": [region.to_dict() for region in self.regions],
             "rejections": [asdict(rejection) for rejection in self.rejections],
             "settings": self.settings,
         }
