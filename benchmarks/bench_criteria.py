@@ -30,8 +30,8 @@ from rich.console import Console
 from torch import Tensor, fx
 
 import fxprune
-from benchmarks.results import RESULTS, machine, read_rows, replace_rows
-from benchmarks.subjects import Subject, add_options, subjects
+from benchmarks.results import RESULTS, describe_machine, read_rows, replace_rows
+from benchmarks.subjects import Subject, add_options, load_subjects
 from fxprune.attribution.captured_model import find_all_regions
 from fxprune.attribution.criteria import FISHER_GATE, relative_loss
 from fxprune.datasets.calibration import open_calibration
@@ -79,38 +79,38 @@ class Pass:
 PLAIN, RELATIVE = Pass(torch.sum), Pass(relative_loss)
 
 
-def mean_of(key: str) -> Callable[[Sums], float]:
+def make_mean(key: str) -> Callable[[Sums], float]:
     """Make the criterion that is the mean over images of the sum `key` of `reduce_terms`."""
     return lambda sums: float(sums[key].abs().mean())
 
 
-def image_squares(sums: Sums) -> float:
+def mean_image_squares(sums: Sums) -> float:
     """Average the squared sum over all elements: the Fisher information of one gate per region."""
     return float(sums["image"].square().mean())
 
 
-def fisher(sums: Sums) -> float:
+def squared_fisher(sums: Sums) -> float:
     """Square the Fisher information of gates on channels, as `fxprune.attribution.criteria` does."""
     return float(sums["channel squares"].mean()) ** 2
 
 
 VARIANTS: dict[str, tuple[Pass, Callable[[Sums], float]]] = {
-    "grad_delta": (PLAIN, mean_of("elements")),
+    "grad_delta": (PLAIN, make_mean("elements")),
     "grad_delta squared": (PLAIN, lambda sums: float(sums["elements"].mean()) ** 2),
-    "per channel": (PLAIN, mean_of("channels")),
-    "per image": (PLAIN, mean_of("image")),
-    "squares of elements": (PLAIN, mean_of("squares")),
-    "squares of images": (PLAIN, image_squares),
-    "grad_delta, relative": (RELATIVE, mean_of("elements")),
-    "per image, relative": (RELATIVE, mean_of("image")),
-    "squares of elements, relative": (RELATIVE, mean_of("squares")),
-    "squares of channels, relative": (RELATIVE, mean_of("channel squares")),
-    "squares of images, relative": (RELATIVE, image_squares),
-    "squares of images, gates of .8": (Pass(relative_loss, 0.8), image_squares),
-    "squares of channels, gates of .9": (Pass(relative_loss, FISHER_GATE), mean_of("channel squares")),
-    "fisher without gates": (RELATIVE, fisher),
-    "fisher": (Pass(relative_loss, FISHER_GATE), fisher),
-    "fisher, gates of .8": (Pass(relative_loss, 0.8), fisher),
+    "per channel": (PLAIN, make_mean("channels")),
+    "per image": (PLAIN, make_mean("image")),
+    "squares of elements": (PLAIN, make_mean("squares")),
+    "squares of images": (PLAIN, mean_image_squares),
+    "grad_delta, relative": (RELATIVE, make_mean("elements")),
+    "per image, relative": (RELATIVE, make_mean("image")),
+    "squares of elements, relative": (RELATIVE, make_mean("squares")),
+    "squares of channels, relative": (RELATIVE, make_mean("channel squares")),
+    "squares of images, relative": (RELATIVE, mean_image_squares),
+    "squares of images, gates of .8": (Pass(relative_loss, 0.8), mean_image_squares),
+    "squares of channels, gates of .9": (Pass(relative_loss, FISHER_GATE), make_mean("channel squares")),
+    "fisher without gates": (RELATIVE, squared_fisher),
+    "fisher": (Pass(relative_loss, FISHER_GATE), squared_fisher),
+    "fisher, gates of .8": (Pass(relative_loss, 0.8), squared_fisher),
 }
 
 
@@ -121,10 +121,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.1, 0.2, 0.3])
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in subjects(options):
+    for subject in load_subjects(options):
         replace_rows("bench_criteria", subject.name, measure(subject, options.budgets))
-    (RESULTS / "criteria.md").write_text(table(), encoding="utf-8")
-    console.print(table())
+    (RESULTS / "criteria.md").write_text(render_table(), encoding="utf-8")
+    console.print(render_table())
 
 
 def measure(subject: Subject, budgets: Iterable[float]) -> list[dict[str, Any]]:
@@ -132,11 +132,11 @@ def measure(subject: Subject, budgets: Iterable[float]) -> list[dict[str, Any]]:
     known = {frozenset(row["regions"]): row["mAP"] for row in read_rows("bench_paper") if row["model"] == subject.name}
     whole = known.get(frozenset()) or subject.evaluate(subject.model)["mAP"]
     analysis = fxprune.analyze(subject.model, subject.batches(), criterion="l1")
-    captured = Captive(subject)
+    captured = CapturedDetector(subject)
     sums = {taken: captured.collect(taken) for taken in {taken for taken, _ in VARIANTS.values()}}
     rows = []
     for variant, (taken, make) in VARIANTS.items():
-        scored = rescored(analysis, {name: make(found) for name, found in sums[taken].items()})
+        scored = replace_scores(analysis, {name: make(found) for name, found in sums[taken].items()})
         for budget in budgets:
             plan = scored.plan(budget)
             names = frozenset(region.name for region in plan.removed)
@@ -144,19 +144,20 @@ def measure(subject: Subject, budgets: Iterable[float]) -> list[dict[str, Any]]:
                 known[names] = subject.evaluate(fxprune.apply(subject.model, plan))["mAP"]
             rows.append({
                 "model": subject.name, "variant": variant, "budget": budget, "mAP": known[names],
-                "mAP_loss": whole - known[names], "regions": sorted(names), "machine": machine(str(subject.device)),
+                "mAP_loss": whole - known[names], "regions": sorted(names),
+                "machine": describe_machine(str(subject.device)),
             })  # fmt: skip
             console.print(f"{subject.name}: {variant} at {budget:.0%} loses {whole - known[names]:.3f}")
     return rows
 
 
-def rescored(analysis: Analysis, scores: Mapping[str, float]) -> Analysis:
+def replace_scores(analysis: Analysis, scores: Mapping[str, float]) -> Analysis:
     """Replace the scores of an analysis; regions without a new score are left out."""
     regions = tuple(replace(region, score=scores[region.name]) for region in analysis.regions if region.name in scores)
     return replace(analysis, regions=regions)
 
 
-class Captive:
+class CapturedDetector:
     """A detector's captured graphs and its calibration batches."""
 
     def __init__(self, subject: Subject) -> None:
@@ -180,13 +181,13 @@ class Captive:
                 taken.loss(parts).backward()  # type: ignore[no-untyped-call]
                 for name, calls in batch_sums.items():
                     for key in calls[0]:
-                        sums = over_calls([call[key] for call in calls], batch.count)
+                        sums = sum_over_calls([call[key] for call in calls], batch.count)
                         power = 2 if "squares" in key else 1  # the loss is a mean over the images
                         everything[name][key].append(sums * batch.count**power)
         return {name: {key: torch.cat(parts) for key, parts in found.items()} for name, found in everything.items()}
 
 
-def over_calls(parts: list[Tensor], images: int) -> Tensor:
+def sum_over_calls(parts: list[Tensor], images: int) -> Tensor:
     """Sum over the calls of an island, per image.
 
     If the rows of a call cannot be assigned to images, their sum is divided evenly.
@@ -232,7 +233,7 @@ class TermInterpreter(fx.Interpreter):
         value.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def table() -> str:
+def render_table() -> str:
     """Render the mean loss of mAP over models, by variant and budget."""
     rows = read_rows("bench_criteria")
     budgets = sorted({row["budget"] for row in rows})

@@ -29,8 +29,8 @@ from torch import nn
 import fxprune
 from benchmarks.ablation import plan_removing
 from benchmarks.cache import cache_folder
-from benchmarks.results import RESULTS, Row, append_row, machine, read_rows
-from benchmarks.subjects import Subject, add_options, subjects
+from benchmarks.results import RESULTS, Row, append_row, describe_machine, read_rows
+from benchmarks.subjects import Subject, add_options, load_subjects
 from fxprune.datasets.calibration import CalibrationSet
 from fxprune.healing.methods import METHODS
 from fxprune.planning.analyzer import AnalysisOptions
@@ -65,9 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400, help="of mimic")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in () if options.render else subjects(options):
+    for subject in () if options.render else load_subjects(options):
         measure(subject, options)
-    (RESULTS / "deeper.md").write_text("\n".join(table(read_rows(NAME))) + "\n", encoding="utf-8")
+    (RESULTS / "deeper.md").write_text("\n".join(render_table(read_rows(NAME))) + "\n", encoding="utf-8")
 
 
 def add_cut_options(parser: argparse.ArgumentParser) -> None:
@@ -81,15 +81,15 @@ def add_cut_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(subject: Subject, options: argparse.Namespace) -> None:
     """Measure the rows of one detector that the results lack; each is written at once."""
-    calibration = materialize_calibration(subject.model, subject.unlabelled(), AnalysisOptions())
+    calibration = materialize_calibration(subject.model, subject.unlabelled_batches(), AnalysisOptions())
     for budget in options.budgets:
         for strategy in options.strategies:
-            wanted = [heal for heal in options.heals if not known(subject, strategy, heal, budget, options.cost)]
+            wanted = [heal for heal in options.heals if not is_known(subject, strategy, heal, budget, options.cost)]
             if wanted:
-                cut(subject, calibration, strategy, wanted, budget, options)
+                measure_cut(subject, calibration, strategy, wanted, budget, options)
 
 
-def cut(
+def measure_cut(
     subject: Subject,
     calibration: CalibrationSet,
     strategy: str,
@@ -99,8 +99,8 @@ def cut(
 ) -> None:
     """Find a plan by one strategy, prune, and heal in several ways; writes one row per healing."""
     try:
-        known_before = found_before(subject, strategy, budget, options)
-        plans, cost = known_before or find(subject, calibration, strategy, budget, options)
+        known_before = rebuild_plans(subject, strategy, budget, options)
+        plans, cost = known_before or find_plans(subject, calibration, strategy, budget, options)
     except fxprune.BudgetError as error:
         console.print(f"{subject.name}: {strategy}, {budget}: {error}")
         return
@@ -108,19 +108,23 @@ def cut(
     for plan in plans:
         pruned = fxprune.apply(pruned, plan)
     for heal in heals:
-        row = facts(subject, strategy, heal, budget, options, plans) | cost | {"unpruned_mAP": subject.unpruned["mAP"]}
-        place = place_of(row)
-        twin = same_cut(row)
+        row = (
+            settings_columns(subject, strategy, heal, budget, options, plans)
+            | cost
+            | {"unpruned_mAP": subject.unpruned_scores["mAP"]}
+        )
+        place = detector_folder(row)
+        twin = find_same_cut(row)
         if twin is None:
             started = time.process_time()
             healed = fxprune.heal(pruned, subject.model, calibration, heal, steps=options.steps)
-            row |= {"heal_seconds": time.process_time() - started, **scores_of(subject, healed)}
+            row |= {"heal_seconds": time.process_time() - started, **score_columns(subject, healed)}
             if heal in KEPT:
                 fxprune.save(healed, place, overwrite=True)
         else:
             row |= {key: twin[key] for key in ("heal_seconds", "mAP", "mAP50")}
-            if heal in KEPT and place_of(twin) != place:
-                shutil.copytree(place_of(twin), place, dirs_exist_ok=True)
+            if heal in KEPT and detector_folder(twin) != place:
+                shutil.copytree(detector_folder(twin), place, dirs_exist_ok=True)
         append_row(NAME, row)
         console.print(
             f"{subject.name}: {options.cost} {budget}, {strategy}, {heal}: mAP {row['mAP']:.3f},"
@@ -128,7 +132,7 @@ def cut(
         )
 
 
-def find(
+def find_plans(
     subject: Subject, calibration: CalibrationSet, strategy: str, budget: float, options: argparse.Namespace
 ) -> tuple[list[Plan], Row]:
     """Find the plans of a strategy; returns them with the columns of a row for savings and seconds."""
@@ -138,13 +142,13 @@ def find(
     plans = [find_plan(subject.model, calibration, search, analysis, "affine")[0]]
     cost = {
         "flops_cut": 1 - plans[-1].after.flops / plans[0].before.flops,
-        "predicted_latency_cut": latency_cut(plans),
+        "predicted_latency_cut": predict_latency_cut(plans),
         "search_seconds": time.process_time() - started,
     }
     return plans, cost
 
 
-def found_before(
+def rebuild_plans(
     subject: Subject, strategy: str, budget: float, options: argparse.Namespace
 ) -> tuple[list[Plan], Row] | None:
     """Make the plans of an existing row again; None if there is no such row."""
@@ -156,7 +160,7 @@ def found_before(
         return None
     plans: list[Plan] = []
     model = subject.model
-    images = subject.unlabelled()[:1]
+    images = subject.unlabelled_batches()[:1]
     for names in row["regions"]:
         analysis = fxprune.analyze(model, images, criterion="random")
         plans.append(plan_removing(analysis, set(names)))
@@ -164,12 +168,12 @@ def found_before(
     return plans, {key: row[key] for key in ("flops_cut", "predicted_latency_cut", "search_seconds")}
 
 
-def place_of(row: Row) -> Path:
+def detector_folder(row: Row) -> Path:
     """Give the folder of the healed detector of a row."""
     return cache_folder() / "deeper" / "-".join(str(row[key]) for key in KEYS)
 
 
-def known(subject: Subject, strategy: str, heal: str, budget: float, cost: str) -> bool:
+def is_known(subject: Subject, strategy: str, heal: str, budget: float, cost: str) -> bool:
     """Whether the results have a row made by the current methods (see `is_older`)."""
     wanted = (subject.name, strategy, heal, budget, cost)
     return any(wanted == tuple(row[key] for key in KEYS) for row in read_rows(NAME) if not is_older(row))
@@ -185,17 +189,17 @@ def is_older(row: Row) -> bool:
     return not row.get("saliency") and (row["heal"] in KEPT or row["strategy"] != "one_shot")
 
 
-def same_cut(row: Row) -> Row | None:
+def find_same_cut(row: Row) -> Row | None:
     """Find a row with the same regions and healing, of another strategy or budget.
 
     If the healing's detectors are kept, the detector must still be in the cache folder.
     """
     alike = ("model", "heal", "steps", "saliency", "images", "regions", "machine")
     same = (other for other in read_rows(NAME) if all(row[key] == other.get(key) for key in alike))
-    return next((other for other in same if row["heal"] not in KEPT or place_of(other).exists()), None)
+    return next((other for other in same if row["heal"] not in KEPT or detector_folder(other).exists()), None)
 
 
-def facts(
+def settings_columns(
     subject: Subject, strategy: str, heal: str, budget: float, options: argparse.Namespace, plans: Sequence[Plan]
 ) -> Row:
     """Make the columns of a row that are known before healing."""
@@ -213,23 +217,23 @@ def facts(
         "judge": JUDGE,
         "images": len(subject.calibration),
         "val_images": len(subject.val),
-        "machine": machine(options.device),
+        "machine": describe_machine(options.device),
     }
 
 
-def scores_of(subject: Subject, healed: nn.Module) -> dict[str, float]:
+def score_columns(subject: Subject, healed: nn.Module) -> dict[str, float]:
     """Evaluate a healed model; returns the score columns of a row."""
     scores = subject.evaluate(healed.eval())
     return {"mAP": scores["mAP"], "mAP50": scores["mAP50"]}
 
 
-def latency_cut(plans: Sequence[Plan]) -> float | None:
+def predict_latency_cut(plans: Sequence[Plan]) -> float | None:
     """Predict the fraction of latency that plans save; None if latency was not measured."""
     first, last = plans[0].before.latency_ms, plans[-1].after.latency_ms
     return None if first is None or last is None else 1 - last / first
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
+def render_table(rows: Sequence[Row]) -> Iterator[str]:
     """Render one line per detector, cost, budget and strategy: the mAP that each healing loses, and its seconds.
 
     Values of older methods are marked † (see `is_older`).
@@ -241,14 +245,14 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         groups.setdefault((row["model"], row["cost"], row["budget"], row["strategy"]), {})[row["heal"]] = row
     for (model, cost, budget, strategy), found in sorted(groups.items(), key=str):
         (base,) = {row["unpruned_mAP"] for row in found.values()}
-        losses = [loss_of(found[heal]) if heal in found else "" for heal in SHOWN]
+        losses = [format_loss(found[heal]) if heal in found else "" for heal in SHOWN]
         seconds = [f"{found[heal]['heal_seconds']:.0f}" for heal in SHOWN if heal in found]
         searched = max(row["search_seconds"] for row in found.values())
         cells = [f"{model} ({base:.3f})", f"{budget:.0%} {cost}", strategy, *losses, str(GOALS.get(budget, ""))]
         yield f"| {' | '.join(cells)} | {searched:.0f} + {' / '.join(seconds)} |"
 
 
-def loss_of(row: Row) -> str:
+def format_loss(row: Row) -> str:
     """Format the mAP that a row lost, marked † if it is older."""
     return f"{round(row['unpruned_mAP'] - row['mAP'], 3) + 0.0:.3f}{'†' if is_older(row) else ''}"
 

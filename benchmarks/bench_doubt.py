@@ -23,9 +23,9 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_deeper import KEPT, KEYS, add_cut_options, place_of
+from benchmarks.bench_deeper import KEPT, KEYS, add_cut_options, detector_folder
 from benchmarks.results import RESULTS, Row, read_rows, write_all
-from benchmarks.subjects import Subject, subjects
+from benchmarks.subjects import Subject, load_subjects
 from fxprune.datasets.evaluation import Boxes, average_precision, collect_boxes
 
 NAME = "bench_doubt"
@@ -43,27 +43,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--heals", nargs="+", default=["affine"], choices=KEPT)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in () if options.render else subjects(options):
-        measure(subject, [row for row in read_rows("bench_deeper") if wanted(row, subject, options)])
-    (RESULTS / "doubt.md").write_text("\n".join(table(read_rows(NAME))) + "\n", encoding="utf-8")
+    for subject in () if options.render else load_subjects(options):
+        measure(subject, [row for row in read_rows("bench_deeper") if is_wanted(row, subject, options)])
+    (RESULTS / "doubt.md").write_text("\n".join(render_table(read_rows(NAME))) + "\n", encoding="utf-8")
 
 
-def wanted(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
+def is_wanted(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
     """Whether a row of `benchmarks.bench_deeper` is asked for, its detector is kept, and it is not measured yet."""
     asked = row["heal"] in options.heals and row["strategy"] in options.strategies and row["budget"] in options.budgets
     known = any(all(row[key] == other[key] for key in (*KEYS, "mAP")) for other in read_rows(NAME))
-    return row["model"] == subject.name and asked and not known and place_of(row).exists()
+    return row["model"] == subject.name and asked and not known and detector_folder(row).exists()
 
 
 def measure(subject: Subject, cuts: Sequence[Row]) -> None:
     """Measure the cuts of one detector and write their rows."""
     if not cuts:
         return
-    truth, before = found_by(subject, subject.model)
-    whole = scores(truth, before)
+    truth, before = find_boxes(subject, subject.model)
+    whole = bootstrap_map(truth, before)
     for cut in cuts:
-        healed = fxprune.load(subject.model, place_of(cut))
-        lost = whole - scores(*found_by(subject, healed))
+        healed = fxprune.load(subject.model, detector_folder(cut))
+        lost = whole - bootstrap_map(*find_boxes(subject, healed))
         row = {key: cut[key] for key in (*KEYS, "mAP", "unpruned_mAP", "val_images")}
         row |= {"draws": DRAWS, "standard_error": float(lost.std(ddof=1)), "mean_lost": float(lost.mean())}
         kept = [other for other in read_rows(NAME) if any(other[key] != row[key] for key in KEYS)]
@@ -74,19 +74,19 @@ def measure(subject: Subject, cuts: Sequence[Row]) -> None:
         )
 
 
-def found_by(subject: Subject, model: nn.Module) -> tuple[list[Boxes], list[Boxes]]:
+def find_boxes(subject: Subject, model: nn.Module) -> tuple[list[Boxes], list[Boxes]]:
     """Find the true and the detected boxes of the val images."""
     return collect_boxes(model.eval(), subject.val, image_size=subject.image_size)
 
 
-def scores(truth: Sequence[Boxes], found: Sequence[Boxes]) -> NDArray[np.float64]:
+def bootstrap_map(truth: Sequence[Boxes], found: Sequence[Boxes]) -> NDArray[np.float64]:
     """Compute the average precision on `DRAWS` draws of the images; the draws are the same in every call."""
     random = np.random.default_rng(0)
     draws = random.integers(len(truth), size=(DRAWS, len(truth))).tolist()
     return np.array([average_precision([truth[i] for i in draw], [found[i] for i in draw])["mAP"] for draw in draws])
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
+def render_table(rows: Sequence[Row]) -> Iterator[str]:
     """Render one line per cut."""
     yield "| model | cut | healing | mAP lost | standard error |"
     yield "|---|---|---|--:|--:|"

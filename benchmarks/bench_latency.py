@@ -32,8 +32,8 @@ import torch
 from torch import nn
 
 import fxprune
-from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
-from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
+from benchmarks.results import RESULTS, Row, describe_machine, read_rows, replace_rows
+from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, load_subjects
 from fxprune.adapters.protocol import Adapter, Batch, device_of
 from fxprune.adapters.registry import detector_adapter
 from fxprune.errors import BudgetError
@@ -69,22 +69,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--boxes", action="store_true", help="leave score thresholds as they are")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in subjects(options):
+    for subject in load_subjects(options):
         if not options.boxes:
-            silence(subject.model)
+            suppress_detections(subject.model)
         for backend in options.backends:
-            key = ", ".join([subject.name, backend, *flags_of(vars(options))])
+            key = ", ".join([subject.name, backend, *list_flags(vars(options))])
             replace_rows("bench_latency", key, [row | {"model": key} for row in measure(subject, backend, options)])
             torch._dynamo.reset()
-    (RESULTS / "latency.md").write_text("\n".join(table()) + "\n", encoding="utf-8")
+    (RESULTS / "latency.md").write_text("\n".join(render_table()) + "\n", encoding="utf-8")
 
 
-def flags_of(options: Mapping[str, Any]) -> Iterator[str]:
+def list_flags(options: Mapping[str, Any]) -> Iterator[str]:
     """List the flags in a row or in options, in words."""
     return (said for flag, said in FLAGS.items() if options.get(flag))
 
 
-def silence(model: nn.Module) -> None:
+def suppress_detections(model: nn.Module) -> None:
     """Raise the score thresholds of torchvision's detectors above all scores; networks of ultralytics have none."""
     for part in model.modules():
         if hasattr(part, "score_thresh"):
@@ -97,8 +97,8 @@ def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iter
     analysis = fxprune.analyze(subject.model, batches, latency_backend=backend)
     adapter = detector_adapter(subject.model)
     batch = adapter.normalize(subject.model, batches[0])
-    predicted = {name: milliseconds(subject, analysis, backend, name, adapter, batch) for name in PROBES}
-    plans = dict(plans_for(analysis, options.budgets))
+    predicted = {name: predict_ms(subject, analysis, backend, name, adapter, batch) for name in PROBES}
+    plans = dict(make_plans(analysis, options.budgets))
     versions = {budget: fxprune.apply(subject.model, plan) for budget, plan in plans.items()}
     ratios, ms = time_all(subject.model, versions, BACKENDS[backend], adapter, batch, options.rounds)
     for budget, plan in plans.items():
@@ -109,7 +109,7 @@ def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iter
             "latency_cut_low": 1 - ratio.high, "latency_cut_high": 1 - ratio.low,
             "floor": floor.median, "floor_low": floor.low, "floor_high": floor.high, "error": ratio.error,
             "boxes": options.boxes, "untrained": options.untrained, "removed": [region.name for region in plan.removed],
-            "rounds": options.rounds, "machine": machine(options.device),
+            "rounds": options.rounds, "machine": describe_machine(options.device),
         }  # fmt: skip
         for name, (whole, own) in predicted.items():
             row[name] = sum(own[region.name] for region in plan.removed) / whole
@@ -117,7 +117,7 @@ def measure(subject: Subject, backend: str, options: argparse.Namespace) -> Iter
         yield row
 
 
-def milliseconds(
+def predict_ms(
     subject: Subject, analysis: Analysis, backend: str, probe: str, adapter: Adapter, batch: Batch
 ) -> tuple[float, Mapping[str, float]]:
     """Predict the milliseconds of the whole model and of every region by one probe.
@@ -137,7 +137,7 @@ def milliseconds(
     return found.whole_ms, found.regions_ms
 
 
-def plans_for(analysis: Analysis, budgets: list[float]) -> Iterator[tuple[float, fxprune.Plan]]:
+def make_plans(analysis: Analysis, budgets: list[float]) -> Iterator[tuple[float, fxprune.Plan]]:
     """Make a plan for each budget of latency. Budgets that cannot be met are printed and left out."""
     for budget in budgets:
         try:
@@ -169,19 +169,19 @@ def time_all(
     return {key: compute_ratio(timings[str(key)], base) for key in (*versions, TWIN)}, base.median_ms
 
 
-def table() -> Iterator[str]:
+def render_table() -> Iterator[str]:
     """Render the rows as a Markdown table."""
     names = ("images", "ms", "budget", "FLOPs cut", "by nodes", "by pieces", "latency cut", "A/A", "off by", "")
     yield f"| detector | backend | {' | '.join(names)} |"
     yield "|---|---|" + "--:|" * (len(names) - 1) + "---|"
     for row in read_rows("bench_latency"):
-        yield f"| {' | '.join(cells(row))} |"
+        yield f"| {' | '.join(format_cells(row))} |"
 
 
-def cells(row: Mapping[str, Any]) -> Iterator[str]:
+def format_cells(row: Mapping[str, Any]) -> Iterator[str]:
     """Format the cells of a row."""
     own = next(name for name, probe in PROBES.items() if probe is BACKENDS[row["backend"]].probe)
-    yield ", ".join([row["detector"], *flags_of(row)])
+    yield ", ".join([row["detector"], *list_flags(row)])
     yield row["backend"]
     yield str(row["images"])
     yield f"{row['ms']:.1f}"

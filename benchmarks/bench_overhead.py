@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.systems import add_options, chosen, sizes_of, write_rows
+from benchmarks.systems import add_options, choose_systems, read_sizes, write_rows
 from fxprune.adapters.calls import AdaptedModel, normalize_and_label
 from fxprune.adapters.protocol import Adapter, Batch
 from fxprune.adapters.registry import choose_adapter
@@ -69,15 +69,15 @@ def prepare(model: nn.Module, raw: Any) -> Prepared:
     return Prepared(twin, own, adapter, normalize_and_label(twin, adapter, own, 0))
 
 
-def capture_of(ready: Prepared) -> CapturedModel:
+def capture_prepared(ready: Prepared) -> CapturedModel:
     """Capture a prepared model and find its regions."""
     return find_all_regions(AdaptedModel(ready.model, ready.adapter), ready.batch)
 
 
-def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Callable[[], AttributionRecord]:
+def make_recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Callable[[], AttributionRecord]:
     """Make the attribution pass of `fxprune.analyze` over one batch, which records every node and region."""
     ready = prepare(model, raw)
-    captured = capture_of(ready)
+    captured = capture_prepared(ready)
     chosen = get_criterion(criterion)[1]
 
     def record() -> AttributionRecord:
@@ -87,7 +87,7 @@ def recording_pass(model: nn.Module, raw: Any, criterion: str = "fisher") -> Cal
     return record
 
 
-def bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
+def make_bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
     """Make a forward and backward pass of the uncaptured model.
 
     Gradients are of all weights, or, with `frozen` weights, of the images.
@@ -106,7 +106,7 @@ def bare_pass(model: nn.Module, raw: Any, frozen: bool) -> Callable[[], None]:
     return run
 
 
-def compared(timings: dict[str, Timing], name: str, base: str) -> dict[str, Any]:
+def ratio_quartiles(timings: dict[str, Timing], name: str, base: str) -> dict[str, Any]:
     """Compute a ratio of two timings, as median and quartiles."""
     ratio = compute_ratio(timings[name], timings[base])
     return {key: round(getattr(ratio, key), 4) for key in ("median", "low", "high")}
@@ -114,14 +114,14 @@ def compared(timings: dict[str, Timing], name: str, base: str) -> dict[str, Any]
 
 def measure_overhead(system: System, options: argparse.Namespace) -> dict[str, Any]:
     """Time the attribution pass of a system and bare passes in turn."""
-    sizes, rounds = sizes_of(options), options.rounds
+    sizes, rounds = read_sizes(options), options.rounds
     model, raw = system.build(sizes)
-    recording, training = recording_pass(model, raw), bare_pass(model, raw, frozen=False)
+    recording, training = make_recording_pass(model, raw), make_bare_pass(model, raw, frozen=False)
     record = recording()
     functions: dict[str, Callable[[], object]] = {
         "recording": recording,
         "training": training,
-        "frozen": bare_pass(model, raw, frozen=True),
+        "frozen": make_bare_pass(model, raw, frozen=True),
         "training again": training,
     }
     timings = interleave(functions, rounds=rounds, clock=CLOCKS[options.clock])
@@ -134,20 +134,20 @@ def measure_overhead(system: System, options: argparse.Namespace) -> dict[str, A
         "recording_ms": round(timings["recording"].median_ms, 1),
         "training_ms": round(timings["training"].median_ms, 1),
         "frozen_ms": round(timings["frozen"].median_ms, 1),
-        "over_training": compared(timings, "recording", "training"),
-        "over_frozen": compared(timings, "recording", "frozen"),
-        "floor": compared(timings, "training again", "training"),
+        "over_training": ratio_quartiles(timings, "recording", "training"),
+        "over_frozen": ratio_quartiles(timings, "recording", "frozen"),
+        "floor": ratio_quartiles(timings, "training again", "training"),
         "rounds": rounds,
     }
 
 
-def captum_layers(model: nn.Module) -> list[str]:
+def list_captum_layers(model: nn.Module) -> list[str]:
     """List the leaf modules that a forward pass calls once; Captum keeps one value per module."""
     leaves = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Linear)
     return [name for name, module in model.named_modules() if isinstance(module, leaves)]
 
 
-def captum_pass(model: nn.Module, raw: Any, names: Sequence[str], at_once: bool) -> Callable[[], dict[str, float]]:
+def make_captum_pass(model: nn.Module, raw: Any, names: Sequence[str], at_once: bool) -> Callable[[], dict[str, float]]:
     """Make a pass that gives ``E [sum |dL/dA * A|]`` of layers with Captum: in one call, or one layer a call."""
     from captum.attr import LayerGradientXActivation
 
@@ -171,24 +171,24 @@ def captum_pass(model: nn.Module, raw: Any, names: Sequence[str], at_once: bool)
 
 def measure_captum(options: argparse.Namespace) -> dict[str, Any]:
     """Time the attribution pass of ResNet-50 and Captum on the same layers in turn."""
-    sizes, rounds, sample = sizes_of(options), options.captum_rounds, options.captum_layers
+    sizes, rounds, sample = read_sizes(options), options.captum_rounds, options.captum_layers
     model, raw = SIX[0].build(sizes)
-    names = captum_layers(model)
+    names = list_captum_layers(model)
     spread = torch.linspace(0, len(names) - 1, min(sample or len(names), len(names))).round().long().tolist()
     some = [names[index] for index in spread]
-    recording = recording_pass(model, raw, "grad_act")  # the same gradients as Captum's: no gates
-    together = captum_pass(model, raw, names, at_once=True)
+    recording = make_recording_pass(model, raw, "grad_act")  # the same gradients as Captum's: no gates
+    together = make_captum_pass(model, raw, names, at_once=True)
     ours, theirs = recording().grad_act, together()
     apart = [abs(ours["", name.replace(".", "_")] / theirs[name] - 1) for name in names]
     functions: dict[str, Callable[[], object]] = {
         "recording": recording,
-        "each": captum_pass(model, raw, some, at_once=False),
+        "each": make_captum_pass(model, raw, some, at_once=False),
         "together": together,
         "recording again": recording,
     }
     timings = interleave(functions, rounds=rounds, clock=CLOCKS[options.clock])
     scale = len(names) / len(some)
-    each = {key: round(value * scale, 2) for key, value in compared(timings, "each", "recording").items()}
+    each = {key: round(value * scale, 2) for key, value in ratio_quartiles(timings, "each", "recording").items()}
     return {
         "part": "captum",
         "system": SIX[0].name,
@@ -199,8 +199,8 @@ def measure_captum(options: argparse.Namespace) -> dict[str, Any]:
         "each_layer_ms": round(timings["each"].median_ms * scale, 1),
         "together_ms": round(timings["together"].median_ms, 1),
         "each_layer_over_recording": each,
-        "together_over_recording": compared(timings, "together", "recording"),
-        "floor": compared(timings, "recording again", "recording"),
+        "together_over_recording": ratio_quartiles(timings, "together", "recording"),
+        "floor": ratio_quartiles(timings, "recording again", "recording"),
         "largest_relative_difference": float(f"{max(apart):.1e}"),
         "rounds": rounds,
     }
@@ -209,9 +209,9 @@ def measure_captum(options: argparse.Namespace) -> dict[str, Any]:
 def measure_capture(system: System, options: argparse.Namespace) -> dict[str, Any]:
     """Time capture, shape proofs and region search of a system with one image."""
     rounds, clock = options.captures, CLOCKS[options.clock]
-    model, raw = system.build(sizes_of(options), images=1)
+    model, raw = system.build(read_sizes(options), images=1)
     ready = iter([prepare(model, raw) for _ in range(rounds)])
-    functions = {"capture": lambda: capture_of(next(ready))}
+    functions = {"capture": lambda: capture_prepared(next(ready))}
     timing = interleave(functions, rounds=rounds, warmup=0, clock=clock)["capture"]
     seconds = [round(latency / 1e3, 2) for latency in timing.latency_ms]
     return {"part": "capture", "system": system.name, "capture_s": round(timing.median_ms / 1e3, 2), "each_s": seconds}
@@ -220,7 +220,7 @@ def measure_capture(system: System, options: argparse.Namespace) -> dict[str, An
 def measure(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
     """Measure all parts asked for, row by row."""
     clock = {"clock": options.clock}
-    for system in chosen(options):
+    for system in choose_systems(options):
         with console.status(system.name):
             if "capture" in options.only:
                 yield measure_capture(system, options) | clock
@@ -231,7 +231,7 @@ def measure(options: argparse.Namespace, console: Console) -> Iterator[dict[str,
             yield measure_captum(options) | clock
 
 
-def show(rows: Sequence[dict[str, Any]]) -> Table:
+def render_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Render rows as a table; a ratio has its median and quartiles."""
     table = Table("part", "system", "measured", "value")
     for row in rows:
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: for a busy machine")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    Console().print(show(write_rows("bench_overhead", measure(options, Console(stderr=True)))))
+    Console().print(render_table(write_rows("bench_overhead", measure(options, Console(stderr=True)))))
 
 
 if __name__ == "__main__":

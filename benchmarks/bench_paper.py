@@ -25,8 +25,8 @@ from torch import nn
 import fxprune
 from benchmarks import render_paper
 from benchmarks.ablation import analyze_by, plan_removing
-from benchmarks.results import Row, machine, read_rows, replace_rows
-from benchmarks.subjects import UNPRUNED, Subject, add_options, subjects
+from benchmarks.results import Row, describe_machine, read_rows, replace_rows
+from benchmarks.subjects import UNPRUNED, Subject, add_options, load_subjects
 from fxprune.planning.analysis import Analysis
 
 CRITERIA = ("random", "l1", "grad_act", "grad_delta", "fisher", "ablation")
@@ -70,28 +70,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--retime", action="store_true", help="only time the cuts in the results again")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in subjects(options):
+    for subject in load_subjects(options):
         started = time.perf_counter()
         if options.retime:
             retime(subject, options)
             continue
-        analyses, cuts = prune(subject, options)
+        analyses, cuts = analyze_and_plan(subject, options)
         if options.agreement:
-            known = {row["region"]: row for row in rows_of("bench_paper_regions", subject)} if options.reuse else {}
+            known = (
+                {row["region"]: row for row in read_model_rows("bench_paper_regions", subject)} if options.reuse else {}
+            )
             drops = remove_each(subject, analyses, options.agreement, known)
             replace_rows("bench_paper_regions", subject.name, drops)
-            cuts += cut_at(options.budgets, informed(next(iter(analyses.values())), drops), "oracle")
+            cuts += plan_budgets(options.budgets, rescore_by_drops(next(iter(analyses.values())), drops), "oracle")
         models = {cut.regions: fxprune.apply(subject.model, cut.plan) for cut in cuts}
-        rows = list(judge(subject, cuts, models, known_scores(subject) if options.reuse else {}))
-        timed = list(with_latency(subject, rows, models, options))
+        rows = list(evaluate_cuts(subject, cuts, models, read_known_scores(subject) if options.reuse else {}))
+        timed = list(add_latencies(subject, rows, models, options))
         made = {row["criterion"] for row in timed}
-        others = [row for row in rows_of("bench_paper", subject) if row["criterion"] not in made]
+        others = [row for row in read_model_rows("bench_paper", subject) if row["criterion"] not in made]
         replace_rows("bench_paper", subject.name, [*timed, *(others if options.reuse else ())])
         console.print(f"{subject.name}: {time.perf_counter() - started:.0f} s")
     render_paper.main([])
 
 
-def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Analysis], list[Cut]]:
+def analyze_and_plan(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Analysis], list[Cut]]:
     """Analyze once per criterion and seed, and plan for every budget."""
     analyses: dict[str, Analysis] = {}
     cuts: list[Cut] = []
@@ -103,23 +105,23 @@ def prune(subject: Subject, options: argparse.Namespace) -> tuple[dict[str, Anal
             analysis = analyze_by(criterion, subject.model, seen, seed)
             seconds = time.perf_counter() - started
             analyses.setdefault(criterion, analysis)
-            cuts += cut_at(options.budgets, analysis, criterion, seed, seconds)
+            cuts += plan_budgets(options.budgets, analysis, criterion, seed, seconds)
             console.print(f"{subject.name}: {criterion} {seed}, {seconds:.1f} s")
     return analyses, cuts
 
 
-def known_scores(subject: Subject) -> dict[frozenset[str], Mapping[str, float]]:
+def read_known_scores(subject: Subject) -> dict[frozenset[str], Mapping[str, float]]:
     """Read known scores from the results, by the regions removed, where the val images are the same."""
-    rows = rows_of("bench_paper", subject)
+    rows = read_model_rows("bench_paper", subject)
     return {frozenset(row["regions"]): row for row in rows if row["val_images"] == len(subject.val)}
 
 
-def rows_of(name: str, subject: Subject) -> list[Row]:
+def read_model_rows(name: str, subject: Subject) -> list[Row]:
     """Read the rows of one detector from the results."""
     return [row for row in read_rows(name) if row["model"] == subject.name]
 
 
-def cut_at(
+def plan_budgets(
     budgets: Iterable[float], analysis: Analysis, criterion: str, seed: int = 0, seconds: float = 0.0
 ) -> Iterator[Cut]:
     """Plan for every budget. Budgets that cannot be met are printed and left out."""
@@ -130,7 +132,7 @@ def cut_at(
             console.print(f"{criterion}: {error}")
 
 
-def judge(
+def evaluate_cuts(
     subject: Subject,
     cuts: Sequence[Cut],
     models: Mapping[frozenset[str], nn.Module],
@@ -162,29 +164,29 @@ def judge(
         }
 
 
-def with_latency(
+def add_latencies(
     subject: Subject, rows: Sequence[Row], models: Mapping[frozenset[str], nn.Module], options: argparse.Namespace
 ) -> Iterator[Row]:
     """Time all models and add their latencies to the rows."""
-    named = {key_of(regions): model for regions, model in models.items()}
+    named = {join_names(regions): model for regions, model in models.items()}
     latencies = subject.time_beside(named, options.rounds, options.timed_images)
     for row in rows:
-        columns = latencies.columns(key_of(row["regions"]))
-        yield row | columns | {"timed_images": options.timed_images, "machine": machine(options.device)}
+        columns = latencies.row_columns(join_names(row["regions"]))
+        yield row | columns | {"timed_images": options.timed_images, "machine": describe_machine(options.device)}
 
 
 def retime(subject: Subject, options: argparse.Namespace) -> None:
     """Make the cuts in the results again and time them, on a quiet machine."""
-    rows = rows_of("bench_paper", subject)
+    rows = read_model_rows("bench_paper", subject)
     analysis = fxprune.analyze(subject.model, subject.batches()[:1], criterion="random")
     models = {
         regions: fxprune.apply(subject.model, plan_removing(analysis, set(regions)))
         for regions in {frozenset(row["regions"]) for row in rows} - {frozenset()}
     }
-    replace_rows("bench_paper", subject.name, with_latency(subject, rows, models, options))
+    replace_rows("bench_paper", subject.name, add_latencies(subject, rows, models, options))
 
 
-def key_of(regions: Iterable[str]) -> str:
+def join_names(regions: Iterable[str]) -> str:
     """Make one name for a set of regions."""
     return " + ".join(sorted(regions)) or UNPRUNED
 
@@ -213,7 +215,7 @@ def remove_each(subject: Subject, analyses: Mapping[str, Analysis], images: int,
     return rows
 
 
-def informed(analysis: Analysis, drops: Iterable[Row]) -> Analysis:
+def rescore_by_drops(analysis: Analysis, drops: Iterable[Row]) -> Analysis:
     """Take the mAP lost without each region as its score; gives the analysis of the criterion ``oracle``."""
     truth = {row["region"]: row["mAP_drop"] for row in drops}
     return replace(analysis, regions=tuple(replace(each, score=truth[each.name]) for each in analysis.regions))

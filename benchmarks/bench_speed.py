@@ -25,8 +25,8 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.results import RESULTS, Row, machine, read_rows, replace_rows
-from benchmarks.systems import add_options, chosen, sizes_of
+from benchmarks.results import RESULTS, Row, describe_machine, read_rows, replace_rows
+from benchmarks.systems import add_options, choose_systems, read_sizes
 from fxprune.adapters.registry import choose_adapter
 from fxprune.graph.fx_utils import map_tensors
 from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for system in chosen(options):
+    for system in choose_systems(options):
         for backend in options.backends:
             for images in options.batches:
                 key = f"{system.name}, {backend}, {images} on {options.device}"
@@ -63,12 +63,12 @@ def main(argv: list[str] | None = None) -> None:
                     "bench_speed", key, [row | {"model": key} for row in measure(system, backend, images, options)]
                 )
                 torch._dynamo.reset()
-    (RESULTS / "speed.md").write_text("\n".join(table(read_rows("bench_speed"))) + "\n", encoding="utf-8")
+    (RESULTS / "speed.md").write_text("\n".join(render_table(read_rows("bench_speed"))) + "\n", encoding="utf-8")
 
 
 def measure(system: System, backend: str, images: int, options: argparse.Namespace) -> list[Row]:
     """Measure one row per budget."""
-    model, raw = system.build(sizes_of(options), images)
+    model, raw = system.build(read_sizes(options), images)
     analysis = fxprune.analyze(model, [raw], criterion="random", seed=options.seed)
     plans = {f"{budget:.0%}": analysis.plan(budget) for budget in options.budgets}
     batch = map_tensors(raw["img"] if isinstance(raw, dict) else raw[0], lambda value: value.to(options.device))
@@ -91,13 +91,13 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
     for (name, plan), budget in zip(plans.items(), options.budgets, strict=True):
         gone = [timings[f"region {region.name}"] for region in plan.removed]
         ratio, floor = compute_ratio(timings[name], timings[WHOLE]), compute_ratio(timings[AGAIN], timings[WHOLE])
-        own = compute_ratio(summed(gone), timings[WHOLE])
+        own = compute_ratio(sum_timings(gone), timings[WHOLE])
         rows.append({
             "system": system.name, "backend": backend, "device": options.device, "images": images, "budget": budget,
             "flops_cut": 1 - plan.after.flops / plan.before.flops, "ms": timings[WHOLE].median_ms,
-            **quartiles("ratio", ratio), **quartiles("floor", floor), **quartiles("own_time", own),
+            **ratio_columns("ratio", ratio), **ratio_columns("floor", floor), **ratio_columns("own_time", own),
             "realized": (1 - ratio.median) / own.median, "regions": [region.name for region in plan.removed],
-            "rounds": options.rounds, "machine": machine(options.device),
+            "rounds": options.rounds, "machine": describe_machine(options.device),
         })  # fmt: skip
         console.print(
             f"{system.name}, {backend}, {images} images, {name}: latency {ratio}, own time {own}, A/A {floor}"
@@ -105,18 +105,18 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
     return rows
 
 
-def summed(timings: Sequence[Timing]) -> Timing:
+def sum_timings(timings: Sequence[Timing]) -> Timing:
     """Sum timings round by round."""
     rounds = zip(*(timing.latency_ms for timing in timings), strict=True)
     return replace(timings[0], name="removed regions", latency_ms=tuple(map(sum, rounds)))
 
 
-def quartiles(name: str, ratio: Ratio) -> dict[str, float]:
+def ratio_columns(name: str, ratio: Ratio) -> dict[str, float]:
     """Make the keys of a row for a ratio: median and quartiles."""
     return {name: ratio.median, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def render_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Render the rows as a Markdown table."""
     names = ("images", "budget", "ms", "FLOPs cut", "regions' own time", "latency cut", "A/A", "realized")
     yield f"| system | backend | {' | '.join(names)} |"

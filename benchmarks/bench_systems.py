@@ -20,15 +20,15 @@ from rich.console import Console
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 import fxprune
-from benchmarks.systems import add_options, chosen, sizes_of, write_rows
+from benchmarks.systems import add_options, choose_systems, read_sizes, write_rows
 from fxprune.planning.analysis import Analysis, exclusive_sets
 from tests.helpers.systems import Sizes, System
 
 BUDGET = 0.1
-IMAGES = 2
+BATCH_IMAGES = 2
 
 
-def largest_share(analysis: Analysis) -> float:
+def find_largest_share(analysis: Analysis) -> float:
     """Find the largest fraction of a model's FLOPs that any choice of its regions removes.
 
     Regions that do not conflict share no node, so their FLOPs add up. The choice is a maximum-weight independent set,
@@ -46,7 +46,7 @@ def largest_share(analysis: Analysis) -> float:
 
 def measure(system: System, sizes: Sizes) -> dict[str, Any]:
     """Analyze one system and plan for the budget. If that fails, the row has the error."""
-    model, batch = system.build(sizes, IMAGES)
+    model, batch = system.build(sizes, BATCH_IMAGES)
     row: dict[str, Any] = {"system": system.name, "family": system.family}
     start = time.perf_counter()
     try:
@@ -58,11 +58,11 @@ def measure(system: System, sizes: Sizes) -> dict[str, Any]:
     row["regions"], row["blocks"] = len(analysis.regions), analysis.before.blocks
     row["rejections"] = len(analysis.rejections)
     row["gflops"] = round(analysis.before.flops / 1e9, 3)
-    row["largest_share"] = round(largest_share(analysis), 4)
-    return row | planned(analysis)
+    row["largest_share"] = round(find_largest_share(analysis), 4)
+    return row | plan_budget(analysis)
 
 
-def planned(analysis: Analysis) -> dict[str, Any]:
+def plan_budget(analysis: Analysis) -> dict[str, Any]:
     """Plan for the budget; gives the removed regions, or why there is no plan."""
     start = time.perf_counter()
     try:
@@ -78,17 +78,17 @@ def planned(analysis: Analysis) -> dict[str, Any]:
     }
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def render_table(rows: Sequence[dict[str, Any]]) -> str:
     """Render rows as a Markdown table."""
     lines = [
         f"| system | regions (outermost) | FLOPs removable at most | a {BUDGET:.0%} budget removes | FLOPs | parameters"
         " | analyze, s |",
         "|---|---:|---:|---|---:|---:|---:|",
     ]
-    return "\n".join([*lines, *map(_line, rows)])
+    return "\n".join([*lines, *map(_render_line, rows)])
 
 
-def _line(row: dict[str, Any]) -> str:
+def _render_line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"| {row['system']} | | | {row['error'].splitlines()[0]} | | | |"
     names = [f"`{gone['name']}`" + (" (drop)" if gone["kind"] == "drop" else "") for gone in row["removed"]]
@@ -114,11 +114,11 @@ def main(argv: list[str] | None = None) -> None:
     console = Console(stderr=True)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for system in chosen(options, options.all):
+        for system in choose_systems(options, options.all):
             with console.status(system.name):
-                yield measure(system, sizes_of(options))
+                yield measure(system, read_sizes(options))
 
-    print(markdown(write_rows("bench_systems", rows())))
+    print(render_table(write_rows("bench_systems", rows())))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from torch import fx, nn
 from torch.nn import functional
 
 import fxprune
-from benchmarks.results import RESULTS, machine, read_rows, replace_rows
-from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, subjects
+from benchmarks.results import RESULTS, describe_machine, read_rows, replace_rows
+from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, load_subjects
 from fxprune.adapters.protocol import device_of
 from fxprune.adapters.registry import detector_adapter
 from fxprune.graph.interpreters import NodeName
@@ -48,23 +48,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--timed-images", type=int, default=8)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in subjects(options):
+    for subject in load_subjects(options):
         row = measure(subject, options)
         replace_rows("bench_time", subject.name, [row])
         print(row)
-    (RESULTS / "time.md").write_text("\n".join(table()) + "\n", encoding="utf-8")
+    (RESULTS / "time.md").write_text("\n".join(render_table()) + "\n", encoding="utf-8")
 
 
 def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one row: fractions of the time, and what a plan saves."""
     plan = fxprune.analyze(subject.model, subject.batches()).plan(options.budget)
-    batch = subject.timed_batch(options.timed_images)
+    batch = subject.inference_batch(options.timed_images)
     model, islands = capture_copy(subject.model, batch, detector_adapter(subject.model).whole_model_is_graph)
     with torch.inference_mode():
         times, whole = time_nodes(model, islands, batch, options.rounds)
         pruned = fxprune.apply(subject.model, plan).eval()
     latencies = subject.time_beside({"pruned": pruned}, options.rounds, options.timed_images)
-    kinds = {(i.name, node.name): kind_of(i.gm, node) for i in islands for node in i.gm.graph.nodes}
+    kinds = {(i.name, node.name): classify_node(i.gm, node) for i in islands for node in i.gm.graph.nodes}
     shares: dict[str, float] = defaultdict(float)
     for key, milliseconds in times.items():
         shares[kinds[key]] += milliseconds / whole
@@ -87,7 +87,7 @@ def measure(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
         "floor_low": floor.low,
         "floor_high": floor.high,
         "removed": [region.name for region in plan.removed],
-        "machine": machine(str(subject.device)),
+        "machine": describe_machine(str(subject.device)),
     }
 
 
@@ -108,7 +108,7 @@ def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int)
     return {key: median(run.nodes_ms[key] for run in runs) for key in runs[0].nodes_ms}, timings["whole"].median_ms
 
 
-def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:
+def classify_node(gm: fx.GraphModule, node: fx.Node) -> str:
     """Classify a node: ``dense convolution``, ``depthwise convolution`` or ``other``."""
     layers = list(gm.get_submodule(str(node.target)).modules()) if node.op == "call_module" else []
     groups = [layer.groups for layer in layers if isinstance(layer, CONVOLUTIONS)]
@@ -119,7 +119,7 @@ def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:
     return "depthwise convolution" if min(groups) > 1 else "dense convolution"
 
 
-def table() -> Iterator[str]:
+def render_table() -> Iterator[str]:
     """Render the rows as a Markdown table."""
     names = (
         "ms",
@@ -135,10 +135,10 @@ def table() -> Iterator[str]:
     yield f"| model | {' | '.join(names)} |"
     yield "|---|" + "--:|" * len(names)
     for row in read_rows("bench_time"):
-        yield "| " + " | ".join(cells(row)) + " |"
+        yield "| " + " | ".join(format_cells(row)) + " |"
 
 
-def cells(row: Mapping[str, Any]) -> Iterator[str]:
+def format_cells(row: Mapping[str, Any]) -> Iterator[str]:
     """Format the cells of a row; *realized* is the latency cut divided by the FLOPs cut."""
     yield row["model"]
     yield f"{row['ms']:.0f}"

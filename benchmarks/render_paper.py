@@ -27,27 +27,27 @@ STYLES = {
 def main(argv: list[str] | None = None) -> None:
     """Write the table and one figure per model."""
     argparse.ArgumentParser(description="Table and figures of what bench_paper measured.").parse_args(argv)
-    rows, regions = sorted(read_rows("bench_paper"), key=place_of), read_rows("bench_paper_regions")
+    rows, regions = sorted(read_rows("bench_paper"), key=sort_key), read_rows("bench_paper_regions")
     models = list(dict.fromkeys(row["model"] for row in rows))
     parts = [
         "# What each criterion keeps\n",
         "The mAP that is lost at each budget, without any training:\n",
-        glance_table(rows, models),
-        *(model_table([row for row in rows if row["model"] == model]) for model in models),
+        render_overview(rows, models),
+        *(render_model([row for row in rows if row["model"] == model]) for model in models),
     ]
-    parts += [summary_table(rows, models), agreement_table(regions)]
+    parts += [render_summary(rows, models), render_agreement(regions)]
     (RESULTS / "paper.md").write_text("\n".join(parts), encoding="utf-8")
     for model in models:
         draw([row for row in rows if row["model"] == model], model)
 
 
-def place_of(row: Row) -> tuple[int, float]:
+def sort_key(row: Row) -> tuple[int, float]:
     """Make the sort key of a row: criterion, then budget."""
     names = ["none", *STYLES]
     return names.index(row["criterion"]) if row["criterion"] in names else len(names), row["budget"]
 
 
-def glance_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+def render_overview(rows: Sequence[Row], models: Sequence[str]) -> str:
     """Render the mAP that each criterion loses, a line per model and budget."""
     criteria = [name for name in dict.fromkeys(row["criterion"] for row in rows) if name != "none"]
     lines = [f"| detector (unpruned mAP) | budget | {' | '.join(criteria)} | FLOPs | latency |"]
@@ -80,7 +80,7 @@ def average_seeds(rows: Iterable[Row]) -> list[Row]:
     return merged
 
 
-def model_table(rows: Sequence[Row]) -> str:
+def render_model(rows: Sequence[Row]) -> str:
     """Render the table of one model, a line per criterion and budget."""
     (unpruned,) = (row for row in rows if row["criterion"] == "none")
     noise = f"{unpruned['floor']:.3f} [{unpruned['floor_low']:.3f}, {unpruned['floor_high']:.3f}]"
@@ -110,7 +110,7 @@ def model_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def summary_table(rows: Sequence[Row], models: Sequence[str]) -> str:
+def render_summary(rows: Sequence[Row], models: Sequence[str]) -> str:
     """Render the mean mAP over models and budgets, by criterion."""
     averaged = [row for model in models for row in average_seeds(row for row in rows if row["model"] == model)]
     found = {(row["model"], row["criterion"], row["budget"]): row["mAP"] for row in averaged}
@@ -129,7 +129,7 @@ def summary_table(rows: Sequence[Row], models: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def agreement_table(regions: Sequence[Row]) -> str:
+def render_agreement(regions: Sequence[Row]) -> str:
     """Render Spearman's rank correlation of each criterion's scores with the mAP lost without each region alone."""
     models = list(dict.fromkeys(row["model"] for row in regions))
     criteria = [name for name in STYLES if any(name in row["scores"] for row in regions)]
@@ -140,12 +140,14 @@ def agreement_table(regions: Sequence[Row]) -> str:
         cells = []
         for name in criteria:
             scored = [row for row in own if name in row["scores"]]
-            cells.append(f"{agreement(scored, name)} / {agreement([row for row in scored if row['block']], name)}")
+            cells.append(
+                f"{format_agreement(scored, name)} / {format_agreement([row for row in scored if row['block']], name)}"
+            )
         lines.append(f"| {model} | {len(own)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def agreement(rows: Sequence[Row], criterion: str) -> str:
+def format_agreement(rows: Sequence[Row], criterion: str) -> str:
     """Format Spearman's rho; a dash if all values are equal or there are fewer than three."""
     drops, scores = [row["mAP_drop"] for row in rows], [row["scores"][criterion] for row in rows]
     if len(rows) < 3 or np.ptp(drops) == 0 or np.ptp(scores) == 0:

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
-def machine(device: str = "cpu") -> str:
+def describe_machine(device: str = "cpu") -> str:
     """Describe the machine: cores, processor, torch's version and threads, and the GPU if `device` is one."""
     version = torch.__version__.split("+")[0]
     kind = platform.processor() or platform.machine()

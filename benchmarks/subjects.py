@@ -39,7 +39,7 @@ class Latencies:
         """Divide a version's latency by the unpruned detector's, round by round."""
         return compute_ratio(self.timings[name], self.timings[UNPRUNED])
 
-    def columns(self, name: str) -> dict[str, float]:
+    def row_columns(self, name: str) -> dict[str, float]:
         """Make the latency columns of a row: ratio and A/A floor as median and quartiles, and the median in ms."""
         ratio, floor = self.ratio(name), self.ratio(TWIN)
         return {
@@ -77,7 +77,7 @@ class Subject:
         """Make batches of the calibration images with labels, in the form the model takes."""
         return list(fxprune.batches(self.model, self.calibration, batch_size=BATCH_SIZE, image_size=self.image_size))
 
-    def unlabelled(self) -> list[Any]:
+    def unlabelled_batches(self) -> list[Any]:
         """Make batches of the calibration images without labels."""
         pictures = fxprune.batches(
             self.model, self.calibration, batch_size=BATCH_SIZE, image_size=self.image_size, targets=False
@@ -90,11 +90,11 @@ class Subject:
         return fxprune.evaluate(model, val, image_size=self.image_size)
 
     @cached_property
-    def unpruned(self) -> dict[str, float]:
+    def unpruned_scores(self) -> dict[str, float]:
         """COCO's scores of the unpruned detector."""
         return self.evaluate(self.model)
 
-    def timed_batch(self, images: int) -> Any:
+    def inference_batch(self, images: int) -> Any:
         """Make one batch of val images as the model takes them at inference, on its device."""
         some = Items(self.val.rows[:images], self.val.categories)
         (batch,) = fxprune.batches(self.model, some, batch_size=images, image_size=self.image_size, targets=False)
@@ -107,7 +107,7 @@ class Subject:
 
     def time_beside(self, models: Mapping[str, nn.Module], rounds: int, images: int) -> Latencies:
         """Time pruned versions and the unpruned detector in turn on one batch of so many images."""
-        batch = self.timed_batch(images)
+        batch = self.inference_batch(images)
         everything = {UNPRUNED: self.model, TWIN: self.model, **models}
         with torch.inference_mode():
             return Latencies(
@@ -157,7 +157,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the detectors run")
 
 
-def subjects(options: argparse.Namespace) -> Iterator[Subject]:
+def load_subjects(options: argparse.Namespace) -> Iterator[Subject]:
     """Load the detectors asked for, one at a time.
 
     Raises
@@ -173,7 +173,7 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
             options.calibration_annotations or options.coco / "annotations" / "instances_train2017.json"
         )
     if options.images is None:
-        yield from (trained(name, options) for name in options.models or DETECTORS)
+        yield from (load_digits_subject(name, options) for name in options.models or DETECTORS)
         return
     try:
         val = read_items(CocoDataset(options.images, options.annotations), options.val)
@@ -183,16 +183,16 @@ def subjects(options: argparse.Namespace) -> Iterator[Subject]:
     except fxprune.FxpruneError as error:
         raise SystemExit(str(error)) from None
     for name in options.models or OFFICIAL:
-        model = released(name).to(options.device)
+        model = load_released(name).to(options.device)
         yield Subject(name.removesuffix(".pt"), model, val, calibration, options.image_size)
 
 
-def trained(name: str, options: argparse.Namespace) -> Subject:
+def load_digits_subject(name: str, options: argparse.Namespace) -> Subject:
     """Load one of the six trained detectors with its composed digits."""
     if name not in DETECTORS:
         raise SystemExit(f"{name!r} is none of the trained detectors: {', '.join(DETECTORS)}")
     size = DETECTORS[name].size
-    model = random_weights(name) if options.untrained else load_trained(name)
+    model = build_untrained(name) if options.untrained else load_trained(name)
     val = CocoDataset.from_folder(ensure_digits(size) / "val")
     calibration = CocoDataset.from_folder(ensure_calibration(size, options.calibration))
     return Subject(
@@ -204,14 +204,14 @@ def trained(name: str, options: argparse.Namespace) -> Subject:
     )
 
 
-def random_weights(name: str) -> nn.Module:
+def build_untrained(name: str) -> nn.Module:
     """Build one of the six with random weights from a fixed seed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return DETECTORS[name].build(DETECTORS[name].size).eval()
 
 
-def released(name: str) -> nn.Module:
+def load_released(name: str) -> nn.Module:
     """Load a detector with its official COCO weights: torchvision's ``DEFAULT``, or an ultralytics ``.pt``.
 
     Raises

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import RESULTS, machine
+from benchmarks.results import RESULTS, describe_machine
 from tests.helpers.systems import MORE, SIX, Sizes, System
 
 
@@ -22,14 +22,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
 
 
-def chosen(options: argparse.Namespace, everything: bool = False) -> list[System]:
+def choose_systems(options: argparse.Namespace, everything: bool = False) -> list[System]:
     """Choose the systems named in `options`; without names the six, or all with `everything`."""
     if options.systems:
         return [system for system in (*SIX, *MORE) if system.name in options.systems]
     return [*SIX, *(MORE if everything else ())]
 
 
-def sizes_of(options: argparse.Namespace) -> Sizes:
+def read_sizes(options: argparse.Namespace) -> Sizes:
     """Read the sizes from the options."""
     return Sizes(**{name: getattr(options, name) for name in vars(Sizes())})
 
@@ -40,7 +40,7 @@ def write_rows(name: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]
     written = []
     with (RESULTS / f"{name}.jsonl").open("w", encoding="utf-8") as file:
         for row in rows:
-            written.append(row | {"machine": machine()})
+            written.append(row | {"machine": describe_machine()})
             file.write(json.dumps(written[-1]) + "\n")
             file.flush()
     return written

@@ -25,12 +25,12 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from benchmarks.bench_deeper import COSTS, KEPT, KEYS, add_cut_options, place_of
+from benchmarks.bench_deeper import COSTS, KEPT, KEYS, add_cut_options, detector_folder
 from benchmarks.bench_deeper import NAME as OURS
 from benchmarks.peers.bench_peers import PEERS
-from benchmarks.peers.channels import first_line, first_working_way, prune_channels
-from benchmarks.results import RESULTS, Row, machine, read_rows, write_all
-from benchmarks.subjects import Subject, subjects
+from benchmarks.peers.channels import first_working_way, prune_channels, summarize_error
+from benchmarks.results import RESULTS, Row, describe_machine, read_rows, write_all
+from benchmarks.subjects import Subject, load_subjects
 from benchmarks.training.finetune import finetune_for
 
 NAME = "bench_healed_peers"
@@ -56,44 +56,44 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--timed-images", type=int, default=8, help="images a batch while timing")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in () if options.render else subjects(options):
+    for subject in () if options.render else load_subjects(options):
         rows = list(compare(subject, options))
-        made = [cut_of(row) for row in rows]
-        write_all(NAME, [*(row for row in read_rows(NAME) if cut_of(row) not in made), *rows])
+        made = [cut_key(row) for row in rows]
+        write_all(NAME, [*(row for row in read_rows(NAME) if cut_key(row) not in made), *rows])
     (RESULTS / "healed_peers.md").write_text(
-        "\n".join(table(read_rows(NAME), read_rows(OURS))) + "\n", encoding="utf-8"
+        "\n".join(render_table(read_rows(NAME), read_rows(OURS))) + "\n", encoding="utf-8"
     )
 
 
 def compare(subject: Subject, options: argparse.Namespace) -> Iterator[Row]:
     """Make the rows of one detector."""
-    ours = {row_key(row): row for row in read_rows(OURS) if asked(row, subject, options)}
-    models = {key: fxprune.load(subject.model, place_of(row)).eval() for key, row in ours.items()}
+    ours = {timing_name(row): row for row in read_rows(OURS) if is_asked(row, subject, options)}
+    models = {key: fxprune.load(subject.model, detector_folder(row)).eval() for key, row in ours.items()}
     if not models:
         console.print(f"{subject.name}: bench_deeper has kept none")
         return
-    channels, error = peers(subject, options.sweep)
+    channels, error = prune_by_peer(subject, options.sweep)
     console.print(f"{subject.name}: timing {len(models)} of ours beside {len(channels)} of theirs")
     timed = subject.time_beside({**models, **channels}, options.rounds, options.timed_images)
     console.print(f"{subject.name}: timed, now fine-tuning")
     for key, row in ours.items():
-        seconds, limit = seconds_of(row), timed.ratio(key).median
-        columns = timed.columns(key)
+        seconds, limit = sum_seconds(row), timed.ratio(key).median
+        columns = timed.row_columns(key)
         shared = {
             **{name: row[name] for name in (*KEYS, *CUT_KEYS)},
             "mAP": row["mAP"], "seconds": seconds, **columns, "rounds": options.rounds,
             "timed_images": options.timed_images, "images": row["images"], "val_images": row["val_images"],
-            "machine": machine(options.device), "error": error,
+            "machine": describe_machine(options.device), "error": error,
         }  # fmt: skip
         fast = [name for name in channels if timed.ratio(name).median <= limit]
-        peer = tuned(subject, channels[fast[0]], seconds, options.learning_rates) if fast else {}
+        peer = finetune_peer(subject, channels[fast[0]], seconds, options.learning_rates) if fast else {}
         if fast:
             peer |= {"peer_ratio": float(fast[0]), "peer_latency_ratio": timed.ratio(fast[0]).median}
         console.print(f"{subject.name}: {key}, mAP {row['mAP']:.3f}, at {limit:.2f} of the time; {peer or error}")
         yield {**shared, **peer}
 
 
-def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
+def is_asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
     """Whether a row of `benchmarks.bench_deeper` is asked for and its detector is kept."""
     wanted = {
         "model": [subject.name],
@@ -102,31 +102,31 @@ def asked(row: Row, subject: Subject, options: argparse.Namespace) -> bool:
         "budget": options.budgets,
         "cost": options.costs,
     }
-    return all(row[key] in values for key, values in wanted.items()) and place_of(row).exists()
+    return all(row[key] in values for key, values in wanted.items()) and detector_folder(row).exists()
 
 
-def cut_of(row: Row) -> tuple[str, str, str, float, str]:
+def cut_key(row: Row) -> tuple[str, str, str, float, str]:
     """Make the key of a row. A new row replaces an old one with the same key."""
     return row["model"], row["cost"], row["strategy"], row["budget"], row["heal"]
 
 
-def seconds_of(row: Row) -> float:
+def sum_seconds(row: Row) -> float:
     """Sum the seconds of search and healing in a row of `benchmarks.bench_deeper`."""
     return float(row["search_seconds"] + row["heal_seconds"])
 
 
-def ours_by_now(row: Row, ours: Sequence[Row]) -> Row:
+def find_last_healing(row: Row, ours: Sequence[Row]) -> Row:
     """Find mAP and seconds of the last healing of the same cut; `row` itself if there is none."""
     same = (other for other in reversed(ours) if all(other[key] == row[key] for key in (*KEYS, *CUT_KEYS)))
-    return next(({"mAP": now["mAP"], "seconds": seconds_of(now)} for now in same), row)
+    return next(({"mAP": now["mAP"], "seconds": sum_seconds(now)} for now in same), row)
 
 
-def row_key(row: Row) -> str:
+def timing_name(row: Row) -> str:
     """Make the name of a healed version in timings."""
     return f"{row['strategy']} {row['budget']:.0%} {row['cost']} {row['heal']}"
 
 
-def peers(subject: Subject, sweep: Sequence[float]) -> tuple[dict[str, nn.Module], str | None]:
+def prune_by_peer(subject: Subject, sweep: Sequence[float]) -> tuple[dict[str, nn.Module], str | None]:
     """Prune a detector by Torch-Pruning at every ratio of a sweep.
 
     Returns
@@ -145,11 +145,11 @@ def peers(subject: Subject, sweep: Sequence[float]) -> tuple[dict[str, nn.Module
         try:
             found[str(ratio)] = prune_channels(prepared, settings, ratio)[0]
         except Exception as error:  # the peer may raise any exception
-            console.print(f"{subject.name}: Torch-Pruning at {ratio}: {first_line(error)}")
+            console.print(f"{subject.name}: Torch-Pruning at {ratio}: {summarize_error(error)}")
     return found, None
 
 
-def tuned(subject: Subject, model: nn.Module, seconds: float, rates: Sequence[float]) -> Row:
+def finetune_peer(subject: Subject, model: nn.Module, seconds: float, rates: Sequence[float]) -> Row:
     """Fine-tune a model at every rate and evaluate each look; the best score counts."""
     found: dict[str, float] = {}
     for rate in rates:
@@ -157,18 +157,18 @@ def tuned(subject: Subject, model: nn.Module, seconds: float, rates: Sequence[fl
             for look, now in enumerate(finetune_for(seconds, model, subject.batches(), rate), start=1):
                 found[f"{rate:g}, look {look}"] = subject.evaluate(now)["mAP"]
         except fxprune.FxpruneError as error:
-            console.print(f"{subject.name}: at rate {rate}: {first_line(error)}")
+            console.print(f"{subject.name}: at rate {rate}: {summarize_error(error)}")
     found["as pruned"] = subject.evaluate(model)["mAP"]
     best = max(found, key=found.__getitem__)
     return {"peer_pruned_mAP": found["as pruned"], "peer_mAP": found[best], "peer_best": best, "looks": found}
 
 
-def table(rows: Sequence[Row], ours: Sequence[Row]) -> Iterator[str]:
+def render_table(rows: Sequence[Row], ours: Sequence[Row]) -> Iterator[str]:
     """Render one line per detector and cut, with the last healing of that cut."""
     yield "| model | strategy, heal | budget | latency | mAP | s | Torch-Pruning | and tuned | s | its latency |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
-    for row in sorted(rows, key=cut_of):
-        now = ours_by_now(row, ours)
+    for row in sorted(rows, key=cut_key):
+        now = find_last_healing(row, ours)
         if row.get("peer_mAP") is None:
             theirs = ["fails" if row["error"] else "never that fast", "", "", ""]
         else:

@@ -30,10 +30,17 @@ from benchmarks.ablation import analyze_by
 from benchmarks.cache import ensure_digits
 from benchmarks.detectors import DETECTORS
 from benchmarks.peers import render_peers
-from benchmarks.peers.channels import PeerError, Settings, find_ratio, first_line, first_working_way, prune_channels
-from benchmarks.peers.handover import flops_of
-from benchmarks.results import Row, machine, replace_rows
-from benchmarks.subjects import UNPRUNED, Items, Subject, add_options, subjects
+from benchmarks.peers.channels import (
+    PeerError,
+    Settings,
+    find_ratio,
+    first_working_way,
+    prune_channels,
+    summarize_error,
+)
+from benchmarks.peers.handover import count_inference_flops
+from benchmarks.results import Row, describe_machine, replace_rows
+from benchmarks.subjects import UNPRUNED, Items, Subject, add_options, load_subjects
 from benchmarks.training.finetune import finetune
 from fxprune import CocoDataset
 from fxprune.adapters.calls import normalize_and_label
@@ -97,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the detectors asked for, write rows model by model, render."""
     options = make_parser().parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in subjects(options):
+    for subject in load_subjects(options):
         started = time.perf_counter()
         replace_rows("bench_peers", subject.name, compare(subject, options, read_training(subject, options)))
         console.print(f"{subject.name}: {time.perf_counter() - started:.0f} s")
@@ -141,7 +148,7 @@ def read_training(subject: Subject, options: argparse.Namespace) -> Sequence[Any
 def compare(subject: Subject, options: argparse.Namespace, training: Sequence[Any]) -> list[Row]:
     """Make all rows of one detector."""
     batches = subject.batches()
-    flops = partial(count_first, batches=batches)
+    flops = partial(count_first_flops, batches=batches)
     unpruned = Variant("unpruned", "unpruned", UNPRUNED, subject.model, 0.0, 0.0)
     variants, failures = cut_blocks(subject, options)
     base = flops(subject.model)
@@ -153,15 +160,15 @@ def compare(subject: Subject, options: argparse.Namespace, training: Sequence[An
         failures += failed
     rows = list(measure(subject, [unpruned, *variants], training, options))
     images = {"calibration_images": len(subject.calibration), "val_images": len(subject.val)}
-    shared = {"machine": machine(options.device), **images}
+    shared = {"machine": describe_machine(options.device), **images}
     empty = dict.fromkeys(rows[0])
     return [{**empty, "model": subject.name, **row, **shared} for row in (*rows, *failures)]
 
 
-def count_first(model: nn.Module, batches: Sequence[Any]) -> int:
+def count_first_flops(model: nn.Module, batches: Sequence[Any]) -> int:
     """Count the FLOPs of one inference on the first calibration batch."""
     adapter = choose_adapter(model, batches[0], None)
-    return flops_of(model, adapter, normalize_and_label(model, adapter, batches[0], 0))
+    return count_inference_flops(model, adapter, normalize_and_label(model, adapter, batches[0], 0))
 
 
 def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Variant], list[Row]]:
@@ -176,7 +183,7 @@ def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Vari
             try:
                 plan = analysis.plan(budget)
             except fxprune.BudgetError as error:
-                failures.append(failure(f"fxprune {criterion}", first_line(error), budget=budget))
+                failures.append(make_failure(f"fxprune {criterion}", summarize_error(error), budget=budget))
                 continue
             model = fxprune.apply(subject.model, plan).eval()
             seconds = analyzed + time.perf_counter() - started
@@ -187,7 +194,7 @@ def cut_blocks(subject: Subject, options: argparse.Namespace) -> tuple[list[Vari
     return variants, failures
 
 
-def failure(method: str, error: str, **details: Any) -> Row:
+def make_failure(method: str, error: str, **details: Any) -> Row:
     """Make a row of a failure, with the error message."""
     console.print(f"{method}: {error} {details}")
     return {"method": method, "kind": "failed", "heal": "none", "error": error, **details}
@@ -205,19 +212,19 @@ def cut_channels(
     """
     method, settings = f"torch-pruning {peer}", PEERS[peer]
     prepared, failed = first_working_way(model, batches, settings)
-    failures = [failure(method, error, way=way.name) for way, error in failed]
+    failures = [make_failure(method, error, way=way.name) for way, error in failed]
     if prepared is None:
         return [], failures
-    base, way = count_first(model, batches), prepared.way.name
+    base, way = count_first_flops(model, batches), prepared.way.name
     variants: list[Variant] = []
     shares: dict[float, float] = {}
 
     def make(ratio: float, kind: str, budget: float | None) -> Variant | None:
         try:
             pruned, seconds = prune_channels(prepared, settings, ratio)
-            shares[ratio] = 1 - count_first(pruned, batches) / base
+            shares[ratio] = 1 - count_first_flops(pruned, batches) / base
         except Exception as error:  # the peer may raise any exception
-            failures.append(failure(method, first_line(error), way=way, ratio=ratio, budget=budget))
+            failures.append(make_failure(method, summarize_error(error), way=way, ratio=ratio, budget=budget))
             return None
         details = {"ratio": ratio, "way": way, "version": version("torch-pruning")}
         return Variant(method, kind, f"{method} {ratio}", pruned, budget, seconds, details)
@@ -230,7 +237,7 @@ def cut_channels(
         try:
             ratio = find_ratio(target, share_at, shares)
         except PeerError as error:
-            failures.append(failure(method, first_line(error), way=way, budget=budget))
+            failures.append(make_failure(method, summarize_error(error), way=way, budget=budget))
             continue
         made.append(make(ratio, "cut", budget))
         console.print(f"{method}: {shares[ratio]:.3f} of the FLOPs saved at ratio {ratio:.3f}, asked for {target:.3f}")
@@ -247,36 +254,36 @@ def measure(
     batches = subject.batches()
     outcomes: dict[str, dict[str, Outcome]] = {}
     for key, variant in distinct.items():
-        outcomes[key] = {"none": Outcome(score(subject, variant.model))}
+        outcomes[key] = {"none": Outcome(evaluate_model(subject, variant.model))}
         if key in tuned:
-            outcomes[key]["finetune"] = tune(subject, variant.model, training, options.learning_rate)
+            outcomes[key]["finetune"] = finetune_and_evaluate(subject, variant.model, training, options.learning_rate)
         figures = ", ".join(f"{heal}: mAP {outcome.scores['mAP']}" for heal, outcome in outcomes[key].items())
         console.print(f"{subject.name}: {len(outcomes)} of {len(distinct)}, {variant.method}, {figures}")
     models = {key: variant.model for key, variant in distinct.items()}
     latencies = subject.time_beside(models, options.rounds, options.timed_images)
-    flops = {key: count_first(variant.model, batches) for key, variant in distinct.items()}
+    flops = {key: count_first_flops(variant.model, batches) for key, variant in distinct.items()}
     for variant in variants:
         for heal, outcome in outcomes[variant.key].items():
             yield {
                 "model": subject.name, "method": variant.method, "kind": variant.kind, "budget": variant.budget,
                 "heal": heal, **outcome.scores, "flops": flops[variant.key], "params": count_params(variant.model),
-                **latencies.columns(variant.key), "rounds": options.rounds, "timed_images": options.timed_images,
+                **latencies.row_columns(variant.key), "rounds": options.rounds, "timed_images": options.timed_images,
                 "seconds": variant.seconds, "finetune_images": options.finetune_images if heal == "finetune" else 0,
                 "finetune_seconds": outcome.seconds, "learning_rate": options.learning_rate,
                 "error": outcome.error, "ratio": None, "way": None, "regions": None, "version": None, **variant.details,
             }  # fmt: skip
 
 
-def tune(subject: Subject, model: nn.Module, training: Sequence[Any], learning_rate: float) -> Outcome:
+def finetune_and_evaluate(subject: Subject, model: nn.Module, training: Sequence[Any], learning_rate: float) -> Outcome:
     """Fine-tune a copy and evaluate it. If the loss is not finite, the outcome has the error."""
     try:
         tuned, seconds = finetune(model, training, learning_rate)
     except fxprune.FxpruneError as error:
-        return Outcome({"mAP": None, "mAP50": None}, error=first_line(error))
-    return Outcome(score(subject, tuned), seconds)
+        return Outcome({"mAP": None, "mAP50": None}, error=summarize_error(error))
+    return Outcome(evaluate_model(subject, tuned), seconds)
 
 
-def score(subject: Subject, model: nn.Module) -> dict[str, float | None]:
+def evaluate_model(subject: Subject, model: nn.Module) -> dict[str, float | None]:
     """Evaluate a model; returns the two scores that rows hold."""
     figures = subject.evaluate(model)
     return {name: figures[name] for name in ("mAP", "mAP50")}

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.peers.handover import Prepared, Way, collect, flops_of, prepare, tracing, ways_for
+from benchmarks.peers.handover import (
+    Prepared,
+    Way,
+    count_inference_flops,
+    list_ways,
+    make_tracer,
+    prepare,
+    record_outputs,
+)
 from fxprune.adapters.calls import batch_loss
 
 TRIAL_RATIO = 0.1
@@ -63,7 +71,7 @@ def prune_channels(prepared: Prepared, settings: Settings, ratio: float) -> tupl
     Returns
     -------
     model : Module
-        In eval mode, checked by `check`.
+        In eval mode, checked by `check_pruned`.
     seconds : float
         Wall time of the call, and of the gradients if the importance needs them.
     """
@@ -81,7 +89,7 @@ def prune_channels(prepared: Prepared, settings: Settings, ratio: float) -> tupl
             model, example.images, importance, global_pruning=True, pruning_ratio=ratio, round_to=settings.round_to,
             ignored_layers=[model.get_submodule(name) for name in prepared.ignored],
             in_channel_groups={}, out_channel_groups={},  # shared between calls by default, which keeps models alive
-            forward_fn=tracing(prepared.adapter, example, prepared.outputs),
+            forward_fn=make_tracer(prepared.adapter, example, prepared.outputs),
         )  # fmt: skip
         pruner.step()
     seconds = time.perf_counter() - started + (prepared.seconds if taylor else 0.0)
@@ -90,11 +98,11 @@ def prune_channels(prepared: Prepared, settings: Settings, ratio: float) -> tupl
         value.requires_grad_(name not in prepared.frozen)
     del pruner
     gc.collect()  # its graph has reference cycles, which hold the activations of the traced run
-    check(prepared, model)
+    check_pruned(prepared, model)
     return model.eval(), seconds
 
 
-def check(prepared: Prepared, model: nn.Module) -> None:
+def check_pruned(prepared: Prepared, model: nn.Module) -> None:
     """Check that a pruned model runs, keeps the shapes of its outputs, has a finite loss and saves FLOPs.
 
     Raises
@@ -103,13 +111,13 @@ def check(prepared: Prepared, model: nn.Module) -> None:
         It does not. The message says why.
     """
     adapter, example = prepared.adapter, prepared.example
-    before, after = (collect(each, adapter, example, prepared.outputs) for each in (prepared.model, model))
+    before, after = (record_outputs(each, adapter, example, prepared.outputs) for each in (prepared.model, model))
     for (name, old, _), (_, new, _) in zip(before, after, strict=True):
         if old.shape[1:] != new.shape[1:]:
             raise PeerError(f"{name} gives {tuple(new.shape[1:])} where it gave {tuple(old.shape[1:])}")
     with torch.no_grad():
         batch_loss(model, adapter, example, 0, seed=0)
-    if flops_of(model.eval(), adapter, example) >= prepared.flops:
+    if count_inference_flops(model.eval(), adapter, example) >= prepared.flops:
         raise PeerError("no FLOPs are saved")
 
 
@@ -126,18 +134,18 @@ def first_working_way(
         The ways before it with their errors.
     """
     failures = []
-    for way in ways_for(model):
+    for way in list_ways(model):
         try:
             prepared = prepare(model, batches, way)
             prune_channels(prepared, settings, TRIAL_RATIO)
         except Exception as error:  # the peer may raise any exception
-            failures.append((way, first_line(error)))
+            failures.append((way, summarize_error(error)))
         else:
             return prepared, failures
     return None, failures
 
 
-def first_line(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """Give the class and the first line of an error."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 

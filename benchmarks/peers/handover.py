@@ -96,7 +96,7 @@ class Prepared:
     seconds: float
 
 
-def ways_for(model: nn.Module) -> Iterator[Way]:
+def list_ways(model: nn.Module) -> Iterator[Way]:
     """List the ways that apply to this detector."""
     for way in WAYS:
         if way.unsplit and not any(is_c2f(module) for module in model.modules()):
@@ -110,10 +110,10 @@ def prepare(model: nn.Module, batches: Sequence[Any], way: Way) -> Prepared:
     frozen = frozenset(name for name, value in model.named_parameters() if not value.requires_grad)
     twin = private_copy(model)
     if way.unsplit:
-        unsplit(twin)
+        rewrite_c2f_blocks(twin)
     adapter = choose_adapter(twin, batches[0], None)
     adapter.prepare(twin)
-    example = normalize_and_label(twin, adapter, first_two(batches[0]), 0)
+    example = normalize_and_label(twin, adapter, take_two_images(batches[0]), 0)
     fixed = set() if all(not value.requires_grad for value in model.parameters()) else frozen
     for name, value in twin.named_parameters():
         value.requires_grad_(value.is_floating_point() and name not in fixed)
@@ -121,14 +121,14 @@ def prepare(model: nn.Module, batches: Sequence[Any], way: Way) -> Prepared:
     for value in twin.parameters():
         value.requires_grad_(value.is_floating_point())
     ignored = (*outputs, *find_split(twin, adapter, example, outputs)) if way.spare_splits else outputs
-    flops = flops_of(twin, adapter, example)
+    flops = count_inference_flops(twin, adapter, example)
     started = time.perf_counter()
     gradients = sum_gradients(twin, adapter, batches)
     seconds = time.perf_counter() - started
     return Prepared(twin, adapter, example, way, outputs, ignored, frozen, flops, gradients, seconds)
 
 
-def first_two(raw: Any) -> Any:
+def take_two_images(raw: Any) -> Any:
     """Take the first two images of a labelled batch, with their labels."""
     if not isinstance(raw, Mapping):
         return tuple(part[:2] for part in raw)
@@ -146,12 +146,14 @@ def find_outputs(model: nn.Module, adapter: Adapter, example: Batch, part: str) 
         for name, layer in model.get_submodule(part).named_modules()
         if isinstance(layer, LAYERS) and layer.weight.requires_grad
     ]
-    seen = collect(model, adapter, example, layers)
-    inner = ancestors(function for _, _, function in seen)
+    seen = record_outputs(model, adapter, example, layers)
+    inner = find_ancestors(function for _, _, function in seen)
     return tuple(dict.fromkeys(name for name, _, function in seen if function not in inner))
 
 
-def collect(model: nn.Module, adapter: Adapter, example: Batch, names: Iterable[str]) -> list[tuple[str, Tensor, Any]]:
+def record_outputs(
+    model: nn.Module, adapter: Adapter, example: Batch, names: Iterable[str]
+) -> list[tuple[str, Tensor, Any]]:
     """Run the detector; returns name, output and autograd function of every call of the named layers."""
     seen: list[tuple[str, Tensor, Any]] = []
 
@@ -168,7 +170,7 @@ def collect(model: nn.Module, adapter: Adapter, example: Batch, names: Iterable[
     return seen
 
 
-def ancestors(functions: Iterable[Any]) -> set[Any]:
+def find_ancestors(functions: Iterable[Any]) -> set[Any]:
     """Find all autograd functions that the given ones depend on."""
     found: set[Any] = set()
     stack = [before for function in functions for before, _ in function.next_functions]
@@ -185,7 +187,9 @@ def find_split(model: nn.Module, adapter: Adapter, example: Batch, outputs: Sequ
     import torch_pruning as tp
 
     names = {module: name for name, module in model.named_modules()}
-    graph = tp.DependencyGraph().build_dependency(model, example.images, forward_fn=tracing(adapter, example, outputs))
+    graph = tp.DependencyGraph().build_dependency(
+        model, example.images, forward_fn=make_tracer(adapter, example, outputs)
+    )
     ignored = [model.get_submodule(name) for name in outputs]
     return tuple(
         names[group[0].dep.target.module]
@@ -194,12 +198,12 @@ def find_split(model: nn.Module, adapter: Adapter, example: Batch, outputs: Sequ
     )
 
 
-def tracing(adapter: Adapter, example: Batch, outputs: Sequence[str]) -> Callable[[nn.Module, Any], list[Tensor]]:
+def make_tracer(adapter: Adapter, example: Batch, outputs: Sequence[str]) -> Callable[[nn.Module, Any], list[Tensor]]:
     """Make the function that the peer traces: one inference that returns the outputs of the output layers."""
-    return lambda model, _: [output for _, output, _ in collect(model, adapter, example, outputs)]
+    return lambda model, _: [output for _, output, _ in record_outputs(model, adapter, example, outputs)]
 
 
-def flops_of(model: nn.Module, adapter: Adapter, batch: Batch) -> int:
+def count_inference_flops(model: nn.Module, adapter: Adapter, batch: Batch) -> int:
     """Count the FLOPs of one inference on a batch by torch's counter."""
     return count_flops(lambda: adapter.predict(model, batch), [])[0]
 
@@ -228,7 +232,7 @@ class UnsplitC2f(nn.Module):
         super().__init__()
         first, self.cv2, self.m = cast(Any, block).cv1, cast(Any, block).cv2, cast(Any, block).m
         width = first.conv.out_channels // 2
-        self.cv0, self.cv1 = half_of(first, slice(0, width)), half_of(first, slice(width, 2 * width))
+        self.cv0, self.cv1 = split_channels(first, slice(0, width)), split_channels(first, slice(width, 2 * width))
         for name in ("i", "f", "type"):  # ultralytics' records of the block's place in the network
             if hasattr(block, name):
                 setattr(self, name, getattr(block, name))
@@ -239,7 +243,7 @@ class UnsplitC2f(nn.Module):
         return cast(Tensor, self.cv2(torch.cat(parts, 1)))
 
 
-def half_of(block: nn.Module, channels: slice) -> nn.Module:
+def split_channels(block: nn.Module, channels: slice) -> nn.Module:
     """Copy a convolution with norm and activation, with only some of its output channels."""
     half: Any = copy.deepcopy(block)
     half.conv.weight = nn.Parameter(half.conv.weight[channels].clone())
@@ -251,7 +255,7 @@ def half_of(block: nn.Module, channels: slice) -> nn.Module:
     return cast(nn.Module, half)
 
 
-def unsplit(model: nn.Module) -> None:
+def rewrite_c2f_blocks(model: nn.Module) -> None:
     """Rewrite every C2f block of a model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -30,53 +30,54 @@ def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description="Tables of what bench_peers measured.").parse_args(argv)
     rows = read_rows("bench_peers")
     models = list(dict.fromkeys(row["model"] for row in rows))
-    parts = ["# Removing blocks or channels\n", summary(rows, models)]
+    parts = ["# Removing blocks or channels\n", render_summary(rows, models)]
     for model in models:
         own = [row for row in rows if row["model"] == model]
-        parts += [heading(own), cut_table(own), latency_table(own), failure_list(own)]
+        parts += [render_heading(own), render_cuts(own), render_latencies(own), render_failures(own)]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "peers.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def heading(rows: Sequence[Row]) -> str:
+def render_heading(rows: Sequence[Row]) -> str:
     """Render a model's heading: its scores unpruned, and after fine-tuning alone."""
-    first = unpruned(rows, "none")
-    warning = "" if measurable(first) else " **Too noisy to compare latencies.**"
-    noise = f"{first['floor']:.3f} ± {uncertainty(first):.3f} (median of {first['rounds']} rounds, 95 %)"
+    first = find_unpruned(rows, "none")
+    warning = "" if is_measurable(first) else " **Too noisy to compare latencies.**"
+    noise = f"{first['floor']:.3f} ± {floor_uncertainty(first):.3f} (median of {first['rounds']} rounds, 95 %)"
     tuned = [row for row in rows if row["kind"] == "unpruned" and row["heal"] == "finetune"]
-    also = f" (fine-tuned on {tuned[0]['finetune_images']} images: {show(tuned[0]['mAP'])})" if tuned else ""
+    also = f" (fine-tuned on {tuned[0]['finetune_images']} images: {format_score(tuned[0]['mAP'])})" if tuned else ""
     return (
-        f"\n## {first['model']}\n\nUnpruned: mAP {show(first['mAP'])}{also}, {first['flops'] / 1e9:.2f} GFLOPs a batch,"
+        f"\n## {first['model']}\n\nUnpruned: mAP {format_score(first['mAP'])}{also}, {first['flops'] / 1e9:.2f}"
+        " GFLOPs a batch,"
         f" {first['params'] / 1e6:.1f} M parameters, {first['latency_ms']:.0f} ms for {first['timed_images']} images;"
         f" latency against itself {noise}; {first['val_images']} val images.{warning}\n"
     )
 
 
-def unpruned(rows: Iterable[Row], heal: str) -> Row:
+def find_unpruned(rows: Iterable[Row], heal: str) -> Row:
     """Find the row of the unpruned model, as it is or fine-tuned."""
     return next(row for row in rows if row["kind"] == "unpruned" and row["heal"] == heal)
 
 
-def show(value: float | None) -> str:
+def format_score(value: float | None) -> str:
     """Format an mAP; a dash if there is none."""
     return "–" if value is None else f"{value:.3f}"
 
 
-def cut_table(rows: Sequence[Row]) -> str:
+def render_cuts(rows: Sequence[Row]) -> str:
     """Render every method at every budget; the peer's cuts save as many FLOPs as ours, as nearly as it can."""
-    first = unpruned(rows, "none")
+    first = find_unpruned(rows, "none")
     lines = ["| budget | method | FLOPs | params | mAP | fine-tuned | latency | call |",
              "|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     cuts = [row for row in rows if row["kind"] == "cut"]
     for row in sorted((row for row in cuts if row["heal"] == "none"), key=lambda row: float(row["budget"])):
-        tuned = find(cuts, row["method"], row["budget"], "finetune")
+        tuned = find_cut(cuts, row["method"], row["budget"], "finetune")
         cells = (
             f"{row['budget']:.0%}",
             row["method"],
             f"−{1 - row['flops'] / first['flops']:.1%}",
             f"−{1 - row['params'] / first['params']:.1%}",
-            show(row["mAP"]),
-            show(tuned["mAP"] if tuned else None),
+            format_score(row["mAP"]),
+            format_score(tuned["mAP"] if tuned else None),
             f"{row['latency_ratio']:.2f} [{row['latency_ratio_low']:.2f}, {row['latency_ratio_high']:.2f}]",
             f"{row['seconds']:.1f} s",
         )
@@ -84,31 +85,31 @@ def cut_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measurable(row: Row) -> bool:
+def is_measurable(row: Row) -> bool:
     """Whether the unpruned model's latency over itself is 1, to within a small uncertainty."""
-    return bool(abs(row["floor"] - 1) <= uncertainty(row) <= MAX_UNCERTAINTY)
+    return bool(abs(row["floor"] - 1) <= floor_uncertainty(row) <= MAX_UNCERTAINTY)
 
 
-def uncertainty(row: Row) -> float:
+def floor_uncertainty(row: Row) -> float:
     """Half of the 95 % interval of the median of the unpruned model's latency over itself."""
     return median_error(row["floor_low"], row["floor_high"], row["rounds"])
 
 
-def find(rows: Iterable[Row], method: str, budget: float, heal: str) -> Row | None:
+def find_cut(rows: Iterable[Row], method: str, budget: float, heal: str) -> Row | None:
     """Find the row of a method's cut to a budget."""
     return next((row for row in rows if (row["method"], row["budget"], row["heal"], row["kind"])
                  == (method, budget, heal, "cut")), None)  # fmt: skip
 
 
-def curve(rows: Iterable[Row], method: str, heal: str) -> list[Point]:
+def latency_curve(rows: Iterable[Row], method: str, heal: str) -> list[Point]:
     """Make a method's curve of latency and mAP, from the unpruned model to the deepest cut; empty if it has no cut."""
     own = [row for row in rows if row["method"] == method and row["kind"] in ("cut", "sweep") and row["heal"] == heal]
     own = [row for row in own if row["mAP"] is not None]
     ordered = sorted(own, key=lambda row: -float(row["flops"]))
-    return [(row["latency_ratio"], row["mAP"]) for row in ([unpruned(rows, heal), *ordered] if own else [])]
+    return [(row["latency_ratio"], row["mAP"]) for row in ([find_unpruned(rows, heal), *ordered] if own else [])]
 
 
-def at_latency(points: Sequence[Point], latency: float) -> float | None:
+def best_map_at(points: Sequence[Point], latency: float) -> float | None:
     """Find the best mAP of a method at a latency or below, by linear interpolation; None if it is never that fast.
 
     Faster points count as well. Where a curve is not monotonic, this is in favour of the method.
@@ -127,14 +128,14 @@ def at_latency(points: Sequence[Point], latency: float) -> float | None:
     return max(found, default=None)
 
 
-def peers_of(rows: Iterable[Row]) -> list[str]:
+def list_peers(rows: Iterable[Row]) -> list[str]:
     """List the peer's methods in the rows, in order."""
     return list(dict.fromkeys(row["method"] for row in rows if row["method"].startswith(TOOLS[1])))
 
 
-def latency_table(rows: Sequence[Row]) -> str:
+def render_latencies(rows: Sequence[Row]) -> str:
     """Render for each of our cuts the mAP of each of the peer's methods at that latency."""
-    peers = peers_of(rows)
+    peers = list_peers(rows)
     lines = [
         "At the latency of each of our cuts (mAP as pruned / fine-tuned; *: within chance of the unpruned model):\n",
         "| budget | method | latency | mAP | " + " | ".join(peers) + " |",
@@ -142,27 +143,29 @@ def latency_table(rows: Sequence[Row]) -> str:
     ]
     ours = [row for row in rows if row["kind"] == "cut" and row["method"].startswith(TOOLS[0])]
     for row in (row for row in ours if row["heal"] == "none"):
-        tuned = find(ours, row["method"], row["budget"], "finetune")
-        cells = [" / ".join([show(row["mAP"]), *([show(tuned["mAP"])] if tuned else [])])]
+        tuned = find_cut(ours, row["method"], row["budget"], "finetune")
+        cells = [" / ".join([format_score(row["mAP"]), *([format_score(tuned["mAP"])] if tuned else [])])]
         for peer in peers:
             heals = ["none", *(["finetune"] if tuned else [])]
-            cells.append(" / ".join(kept(curve(rows, peer, heal), row["latency_ratio"]) for heal in heals))
-        star = "*" if row["latency_ratio"] >= 1 - uncertainty(row) else ""
+            cells.append(
+                " / ".join(format_kept(latency_curve(rows, peer, heal), row["latency_ratio"]) for heal in heals)
+            )
+        star = "*" if row["latency_ratio"] >= 1 - floor_uncertainty(row) else ""
         lines.append(
             f"| {row['budget']:.0%} | {row['method']} | {row['latency_ratio']:.2f}{star} | {' | '.join(cells)} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def kept(points: Sequence[Point], latency: float) -> str:
+def format_kept(points: Sequence[Point], latency: float) -> str:
     """Format the mAP of a curve at a latency as a table cell."""
     if not points:
         return "fails"
-    value = at_latency(points, latency)
-    return "never that fast" if value is None else show(value)
+    value = best_map_at(points, latency)
+    return "never that fast" if value is None else format_score(value)
 
 
-def failure_list(rows: Sequence[Row]) -> str:
+def render_failures(rows: Sequence[Row]) -> str:
     """Render the failures with their error messages; equal messages once."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -178,7 +181,7 @@ def failure_list(rows: Sequence[Row]) -> str:
     return "Failures:\n\n" + "\n".join(lines) + f"\n\n{outcome}\n"
 
 
-def summary(rows: Sequence[Row], models: Sequence[str]) -> str:
+def render_summary(rows: Sequence[Row], models: Sequence[str]) -> str:
     """Render the comparison of `SUMMARY_CRITERIA` with the best of the peer's methods, by model and cut."""
     heals = [heal for heal in HEALS if any(row["heal"] == heal for row in rows)]
     columns = [(way, heal) for heal in heals for way in ("FLOPs", "latency")]
@@ -224,30 +227,30 @@ def compare(rows: Sequence[Row], row: Row, way: str, heal: str) -> tuple[str, st
     cell : str
         Both scores, the better one bold.
     """
-    if way == "latency" and not measurable(row):
+    if way == "latency" and not is_measurable(row):
         return "unmeasured", "too noisy"
-    own = find(rows, row["method"], row["budget"], heal)
+    own = find_cut(rows, row["method"], row["budget"], heal)
     mAP = own["mAP"] if own else None
-    peers = peers_of(rows)
+    peers = list_peers(rows)
     if way == "FLOPs":
-        found = [find(rows, peer, row["budget"], heal) for peer in peers]
+        found = [find_cut(rows, peer, row["budget"], heal) for peer in peers]
         values = {peer: other["mAP"] for peer, other in zip(peers, found, strict=True) if other}
     else:
-        values = {peer: at_latency(curve(rows, peer, heal), row["latency_ratio"]) for peer in peers}
+        values = {peer: best_map_at(latency_curve(rows, peer, heal), row["latency_ratio"]) for peer in peers}
     reached = {peer: value for peer, value in values.items() if value is not None}
     star = "*" if way == "latency" and row["latency_ratio"] >= row["floor_low"] else ""
     if mAP is None:
         return "theirs" if reached else "level", "–"
     if not reached:
-        works = any(curve(rows, peer, heal) for peer in peers)
-        return "ours", f"**{show(mAP)}**{star} : {'never that fast' if works else 'fails'}"
+        works = any(latency_curve(rows, peer, heal) for peer in peers)
+        return "ours", f"**{format_score(mAP)}**{star} : {'never that fast' if works else 'fails'}"
     peer, best = max(reached.items(), key=lambda item: item[1])
     name = peer.removeprefix(TOOLS[1]).strip()
     if abs(mAP - best) <= LEVEL_MAP:
-        return "level", f"{show(mAP)}{star} : {show(best)} ({name})"
+        return "level", f"{format_score(mAP)}{star} : {format_score(best)} ({name})"
     if mAP > best:
-        return "ours", f"**{show(mAP)}**{star} : {show(best)} ({name})"
-    return "theirs", f"{show(mAP)}{star} : **{show(best)}** ({name})"
+        return "ours", f"**{format_score(mAP)}**{star} : {format_score(best)} ({name})"
+    return "theirs", f"{format_score(mAP)}{star} : **{format_score(best)}** ({name})"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,6 @@ def test_the_benchmarks_fisher_is_the_librarys() -> None:
     some = subjects.Items([calibration[index] for index in range(4)], dict(calibration.categories))
     subject = subjects.Subject("bundled", load_detector(), some, some, None)
     taken, make = bench_criteria.VARIANTS["fisher"]
-    found = {name: make(sums) for name, sums in bench_criteria.Captive(subject).collect(taken).items()}
+    found = {name: make(sums) for name, sums in bench_criteria.CapturedDetector(subject).collect(taken).items()}
     known = {r.name: r.score for r in fxprune.analyze(subject.model, subject.batches(), criterion="fisher").regions}
     assert {name: found[name] for name in known} == pytest.approx(known, rel=1e-3)

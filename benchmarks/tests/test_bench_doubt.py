@@ -31,27 +31,27 @@ def boxes(*xywh: tuple[float, ...]) -> Boxes:
 def test_the_error_of_a_mean_over_images_is_that_of_theory() -> None:
     truth = [boxes((0, 0, 10, 10))] * 100
     half = [boxes((0, 0, 10, 10)) if index % 2 else boxes() for index in range(100)]
-    lost = bench_doubt.scores(truth, truth) - bench_doubt.scores(truth, half)
+    lost = bench_doubt.bootstrap_map(truth, truth) - bench_doubt.bootstrap_map(truth, half)
     assert lost.mean() == pytest.approx(0.5, abs=0.02)
     assert lost.std(ddof=1) == pytest.approx(0.05, rel=0.3)  # of a share of 1/2 among 100: the root of 1/4 / 100
-    assert not (bench_doubt.scores(truth, half) - bench_doubt.scores(truth, half)).any()
+    assert not (bench_doubt.bootstrap_map(truth, half) - bench_doubt.bootstrap_map(truth, half)).any()
 
 
 def test_what_is_kept_is_measured_once_and_again_where_it_was_healed_anew(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subject, measured = make_subject(), []
-    monkeypatch.setattr(Subject, "unlabelled", Subject.batches)
-    found_by = bench_doubt.found_by
+    monkeypatch.setattr(Subject, "unlabelled_batches", Subject.batches)
+    found_by = bench_doubt.find_boxes
 
     def noted(subject: Subject, model: nn.Module) -> tuple[list[Boxes], list[Boxes]]:
         measured.append(model)
         return found_by(subject, model)
 
-    monkeypatch.setattr(bench_doubt, "found_by", noted)
+    monkeypatch.setattr(bench_doubt, "find_boxes", noted)
     monkeypatch.setattr(bench_doubt, "DRAWS", 5)
     for module in (bench_deeper, bench_doubt):
-        monkeypatch.setattr(module, "subjects", lambda options: [subject])
+        monkeypatch.setattr(module, "load_subjects", lambda options: [subject])
     bench_deeper.main(["tiny", "--strategies", "one_shot", "--heals", "none", "affine", "--budgets", ".2"])
     bench_doubt.main(["tiny"])
     assert len(measured) == 2

@@ -18,7 +18,7 @@ from benchmarks import bench_deeper, results
 from benchmarks.peers import bench_healed_peers
 from benchmarks.subjects import TWIN, UNPRUNED, Latencies, Subject
 from benchmarks.tests.tiny_subject import make_items, make_subject, needs_peer
-from benchmarks.training.finetune import Tuning, finetune_for
+from benchmarks.training.finetune import FineTuning, finetune_for
 from fxprune.profiling.flops_params import count_params
 from fxprune.profiling.interleaved_timing import Timing
 from fxprune.search.plan_search import DEFAULT_TRIES
@@ -35,13 +35,13 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fine_tuning_ends_when_its_time_is_spent_and_changes_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    paces, step = [], Tuning.step
+    lr_scales, step = [], FineTuning.step
 
-    def noted(self: Tuning, index: int, number: int, pace: float = 1.0) -> None:
-        paces.append(pace)
-        step(self, index, number, pace)
+    def noted(self: FineTuning, index: int, number: int, lr_scale: float = 1.0) -> None:
+        lr_scales.append(lr_scale)
+        step(self, index, number, lr_scale)
 
-    monkeypatch.setattr(Tuning, "step", noted)
+    monkeypatch.setattr(FineTuning, "step", noted)
     ticks = itertools.count()
     subject = make_subject()
     batches = fxprune.batches(subject.model, make_items(4), batch_size=2)
@@ -49,9 +49,9 @@ def test_fine_tuning_ends_when_its_time_is_spent_and_changes_a_copy(monkeypatch:
     seen: list[torch.Tensor] = []
     for model in finetune_for(6.0, subject.model, batches, 1e-3, looks=3, clock=lambda: float(next(ticks))):
         assert not model.training
-        assert len(paces) == 2 * len(seen) + 2  # a step takes one second of this clock, a look comes every two
+        assert len(lr_scales) == 2 * len(seen) + 2  # a step takes one second of this clock, a look comes every two
         seen.append(model.get_parameter("head.weight").detach().clone())
-    assert paces == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert lr_scales == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert not torch.equal(seen[0], seen[1])
     assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
 
@@ -71,11 +71,11 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
         return heal(*args, **options)
 
     monkeypatch.setattr(fxprune, "heal", noted)
-    monkeypatch.setattr(bench_deeper, "subjects", lambda options: [subject])
-    monkeypatch.setattr(Subject, "unlabelled", Subject.batches)
+    monkeypatch.setattr(bench_deeper, "load_subjects", lambda options: [subject])
+    monkeypatch.setattr(Subject, "unlabelled_batches", Subject.batches)
     asked = ["tiny", "--strategies", "one_shot", "--heals", "affine", "mimic", "--steps", "2", "--budgets", ".2", ".21"]
     bench_deeper.main(asked)
-    monkeypatch.setattr(bench_deeper, "find", None)  # nor are its plans looked for again
+    monkeypatch.setattr(bench_deeper, "find_plans", None)  # nor are its plans looked for again
     bench_deeper.main(asked)
     bench_deeper.main(["tiny", "--strategies", "one_shot", "--heals", "none", "--steps", "2", "--budgets", ".2"])
     assert healed == ["affine", "mimic", "none"]
@@ -88,36 +88,36 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
         (0.21, "mimic"),
     ]
     assert rows[0]["regions"] == rows[2]["regions"]
-    known = bench_deeper.found_before(subject, "one_shot", 0.2, Namespace(cost="flops", tries=DEFAULT_TRIES))
+    known = bench_deeper.rebuild_plans(subject, "one_shot", 0.2, Namespace(cost="flops", tries=DEFAULT_TRIES))
     assert known
     ((plan,), _) = known
     assert 1 - plan.after.flops / plan.before.flops == rows[0]["flops_cut"]
     assert rows[1]["mAP"] == rows[3]["mAP"]
-    places = [bench_deeper.place_of(row) for row in (rows[1], rows[3])]
+    places = [bench_deeper.detector_folder(row) for row in (rows[1], rows[3])]
     first, second = (fxprune.load(subject.model, place).state_dict() for place in places)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert bench_deeper.same_cut(rows[1]) == rows[1]
+    assert bench_deeper.find_same_cut(rows[1]) == rows[1]
     shutil.rmtree(places[0])
-    assert bench_deeper.same_cut(rows[1]) == rows[3]
+    assert bench_deeper.find_same_cut(rows[1]) == rows[3]
     shutil.rmtree(places[1])
-    assert bench_deeper.same_cut(rows[1]) is None  # what was kept is lost: to be healed again
+    assert bench_deeper.find_same_cut(rows[1]) is None  # what was kept is lost: to be healed again
 
 
 def test_rows_of_an_older_healing_are_made_again_and_marked_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = make_subject()
-    monkeypatch.setattr(bench_deeper, "subjects", lambda options: [subject])
-    monkeypatch.setattr(Subject, "unlabelled", Subject.batches)
+    monkeypatch.setattr(bench_deeper, "load_subjects", lambda options: [subject])
+    monkeypatch.setattr(Subject, "unlabelled_batches", Subject.batches)
     asked = ["tiny", "--strategies", "one_shot", "--heals", "none", "affine", "--budgets", ".2"]
     bench_deeper.main(asked)
     none, affine = results.read_rows("bench_deeper")
     del none["saliency"], affine["saliency"]
     results.write_all("bench_deeper", [none, affine | {"mAP": affine["unpruned_mAP"] - 0.125}])
-    (line,) = list(bench_deeper.table(results.read_rows("bench_deeper")))[2:]
+    (line,) = list(bench_deeper.render_table(results.read_rows("bench_deeper")))[2:]
     assert line.count("†") == 1
     assert "0.125†" in line
     bench_deeper.main(asked)
     assert [row["heal"] for row in results.read_rows("bench_deeper")] == ["none", "affine", "affine"]
-    (line,) = list(bench_deeper.table(results.read_rows("bench_deeper")))[2:]
+    (line,) = list(bench_deeper.render_table(results.read_rows("bench_deeper")))[2:]
     assert "†" not in line
     monkeypatch.setattr(bench_deeper, "is_older", lambda row: True)  # and what an older row removed is not healed again
     bench_deeper.main(asked)
@@ -130,9 +130,11 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
 ) -> None:
     subject, given = make_subject(), ["tiny", "--rounds", "2", "--timed-images", "2", "--learning-rates", "1e-3"]
     for module in (bench_deeper, bench_healed_peers):
-        monkeypatch.setattr(module, "subjects", lambda options: [subject])
+        monkeypatch.setattr(module, "load_subjects", lambda options: [subject])
     monkeypatch.setattr(Subject, "time_beside", by_weights)
-    monkeypatch.setattr(Subject, "unlabelled", Subject.batches)  # by its images alone it is not known as a detector
+    monkeypatch.setattr(
+        Subject, "unlabelled_batches", Subject.batches
+    )  # by its images alone it is not known as a detector
     bench_healed_peers.main(given)
     assert "bench_deeper has kept none" in capsys.readouterr().err
     bench_deeper.main(
@@ -152,11 +154,11 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
     (line,) = (tmp_path / "healed_peers.md").read_text().splitlines()[2:]
     assert line.startswith("| tiny | one_shot, mimic | 20% flops | ")
     again = ours | {"mAP": 0.25, "heal_seconds": 7.0, "search_seconds": 1.0}  # healed anew since
-    (line,) = list(bench_healed_peers.table([row], [again]))[2:]
+    (line,) = list(bench_healed_peers.render_table([row], [again]))[2:]
     assert " | 0.250 | 8 | " in line
     assert f" | {row['peer_mAP']:.3f} | {row['seconds']:.0f} | " in line
     elsewhere = again | {"regions": [["another"]]}
-    (line,) = list(bench_healed_peers.table([row], [elsewhere]))[2:]
+    (line,) = list(bench_healed_peers.render_table([row], [elsewhere]))[2:]
     assert " | 0.250 | 8 | " not in line
 
 
@@ -164,6 +166,6 @@ def test_a_peer_that_fails_or_is_never_that_fast_is_said_so() -> None:
     shared = {"model": "m", "strategy": "search", "heal": "mimic", "seconds": 9.0, "mAP": 0.5, "latency_ratio": 0.8}
     shared |= {"latency_ratio_low": 0.7, "latency_ratio_high": 0.9, "cost": "latency", "error": None}
     rows = [shared | {"budget": 0.2}, shared | {"budget": 0.3, "error": "ValueError: no"}]
-    first, second = list(bench_healed_peers.table(rows, []))[2:]
+    first, second = list(bench_healed_peers.render_table(rows, []))[2:]
     assert first == "| m | search, mimic | 20% latency | 0.80 [0.70, 0.90] | 0.500 | 9 | never that fast |  |  |  |"
     assert "| fails |" in second

@@ -38,7 +38,7 @@ def test_each_plan_is_predicted_both_ways_and_measured(
     def one(_: Any) -> Iterator[Subject]:
         yield make_subject()
 
-    monkeypatch.setattr(bench_latency, "subjects", one)
+    monkeypatch.setattr(bench_latency, "load_subjects", one)
     monkeypatch.setattr("fxprune.planning.analyzer.measure_latency", measure)
     monkeypatch.setattr(bench_latency, "measure_latency", measure)
     bench_latency.main(["--budgets", "0.2", "0.3", "0.01", "--rounds", "2"])
@@ -71,7 +71,7 @@ def test_the_table_says_whether_the_goal_is_met(backend: str, predicted: float, 
     row = {"detector": "d", "backend": backend, "images": 8, "ms": 50.0, "budget": 0.1, "flops_cut": 0.2,
            "boxes": False, "nodes": predicted, "pieces": 0.1, "latency_cut": 0.1, "latency_cut_low": 0.09,
            "latency_cut_high": 0.11, "floor": 1.0, "floor_low": 0.99, "floor_high": 1.01, "error": error}  # fmt: skip
-    cells = list(bench_latency.cells(row))
+    cells = list(bench_latency.format_cells(row))
     assert cells[-2:] == end
     assert cells[6 if backend == "eager" else 7].startswith("**")
 
@@ -82,5 +82,5 @@ def test_a_silenced_detector_finds_nothing() -> None:
     with torch.no_grad():
         detector.score_thresh = -1.0
         assert len(detector(images)[0]["boxes"])
-        bench_latency.silence(detector)
+        bench_latency.suppress_detections(detector)
         assert not len(detector(images)[0]["boxes"])

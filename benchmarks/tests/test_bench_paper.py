@@ -76,7 +76,7 @@ def test_yolo_weights_that_are_missing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ultralytics.utils.downloads.safe_download", unreachable)
     with pytest.raises(SystemExit, match=r"yolov8n\.pt is missing.*looked in"):
-        subjects.released("yolov8n.pt")
+        subjects.load_released("yolov8n.pt")
 
 
 def test_the_table_averages_seeds_and_ranks_regions(results_folder: Path) -> None:

@@ -16,12 +16,12 @@ from benchmarks.peers.channels import (
     FLOPS_TOLERANCE,
     PeerError,
     Settings,
-    check,
+    check_pruned,
     find_ratio,
     first_working_way,
     prune_channels,
 )
-from benchmarks.peers.handover import WAYS, Prepared, flops_of, is_c2f, prepare, unsplit
+from benchmarks.peers.handover import WAYS, Prepared, count_inference_flops, is_c2f, prepare, rewrite_c2f_blocks
 from benchmarks.subjects import Subject
 from benchmarks.tests.tiny_subject import Tiny, make_items, make_subject, needs_peer
 from benchmarks.training.finetune import finetune
@@ -51,7 +51,7 @@ def test_the_peer_reaches_the_asked_flops_and_keeps_the_outputs(settings: Settin
 
     def share_at(ratio: float) -> float:
         model, _ = prune_channels(prepared, settings, ratio)
-        return 1 - flops_of(model, prepared.adapter, prepared.example) / prepared.flops
+        return 1 - count_inference_flops(model, prepared.adapter, prepared.example) / prepared.flops
 
     share = share_at(find_ratio(0.3, share_at, {}))
     assert share == pytest.approx(0.3, abs=0.15 if settings.round_to else 0.03)
@@ -81,11 +81,11 @@ def test_a_model_with_other_outputs_is_refused() -> None:
     subject = make_subject()
     prepared = prepare(subject.model, subject.batches(), WAYS[0])
     with pytest.raises(PeerError, match="no FLOPs"):
-        check(prepared, prepared.model)
+        check_pruned(prepared, prepared.model)
     other = Tiny()
     other.head = nn.Conv2d(48, 6, 1)
     with pytest.raises(PeerError, match=r"head gives \(6, 12, 12\) where it gave \(5, 12, 12\)"):
-        check(prepared, other.eval())
+        check_pruned(prepared, other.eval())
 
 
 def few(*more: str) -> Any:
@@ -122,9 +122,9 @@ def test_all_rows_of_a_model_and_its_tables(results_folder: Path) -> None:
             "floor", "floor_low", "floor_high", "rounds",
         }  # fmt: skip
         assert timed["rounds"] == 2
-    made = retime_peers.versions(subject, rows)
+    made = retime_peers.rebuild_versions(subject, rows)
     assert {key: count_params(model) for key, model in made.items()} == {
-        retime_peers.key_of(row): row["params"] for row in rows if row["kind"] != "unpruned"
+        retime_peers.version_key(row): row["params"] for row in rows if row["kind"] != "unpruned"
     }
 
 
@@ -179,15 +179,15 @@ def test_fine_tuning_changes_weights_and_not_the_statistics_of_norms() -> None:
 )
 def test_what_is_kept_at_a_latency_lies_on_straight_lines(latency: float, expected: float | None) -> None:
     points = [(1.0, 0.8), (0.9, 0.6), (0.8, 0.5)]
-    kept = render_peers.at_latency(points, latency)
+    kept = render_peers.best_map_at(points, latency)
     assert kept == (expected if expected is None else pytest.approx(expected))
 
 
 def test_where_latency_goes_up_and_down_the_peer_has_the_best_of_it() -> None:
     points = [(1.0, 0.8), (1.1, 0.7), (0.9, 0.6), (0.96, 0.4)]
-    assert render_peers.at_latency(points, 1.0) == pytest.approx(0.8)
-    assert render_peers.at_latency(points, 0.95) == pytest.approx(0.7 - 0.1 * 0.15 / 0.2)
-    assert render_peers.at_latency([], 1.0) is None
+    assert render_peers.best_map_at(points, 1.0) == pytest.approx(0.8)
+    assert render_peers.best_map_at(points, 0.95) == pytest.approx(0.7 - 0.1 * 0.15 / 0.2)
+    assert render_peers.best_map_at([], 1.0) is None
 
 
 @pytest.mark.parametrize(
@@ -214,6 +214,6 @@ def test_blocks_without_the_split_compute_the_same() -> None:
     image = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         before = model(image)
-        unsplit(model)
+        rewrite_c2f_blocks(model)
         assert not any(is_c2f(module) for module in model.modules())
         torch.testing.assert_close(model(image), before)

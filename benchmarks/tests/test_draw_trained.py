@@ -11,7 +11,7 @@ from benchmarks.training import draw_trained
 
 
 def test_detectors_are_drawn_with_what_would_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draw_trained, "subjects", lambda options: [make_subject()])
+    monkeypatch.setattr(draw_trained, "load_subjects", lambda options: [make_subject()])
     draw_trained.main(["--budget", "0.2", "--out", str(tmp_path / "pictures")])
     page, still = ((tmp_path / "pictures" / f"tiny.{suffix}").read_text() for suffix in ("html", "svg"))
     assert '"initial":19' in page.replace(" ", "")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import fxprune
-from benchmarks.subjects import add_options, subjects
+from benchmarks.subjects import add_options, load_subjects
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("pictures"), help="folder to write to")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    for subject in subjects(options):
+    for subject in load_subjects(options):
         analysis = fxprune.analyze(subject.model, subject.batches())
         plan = analysis.plan(options.budget)
         fxprune.draw(analysis, options.out / f"{subject.name}.html", plan=plan)

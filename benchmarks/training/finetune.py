@@ -14,7 +14,7 @@ from fxprune.adapters.registry import choose_adapter
 from fxprune.runtime.private_copy import private_copy
 
 
-class Tuning:
+class FineTuning:
     """Trains a copy of a model by its own loss; batch norms keep their statistics.
 
     Attributes
@@ -31,14 +31,14 @@ class Tuning:
         self.weights = [value for value in self.model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=1e-4)
 
-    def step(self, index: int, number: int, pace: float = 1.0) -> None:
+    def step(self, index: int, number: int, lr_scale: float = 1.0) -> None:
         """Take one optimizer step on batch `index`.
 
         Parameters
         ----------
         number : int
             Number of the step, which seeds the loss.
-        pace : float
+        lr_scale : float
             The learning rate as a fraction of the full one.
         """
         batch = normalize_and_label(self.model, self.adapter, self.batches[index], index)
@@ -46,7 +46,7 @@ class Tuning:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.weights, 10.0)
-        self.optimizer.param_groups[0]["lr"] = pace * self.learning_rate
+        self.optimizer.param_groups[0]["lr"] = lr_scale * self.learning_rate
         self.optimizer.step()
 
 
@@ -60,7 +60,7 @@ def finetune(model: nn.Module, batches: Sequence[Any], learning_rate: float, see
     seconds : float
         Wall time of the training.
     """
-    tuning = Tuning(model, batches, learning_rate, seed)
+    tuning = FineTuning(model, batches, learning_rate, seed)
     started = time.perf_counter()
     for index in range(len(batches)):
         tuning.step(index, index)
@@ -92,14 +92,14 @@ def finetune_for(
     Module
         The copy in eval mode.
     """
-    tuning = Tuning(model, batches, learning_rate, seed)
+    tuning = FineTuning(model, batches, learning_rate, seed)
     random = torch.Generator().manual_seed(seed)
     spent, number, order = 0.0, 0, list[int]()
     for look in range(1, looks + 1):
         while spent < seconds * look / looks:
             started = clock()
             order = order or torch.randperm(len(batches), generator=random).tolist()
-            tuning.step(order.pop(), number, pace=1 - spent / seconds)
+            tuning.step(order.pop(), number, lr_scale=1 - spent / seconds)
             number += 1
             spent += clock() - started
         yield tuning.model.eval()
