@@ -152,7 +152,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-annotations", type=Path, metavar="FILE")
     parser.add_argument("--calibration", type=int, default=64, metavar="N", help="calibration images (64)")
     parser.add_argument("--val", type=int, metavar="N", help="val images; by default all")
-    parser.add_argument("--image-size", type=int, help="what ultralytics models are fed on such a set (640)")
+    parser.add_argument("--image-size", type=int, help="side in pixels, for ultralytics models on such a set (640)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="where the detectors run")
 
