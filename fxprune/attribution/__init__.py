@@ -1,5 +1,5 @@
-"""What regions are worth: gradients and activations are recorded by an interpreter, and criteria make scores of them.
+"""Scores regions: an fx interpreter records gradients and activations, and a criterion computes scores from them.
 
-A captured model and batches come in; one number a region goes out. A new criterion is a function and a row in
-`criteria.CRITERIA`. What it needs beyond the present record is recorded in `recorder`.
+Input: a captured model and batches. Output: one score per region. To add a criterion, write a function and add a row to
+`criteria.CRITERIA`. If it needs values that are not recorded yet, record them in `recorder`.
 """

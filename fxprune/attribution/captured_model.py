@@ -1,4 +1,4 @@
-"""A model captured once: its graphs in place, its regions, and what every node computes."""
+"""Defines `CapturedModel`: a model with its islands in place, its regions, and the operations of every node."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fxprune.runtime.text import first_few
 
 @dataclass(frozen=True)
 class CapturedModel:
-    """A private copy of a model with its islands in place. It can be scored by any number of criteria.
+    """A private copy of a model with its islands in place. Any number of criteria can score it.
 
     Attributes
     ----------
     adapted : AdaptedModel
-        The copy; where an island stood is its graph.
+        The copy. Every island is replaced by its graph.
     islands : tuple of Island
-        Every captured graph.
+        All captured graphs.
     regions : tuple of Region
-        What can be removed and does work at inference.
+        Regions that can be removed and that compute something at inference.
     rejections : tuple of Rejection
-        What cannot be removed, and why.
+        Layers and regions that cannot be removed, with the reasons.
     flops : mapping of (str, str) to float
-        Operations per image of every node, by island and node name.
+        Floating point operations per image of every node, by island and node name.
     total_flops : float
-        Operations per image of the whole model.
+        Floating point operations per image of the whole model.
     """
 
     adapted: AdaptedModel
@@ -62,16 +62,20 @@ def capture_model(adapted: AdaptedModel, first: Batch) -> CapturedModel:
     Parameters
     ----------
     adapted : AdaptedModel
-        Its module is changed.
+        The adapted copy. Its module is changed.
     first : Batch
-        A batch with targets; graphs are held to what the model gives on it.
+        A batch with targets. The outputs of the graphs are compared with those of the modules on it.
+
+    Returns
+    -------
+    CapturedModel
 
     Raises
     ------
     ModelError
-        If no part of the model can be captured; says why.
+        If no part of the model can be captured. The message contains the reason.
     NoRegionError
-        If nothing in it can be removed; lists why.
+        If nothing in it can be removed. The message lists the reasons.
     """
     captured = find_all_regions(adapted, first)
     total, nodes = count_flops(lambda: captured.adapted.predict(first), captured.graphs)
@@ -80,7 +84,7 @@ def capture_model(adapted: AdaptedModel, first: Batch) -> CapturedModel:
 
 
 def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
-    """Capture a model and find its regions, those that do no work at inference included."""
+    """Capture a model and find its regions, including those that compute nothing at inference."""
     name = type(adapted.module).__name__
     module, islands, rejections = capture_islands(
         adapted.module,
@@ -99,7 +103,7 @@ def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
 
 
 def _drop_costless(captured: CapturedModel) -> CapturedModel:
-    """Reject the regions that do no work at inference. Raises `NoRegionError` if none is left."""
+    """Reject the regions that compute nothing at inference. Raises `NoRegionError` if none is left."""
     flops = captured.flops
     idle = [r for r in captured.regions if not sum(flops.get((r.island, node), 0.0) for node in r.nodes)]
     reason = "it does no floating point work at inference on the first calibration batch"
@@ -111,7 +115,7 @@ def _drop_costless(captured: CapturedModel) -> CapturedModel:
 
 
 def no_region_error(model: nn.Module, rejections: Sequence[Rejection]) -> NoRegionError:
-    """Make the error of a model in which nothing can be removed."""
+    """Return the error for a model in which nothing can be removed."""
     return NoRegionError(f"nothing in {type(model).__name__} can be removed:{_listed(rejections)}")
 
 

@@ -1,4 +1,4 @@
-"""How important a region is: the criteria, one table of named functions."""
+"""Defines the criteria: functions that compute the importance of each region, in one table by name."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fxprune.runtime.options import check_choice
 
 @dataclass(frozen=True)
 class ScoringInputs:
-    """What a criterion may look at.
+    """Inputs of a criterion.
 
     Attributes
     ----------
     regions : sequence of Region
         All regions.
-    record : Record
-        Of one forward and backward pass per batch.
+    record : AttributionRecord
+        Record of one forward and one backward pass per batch.
     modules : mapping of str to Module
-        The model's modules by dotted path; `Region.layers` are among them.
+        The model's modules by dotted path, including those in `Region.layers`.
     seed : int
-        For criteria that draw.
+        Seed for criteria that draw random numbers.
     """
 
     regions: Sequence[Region]
@@ -43,14 +43,14 @@ class Criterion:
     Attributes
     ----------
     score : callable
-        Gives one number a region.
+        ``(ScoringInputs) -> dict`` of one score per region, by region name.
     loss : callable
-        Makes one number of the parts of a batch's loss, to take the gradient of.
+        ``(Tensor (P,)) -> scalar Tensor``: combines the parts of a batch's loss. The gradient is taken of the result.
     gate : float
-        How far regions are open while it is taken; see `RecordingInterpreter`.
+        Gate of all regions during the forward and backward pass, see `RecordingInterpreter`.
     linear_recovery : bool
-        Whether regions are measured against the linear map of what stands in for them that comes nearest to what they
-        give, where what reads them can take that in; see `fxprune.attribution.linear_recovery`.
+        Whether a region's output is compared with the best linear map of its stand-in instead of the stand-in itself.
+        Only for regions whose readers can absorb such a map, see `fxprune.attribution.linear_recovery`.
     """
 
     score: Callable[[ScoringInputs], dict[str, float]]
@@ -60,50 +60,52 @@ class Criterion:
 
 
 RegionScore = Callable[[Region, Mapping[str, nn.Module]], float]
-"""A caller's own criterion: the region, and its modules with weights by dotted path; larger is more important."""
+"""The caller's own criterion: ``(region, modules with weights by dotted path) -> float``; larger is more important."""
 
 
-def _grad_act(evidence: ScoringInputs) -> dict[str, float]:
-    """``E_x [sum_i |dL/dy_i y_i|]`` at the exit value y: the score of a layer in arXiv 2602.14040."""
-    nodes = evidence.record.grad_act
-    found = {region.name: nodes.get((region.island, region.exit), 0.0) for region in evidence.regions}
-    return {name: score for name, score in found.items() if score}  # zero throughout: the loss does not see it
+def _grad_act(inputs: ScoringInputs) -> dict[str, float]:
+    """Return ``E_x [sum_i |dL/dy_i y_i|]`` at the exit value y: the score of a layer in arXiv 2602.14040."""
+    nodes = inputs.record.grad_act
+    scores = {region.name: nodes.get((region.island, region.exit), 0.0) for region in inputs.regions}
+    return {name: score for name, score in scores.items() if score}  # a score of 0: no gradient reached the region
 
 
-def _grad_delta(evidence: ScoringInputs) -> dict[str, float]:
-    """``E_x [sum_i |dL/dy_i (y_i - s_i)|]``: the same, measured against what will stand in for the region, s."""
-    return {name: evidence.record.grad_delta[name] for name in _grad_act(evidence)}
+def _grad_delta(inputs: ScoringInputs) -> dict[str, float]:
+    """Return ``E_x [sum_i |dL/dy_i (y_i - s_i)|]``: as `_grad_act`, with the stand-in s subtracted from y."""
+    return {name: inputs.record.grad_delta[name] for name in _grad_act(inputs)}
 
 
-def _fisher(evidence: ScoringInputs) -> dict[str, float]:
-    """``(E_x [sum_c (dL/da_c)^2])^2``, a_c gates on a region's channels that let ``s_c + a_c (y_c - s_c)`` through.
+def _fisher(inputs: ScoringInputs) -> dict[str, float]:
+    """Return ``(E_x [sum_c (dL/da_c)^2])^2`` for gates a_c on a region's channels: ``s_c + a_c (y_c - s_c)``.
 
-    Inside is the Fisher information of the gates, the second-order estimate of what closing them costs (Theis et al.,
-    arXiv 1801.05787; Molchanov et al., arXiv 1906.10771, square the sum over a filter alike). Here closed means what
-    will stand in for the region, not zero, the parts of the loss are relative, and all gates stand at `FISHER_GATE`. It
-    is squared because scores are added up: one large damage is worse than several small ones of the same sum.
+    The expectation is the Fisher information of the gates. It is the second-order estimate of the loss increase when
+    the gates are closed (Theis et al., arXiv 1801.05787; Molchanov et al., arXiv 1906.10771, also square the sum over a
+    filter). There are three differences: a closed gate outputs the stand-in s and not zero, the parts of the loss are
+    relative (`relative_loss`), and all gates are at `FISHER_GATE`. The expectation is squared because scores are added
+    up: one large loss increase is worse than several small ones of the same sum.
     """
-    return {name: evidence.record.fisher[name] ** 2 for name in _grad_act(evidence)}
+    return {name: inputs.record.fisher[name] ** 2 for name in _grad_act(inputs)}
 
 
 FISHER_GATE = 0.9
-"""How far regions are open under the criterion ``"fisher"``: at 1 a trained detector's loss is flat and gradients say
-little of what a whole removal does; at .8 deep networks are broken already (`benchmarks.bench_criteria`)."""
+"""Gate of all regions under the criterion ``"fisher"``. At 1, the loss of a trained detector is flat, and gradients say
+little about the effect of a whole removal. At .8, the outputs of deep networks are already useless
+(`benchmarks.bench_criteria`)."""
 MIN_PART_SHARE = 1e-3
-"""A part of a loss under this share of the whole counts as this share, where parts are weighed by their size."""
+"""Smallest size of a part of a loss, as a share of the whole loss, in `part_sizes`."""
 
 
 def relative_loss(parts: Tensor) -> Tensor:
-    """Weigh every part (P,) of a loss by its own size: the gradient is that of the sum of their logarithms.
+    """Divide every part (P,) of a loss by its own size and sum: the gradient is that of the sum of their logarithms.
 
-    Detectors add parts of very different sizes. What a removal does to a small one (the proposals' part of Faster
-    R-CNN is 2 % of the sum) would not be seen, though the detector is nothing without it.
+    The parts of a detector's loss have very different sizes. In a plain sum, an increase of a small part would not be
+    visible (the proposals' part of Faster R-CNN is 2 % of the sum), but the detector does not work without it.
     """
     return (parts / part_sizes(parts)).sum()
 
 
 def part_sizes(parts: Tensor) -> Tensor:
-    """Sizes (P,) that the parts of a loss are measured in, see `MIN_PART_SHARE`; a single part stays as it is."""
+    """Return the size of each part (P,) of a loss, at least `MIN_PART_SHARE` of their sum; 1 for a single part."""
     sizes = parts.detach().abs()
     if len(sizes) == 1:
         return torch.ones_like(sizes)
@@ -111,38 +113,38 @@ def part_sizes(parts: Tensor) -> Tensor:
 
 
 def weight_norm(region: Region, modules: Mapping[str, nn.Module]) -> float:
-    """Sum of ``|W|`` over a region's weights of two dimensions or more (arXiv 2602.14040, its L1 baseline)."""
+    """Return the sum of ``|W|`` over a region's weights of two or more dimensions: the L1 score of arXiv 2602.14040."""
     return absolute_weights(modules.values())
 
 
 def absolute_weights(modules: Iterable[nn.Module]) -> float:
-    """Sum of ``|W|`` over the weights of two dimensions or more of some modules, shared ones once."""
+    """Return the sum of ``|W|`` over the modules' weights of two or more dimensions; shared weights count once."""
     weights = {id(w): w for module in modules for w in module.parameters() if w.ndim >= 2}
     return float(sum(weight.detach().abs().sum(dtype=torch.float64) for weight in weights.values()))
 
 
-def _random(evidence: ScoringInputs) -> dict[str, float]:
-    """Uniform draws."""
-    generator = torch.Generator().manual_seed(evidence.seed)
-    draws = torch.rand(len(evidence.regions), generator=generator, dtype=torch.float64).tolist()
-    return dict(zip((region.name for region in evidence.regions), draws, strict=True))
+def _random(inputs: ScoringInputs) -> dict[str, float]:
+    """Return uniform random numbers in [0, 1)."""
+    generator = torch.Generator().manual_seed(inputs.seed)
+    draws = torch.rand(len(inputs.regions), generator=generator, dtype=torch.float64).tolist()
+    return dict(zip((region.name for region in inputs.regions), draws, strict=True))
 
 
 def score_each_region(criterion: RegionScore) -> Callable[[ScoringInputs], dict[str, float]]:
-    """Make a criterion over all regions from one over a single region and its modules."""
+    """Return a function that scores all regions with a criterion for a single region."""
 
-    def score(evidence: ScoringInputs) -> dict[str, float]:
-        found = {}
-        for region in evidence.regions:
-            modules = {path: evidence.modules[path] for path in region.layers if path in evidence.modules}
+    def score(inputs: ScoringInputs) -> dict[str, float]:
+        scores = {}
+        for region in inputs.regions:
+            modules = {path: inputs.modules[path] for path in region.layers if path in inputs.modules}
             value = criterion(region, modules)
             try:
-                found[region.name] = float(value)
+                scores[region.name] = float(value)
             except (TypeError, ValueError):
                 raise SettingError(
-                    f"the criterion gave {value!r} for region {region.name!r}; scores must be finite numbers"
+                    f"the criterion returned {value!r} for region {region.name!r}; scores must be finite numbers"
                 ) from None
-        return found
+        return scores
 
     return score
 
@@ -155,11 +157,11 @@ CRITERIA: dict[str, Criterion] = {
     "l1": Criterion(score_each_region(weight_norm)),
     "random": Criterion(_random),
 }
-"""Criteria by name. A region that a criterion leaves out has no score and is not pruned."""
+"""Criteria by name. A region that is not in the output of a criterion has no score and is never removed."""
 
 
 def get_criterion(criterion: str | RegionScore) -> tuple[str, Criterion]:
-    """Look a criterion up by name, or wrap the caller's own.
+    """Return a criterion and its name: look a name up, or wrap the caller's own function.
 
     Raises
     ------

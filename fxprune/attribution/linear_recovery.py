@@ -1,8 +1,9 @@
-"""What stands in for a region once what reads it is fitted: a linear map of its stand-in, as near as there is one.
+"""Fits, for each region, the linear map of its stand-in that is nearest to the region's output.
 
-A removal is mended by fitting layers (`heal="affine"`, and `"mimic"` that starts from it). Whatever linear map of the
-stand-in's channels would come near to what the region gave, a convolution behind it can apply by other weights. What
-it cannot is what the removal costs, so `criterion="fisher_mended"` measures against that map.
+Healing fits the layers behind a removed region (`heal="affine"`, and `heal="mimic"`, which starts with it). A
+convolution behind the region can absorb a linear map of the stand-in's channels into its weights. So only the
+difference between the region's output and the best such map is lost. `criterion="fisher_mended"` measures this
+difference.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from fxprune.runtime.distributed import all_gather, all_reduce_sum
 from fxprune.runtime.linear_solver import solve_positive_definite
 
 RELATIVE_RIDGE = 1e-3
-"""How strongly a map is held to leaving its stand-in as it is, relative to the mean square of what it reads."""
+"""Ridge penalty on the matrix W of a `LinearMap`, relative to the mean square of the stand-in."""
 MAX_PLACES = 4096
-"""Places of the feature maps of one call that a fit looks at, at most."""
+"""Most positions of the feature maps of one call that are used in a fit."""
 
 LINEAR_MODULES = ("torch.nn.modules.pooling.AvgPool", "torch.nn.modules.pooling.AdaptiveAvgPool",
                   "torch.nn.modules.upsampling.", "torch.nn.modules.flatten.Flatten",
@@ -35,20 +36,22 @@ LINEAR_MODULES = ("torch.nn.modules.pooling.AvgPool", "torch.nn.modules.pooling.
                   "torch.nn.modules.batchnorm.", "torchvision.ops.misc.FrozenBatchNorm2d")  # fmt: skip
 """Prefixes of class names of modules that are linear in a value at inference and keep its channels."""
 FLATTENING_PREFIXES = ("AdaptiveAvgPool", "Flatten", "adaptive_avg_pool", "flatten", "mean")
-"""How names begin of what brings a map's channels to where a linear layer reads them."""
+"""Prefixes of names of operations that flatten feature maps, so that a linear layer reads their channels."""
 SHAPE_FUNCTIONS = frozenset({"view", "reshape", "transpose", "chunk", "split", "unbind", "getitem"})
-"""Names of functions and methods that only move values; where channels are then is not followed for linear layers."""
+"""Names of functions and methods that only move values. The search for linear layers does not follow channels there."""
 LINEAR_FUNCTIONS = (
     SHAPE_FUNCTIONS
     | {"interpolate", "avg_pool2d", "adaptive_avg_pool2d", "mean", "flatten", "contiguous", "pad"}
     | {"dropout", "size", "getattr"}
 )
-"""Names of those that are linear; the last two read no values."""
+"""Names of functions and methods that are linear in their input; the last two read no values."""
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """``s -> s + W s + b`` at every place, over channels (second of maps (N, C, H, W), else last).
+    """The map ``s -> s + W s + b`` over channels, at every position.
+
+    Channels are the second dimension of feature maps (N, C, H, W), and the last dimension of other values.
 
     Attributes
     ----------
@@ -59,7 +62,7 @@ class LinearMap:
     matrix: Tensor = field(repr=False)
 
     def __call__(self, value: Tensor) -> Tensor:
-        """Apply it to a value of any shape that has the channels."""
+        """Apply the map to a value with C channels, of any other sizes."""
         rows = _to_rows(value)
         change = torch.addmm(self.matrix[-1], rows, self.matrix[:-1])
         if value.ndim <= 3:
@@ -68,26 +71,26 @@ class LinearMap:
 
 
 def _to_rows(value: Tensor) -> Tensor:
-    """Features as rows (n, C), one a place: maps (N, C, H, W) have their channels second, rows and tokens last."""
+    """Return features as rows (n, C), one per position; channels are second in (N, C, H, W), else last."""
     rows = value.movedim(1, -1) if value.ndim > 3 else value
     return rows.reshape(-1, rows.shape[-1])
 
 
 GramSums = dict[str, tuple[Tensor, Tensor]]
-"""By region, sums over places: products of ``[s, 1]`` with itself, and with ``y - s``."""
+"""By region, sums over positions of the products of ``[s, 1]`` with itself and with ``y - s``."""
 
 
 class GramInterpreter(StandInInterpreter):
-    """Runs a graph and adds up, for each region, what its nearest map is solved from.
+    """Runs a graph and sums the products from which the map of each region is solved, see `GramSums`.
 
     Parameters
     ----------
     gm : GraphModule
         The graph.
     regions : sequence of Region
-        Its regions that are asked for.
+        The regions of the graph to fit maps for.
     sums : dict
-        Where that goes.
+        The sums by region name. They are updated in place.
     """
 
     def __init__(self, gm: fx.GraphModule, regions: Sequence[Region], sums: GramSums) -> None:
@@ -95,7 +98,7 @@ class GramInterpreter(StandInInterpreter):
         self.sums = sums
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node; where regions end, look at what they got and gave."""
+        """Run a node; at the exit of a region, add its products to the sums."""
         value = super().run_node(n)
         if n.name in self.stand_in_names:
             self.stand_ins[n.name] = value
@@ -104,18 +107,18 @@ class GramInterpreter(StandInInterpreter):
         return value
 
     def _add(self, region: Region, stand_in: Tensor, value: Tensor) -> None:
-        given, wanted = _to_rows(stand_in), _to_rows(value)
-        if len(given) > MAX_PLACES:
-            place = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[:MAX_PLACES].to(given.device)
-            given, wanted = given[place], wanted[place]
-        given = torch.cat([given, given.new_ones(len(given), 1)], 1)
-        products = (given.T @ given).double(), (given.T @ (wanted - given[:, :-1])).double()
+        rows, targets = _to_rows(stand_in), _to_rows(value)
+        if len(rows) > MAX_PLACES:
+            place = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_PLACES].to(rows.device)
+            rows, targets = rows[place], targets[place]
+        rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        products = (rows.T @ rows).double(), (rows.T @ (targets - rows[:, :-1])).double()
         before = self.sums.get(region.name)
         self.sums[region.name] = products if before is None else (before[0] + products[0], before[1] + products[1])
 
 
 def solve_linear_maps(sums: GramSums) -> dict[str, LinearMap]:
-    """Solve for the maps that come nearest, in least squares over the places that all processes have seen."""
+    """Return the map of each region by least squares over the positions of all processes."""
     widths = {name: width for found in all_gather({name: len(gram) for name, (gram, _) in sums.items()})
               for name, width in found.items()}  # fmt: skip
     like = next((gram for gram, _ in sums.values()), torch.empty(0, dtype=torch.float64))
@@ -124,16 +127,16 @@ def solve_linear_maps(sums: GramSums) -> dict[str, LinearMap]:
         gram, cross = sums.get(name, (like.new_zeros(width, width), like.new_zeros(width, width - 1)))
         gram, cross = all_reduce_sum(gram), all_reduce_sum(cross)
         ridge = torch.full_like(gram[0], RELATIVE_RIDGE * float(gram.diagonal()[:-1].mean().clamp_min(1e-12)))
-        ridge[-1] = 1e-9 * gram[-1, -1]  # a shift costs nothing
+        ridge[-1] = 1e-9 * gram[-1, -1]  # almost no penalty on b
         maps[name] = LinearMap(solve_positive_definite(gram + torch.diag(ridge), cross).float())
     return maps
 
 
 def linearly_absorbable(graphs: Graphs, links: Sequence[Link], regions: Sequence[Region]) -> Iterator[Region]:
-    """Yield the regions of which all that is read is read by layers that can take a linear map in.
+    """Yield the regions whose output is read only by layers that can absorb a linear map into their weights.
 
-    Convolutions that mix all channels can, and linear layers behind a pooling; directly or behind what is linear
-    itself, in the region's graph or in another that is given its result.
+    These layers are convolutions with one group, and linear layers behind a pooling. They may read the output directly
+    or through operations that are linear, in the region's graph or in a graph that reads the output of that graph.
     """
     nodes = {(island, node.name): node for island, gm in graphs for node in gm.graph.nodes}
     for region in regions:
@@ -142,13 +145,13 @@ def linearly_absorbable(graphs: Graphs, links: Sequence[Link], regions: Sequence
 
 
 class _AbsorptionCheck:
-    """Goes from a value to what reads it."""
+    """Follows a value to all of its readers."""
 
     def __init__(self, graphs: Mapping[str, fx.GraphModule], links: Sequence[Link]) -> None:
         self.graphs, self.links, self.seen = graphs, links, set[NodeName]()
 
     def can_absorb(self, island: str, value: fx.Node, flat: bool = False) -> bool:
-        """Whether all readers can take a linear map of a value in, a map's channels being `flat` for a linear layer."""
+        """Whether all readers can absorb a linear map of a value; `flat`: a linear layer reads its channels."""
         fresh = [user for user in value.users if (island, user.name) not in self.seen]
         self.seen |= {(island, user.name) for user in fresh}
         return all(self._reader_can_absorb(island, user, flat) for user in fresh)
@@ -173,7 +176,7 @@ class _AbsorptionCheck:
         return _mixes_channels(layer)
 
     def _islands_can_absorb(self, island: str) -> bool:
-        """Whether a graph's result goes to other graphs alone, and these take a linear map in."""
+        """Whether only other graphs read the output of a graph, and all of them can absorb a linear map."""
         targets = [link.target for link in self.links if link.source == island]
         if not targets or RESULTS in targets:
             return False
@@ -182,6 +185,6 @@ class _AbsorptionCheck:
 
 
 def _mixes_channels(layer: nn.Module) -> bool:
-    """Whether what a layer does first is a convolution over all channels."""
+    """Whether a layer starts with convolutions of one group, so over all channels."""
     paths = input_convolutions(layer) or []
     return bool(paths) and all(getattr(layer.get_submodule(path), "groups", 0) == 1 for path in paths)

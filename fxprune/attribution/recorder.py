@@ -1,4 +1,4 @@
-"""What importance is computed from: gradients and activations, recorded by an interpreter that runs the graph."""
+"""Records gradients and activations of all nodes and regions by an fx interpreter; criteria read the record."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from fxprune.graph.records import Region
 
 @dataclass
 class AttributionRecord:
-    """Sums of gradient times activation, batch by batch.
+    """Expectations, over the images so far, of products of gradients and activations.
 
     Attributes
     ----------
     grad_act : dict
-        Per node ``E_x [sum_i |dL/dA_i * A_i|]``: the score of arXiv 2602.14040, expectation over the images seen.
+        Per node, ``E_x [sum_i |dL/dA_i * A_i|]``: the score of arXiv 2602.14040. The expectation is over the images.
     grad_delta : dict
-        Per region ``E_x [sum_i |dL/dy_i * (y_i - s_i)|]``, y its exit value and s the value that would stand in.
+        Per region, ``E_x [sum_i |dL/dy_i * (y_i - s_i)|]``; y is the exit value and s the value of its stand-in.
     fisher : dict
-        Per region ``E_x [sum_c (sum_{i in c} dL/dy_i * (y_i - s_i))^2]``, c the channels (second dimension) of every
-        row of every call: the Fisher information of gates ``a_c`` on them that let ``s_c + a_c (y_c - s_c)`` through.
+        Per region, ``E_x [sum_c (sum_{i in c} dL/dy_i * (y_i - s_i))^2]``; c are the channels (second dimension) of
+        every row of every call. This is the Fisher information of gates ``a_c`` in ``s_c + a_c (y_c - s_c)``.
     shapes : dict
-        Per node the shape of its value at the first call; only single tensors.
+        Per node, the shape of its value at the first call. Values that are not a single tensor have no entry.
     images : int
-        Images seen.
+        Number of images so far.
     own_targets : frozenset of bool
-        Whether targets were the model's own outputs: both values where batches differed.
+        Whether the targets were the model's own outputs; both values if batches differed.
     """
 
     grad_act: dict[NodeName, float] = field(default_factory=dict)
@@ -48,33 +48,41 @@ class AttributionRecord:
     _room: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What it found; its room for products stays behind."""
+        """Return the state for pickle, without pending terms and without the buffer for products."""
         return {**vars(self), "_pending": {}, "_room": None}
 
     def add(self, kind: str, key: NodeName | str, value: Tensor) -> None:
-        """Note one term of the batch under way: ``grad_act`` of a node, ``grad_delta`` or ``fisher`` of a region.
+        """Add one term of the current batch: ``grad_act`` of a node, ``grad_delta`` or ``fisher`` of a region.
 
-        Nothing is read from the device yet.
+        The value stays on its device until `close_batch`.
         """
         self._pending.setdefault((kind, key), []).append(value)
 
     def scratch(self, like: Tensor) -> Tensor:
-        """Return room for a product, reused from one value to the next: large new tensors cost more than the sum."""
+        """Return a buffer for a product. It is reused: allocating large tensors takes longer than the sum itself."""
         if self._room is None or self._room.numel() < like.numel() or self._room.dtype != like.dtype:
             self._room = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
         return self._room[: like.numel()].view(like.shape)
 
     def close_batch(self, index: int, images: int, own_targets: bool = False) -> None:
-        """Take the batch under way into the expectation.
+        """Add the terms of the current batch to the expectations.
 
-        The loss is the mean over `images` of each image's own loss, so the terms already sum to a mean over them, and
-        squared ones to a mean divided by their number; batches count by their number of images. `own_targets` says
-        whether the targets were the model's own outputs.
+        The loss is the mean of the losses of single images. So the terms sum to a mean over the images already, and
+        the squared terms to a mean divided by the number of images. Batches are weighted by their number of images.
+
+        Parameters
+        ----------
+        index : int
+            Number of the batch, for messages.
+        images : int
+            Number of images of the batch.
+        own_targets : bool
+            Whether the targets were the model's own outputs.
 
         Raises
         ------
         LossError
-            If a gradient held NaN or infinity; names the batch and the node, and takes nothing of it.
+            If a gradient contains NaN or infinity. The message names the batch and the node; no term is added.
         """
         pending, self._pending = self._pending, {}
         sums = [torch.stack(terms).double().sum() for terms in pending.values()]
@@ -100,10 +108,10 @@ class AttributionRecord:
 
 
 def merge_records(records: Sequence[AttributionRecord]) -> AttributionRecord:
-    """Join records of different batches of one model; expectations count by their images."""
+    """Join records of different batches of one model; expectations are weighted by their numbers of images."""
     images = sum(record.images for record in records)
 
-    def joined(kind: Callable[[AttributionRecord], dict[Any, float]]) -> dict[Any, float]:
+    def merge(kind: Callable[[AttributionRecord], dict[Any, float]]) -> dict[Any, float]:
         sums: dict[Any, float] = {}
         for record in records:
             for key, value in kind(record).items():
@@ -111,9 +119,9 @@ def merge_records(records: Sequence[AttributionRecord]) -> AttributionRecord:
         return sums
 
     return AttributionRecord(
-        joined(lambda record: record.grad_act),
-        joined(lambda record: record.grad_delta),
-        joined(lambda record: record.fisher),
+        merge(lambda record: record.grad_act),
+        merge(lambda record: record.grad_delta),
+        merge(lambda record: record.fisher),
         {key: shape for record in reversed(records) for key, shape in record.shapes.items()},
         images,
         frozenset().union(*(record.own_targets for record in records)),
@@ -121,14 +129,14 @@ def merge_records(records: Sequence[AttributionRecord]) -> AttributionRecord:
 
 
 class StandInInterpreter(fx.Interpreter):
-    """Runs a graph and keeps at hand what stands in for its regions until they end.
+    """Runs a graph and keeps the values of the stand-ins of its regions until the run ends.
 
     Parameters
     ----------
     gm : GraphModule
         The graph.
     regions : iterable of Region
-        Those of its regions that are looked at.
+        Regions of the graph whose stand-ins are kept.
     """
 
     def __init__(self, gm: fx.GraphModule, regions: Iterable[Region]) -> None:
@@ -140,7 +148,7 @@ class StandInInterpreter(fx.Interpreter):
         self.stand_ins: dict[str, Tensor] = {}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph; what it computed is let go of, for hooks on it would keep it alive for good."""
+        """Run the graph, then release the kept values: hooks on them would keep them in memory."""
         try:
             return super().run(*args, **kwargs)
         finally:
@@ -148,23 +156,24 @@ class StandInInterpreter(fx.Interpreter):
 
 
 class RecordingInterpreter(StandInInterpreter):
-    """Runs a graph and hooks every value: as its gradient comes, both become one number and are let go.
+    """Runs a graph with a hook on every value. The hook reduces the value and its gradient to a few scalars.
 
     Parameters
     ----------
     gm : GraphModule
         The graph.
     island : str
-        Its path in the model.
-    record : Record
-        Where the numbers go.
-    regions : sequence of Region
-        The island's regions.
+        Path of the island in the model.
+    record : AttributionRecord
+        The record that the scalars are added to.
+    regions : iterable of Region
+        Regions of the island.
     gate : float
-        How far every region is open while the gradients are taken: its exit is ``s + gate (y - s)``, s what would
-        stand in for it. With 1 the graph runs as it is.
+        The exit of every region becomes ``s + gate (y - s)``, where s is the value of the stand-in. With 1 the graph
+        is not changed.
     maps : mapping of str to callable
-        By region, what is made of the value that stands in for it, to give s; where there is none that is s.
+        By region, a function that is applied to the value of the stand-in to obtain s. Without an entry, s is that
+        value.
     """
 
     def __init__(
@@ -184,7 +193,7 @@ class RecordingInterpreter(StandInInterpreter):
         """Run a node and hook its value."""
         value = super().run_node(n)
         if n.op == "output":
-            return map_tensors(value, torch.clone)  # what comes next may overwrite it
+            return map_tensors(value, torch.clone)  # the reader of the output may overwrite it in place
         if n.name in self.weighted:
             value = map_tensors(value, _require_grad)
         if not isinstance(value, Tensor) or n.op == "get_attr":
@@ -197,7 +206,7 @@ class RecordingInterpreter(StandInInterpreter):
         return value
 
     def _attach_hook(self, name: str, value: Tensor) -> Tensor:
-        """Return the value, gated if regions end in it, with a hook on it."""
+        """Return the value with a hook on it; if it is the exit of a region, gated first."""
         record, key = self.record, (self.island, name)
         regions, activation = self.regions_by_exit.get(name, ()), value.detach()
         stand_ins = {region.name: self._stand_in(region) for region in regions}
@@ -224,7 +233,7 @@ class RecordingInterpreter(StandInInterpreter):
 
 
 def _require_grad(value: Tensor) -> Tensor:
-    """Make what a layer gives a value that gradients reach, even if all weights are frozen."""
+    """Let gradients reach the output of a layer, even if all weights are frozen."""
     if value.is_floating_point() and not value.requires_grad and torch.is_grad_enabled():
         return value.detach().requires_grad_()
     return value

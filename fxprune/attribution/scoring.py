@@ -1,4 +1,4 @@
-"""The loop over calibration batches: one forward and one backward pass each, every node recorded."""
+"""The loop over calibration batches: one forward and one backward pass per batch, with every node recorded."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ def record_attribution(
     Parameters
     ----------
     captured : CapturedModel
-        Its graphs are interpreted meanwhile.
+        The captured model. Its graphs run in interpreters during the call.
     criterion : Criterion
-        Says what the gradient is taken of, and how far regions are open.
+        Defines the loss to differentiate and the gate of the regions.
     batches : iterable of Batch or None
-        In order; None stands for one that another process works on.
+        In order. None is a batch that another process works on.
     maps : mapping of str to LinearMap
-        By region, what is made of the value that stands in for it.
+        By region, the linear map that is applied to its stand-in.
     progress : callable
         ``progress("attribution", done, None)``.
 
     Returns
     -------
     record : AttributionRecord
-        Of the batches of all processes.
+        Record of the batches of all processes.
     links : tuple of Link
         Data flow between islands, from the first batch.
     count : int
-        Batches, those of other processes included.
+        Number of batches, including those of other processes.
 
     Raises
     ------
     LossError
-        If a loss or a gradient is not finite, or does not depend on the captured layers; names the batch.
+        If a loss or a gradient is not finite, or does not depend on the captured layers. The message names the batch.
     """
     record, links, count = AttributionRecord(), tuple[Link, ...](), 0
 
@@ -89,17 +89,17 @@ def record_attribution(
 def fit_recovery_maps(
     captured: CapturedModel, batches: Iterable[Batch | None], progress: Progress
 ) -> Mapping[str, LinearMap]:
-    """Fit the linear maps that layers behind regions can take in: one forward pass per batch, and one of the first.
+    """Fit the linear maps of stand-ins: one forward pass per batch, and one more on the first batch.
 
     Parameters
     ----------
     captured, batches, progress
-        As of `record_attribution`.
+        As for `record_attribution`.
 
     Returns
     -------
     dict of str to LinearMap
-        By region; only regions whose readers can take a linear map in.
+        By region. Only for regions whose readers can absorb a linear map.
     """
     sums: GramSums = {}
     with raise_on_all_ranks(), torch.no_grad():
@@ -117,7 +117,7 @@ def fit_recovery_maps(
 
 
 def _recoverable_regions(captured: CapturedModel, run: Callable[[], Tensor]) -> list[Region]:
-    """Regions all of whose readers can take a linear map in; found in a run with gradients."""
+    """Return the regions whose readers can all absorb a linear map. Runs the model once with gradients."""
     with torch.enable_grad(), run_with(captured.graphs, _make_tracking_interpreter):
         links = trace_dataflow(run, captured.graphs)[1]
     return list(linearly_absorbable(captured.graphs, links, captured.regions))
