@@ -144,7 +144,7 @@ def _tensors(layer: nn.Module) -> list[Tensor]:
 
 def _is_narrowable(convolution: Any, width: int) -> bool:
     """Whether a convolution is not grouped, has `width` input channels, and its weight is a plain parameter."""
-    plain = type(convolution._parameters.get("weight")) is nn.Parameter
+    plain = type(dict(convolution.named_parameters(recurse=False)).get("weight")) is nn.Parameter
     return plain and bool(convolution.groups == 1 and convolution.in_channels == width)
 
 

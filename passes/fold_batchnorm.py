@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fxprune.graph.channels import CONVOLUTIONS, call_nodes
 from fxprune.graph.fx_utils import class_names
 from fxprune.passes.dead_code import remove_dead_code
+from fxprune.runtime.torch_internals import has_forward_hooks
 
 FROZEN_BATCHNORM = "torchvision.ops.misc.FrozenBatchNorm2d"
 """Class name of a norm that training does not change."""
@@ -79,19 +80,16 @@ def _copy_layer(layer: nn.Module) -> Any:
 
 
 def _is_foldable(layer: Any) -> bool:
-    if type(layer) not in CONVOLUTIONS or type(layer._parameters.get("weight")) is not nn.Parameter:
+    plain = type(dict(layer.named_parameters(recurse=False)).get("weight")) is nn.Parameter
+    if type(layer) not in CONVOLUTIONS or not plain:
         return False
-    return not (layer.transposed and layer.groups > 1) and not _has_hooks(layer)
+    return not (layer.transposed and layer.groups > 1) and not has_forward_hooks(layer)
 
 
 def _is_fixed_norm(layer: Any) -> bool:
     """Whether a layer is a norm whose statistics are the same in every call."""
-    if _has_hooks(layer):
+    if has_forward_hooks(layer):
         return False
     return class_names(layer)[0] == FROZEN_BATCHNORM or (
         type(layer) in _NORMS and not layer.training and layer.running_mean is not None
     )
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return any((layer._forward_hooks, layer._forward_pre_hooks))

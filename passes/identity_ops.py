@@ -11,6 +11,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional
 
 from fxprune.graph.fx_utils import class_names
+from fxprune.runtime.torch_internals import has_backward_hooks, has_forward_hooks
 
 IDENTITY_MODULES: Mapping[str, Callable[[Any], bool]] = {
     "torch.nn.modules.linear.Identity": lambda layer: True,
@@ -75,7 +76,7 @@ def _has_hooks(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
     layer = gm.get_submodule(str(node.target))
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
+    return has_forward_hooks(layer) or has_backward_hooks(layer)
 
 
 def _is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:

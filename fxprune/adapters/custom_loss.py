@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection
 from fxprune.errors import LossError
 from fxprune.graph.fx_utils import map_tensors
+from fxprune.runtime.torch_internals import tree_leaves
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """A caller's own loss: ``loss(model, batch) -> scalar Tensor``, the mean over the images."""
 
-FORMS = "whatever the given loss(model, batch) takes"
+FORMS = "any batch that loss(model, batch) takes"
 
 
 def make_adapter(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:

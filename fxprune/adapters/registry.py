@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fxprune.adapters import classifier, custom_loss, torchvision, ultralytics
 from fxprune.adapters.protocol import Adapter, refuse_detection
 from fxprune.errors import ModelError, SettingError
 from fxprune.graph.fx_utils import class_names
+from fxprune.runtime.torch_internals import OptimizedModule
 
 ADAPTERS: tuple[Adapter, ...] = (ultralytics.ADAPTER, torchvision.ADAPTER, classifier.ADAPTER)
 """Tried in this order. The last one matches every model and needs logits as output."""
 
-_WRAPPERS: dict[str, str] = {
-    "torch._dynamo.eval_frame.OptimizedModule": "pass model._orig_mod and compile the result again",
-    "torch.nn.parallel.data_parallel.DataParallel": "pass model.module and wrap the result again",
-    "torch.nn.parallel.distributed.DistributedDataParallel": "pass model.module and wrap the result again",
-    "torch.jit._script.ScriptModule": "pass the eager model; TorchScript has no Python to trace",
+_WRAPPERS: dict[type[nn.Module], str] = {
+    OptimizedModule: "pass model._orig_mod and compile the result again",
+    nn.DataParallel: "pass model.module and wrap the result again",
+    nn.parallel.DistributedDataParallel: "pass model.module and wrap the result again",
+    torch.jit.ScriptModule: "pass the eager model; TorchScript has no Python to trace",
 }
 
 
@@ -76,9 +78,9 @@ def unwrap(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for name in class_names(model):
-        if name in _WRAPPERS:
-            raise ModelError(f"the model is wrapped in {type(model).__name__}: {_WRAPPERS[name]}")
+    for kind, advice in _WRAPPERS.items():
+        if isinstance(model, kind):
+            raise ModelError(f"the model is wrapped in {type(model).__name__}: {advice}")
     network = ultralytics.unwrap_yolo(model) if ultralytics.is_yolo(model) else model
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         raise ModelError("the model's weights are on the meta device; load them first")

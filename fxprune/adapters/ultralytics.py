@@ -57,7 +57,7 @@ def rewrap_yolo(model: nn.Module, network: nn.Module) -> nn.Module:
     twin = copy.copy(model)
     twin.__dict__ = {key: copy.copy(value) for key, value in model.__dict__.items()}
     twin.__dict__.update(predictor=None, trainer=None, metrics=None)
-    twin._modules["model"] = network
+    cast(Any, twin).model = network
     return twin
 
 

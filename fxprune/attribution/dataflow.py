@@ -1,4 +1,4 @@
-"""What flows from island to island: found by autograd, which sees through the Python between them."""
+"""Finds the data flow between islands in the autograd graph, which also records the Python code between them."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils._pytree import tree_leaves
 
 from fxprune.graph.records import IMAGES, RESULTS, Link
+from fxprune.runtime.torch_internals import tree_leaves
 
 
 def trace_dataflow(
     run: Callable[[], Tensor], graphs: Sequence[tuple[str, fx.GraphModule]]
 ) -> tuple[Tensor, tuple[Link, ...]]:
-    """Run a model once and see which islands take what others gave.
+    """Run a model once and find which islands read the outputs of which others.
 
     Parameters
     ----------
     run : callable
-        Runs the model with gradients, the captured graphs in it, and returns its loss.
+        ``() -> Tensor``: runs the model, with the captured graphs in it and with gradients, and returns its loss.
     graphs
         Island names and graphs.
 
     Returns
     -------
     loss : Tensor
-        What `run` returned.
+        Output of `run`.
     links : tuple of Link
-        In the order in which they were met. What gradients do not follow (boxes that are detached) is no link.
+        In the order of the calls. Gradients do not follow detached values, such as proposed boxes: these make no link.
     """
-    given: dict[Node, str] = {}
+    owners: dict[Node, str] = {}
     links: dict[Link, None] = {}
 
-    def take(values: Any, target: str) -> None:
-        for source in _source_islands(values, given) or ([IMAGES] if target != RESULTS else []):
+    def add_links(values: Any, target: str) -> None:
+        for source in _source_islands(values, owners) or ([IMAGES] if target != RESULTS else []):
             links[Link(source, target)] = None
 
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            take((args, kwargs), name)
+            add_links((args, kwargs), name)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            given.update(dict.fromkeys(_gradient_nodes(output), name))
+            owners.update(dict.fromkeys(_gradient_nodes(output), name))
 
         return before, after
 
@@ -57,7 +57,7 @@ def trace_dataflow(
             ):
                 stack.callback(handle.remove)
         loss = run()
-    take(loss, RESULTS)
+    add_links(loss, RESULTS)
     return loss, tuple(links)
 
 
@@ -67,17 +67,17 @@ def _gradient_nodes(values: Any) -> Iterator[Node]:
             yield get_gradient_edge(leaf).node
 
 
-def _source_islands(values: Any, given: dict[Node, str]) -> list[str]:
-    """Islands whose values these were computed from, with no other island between."""
-    found: dict[str, None] = {}
+def _source_islands(values: Any, owners: dict[Node, str]) -> list[str]:
+    """Return the islands from whose outputs the values were computed, with no other island between."""
+    islands: dict[str, None] = {}
     waiting, seen = list(_gradient_nodes(values)), set[Node]()
     while waiting:
         node = waiting.pop()
         if node in seen:
             continue
         seen.add(node)
-        if node in given:
-            found[given[node]] = None
+        if node in owners:
+            islands[owners[node]] = None
         else:
             waiting += [further for further, _ in node.next_functions if further is not None]
-    return list(found)
+    return list(islands)

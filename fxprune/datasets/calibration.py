@@ -9,7 +9,6 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.adapters.calls import AdaptedModel
 from fxprune.adapters.custom_loss import Loss
@@ -25,6 +24,7 @@ from fxprune.runtime.distributed import (
     raise_on_all_ranks,
     world_size,
 )
+from fxprune.runtime.torch_internals import tree_leaves
 
 _END = object()
 SAME_LOADER_HINT = "give all the same loader in the same order, one that does not share out images by itself"

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten
 
 from fxprune.errors import LossError
 from fxprune.graph.fx_utils import TRACED_MODULES, fingerprint, graph_structure, is_weighted, is_within, join_path
@@ -20,6 +19,7 @@ from fxprune.graph.operators import in_place_layers
 from fxprune.graph.records import Island, RecordedCall, Rejection
 from fxprune.graph.symbolic_shapes import tensor_specs
 from fxprune.graph.tracer import FunctionalTracer
+from fxprune.runtime.torch_internals import keep_when_copied, tree_flatten
 
 _MAX_TRACE_ATTEMPTS = 64
 
@@ -328,7 +328,7 @@ def _first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Graph, str]
     return graph, list(graph.nodes)[index].name
 
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"_graph", "_code", "meta"}
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"meta"}
 
 
 def _make_graph_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -341,7 +341,7 @@ def _make_graph_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     }
     for key, value in kept.items():
         setattr(gm, key, value)
-    gm.meta["_user_preserved_attributes"] = kept | gm.meta.get("_user_preserved_attributes", {})
+    keep_when_copied(gm, kept)
     return gm
 
 
@@ -356,7 +356,5 @@ def replace_module(model: nn.Module, name: str, new: nn.Module, functional: bool
         for _, layer, harmless in in_place_layers(new):
             layer.inplace = bool(layer.inplace) and harmless and not functional  # type: ignore[assignment]
     old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+    for path in [path for path, module in model.named_modules(remove_duplicate=False) if path and module is old]:
+        model.set_submodule(path, new)

@@ -11,6 +11,8 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
+from fxprune.runtime.torch_internals import ASSERTION, tree_map_only
+
 SOURCE, SINK = "<source>", "<sink>"
 TRACED_MODULES = "fxprune_called"
 """Key of a captured graph's meta: paths of the modules that were traced into."""
@@ -73,7 +75,7 @@ def value_graph(graph: fx.Graph) -> nx.DiGraph:
 
 def has_effect(node: fx.Node) -> bool:
     """Whether a node must run even if no node reads its value. Assertions need not: they check removed values."""
-    return node.target is not torch._assert and node.is_impure(impure_random=False)
+    return node.target is not ASSERTION and node.is_impure(impure_random=False)
 
 
 def node_parameters(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
@@ -116,7 +118,7 @@ def tied_tensors(model: nn.Module) -> set[int]:
 
 def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """Apply `change` to every tensor in nested containers and keep their structure."""
-    return torch.utils._pytree.tree_map_only(torch.Tensor, change, tree)
+    return tree_map_only(torch.Tensor, change, tree)
 
 
 def graph_structure(graph: fx.Graph) -> list[tuple[str, str, str, str]]:

@@ -1,4 +1,4 @@
-"""Shapes of every value of a graph, proved for all batch and image sizes with symbolic fake tensors."""
+"""Computes the shape of every value of a graph as formulas that hold for all batch and image sizes."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-    statically_known_true,
-)
-from torch.utils._pytree import tree_map_only
 
 from fxprune.graph.fx_utils import map_tensors
 from fxprune.runtime.signals import defer_interrupts
+from fxprune.runtime.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    current_size,
+    make_symbolic_tensor,
+    new_size_symbol,
+    provably_equal,
+    shapes_only,
+    size_formula,
+    symbolic_mode,
+    tree_map_only,
+)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What is kept of a tensor that went into a module: `shape`, `dtype` and `device`, not its values."""
+    """Shape, dtype and device of a tensor, without its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -33,20 +35,20 @@ class TensorSpec:
 
 
 def tensor_specs(tree: Any) -> Any:
-    """Replace every tensor of nested containers by its `TensorSpec`."""
+    """Replace every tensor in nested containers by its `TensorSpec`."""
     return map_tensors(tree, lambda value: TensorSpec(tuple(value.shape), value.dtype, value.device))
 
 
 @dataclass(frozen=True)
 class SymbolicShapes:
-    """Symbolic shape and dtype of the values of one graph.
+    """Shapes of the values of one graph, with symbols for the batch and image sizes.
 
     Attributes
     ----------
     values : mapping of str to FakeTensor
-        By node name; only single tensors.
+        Shape and dtype of each value that is a single tensor, by node name.
     failure : str
-        Why the propagation stopped before the end of the graph, or "".
+        Why the shapes after some node are missing; "" if none are.
     """
 
     values: Mapping[str, FakeTensor]
@@ -55,61 +57,76 @@ class SymbolicShapes:
     def provably_equal(self, first: str, second: str) -> bool:
         """Whether two values have the same dtype and, for every batch and image size, the same shape."""
         return self.equal_when_observed(first, second) and all(
-            a is b or statically_known_true(a == b)
-            for a, b in zip(self.values[first].shape, self.values[second].shape, strict=True)
+            provably_equal(a, b) for a, b in zip(self.values[first].shape, self.values[second].shape, strict=True)
         )
 
     def equal_when_observed(self, first: str, second: str) -> bool:
-        """Whether two values have the same dtype and shape at the size they were observed at."""
+        """Whether two values have the same dtype and, at the observed input sizes, the same shape."""
         if first not in self.values or second not in self.values:
             return False
         a, b = self.values[first], self.values[second]
         return a.dtype == b.dtype and self.observed_shape(first) == self.observed_shape(second)
 
     def observed_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a value at the observed size."""
-        return tuple(_size_hint(size) for size in self.values[name].shape)
-
-
-def _size_hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+        """Return the shape of a value at the observed input sizes."""
+        return tuple(current_size(size) for size in self.values[name].shape)
 
 
 def propagate_symbolic(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SymbolicShapes:
-    """Run a graph on fake tensors whose batch, height and width are symbols.
+    """Compute the shapes of a graph's values for all batch sizes, heights and widths of its inputs.
 
     Parameters
     ----------
     gm : GraphModule
-        The graph; its weights are faked, not copied.
+        The graph. Its weights are not copied.
     args, kwargs
-        What the graph was called with, tensors as `TensorSpec`.
+        Arguments of an observed call, with a `TensorSpec` in place of each tensor.
 
     Returns
     -------
-    Signatures
-        An operation that has no symbolic shape rule ends the propagation and is named in `failure`.
+    SymbolicShapes
+        The shapes up to the first operation without a symbolic shape rule; `failure` names this operation.
+
+    Examples
+    --------
+    >>> gm = fx.symbolic_trace(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1)))
+    >>> spec = TensorSpec((2, 3, 8, 8), torch.float32, torch.device("cpu"))
+    >>> propagate_symbolic(gm, (spec,), {}).provably_equal("input_1", "_0")
+    True
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    mode = symbolic_mode()
     recorder = _SymbolicShapeInterpreter(gm, mode)
     failure = ""
-    inputs = tree_map_only(TensorSpec, lambda spec: _make_symbolic_tensor(mode, spec), (list(args), dict(kwargs)))
-    with mode, enable_python_dispatcher(), torch.no_grad():
+    inputs = tree_map_only(TensorSpec, lambda spec: _symbolic_input(mode, spec), (list(args), dict(kwargs)))
+    with shapes_only(mode):
         try:
             recorder.run(*bind_placeholders(gm, *inputs))
-        except Exception as error:  # any operation may refuse symbols in any way of its own
+        except Exception as error:  # operations raise all kinds of errors for symbolic sizes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             failure = f"the shape of {recorder.current!r} could not be followed ({reason[:160]})"
     return SymbolicShapes(recorder.values, failure)
 
 
 def bind_placeholders(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
-    """Order call arguments as the graph's placeholders stand, defaults filled in.
+    """Return the values of a graph's placeholders, in their order, for a call with these arguments.
+
+    Parameters
+    ----------
+    gm : GraphModule
+        The graph.
+    args, kwargs
+        Arguments of the call. Defaults are filled in.
 
     Raises
     ------
     TypeError
-        If the graph cannot be called so.
+        If an argument without a default is missing.
+
+    Examples
+    --------
+    >>> gm = fx.symbolic_trace(torch.nn.Bilinear(2, 2, 2))
+    >>> bind_placeholders(gm, ["first"], {"input2": "second"})
+    ['first', 'second']
     """
     values = list(args)
     for node in [node for node in gm.graph.nodes if node.op == "placeholder"][len(values) :]:
@@ -120,25 +137,24 @@ def bind_placeholders(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) 
     return values
 
 
-def _make_symbolic_tensor(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
+def _symbolic_input(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
+    """Return a fake tensor in which all sizes are symbols except the channels and, after the batch size, sizes of 1."""
     real = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
     rank = len(spec.shape)
     channel = {4: 1, 3: 2, 2: 1, 5: 1}.get(rank, rank)
-    sizes = [DimDynamic.STATIC if dim == channel or spec.shape[dim] <= 1 else DimDynamic.DYNAMIC for dim in range(rank)]
-    sizes = [DimDynamic.DYNAMIC if dim == 0 else size for dim, size in enumerate(sizes)]
-    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, dynamic_strides=[DimDynamic.INFER_STRIDE] * rank)
-    return mode.from_tensor(real, symbolic_context=context)
+    dynamic = [dim == 0 or (dim != channel and spec.shape[dim] > 1) for dim in range(rank)]
+    return make_symbolic_tensor(mode, real, dynamic)
 
 
 _MAX_FORMULA_OPS = 4
-"""Operations from which the formula of a size gets a symbol of its own."""
+"""A size whose formula has more operations is replaced by a new symbol."""
 
 
 class _SymbolicShapeInterpreter(fx.Interpreter):
     """Runs a graph on fake tensors and keeps the formulas of their sizes short.
 
-    A size given by a long formula is replaced by a fresh symbol, the same for the same formula. What is proved for
-    every value of the symbol holds for those the formula takes; only equalities between different formulas are lost.
+    A size with a long formula is replaced by a new symbol. Equal formulas get the same symbol. The proofs stay valid,
+    because they hold for all values of the new symbol. But equalities between different formulas are no longer found.
     """
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
@@ -161,12 +177,9 @@ class _SymbolicShapeInterpreter(fx.Interpreter):
         return value
 
     def _shorten(self, size: Any) -> Any:
-        if isinstance(size, int) or size.node.expr.count_ops() <= _MAX_FORMULA_OPS:
+        if isinstance(size, int) or size_formula(size).count_ops() <= _MAX_FORMULA_OPS:
             return size
-        formula, shape_env = size.node.expr, self.mode.shape_env
+        formula = size_formula(size)
         if formula not in self.symbols:
-            assert shape_env is not None
-            hint, source = _size_hint(size), ConstantSource(f"size_{len(self.symbols)}")
-            symbol = shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-            self.symbols[formula] = shape_env.create_symintnode(symbol, hint=hint, source=source)
+            self.symbols[formula] = new_size_symbol(self.mode, current_size(size), f"size_{len(self.symbols)}")
         return self.symbols[formula]

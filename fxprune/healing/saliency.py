@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxprune.adapters.calls import batch_loss
 from fxprune.adapters.protocol import Batch
 from fxprune.graph.fx_utils import is_within
 from fxprune.graph.operators import channel_dim
 from fxprune.healing.teacher_student import TeacherStudent, forward_hooks, without_gradients
+from fxprune.runtime.torch_internals import owns_tensors, tree_flatten, tree_unflatten
 
 MIN_WEIGHT = 0.1
 """Weight that every place has, of the 1 that all have on average: a gradient of zero is no license to give anything."""
@@ -77,7 +77,7 @@ def saliency_maps(pair: TeacherStudent, batch: Batch, index: int = 0, seed: int 
         return tree_unflatten(leaves, form)
 
     inside = [(name, module) for name, module in model.named_modules() if is_within(name, pair.graphs)]
-    names = [name for name, module in inside if name in pair.graphs or module._parameters or module._buffers]
+    names = [name for name, module in inside if name in pair.graphs or owns_tensors(module)]
     with forward_hooks(model, names, see), without_gradients(model), torch.enable_grad():
         loss = batch_loss(model, adapter, labelled, index, seed).sum()
         if loss.requires_grad:

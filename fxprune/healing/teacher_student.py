@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.adapters.protocol import Adapter, Batch
 from fxprune.graph.fx_utils import is_within, map_tensors
+from fxprune.runtime.torch_internals import tree_leaves
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 """``hook(path, module, arguments, output) -> what to give instead, or None``."""

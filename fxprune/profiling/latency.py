@@ -152,7 +152,8 @@ class Backend:
 
 def _raise_recompile_limit() -> AbstractContextManager[Any]:
     """Raise the limit: models of one class share code, each recompiles it, and above the limit Dynamo runs eagerly."""
-    patched: AbstractContextManager[Any] = torch._dynamo.config.patch(recompile_limit=256)
+    config: Any = torch.compiler.config
+    patched: AbstractContextManager[Any] = config.patch(recompile_limit=256)
     return patched
 
 

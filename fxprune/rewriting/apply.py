@@ -20,6 +20,7 @@ from fxprune.planning.plan import Candidate, IslandRecord, Plan
 from fxprune.rewriting.history import attach_history, narrowing_savings, raw_plans, structural_changes
 from fxprune.rewriting.verification import verify_graph, verify_weights
 from fxprune.runtime.private_copy import private_copy
+from fxprune.runtime.torch_internals import has_backward_hooks, has_forward_hooks
 from fxprune.runtime.user_warnings import warn_user
 
 
@@ -139,8 +140,7 @@ def _check_nodes(removed: list[Candidate], gm: fx.GraphModule) -> None:
 def _warn_of_hooks(island: str, module: nn.Module, gm: fx.GraphModule) -> None:
     called = tuple(f"{node.target}." for node in gm.graph.nodes if node.op == "call_module")
     for name, part in module.named_modules():
-        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-        if any(hooks) and not f"{name}.".startswith(called):
+        if (has_forward_hooks(part) or has_backward_hooks(part)) and not f"{name}.".startswith(called):
             shown = ".".join(filter(None, (island, name))) or "the model itself"
             warn_user(
                 f"{shown} carries hooks; it becomes part of a graph and they are gone in the pruned model."

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.adapters.registry import unwrap
 from fxprune.errors import ModelError
 from fxprune.graph.fx_utils import graph_structure, is_within
 from fxprune.planning.plan import Plan
+from fxprune.runtime.torch_internals import BatchNormBase, keep_when_copied
 
 PLANS_ATTRIBUTE = "fxprune_plans"
 """Attribute of a pruned network: the plans applied to it, oldest first, as plain data."""
@@ -65,7 +65,7 @@ def attach_history(
     for name, value in notes.items():
         setattr(network, name, value)
     if isinstance(network, fx.GraphModule):
-        network.meta["_user_preserved_attributes"] = {**network.meta.get("_user_preserved_attributes", {}), **notes}
+        keep_when_copied(network, notes)
 
 
 _TENSOR = "a tensor"
@@ -104,7 +104,7 @@ def compare_inventory(before: Mapping[str, str], network: nn.Module) -> list[str
 def _describe_module(module: nn.Module) -> str:
     if isinstance(module, fx.GraphModule):
         return f"the graph {hashlib.sha256(repr(graph_structure(module.graph)).encode()).hexdigest()[:8]}"
-    kind = _BatchNorm if isinstance(module, _BatchNorm) else type(module)
+    kind = BatchNormBase if isinstance(module, BatchNormBase) else type(module)
     return f"a {kind.__qualname__}"
 
 

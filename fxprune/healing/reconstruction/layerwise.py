@@ -182,7 +182,9 @@ def _norm_scale(norm: nn.Module) -> Tensor | None:
 def _is_shared(pair: TeacherStudent, layer: nn.Module) -> bool:
     """Whether a layer's weights are another layer's too."""
     own = {id(weight) for weight in layer.parameters()}
-    owners = [module for module in pair.student.modules() if own & {id(value) for value in module._parameters.values()}]
+    owners = [
+        module for module in pair.student.modules() if own & {id(value) for value in module.parameters(recurse=False)}
+    ]
     return len(owners) > 1
 
 

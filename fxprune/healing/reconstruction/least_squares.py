@@ -18,6 +18,7 @@ from torch.nn import functional
 from fxprune.graph.operators import is_norm_layer, to_rows
 from fxprune.runtime.distributed import all_gather, all_reduce_sum
 from fxprune.runtime.linear_solver import solve_positive_definite
+from fxprune.runtime.torch_internals import convolution_padding, layer_methods
 
 QUICK_EFFORT = 0.5
 """Share of the usual effort that is enough where a fit only serves to judge a plan by."""
@@ -99,7 +100,7 @@ def input_patches(layer: nn.Conv2d, x: Tensor, place: Tensor) -> Tensor:
     """What a convolution reads (n, C) at places of its output."""
     reach = [dilation * (size - 1) + 1 for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    padded = functional.pad(x, convolution_padding(layer), mode=mode)
     windows = padded.unfold(2, reach[0], layer.stride[0]).unfold(3, reach[1], layer.stride[1])
     windows = windows[..., :: layer.dilation[0], :: layer.dilation[1]].permute(0, 2, 3, 1, 4, 5)
     height, width = windows.shape[1:3]
@@ -132,7 +133,8 @@ def fit_layer(layer: nn.Module, sight: LayerRows, effort: float = 1.0) -> None:
     then get the scale and shift by which mean and variance are what they were (REPAIR, arXiv 2211.08403); norms too.
     `effort` is the share of the places that they usually look at.
     """
-    weight, bias = {**layer._parameters, **layer._buffers}.get("weight"), getattr(layer, "bias", None)
+    own: dict[str, Tensor] = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    weight, bias = own.get("weight"), getattr(layer, "bias", None)
     if weight is None or not weight.is_floating_point() or not _is_plain_layer(layer):
         return
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -147,8 +149,7 @@ def fit_layer(layer: nn.Module, sight: LayerRows, effort: float = 1.0) -> None:
 
 def _is_plain_layer(layer: nn.Module) -> bool:
     """Whether a layer computes as its kind does: a class derived from it may pad, standardize or activate besides."""
-    methods = ("forward", "_conv_forward") if isinstance(layer, nn.Conv2d) else ("forward",)
-    homes = {getattr(getattr(layer, name), "__module__", "") for name in methods}
+    homes = {getattr(method, "__module__", "") for method in layer_methods(layer)}
     return all(f"{home}.".startswith(("torch.nn.modules.", "torchvision.ops.misc.")) for home in homes)
 
 
