@@ -17,7 +17,7 @@ from torch import nn
 from fxprune.datasets.batches import batches
 from fxprune.datasets.evaluation import evaluate
 from fxprune.demo.bundled import load_dataset, load_detector
-from fxprune.planning.analyzer import analyze
+from fxprune.planning.analyzer import AnalysisOptions, analyze_by_criteria
 from fxprune.planning.ilp import check_budget
 from fxprune.planning.plan import Plan
 from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave
@@ -71,10 +71,11 @@ def run_demo(out: Console, err: Console, budget: float = 0.1, criteria: Sequence
     rows: list[Row] = []
     with _progress(err) as progress:
         names = ("unpruned", *criteria)
-        task = progress.add_task("", total=len(val) * len(names) + ROUNDS)
+        task = progress.add_task("capture and score", total=len(val) * len(names) + ROUNDS)
+        analyses = analyze_by_criteria(model, batches(model, calibration), criteria, AnalysisOptions())
         for name in names:
             progress.update(task, description=f"prune by {name}" if rows else "evaluate the unpruned detector")
-            plan = None if not rows else analyze(model, batches(model, calibration), criterion=name).plan(budget)
+            plan = analyses[name].plan(budget) if name in analyses else None
             pruned = model if plan is None else apply(model, plan)
             scores = evaluate(pruned, val, progress=_make_advance(progress, task))
             rows.append(Row(name, pruned, scores, plan))

@@ -1,4 +1,4 @@
-"""From a model and its batches to an `Analysis`: capture once, score by any number of criteria."""
+"""Defines `analyze`: capture a model once, then score it by one or more criteria."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from fxprune.version import __version__
 
 @dataclass(frozen=True)
 class AnalysisOptions:
-    """How a model is analyzed; see `analyze`.
+    """Options of an analysis; see `analyze`.
 
     Raises
     ------
     SettingError
-        If one is not known.
+        If the criterion or the latency backend is not known.
     """
 
     criterion: str | RegionScore = "fisher"
@@ -59,28 +59,28 @@ class AnalysisOptions:
 
 
 class Analyzer:
-    """A model that is captured once and scored by any number of criteria.
+    """Captures a model once and scores it by any number of criteria.
 
     Parameters
     ----------
     model : Module
-        The caller's; the work is done on a copy.
+        The caller's model. It is not changed; the work is done on a copy.
     loader : iterable or CalibrationSet
-        Batches. To score by more than one criterion they have to be kept.
+        Calibration batches. More than one call of `score` needs a `CalibrationSet`.
     options : AnalysisOptions
-        The criterion is not looked at; it is given to `score`.
+        Options. Their criterion is not used; `score` takes it.
 
     Attributes
     ----------
     captured : CapturedModel
-        The copy, captured.
+        The captured copy.
     latency : Latency
-        What was measured before it was captured.
+        Latency of the model and of its regions, or `UNMEASURED`.
 
     Raises
     ------
     FxpruneError
-        As `analyze` does.
+        As for `analyze`.
     """
 
     def __init__(self, model: nn.Module, loader: Any, options: AnalysisOptions) -> None:
@@ -91,16 +91,16 @@ class Analyzer:
             self.opened = open_calibration(network, loader, options.loss, options.seed)
             adapted, first = self.opened.adapted, self.opened.first
             backend = BACKENDS[options.latency_backend] if options.latency_backend else None
-            twin = backend_copy(adapted.module, backend) if backend else None
+            timed_model = backend_copy(adapted.module, backend) if backend else None
             say("capture", 0, 1)
             self.captured = capture_model(adapted, first)
             say("capture", 1, 1)
         check_same_batches([first])
         self.name = type(network).__name__
-        self.latency = UNMEASURED if twin is None else self._measure_latency(twin, first)
+        self.latency = UNMEASURED if timed_model is None else self._measure_latency(timed_model, first)
 
     def score(self, criterion: str | RegionScore) -> Analysis:
-        """Score every region; see `analyze` for the criteria."""
+        """Score every region by a criterion, see `analyze`."""
         name, chosen = get_criterion(criterion)
         captured, opened, say = self.captured, self.opened, self.options.progress
         if chosen.linear_recovery:
@@ -143,21 +143,37 @@ class Analyzer:
             groups=tuple(groups),
         )
 
-    def _measure_latency(self, twin: nn.Module, first: Batch) -> Latency:
-        """Measure milliseconds; one process does, alone."""
+    def _measure_latency(self, timed_model: nn.Module, first: Batch) -> Latency:
+        """Measure the latency in one process; the others wait for the result."""
         backend, captured = BACKENDS[str(self.options.latency_backend)], self.captured
         module, adapter = captured.adapted.module, captured.adapted.adapter
         return run_on_rank_zero(
             lambda: measure_latency(
-                backend, twin, module, captured.graphs, captured.regions, adapter, first, tell=self.options.progress
+                backend, timed_model, module, captured.graphs, captured.regions, adapter, first, tell=self.options.progress
             )
         )
 
 
 def analyze_with(model: nn.Module, loader: Any, options: AnalysisOptions) -> Analysis:
-    """Analyze a model; as `analyze`, with the options in one value."""
+    """Analyze a model as `analyze` does, with the options in one object."""
     with isolated_run(unwrap(model), grad=True):
         return Analyzer(model, loader, options).score(options.criterion)
+
+
+def analyze_by_criteria(
+    model: nn.Module, loader: Any, criteria: Iterable[str | RegionScore], options: AnalysisOptions
+) -> dict[str, Analysis]:
+    """Capture a model once and score it by several criteria.
+
+    Returns
+    -------
+    dict of str to Analysis
+        By the name of the criterion.
+    """
+    with isolated_run(unwrap(model), grad=True):
+        calibration = open_calibration(model, loader, options.loss, options.seed).keep()
+        analyzer = Analyzer(model, calibration, options)
+        return {get_criterion(criterion)[0]: analyzer.score(criterion) for criterion in criteria}
 
 
 @refuse_removed_keywords
@@ -171,42 +187,43 @@ def analyze(
     latency_backend: str | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Find what can be removed from a model, what that would save, and how important it is.
+    """Find the regions of a model that can be removed, and compute their scores and costs.
 
     Parameters
     ----------
     model : Module
-        A torchvision detector or classifier, an ultralytics model or `YOLO` object, or anything with a `loss`.
+        A torchvision detector or classifier, an ultralytics model or `YOLO` object, or any model with a `loss`.
         It is not changed; the work is done on a copy in float32.
     calib_loader : iterable
-        Batches in the form this kind of model takes (an unknown form raises with the known ones), with labels or
-        images alone; then the model's own confident outputs are the targets. Read once.
+        Calibration batches in a form that the model's adapter knows; the error for other forms lists the known ones.
+        Batches without labels get the model's own confident outputs as targets. The loader is read once.
     criterion : str or callable
         ``"fisher"`` (default), ``"fisher_mended"``, ``"grad_delta"``, ``"grad_act"`` (arXiv 2602.14040), ``"l1"`` (its
         baseline), ``"random"``, or ``callable(region, modules) -> float`` with the region's modules by dotted path;
         see `fxprune.attribution.criteria`. ``"fisher_mended"`` keeps the batches in memory.
     loss : callable, optional
-        ``loss(model, batch) -> scalar Tensor``, the mean over the images; for models of no known kind.
+        ``loss(model, batch) -> scalar Tensor``, the mean over the images. Needed for models without an own adapter.
     seed : int
-        For samplers inside the loss, and for ``criterion="random"``.
+        Seed for samplers inside the loss and for ``criterion="random"``.
     latency_backend : str, optional
-        ``"eager"`` or ``"inductor"`` (``torch.compile(dynamic=False)``): measure the milliseconds of one call in
-        float32 on the first batch there, on the model's device, with torch's threads. Let nothing else run meanwhile.
+        ``"eager"`` or ``"inductor"`` (``torch.compile(dynamic=False)``): measure the milliseconds of one call on this
+        backend, in float32, on the first batch, on the model's device, with torch's number of threads. Run nothing
+        else at that time.
     progress : callable, optional
-        ``progress(stage, done, total)``; `total` is None where it is not known.
+        ``progress(stage, done, total)``; `total` is None if it is not known.
 
     Returns
     -------
     Analysis
-        The same in all processes (`torch.distributed`), which share out the batches: call it in each, with the same
-        model and loader. Milliseconds are measured by one process alone.
+        Regions, scores and costs. In several processes (`torch.distributed`), call `analyze` in each with the same
+        model and loader: they share the batches and return the same. Only one process measures the latency.
 
     Raises
     ------
     ModelError, NoRegionError
         If the model cannot be analyzed, or has nothing to remove.
     BatchError, LossError, SettingError
-        If a batch, its loss (names the batch) or an option cannot be used.
+        If a batch, its loss or an option cannot be used. The message names the batch.
 
     Examples
     --------
@@ -217,7 +234,7 @@ def analyze(
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of what an analysis depends on."""
+    """Return the versions of Python and of the libraries that an analysis depends on."""
     return {
         "fxprune": __version__,
         "torch": torch.__version__,
