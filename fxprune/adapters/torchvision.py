@@ -93,7 +93,7 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     losses = _trainable_mode(model)(batch.images, [dict(target) for target in batch.targets])
     if not isinstance(losses, Mapping) or not losses:
-        raise LossError(f"{type(model).__name__} gave {type(losses).__name__} in train mode, not a dict of losses")
+        raise LossError(f"{type(model).__name__} returned {type(losses).__name__} in train mode, not a dict of losses")
     return torch.stack([value.sum() for value in losses.values()])
 
 

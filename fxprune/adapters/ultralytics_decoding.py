@@ -70,7 +70,7 @@ def decode_output(network: nn.Module, output: Any, height: int, width: int) -> t
         raise ModelError(f"{name} finds rotated boxes, which fxprune cannot read; give a detector of upright boxes")
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if not isinstance(output, Tensor) or output.ndim != 3:
-        raise ModelError(f"{name} gave {shape} instead of boxes (N, channels, k) or (N, k, 6); give a detector")
+        raise ModelError(f"{name} returned {shape} instead of boxes (N, channels, k) or (N, k, 6); give a detector")
     if has_queries(network) and output.shape[-1] == BOX_COLUMNS:
         centre, size = output[..., :2], output[..., 2:4]
         scale = output.new_tensor([width, height] * 2)
@@ -78,7 +78,9 @@ def decode_output(network: nn.Module, output: Any, height: int, width: int) -> t
         return torch.cat([corners, output[..., 4:]], -1), True
     rows = output.shape[-1] == BOX_COLUMNS or bool(getattr(network, "end2end", False))
     if not rows and output.shape[1] < 4 + classes:
-        raise ModelError(f"{name} gave {shape}, not (N, 4 + {classes} classes, k) or (N, k, 6) boxes; give a detector")
+        raise ModelError(
+            f"{name} returned {shape}, not (N, 4 + {classes} classes, k) or (N, k, 6) boxes; give a detector"
+        )
     return output, rows
 
 

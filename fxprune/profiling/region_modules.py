@@ -63,7 +63,7 @@ class RegionModule:
         Each copy has its own weights. It reads the output of the previous copy instead of the stand-in.
         """
         parts = [self.module, *(copy.deepcopy(self.module) for _ in range(times - 1))]
-        root, graph, given, results = nn.ModuleList(parts), fx.Graph(), list[Any](), list[fx.Node]()
+        root, graph, inputs, results = nn.ModuleList(parts), fx.Graph(), list[Any](), list[fx.Node]()
         for call in self.calls:
             result = None
             for number, part in enumerate(parts):
@@ -72,13 +72,13 @@ class RegionModule:
                     if result is not None and position == self.stand_in:
                         values.append(result)
                         continue
-                    values.append(graph.placeholder(f"value{len(given)}"))
-                    given.append(value.clone() if isinstance(value, torch.Tensor) else value)
+                    values.append(graph.placeholder(f"value{len(inputs)}"))
+                    inputs.append(value.clone() if isinstance(value, torch.Tensor) else value)
                 result = _inline(graph, part, str(number), values)
             assert result is not None
             results.append(result)
         graph.output(tuple(results))
-        return fx.GraphModule(root, graph), given
+        return fx.GraphModule(root, graph), inputs
 
 
 def extract_regions(run: Callable[[], Any], graphs: Graphs, regions: Iterable[Region]) -> list[RegionModule]:

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the caller, not at a line of fxprune."""
+"""Issues warnings that point at the line of the caller, not at a line of fxprune."""
 
 from __future__ import annotations
 
