@@ -15,11 +15,11 @@ from fxprune import Plan
 from fxprune.cli.app import main
 from fxprune.planning.analysis import Analysis
 from fxprune.reporting.report import Report
-from tests.commands import FEW, VAL
 from tests.helpers.cases import Case, make_case
+from tests.helpers.commands import FEW, VAL
 from tests.helpers.environment import set_environment
+from tests.helpers.models import Detector, Eager, build, labelled, partly_labelled, squared, tiny
 from tests.helpers.systems import SIX
-from tests.models import Detector, Eager, build, labelled, partly_labelled, squared, tiny
 
 set_environment()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench_speed, results
-from tests.models import pixels
+from tests.helpers.models import pixels
 
 X = pixels(2, 3, 16, 16)
 

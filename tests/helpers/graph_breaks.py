@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.deploy.dynamo_backend import fxprune_backend
 from fxprune.planning.plan import Plan
+from tests.helpers.models import labelled, tiny
 from tests.helpers.removals import plan_for
-from tests.models import labelled, tiny
 
 unseen: Any = torch._dynamo.disable
 

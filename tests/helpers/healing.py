@@ -14,7 +14,7 @@ from fxprune.healing.teacher_student import TeacherStudent, pair_models
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.plan import Plan
 from fxprune.runtime.private_copy import private_copy
-from tests.models import labelled, pixels, tiny
+from tests.helpers.models import labelled, pixels, tiny
 
 
 def images(batches: int = 3, count: int = 4) -> list[Tensor]:

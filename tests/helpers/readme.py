@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent.parent / "README.md"
+from tests.helpers.paths import ROOT
+
+README = ROOT / "README.md"
 
 
 def blocks_under(heading: str, text: str) -> list[str]:

@@ -1,0 +1,105 @@
+"""Hostile batches of classifiers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fxprune
+from fxprune import BatchError
+from tests.helpers.hostile import assert_refused, assert_unchanged, removed
+from tests.helpers.models import labelled, pixels, tiny
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"img": pixels(2, 3, 16, 16)},
+        "cat.jpg",
+        3,
+        np.zeros((2, 3, 16, 16), np.float32),
+        pixels(3, 16, 16),
+        pixels(16),
+        (pixels(2, 3, 16, 16), [1, 2]),
+        (pixels(2, 3, 16, 16), torch.tensor([1, 2]), torch.tensor([1, 2])),
+        (np.zeros((2, 3, 16, 16), np.float32), torch.tensor([1, 2])),
+    ],
+    ids=["dict", "string", "number", "array", "image", "vector", "list of labels", "triple", "array and labels"],
+)
+def test_a_form_no_classifier_takes(batch: Any, where: int) -> None:
+    model, batches = tiny(), list[Any](labelled())
+    batches.insert(where, batch)
+    with assert_refused(model, BatchError, rf"^batch {where}: .*Tensor\(N, 3, H, W\), Tensor\(N\) of class indices"):
+        fxprune.compile(model, batches, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([1, 5]), "labels run from 1 to 5, the model knows 0 to 4"),
+        (torch.tensor([-1, 2]), "labels run from -1 to 2, the model knows 0 to 4"),
+        (torch.tensor([1, 2, 3]), "2 images but 3 labels"),
+        (torch.tensor([1.0, 2.0]), "labels are floating point; give class indices as integers"),
+        (torch.rand(2, 4), "4 .*classes|classes.* 4"),
+    ],
+)
+@pytest.mark.parametrize("where", [0, 1])
+def test_labels_no_classifier_takes(labels: Tensor, message: str, where: int) -> None:
+    model, batches = tiny(), labelled()
+    batches.insert(where, (pixels(2, 3, 16, 16), labels))
+    with assert_refused(model, BatchError, f"^batch {where}: .*({message})"):
+        fxprune.compile(model, batches, 0.1)
+
+
+def test_images_of_mixed_sizes_for_a_classifier() -> None:
+    model = tiny()
+    with assert_refused(
+        model, BatchError, r"^batch 0: .*one size .* got \[\(3, 16, 16\), \(3, 16, 24\)\]; resize or pad"
+    ):
+        fxprune.compile(model, [[pixels(3, 16, 24), pixels(3, 16, 16)]], 0.1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_is_not_finite(value: float) -> None:
+    model, batches = tiny(), labelled()
+    batches[1][0][1, 2, 3, 4] = value
+    with assert_refused(model, BatchError, "^batch 1: an image holds NaN or infinity"):
+        fxprune.compile(model, batches, 0.1)
+
+
+@pytest.mark.parametrize("batch", [pixels(0, 3, 16, 16), [], (pixels(0, 3, 16, 16), torch.zeros(0, dtype=torch.int64))])
+def test_a_batch_without_images(batch: Any) -> None:
+    model = tiny()
+    with assert_refused(model, BatchError, "^batch 0: the batch holds no image"):
+        fxprune.compile(model, [batch], 0.1)
+
+
+def test_images_with_another_number_of_channels() -> None:
+    model = tiny()
+    with assert_refused(model, BatchError, "^batch 0: .*channels.*[Kk]nown forms"):
+        fxprune.compile(model, [(pixels(2, 1, 16, 16), torch.tensor([1, 2]))], 0.1)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (pixels(1, 3, 16, 16), torch.tensor([4])),
+        pixels(1, 3, 16, 16),
+        [pixels(1, 3, 16, 16)],
+        [pixels(3, 16, 16)],
+        (pixels(1, 3, 16, 16), torch.full((1, 5), 0.2)),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.tensor([4])),
+    ],
+    ids=["labelled", "tensor", "list of a batch", "list of an image", "soft labels", "bytes"],
+)
+def test_a_batch_of_one(batch: Any) -> None:
+    model = tiny()
+    with assert_unchanged(model):
+        pruned = fxprune.compile(model, [batch], 0.1)
+    assert len(removed(pruned)) == 1
+    assert fxprune.report(pruned).settings["images"] == 1

@@ -1,0 +1,208 @@
+"""Strategies and healing on the command line: what they write, what they say, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import fxprune
+from fxprune.cli.app import main
+from fxprune.cli.calibration_images import open_images
+from fxprune.cli.options import DataOptions, PruneOptions
+from fxprune.cli.steps import describe_effort
+from fxprune.cli.terminal import Terminal
+from fxprune.demo.bundled import load_detector
+from fxprune.healing.loss_change import LossChange
+from fxprune.healing.methods import METHODS
+from fxprune.search.agreement import DetectionAgreement
+from fxprune.search.plan_search import STRATEGIES
+from tests.helpers.commands import FEW, VAL, Captured, refusal
+
+PRUNE = ("prune", "bundled", *FEW, "--budget", "0.2")
+
+
+def notes(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = fxprune.report(fxprune.load(load_detector(), folder)).to_dict()["settings"]
+    return settings
+
+
+def test_a_search_is_announced_carried_out_healed_and_saved(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    assert main([*PRUNE, "--strategy", "search", "--tries", "2", "--heal", "affine", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("search: scores 8 images twice, then tries up to 2 plans: 9 forward passes")
+    assert "search: 2 plans tried" in captured.out
+    found = notes(out)
+    assert (found["strategy"], found["tried"], found["heal"]["method"]) == ("search", 2, "affine")
+    assert "### Healed" in (out / "report.md").read_text(encoding="utf-8")
+    assert "<html" in (out / "picture.html").read_text(encoding="utf-8")
+
+
+def test_a_search_whose_plans_are_fitted_scores_twice(capsys: Captured) -> None:
+    assert main([*PRUNE, "--strategy", "search", "--tries", "1", "--heal", "affine"]) == 0
+    assert capsys.readouterr().err.startswith("search: scores 8 images twice, then tries up to 1 plans: 6 forward")
+
+
+def test_one_plan_by_score_can_be_healed_by_imitation(capsys: Captured) -> None:
+    assert main([*PRUNE, "--criterion", "l1", "--heal", "mimic", "--steps", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    heal = json.loads(captured.out)["settings"]["heal"]
+    assert (heal["method"], heal["steps"], heal["images"]) == ("mimic", 2, 8)
+    assert heal["distance"]["before"] > 0
+    assert heal["loss"]["after"] <= heal["loss"]["before"]
+    told, unsaved = captured.err.splitlines()
+    assert told.startswith("note: after healing, the loss on images that were held out is still off by")
+    assert unsaved == "fxprune: nothing was saved; --out FOLDER saves the pruned model"
+
+
+@pytest.mark.slow
+def test_a_sweep_can_heal_its_points(capsys: Captured) -> None:
+    arguments = ["sweep", "bundled", *FEW, "--budgets", "0.3", "--json"]
+    found = []
+    for method in ("none", "affine"):
+        assert main([*arguments, "--heal", method]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    plain, healed = found
+    assert (plain["heal"], healed["heal"]) == ("none", "affine")
+    assert plain["points"][1]["removed"] == healed["points"][1]["removed"]
+    assert plain["points"][0]["scores"] == healed["points"][0]["scores"]
+    assert plain["points"][1]["scores"] != healed["points"][1]["scores"]
+
+
+@pytest.mark.parametrize(("chosen", "said"), [([], "--heal affine."), (["--heal", "none"], None)])
+def test_a_sweep_says_what_mended_its_points(chosen: list[str], said: str | None, capsys: Captured) -> None:
+    assert main(["sweep", "bundled", *FEW, "--budgets", "0.1", *chosen]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "mended" in line] == (
+        [f"Every cut was mended: {said}"] if said else []
+    )
+
+
+@pytest.mark.parametrize("command", ["sweep", "prune"])
+def test_a_loss_that_healing_leaves_is_told_where_nothing_is_measured(
+    command: str, capsys: Captured, tmp_path: Path
+) -> None:
+    measured = {"sweep": ["--budgets", "0.5"], "prune": ["--budget", "0.5", "--out", str(tmp_path / "out")]}[command]
+    assert main([command, "bundled", *FEW, *measured]) == 0
+    assert ("after healing, the loss" in capsys.readouterr().err) == (command == "prune")
+
+
+# Ctrl-C --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the second plan is judged."""
+    judged: list[Any] = []
+    for kind in (LossChange, DetectionAgreement):
+        monkeypatch.setattr(kind, "increase", _stopping(kind.increase, judged))
+
+
+def _stopping(worse: Any, judged: list[Any]) -> Any:
+    def stop(self: Any, pruned: Any) -> Any:
+        judged.append(pruned)
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        return worse(self, pruned)
+
+    return stop
+
+
+@pytest.mark.usefixtures("interrupted")
+@pytest.mark.filterwarnings("default::fxprune.FxpruneWarning")
+def test_ctrl_c_saves_the_best_so_far(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    assert main([*PRUNE, "--strategy", "search", "--tries", "5", "--criterion", "l1", "--out", str(out)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "note: the search was interrupted after 1 of 5 plans; this is the best so far" in said
+    assert said.endswith(f"fxprune: wrote {out}")
+    assert (notes(out)["strategy"], notes(out)["prunings"]) == ("search", 1)
+
+
+@pytest.mark.usefixtures("interrupted")
+@pytest.mark.filterwarnings("default::fxprune.FxpruneWarning")
+def test_a_second_ctrl_c_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METHODS, "mimic", stop)
+    out = tmp_path / "out"
+    assert main([*PRUNE, "--strategy", "search", "--criterion", "l1", "--heal", "mimic", "--out", str(out)]) == 130
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines()[-1] == "fxprune: interrupted"
+    assert not list(tmp_path.iterdir())
+
+
+# Images, effort, options ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heal", "limit", "count"), [("none", None, 64), ("affine", None, 200), ("mimic", 9, 9)])
+def test_healing_reads_more_images(heal: str, limit: int | None, count: int) -> None:
+    options = DataOptions(images=VAL / "images", limit=limit)
+    assert len(open_images(load_detector(), options, "calibration", heal).dataset) == count
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        (PruneOptions("one_shot", heal="mimic"), ""),
+        (PruneOptions("search", 24, "none"), "tries up to 24 plans: 25 forward passes over 192, at most"),
+        (
+            PruneOptions("search", 3, "mimic"),
+            "up to 3 plans: 12 forward passes over 64 of them and 4 over 192",
+        ),
+    ],
+)
+def test_the_effort_is_said(search: PruneOptions, said: str) -> None:
+    found = describe_effort(200, search)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--strategy", "greedy"), ("--heal", "norms"), ("--shapes", "sampled")])
+def test_what_was_removed_is_refused_with_what_to_use(option: str, value: str, capsys: Captured) -> None:
+    assert "is gone: " in refusal(capsys, "prune", "bundled", option, value, status=2)
+
+
+@pytest.mark.parametrize("option", ["--strategy", "--heal"])
+def test_unknown_names_are_refused(option: str, capsys: Captured) -> None:
+    known = STRATEGIES if option == "--strategy" else METHODS
+    text = refusal(capsys, "prune", "bundled", option, "luck", status=2)
+    assert f"'luck' is not known; known: {', '.join(known)}" in text
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+def frames(*told: tuple[str, int, int | None]) -> str:
+    """What a terminal is sent of the bars, the last frame as it is after what was told."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system=None, width=80)
+    with Terminal(console, console).progress() as tell:
+        for stage, done, total in told:
+            tell(stage, done, total)
+    return file.getvalue()
+
+
+ROUND: list[tuple[str, int, int | None]] = [("capture", 0, 1), ("capture", 1, 1)]
+ROUND += [("attribution", 0, 16), ("attribution", 8, 16), ("attribution", 16, 16)]
+
+
+def test_a_stage_that_comes_again_counts_on() -> None:
+    assert "32/32 img" in frames(*ROUND, *ROUND)
+
+
+def test_a_stage_of_unknown_length_is_full_when_another_begins() -> None:
+    told = [("affine", 1, None), ("affine", 2, None)]
+    assert "layers" not in frames(*told)
+    assert "2/2 layers" in frames(*told, ("mimic", 1, 4))
+    assert "1/4 steps" in frames(*told, ("mimic", 1, 4))
+
+
+def test_one_analysis_counts_as_before() -> None:
+    assert "16/16 img" in frames(*ROUND)

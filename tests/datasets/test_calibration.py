@@ -1,0 +1,60 @@
+"""Batches are read once, normalized once and labelled once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from torch import Tensor, nn
+
+from fxprune.adapters import classifier, registry
+from fxprune.adapters.protocol import Batch
+from fxprune.datasets import calibration
+from fxprune.datasets.calibration import open_calibration
+from tests.helpers.models import pixels, tiny
+
+
+def test_each_batch_without_labels_is_labelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def label(model: nn.Module, batch: Batch) -> Batch:
+        seen.append(batch.images)
+        return classifier.ADAPTER.label(model, batch)
+
+    def draw() -> Iterator[Tensor]:
+        yield from (pixels(2, 3, 16, 16, seed=seed) for seed in range(3))
+
+    monkeypatch.setattr(registry, "ADAPTERS", (replace(classifier.ADAPTER, label=label),))
+    opened = open_calibration(tiny(), draw(), None)
+    first = opened.first
+    batches = list(opened.own_batches(opened.adapted))
+    assert batches[0] is first
+    assert [len(images) for images in seen] == [2, 2, 2]
+    assert {batch.own_targets for batch in batches if batch is not None} == {True}
+    kept = open_calibration(tiny(), draw(), None).keep()
+    assert (len(kept.batches), kept.targets) == (3, "the model's own confident outputs")
+
+
+@pytest.mark.parametrize(
+    ("batches", "images", "world", "one", "other"),
+    [
+        (8, 99, 1, [0, 2, 4, 6], [1, 3, 5, 7]),
+        (8, 3, 1, [0, 2], [1, 3, 4]),  # as many batches of two as hold three images, and five others
+        (1, 3, 1, [0], [0]),
+        (9, 99, 2, [0, 2, 4, 6, 8], [1, 3, 5, 7]),
+        (9, 1, 2, [0, 2], [1, 3]),  # one for each process at least
+        (3, 99, 2, [0, 1, 2], [0, 1, 2]),
+    ],
+)
+def test_two_samples_have_no_image_in_common(
+    batches: int, images: int, world: int, one: list[int], other: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = [pixels(2, 3, 16, 16, seed=seed) for seed in range(batches)]
+    kept = open_calibration(tiny(), loader, None).keep()
+    monkeypatch.setattr(calibration, "world_size", lambda: world)
+    found = [
+        [next(i for i, own in enumerate(kept.batches) if own is batch) for batch in part.batches]
+        for part in kept.split(images, images + 2)
+    ]
+    assert found == [one, other]

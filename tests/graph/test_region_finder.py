@@ -1,0 +1,161 @@
+"""Regions against what was written down by hand, and against a brute-force reading of their definition."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from torch import fx
+
+import fxprune
+from fxprune.errors import NoRegionError
+from fxprune.graph.capture import Traced, trace_module
+from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, value_graph
+from fxprune.graph.region_finder import find_regions
+from fxprune.graph.symbolic_shapes import SymbolicShapes, propagate_symbolic, tensor_specs
+from tests.helpers.zoo import ZOO, image_batch, mean_loss
+
+NAMES = sorted(ZOO)
+
+
+def captured(name: str) -> tuple[fx.GraphModule, SymbolicShapes]:
+    """Graph and signatures of a zoo model."""
+    traced = trace_module(ZOO[name].build(), frozenset())
+    assert isinstance(traced, Traced)
+    return traced.gm, propagate_symbolic(traced.gm, tensor_specs((image_batch(),)), {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_regions_are_those_written_by_hand(name: str) -> None:
+    gm, shapes = captured(name)
+    found, _ = find_regions("", gm, shapes)
+    assert {(region.name, region.kind) for region in found} == ZOO[name].regions
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_with_weights_is_in_a_region_or_refused_with_a_reason(name: str) -> None:
+    gm, shapes = captured(name)
+    found, rejections = find_regions("", gm, shapes)
+    layers = {str(node.target) for node in gm.graph.nodes if is_weighted(gm, node)}
+    covered = {layer for region in found for layer in region.layers}
+    refused = {rejection.name for rejection in rejections}
+    assert layers - covered <= refused
+    assert all(len(rejection.reason) > 20 for rejection in rejections)
+
+
+def closed(flow: nx.DiGraph, entry: str, exit_: str) -> set[str]:
+    """Members of the region between two values by its definition, path by path; empty if it is none."""
+    without_entry = nx.restricted_view(flow, [entry], [])
+    without_exit = nx.restricted_view(flow, [exit_], [])
+    reached = nx.descendants(without_entry, SOURCE)
+    escaping = nx.ancestors(without_exit, SINK)
+    members = {
+        name for name in nx.descendants(flow, entry) if name not in reached and name not in escaping and name != SINK
+    }
+    fed = all(set(flow.predecessors(name)) <= members | {entry} for name in members)
+    return members if exit_ in members and fed else set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bypasses_are_closed_by_definition(name: str) -> None:
+    gm, shapes = captured(name)
+    found, _ = find_regions("", gm, shapes)
+    flow = value_graph(gm.graph)
+    for region in found:
+        if region.kind == "bypass":
+            assert set(region.nodes) == closed(flow, region.stand_in, region.exit)
+            assert shapes.provably_equal(region.stand_in, region.exit)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_smallest_region_is_missed(name: str) -> None:
+    gm, shapes = captured(name)
+    found, _ = find_regions("", gm, shapes)
+    flow = value_graph(gm.graph)
+    weighted = {node.name for node in gm.graph.nodes if is_weighted(gm, node)}
+    values = [name for name in flow if name in shapes.values]
+    pairs = {
+        (entry, exit_): members
+        for entry, exit_ in product(values, values)
+        if entry != exit_ and shapes.provably_equal(entry, exit_) and (members := closed(flow, entry, exit_)) & weighted
+    }
+    sets = list(pairs.values())
+    smallest = [members for members in sets if not any(other < members and other & weighted for other in sets)]
+    for members in smallest:
+        assert any(set(region.nodes) & weighted >= members & weighted for region in found), members
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drops_remove_what_only_the_sum_reads(name: str) -> None:
+    gm, shapes = captured(name)
+    found, _ = find_regions("", gm, shapes)
+    flow = value_graph(gm.graph)
+    for region in found:
+        if region.kind == "drop":
+            branch = set(region.nodes) - {region.exit}
+            without = nx.restricted_view(flow, [region.exit], [])
+            assert not any(nx.has_path(without, member, SINK) for member in branch)
+            assert region.stand_in not in region.nodes
+
+
+def test_shuffle_keeps_its_permutation() -> None:
+    gm, shapes = captured("shuffle")
+    found, _ = find_regions("", gm, shapes)
+    assert not any("transpose" in node for region in found for node in region.nodes)
+
+
+def test_last_norm_of_a_transformer_stays() -> None:
+    gm, shapes = captured("pre_norm")
+    (region,), _ = find_regions("", gm, shapes)
+    assert "last" not in region.nodes
+    assert {"norm", "up", "down"} <= set(region.nodes)
+
+
+def test_shapes_equal_by_accident_of_size_are_refused() -> None:
+    model = ZOO["even_only"].build()
+    batches = [image_batch((64, 96))]
+    with pytest.raises(NoRegionError, match="not provably at every size"):
+        fxprune.analyze(model, batches, loss=mean_loss)
+
+
+def test_a_read_inside_is_named_in_the_rejection() -> None:
+    gm, shapes = captured("tapped")
+    _, rejections = find_regions("", gm, shapes)
+    assert any(rejection.name == "b" and "the output" in rejection.reason for rejection in rejections)
+
+
+def test_region_names_are_distinct_and_in_graph_order() -> None:
+    gm, shapes = captured("shared_head")
+    found, _ = find_regions("", gm, shapes)
+    order = [node.name for node in gm.graph.nodes]
+    assert [region.name for region in found] == ["tower", "tower#2"]
+    assert [order.index(region.exit) for region in found] == sorted(order.index(region.exit) for region in found)
+
+
+def test_proof_holds_at_every_size() -> None:
+    for name in NAMES:
+        gm, shapes = captured(name)
+        found, _ = find_regions("", gm, shapes)
+        for size in ((16, 12), (18, 22), (9, 31)):
+            images = image_batch(size, images=3)
+            run = _Shapes(gm)
+            run.run(*images if isinstance(images, tuple) else (images,))
+            seen = run.shapes
+            assert all(seen[region.stand_in] == seen[region.exit] for region in found), (name, size)
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shape of every tensor."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.shapes: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.shapes[n.name] = value.shape
+        return value

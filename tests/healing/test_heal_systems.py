@@ -1,0 +1,51 @@
+"""Healing of the six systems, from images without labels: nearer to what they were, and still what pruning left."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxprune
+from fxprune.adapters.registry import unwrap
+from tests.helpers.cases import Case
+from tests.helpers.hostile import assert_unchanged
+
+pytestmark = pytest.mark.slow
+
+
+def mirrored(images: Any) -> Any:
+    return images.flip(-1) if isinstance(images, Tensor) else [image.flip(-1) for image in images]
+
+
+def unlabelled(case: Case) -> list[Any]:
+    """Two batches of the case's images, four times over: of random weights nothing is learnt that holds for others."""
+    ways = (case.x, mirrored(case.x))
+    return [{"img": images} for images in ways] * 4 if isinstance(case.batch, dict) else [*ways] * 4
+
+
+@pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")  # weights are random
+@pytest.mark.parametrize("method", ["affine", "mimic"])
+def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fxprune.healing.methods.INTERPOLATIONS", (1.0,)
+    )  # weights are random, their loss says little of how far to go
+    with assert_unchanged(case.model), assert_unchanged(case.pruned):
+        healed = fxprune.heal(case.pruned, case.model, unlabelled(case), method, steps=4)
+    report = fxprune.report(healed)
+    distance: Any = report.settings["heal"]["distance"]
+    assert distance["after"] < 0.6 * distance["before"]
+
+    state, before = unwrap(healed).state_dict(), unwrap(case.pruned).state_dict()
+    assert {key: (value.shape, value.dtype) for key, value in state.items()} == {
+        key: (value.shape, value.dtype) for key, value in before.items()
+    }
+    assert any(not torch.equal(state[key], before[key]) for key in state)
+    assert (report.after, report.removed) == (fxprune.report(case.pruned).after, fxprune.report(case.pruned).removed)
+    assert type(healed).__name__ == type(case.pruned).__name__
+    assert not unwrap(healed).training
+    with torch.no_grad():
+        copy.deepcopy(healed)(case.x)

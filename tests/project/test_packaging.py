@@ -1,0 +1,41 @@
+"""The wheel holds what the tree holds, and the package's surface is what the documentation says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import fxprune
+import fxprune.errors
+from tests.helpers.paths import ROOT
+
+
+def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    tree = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxprune").rglob("*.py")}
+    tree |= {f"fxprune/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "passes").rglob("*.py")}
+    for folder in ("demo/data", "visualize/web"):
+        tree |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fxprune" / folder).rglob("*") if path.is_file()}
+    tree.add("fxprune/py.typed")
+    assert {name for name in tree if "__pycache__" not in name} <= packed
+    assert not any(name.startswith(("passes/", "tests/", "benchmarks/")) for name in packed)
+
+
+def test_surface() -> None:
+    errors = {name for name, value in vars(fxprune.errors).items() if isinstance(value, type)}
+    data = {"CocoDataset", "batches", "draw", "evaluate", "fold_norms", "heal", "load", "save"}
+    assert set(fxprune.__all__) == errors | data | {"analyze", "apply", "compile", "report", "Plan", "__version__"}
+    for name in errors - {"FxpruneWarning"}:
+        assert issubclass(getattr(fxprune, name), fxprune.FxpruneError)
+
+
+def test_import_reads_no_ultralytics_no_dataset_and_no_renderer() -> None:
+    late = {"ultralytics", "pycocotools", "quickjs", "resvg_py"}
+    code = f"import fxprune, sys; assert not {late} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

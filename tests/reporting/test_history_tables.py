@@ -1,0 +1,175 @@
+"""How a pruning came about: step by step, by a search, healed; the same in every form of the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+import fxprune
+from fxprune.reporting.history_tables import format_signed
+from fxprune.reporting.report import Report
+from tests.helpers.models import labelled
+from tests.helpers.plans import block, plan_of
+
+HEAL = {"method": "mimic", "images": 256, "steps": 400, "distance": {"before": 0.48, "after": 0.12}, "seconds": 93.0}
+SEARCH = {"strategy": "search", "tried": 7, "mended": "affine"}
+
+
+def steps(*losses: float | None, **settings: Any) -> Report:
+    """A report of as many prunings, each of the first of what blocks are left of four."""
+    plans = []
+    for number, loss in enumerate(losses):
+        left = [block(f"b{index}", float(index), removed=index == number) for index in range(number, 4)]
+        facts = {} if loss is None else {"loss_increase": loss}
+        plans.append(plan_of(left, settings={**settings, **facts}))
+    return Report(tuple(plans))
+
+
+def text(report: Report, monkeypatch: pytest.MonkeyPatch, columns: int = 120) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return str(report)
+
+
+def rows(report: Report, title: str, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    lines = text(report, monkeypatch).splitlines()
+    start = lines.index(title)
+    return [line.split() for line in lines[start + 1 : lines.index("", start)]]
+
+
+# Step by step --------------------------------------------------------------------------------------------------------
+
+
+def test_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = steps(0.01, -0.002, **SEARCH)
+    head, first, second, *notes = rows(report, "Step by step", monkeypatch)
+    assert " ".join(head) == "step what went FLOPs so far loss"
+    assert first == ["1", "b0", "−25.0%", "+0.01"]
+    assert second == ["2", "b1", "−50.0%", "−0.002"]
+    assert " ".join(notes[0]).startswith("1: at least 10% of the FLOPs, 25.0% went; by fisher; ")
+    assert " ".join(notes[1]).startswith("2: at least 10% of the FLOPs")
+    assert " ".join(notes[2]).startswith("loss: how much it has grown")
+    assert text(report, monkeypatch).startswith("fxprune removed 2 of 4 candidates in 2 steps\n")
+
+
+def test_steps_count_the_budgets_own_cost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [replace(plan, cost="blocks") for plan in steps(None, None).plans]
+    head, first, second, *_ = rows(Report(tuple(plans)), "Step by step", monkeypatch)
+    assert " ".join(head) == "step what went FLOPs so far blocks so far"
+    assert (first[2:], second[2:]) == (["−25.0%", "−25.0%"], ["−50.0%", "−50.0%"])
+
+
+def test_one_step_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Step by step" not in text(steps(0.1), monkeypatch)
+
+
+def test_steps_of_different_making_are_told_apart(pruned_twice: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = fxprune.report(pruned_twice)
+    lines = [" ".join(row) for row in rows(report, "Step by step", monkeypatch)]
+    assert any(line.startswith("1: at least 30% of the FLOPs") and "by fisher" in line for line in lines)
+    assert any(line.startswith("2: at least 20% of the parameters") and "by l1" in line for line in lines)
+
+
+def test_steps_are_values_and_plain_data() -> None:
+    report = steps(0.01, None)
+    assert [step.removed for step in report.steps] == [("b0",), ("b1",)]
+    assert [step.after.blocks for step in report.steps] == [3, 2]
+    assert report.steps[-1].after == report.after
+    data = report.to_dict()
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert [row["loss_increase"] for row in data["steps"]] == [0.01, None]
+
+
+# Found by a search ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mended", "words"), [("affine", "its loss once mended;"), ("none", "its loss;")])
+def test_a_search_says_how_many_plans_were_tried(mended: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = text(steps(0.0123, strategy="search", tried=7, mended=mended), monkeypatch)
+    assert f"search: 7 plans tried, each judged by {words} growth of the best: +0.0123" in said
+    assert "✂ goes: of 7 plans that meet the budget" in said
+    assert "least summed importance" not in said
+
+
+def test_settings_told_in_words_are_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = steps(0.01, 0.02, heal=HEAL, **SEARCH)
+    said = text(report, monkeypatch)
+    assert "search: 7 plans tried" in said
+    keys = {line.split()[0] for line in said.partition("How it was decided\n")[2].splitlines()}
+    assert {"budget", "criterion", "strategy"} <= keys
+    assert not keys & {"heal", "tried", "loss_increase", "mended"}
+
+
+# Healed --------------------------------------------------------------------------------------------------------------
+
+
+def test_healing_is_a_row_with_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, row, *notes = rows(steps(None, heal=HEAL), "Healed", monkeypatch)
+    assert " ".join(head) == "method images steps distance before after change"
+    assert row == ["mimic", "256", "400", "0.48", "0.12", "−75.0%"]
+    assert "trained" in " ".join(notes[0])
+
+
+@pytest.mark.parametrize(("share", "said"), [(1.0, False), (0.25, True), (0.0, True), ("strange", False)])
+def test_healing_says_how_far_it_went_where_that_is_not_all_the_way(
+    share: Any, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = text(steps(None, heal=HEAL | {"share": share}), monkeypatch)
+    assert ("of the way" in words) == said
+    assert not said or f"It went {share:.0%} of the way" in words
+
+
+def test_healing_has_the_loss_where_it_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = HEAL | {"loss": {"before": 1.234, "after": 0.0567}}
+    head, row, *notes = rows(steps(None, heal=judged), "Healed", monkeypatch)
+    assert " ".join(head[-3:]) == "loss before after"
+    assert row[-3:] == ["−75.0%", "1.2", "0.057"]
+    assert any(" ".join(note).startswith("Loss: how far it is off") for note in notes)
+    assert rows(steps(None, heal=HEAL | {"loss": {"after": None}}), "Healed", monkeypatch)[1][-2:] == ["?", "?"]
+
+
+def test_healing_without_training_has_no_steps_and_may_have_no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    note = {"method": "affine", "images": 8, "distance": {"before": None, "after": None}}
+    head, row, *_ = rows(steps(None, heal=note), "Healed", monkeypatch)
+    assert "steps" not in head
+    assert row == ["affine", "8", "?", "?"]
+
+
+def test_a_plan_that_was_not_carried_out_was_not_healed() -> None:
+    plan = steps(None, heal=HEAL).plans[0]
+    assert "Healed" in str(Report((plan,)))
+    assert "Healed" not in str(fxprune.report(plan))
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_it_all_keeps_to_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = HEAL | {"loss": {"before": 1.234, "after": 0.0567}}
+    said = text(steps(0.01, 1e-9, 123.0, heal=judged, **SEARCH), monkeypatch, columns)
+    assert max(map(len, said.splitlines())) <= columns
+    assert all(part in said for part in ("+1e-09", "+123", "−75.0%"))
+
+
+@pytest.mark.parametrize("strange", [None, "much", {"before": "x"}, [1]])
+def test_strange_notes_can_be_read(strange: Any) -> None:
+    report = steps(
+        None, None, heal={"distance": strange, "loss": strange}, loss_increase=strange, tried=strange, strategy=strange
+    )
+    Console(file=None, quiet=True).print(report)
+    assert "Step by step" in report.to_markdown()
+
+
+def test_growth_has_a_sign() -> None:
+    assert [format_signed(value) for value in (0.01234, -2.0, 0.0, None)] == ["+0.0123", "−2", "+0", ""]
+
+
+# Of real models ------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_reports_what_it_tried(tiny_model: nn.Module) -> None:
+    report = fxprune.report(fxprune.compile(tiny_model, labelled(), 0.3, strategy="search", tries=2))
+    assert report.settings["tried"] == 2
+    assert "search: 2 plans tried" in report.to_markdown().replace("\\", "")
