@@ -142,7 +142,7 @@ def score_each_region(criterion: RegionScore) -> Callable[[ScoringInputs], dict[
                 scores[region.name] = float(value)
             except (TypeError, ValueError):
                 raise SettingError(
-                    f"the criterion returned {value!r} for region {region.name!r}; scores must be finite numbers"
+                    f"the criterion gave {value!r} for region {region.name!r}; scores must be finite numbers"
                 ) from None
         return scores
 

@@ -1,5 +1,5 @@
-"""From a model to a plan: `analyze` joins regions, costs and scores, an integer program chooses the regions that go.
+"""Makes plans: `analyze` joins regions, costs and scores, and an integer program chooses the regions to remove.
 
-A model and calibration batches come in; an `Analysis` goes out, and a `Plan` for any budget. A field of the plan file
-is declared in `plan`; `plan_schema` checks it by its annotation.
+Input: a model and calibration batches. Output: an `Analysis`, and a `Plan` for any budget. The fields of the plan file
+are declared in `plan`; `plan_schema` checks them by their annotations.
 """

@@ -1,4 +1,4 @@
-"""What one look at a model gives: regions, scores, costs; and the plans that follow from it."""
+"""Defines `Analysis`: the regions of a model with scores and costs. It makes a plan for any budget."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fxprune.profiling.flops_params import ParameterGroup
 from fxprune.runtime.options import check_choice
 
 COSTS = ("flops", "latency", "params", "blocks")
-"""What a budget can count."""
+"""Known costs."""
 
 
 def check_cost(cost: object) -> None:
-    """Raise `SettingError` unless a cost is known."""
+    """Raise `SettingError` if a cost is not known."""
     check_choice("cost", cost, COSTS)
 
 
@@ -30,19 +30,21 @@ class Analysis:
     Attributes
     ----------
     regions : tuple of Candidate
-        Every region that can go, in the model's order.
+        All regions that can be removed, in the order of the model.
     rejections : tuple of Rejection
-        What cannot go, and why.
+        Layers and regions that cannot be removed, with the reasons.
     nodes : tuple of NodeRecord
-        Every node of every island.
+        All nodes of all islands.
     links : tuple of Link
-        What flows from island to island.
+        Data flow between islands.
     islands : tuple of IslandRecord
-        Every captured graph.
+        All captured graphs.
     before : Totals
-        Cost of the whole model.
-    settings : mapping
-        Criterion, seed, number of images, where targets came from, versions.
+        Costs of the whole model.
+    settings : Provenance
+        Criterion, seed, number of images, source of the targets, library versions.
+    groups : tuple of ParameterGroup
+        Parameters, grouped by the nodes that read them.
 
     Examples
     --------
@@ -60,28 +62,36 @@ class Analysis:
     groups: tuple[ParameterGroup, ...] = field(repr=False)
 
     def plan(self, budget: float = 0.1, cost: str = "flops") -> Plan:
-        """Choose the least important regions whose removal saves a fraction of the whole model's cost.
+        """Choose the regions to remove: least summed score, and together at least the budget.
+
+        The choice is exact, by an integer program (`fxprune.planning.ilp`).
 
         Parameters
         ----------
         budget : float
-            Fraction in (0, 1): at least this much goes, with least summed importance; among such choices the one
-            that overshoots least.
+            Fraction, in (0, 1), of the model's cost to remove at least. Among choices with equal summed scores, the
+            one that removes least is taken.
         cost : str
-            What it counts: ``"flops"``, ``"latency"`` (milliseconds, if the analysis has measured them), ``"params"``,
-            or ``"blocks"`` (candidate regions that lie in no other).
+            Unit of the budget: ``"flops"``, ``"latency"`` (milliseconds, if the analysis measured them), ``"params"``,
+            or ``"blocks"`` (candidates that lie in no other candidate).
 
         Returns
         -------
         Plan
+            The plan. The model is not changed; `fxprune.apply` applies the plan.
 
         Raises
         ------
         BudgetError
-            If the budget is no such fraction, more than can go (says how much could), or so small that its latency
-            cannot be measured.
+            If the budget is not in (0, 1), if that much cannot be removed (the message says how much can), or if such
+            a small part of the latency cannot be measured.
         SettingError
-            If the cost is not known, or the latency was not measured.
+            If the cost is not known, or if the latency was not measured.
+
+        Examples
+        --------
+        >>> analysis.plan(0.2, "params").removed[0].name           # doctest: +SKIP
+        'backbone.body.layer3.4'
         """
         fraction = check_budget(budget)
         check_cost(cost)
@@ -107,7 +117,7 @@ class Analysis:
         )
 
     def _total(self, cost: str, fraction: float) -> float:
-        """Cost of the whole model, of which a fraction is to go."""
+        """Return the cost of the whole model; the budget is a fraction of it."""
         total = cost_of(self.before, cost)
         if total is None:
             raise SettingError(
@@ -117,8 +127,8 @@ class Analysis:
         floor = self.settings.latency_floor if cost == "latency" else 0.0
         if fraction < floor:
             raise BudgetError(
-                f"budget {fraction:.3g} of the model's latency cannot be told from noise: timed against itself it"
-                f" strays by {floor:.1%}; ask for more, or measure while nothing else runs"
+                f"budget {fraction:.3g} of the model's latency cannot be told from noise: timed against itself, the"
+                f" model strays by {floor:.1%}; give a larger budget, or measure while nothing else runs"
             )
         return total
 
@@ -133,16 +143,16 @@ class Analysis:
         if cost == "latency":
             return [CostItem(region.latency_ms or 0.0, (frozenset([i]),)) for i, region in enumerate(self.regions)]
         if cost == "params":
-            nobody: frozenset[int] = frozenset()
+            no_candidate: frozenset[int] = frozenset()
             return [
-                CostItem(group.params, tuple(holders.get(key, nobody) for key in group.readers))
+                CostItem(group.params, tuple(holders.get(key, no_candidate) for key in group.readers))
                 for group in self.groups
             ]
         nodes = [(node, holders.get((node.island, node.node))) for node in self.nodes]
         return [CostItem(node.flops, (held,)) for node, held in nodes if held]
 
     def totals_after(self, regions: tuple[Candidate, ...]) -> Totals:
-        """What the model costs without those of its regions that are marked as removed."""
+        """Return the costs of the model without the regions that are marked as removed."""
         removed = [region for region in regions if region.removed]
         gone = {(region.island, node) for region in removed for node in region.nodes}
         whole = self.before.latency_ms
@@ -155,7 +165,7 @@ class Analysis:
 
 
 def exclusive_sets(regions: tuple[Candidate, ...]) -> set[frozenset[int]]:
-    """Sets of regions of which at most one can go: those that hold one node, or one that lies in a layer of another."""
+    """Return sets of regions that exclude each other: they share a node, or one lies in a layer of another."""
     holders: dict[tuple[str, str], set[int]] = {}
     for index, region in enumerate(regions):
         for node in region.nodes:

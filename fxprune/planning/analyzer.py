@@ -91,13 +91,13 @@ class Analyzer:
             self.opened = open_calibration(network, loader, options.loss, options.seed)
             adapted, first = self.opened.adapted, self.opened.first
             backend = BACKENDS[options.latency_backend] if options.latency_backend else None
-            timed_model = backend_copy(adapted.module, backend) if backend else None
+            timed = backend_copy(adapted.module, backend) if backend else None
             say("capture", 0, 1)
             self.captured = capture_model(adapted, first)
             say("capture", 1, 1)
         check_same_batches([first])
         self.name = type(network).__name__
-        self.latency = UNMEASURED if timed_model is None else self._measure_latency(timed_model, first)
+        self.latency = UNMEASURED if timed is None else self._measure_latency(timed, first)
 
     def score(self, criterion: str | RegionScore) -> Analysis:
         """Score every region by a criterion, see `analyze`."""
@@ -143,13 +143,13 @@ class Analyzer:
             groups=tuple(groups),
         )
 
-    def _measure_latency(self, timed_model: nn.Module, first: Batch) -> Latency:
+    def _measure_latency(self, timed: nn.Module, first: Batch) -> Latency:
         """Measure the latency in one process; the others wait for the result."""
         backend, captured = BACKENDS[str(self.options.latency_backend)], self.captured
         module, adapter = captured.adapted.module, captured.adapted.adapter
         return run_on_rank_zero(
             lambda: measure_latency(
-                backend, timed_model, module, captured.graphs, captured.regions, adapter, first, tell=self.options.progress
+                backend, timed, module, captured.graphs, captured.regions, adapter, first, tell=self.options.progress
             )
         )
 

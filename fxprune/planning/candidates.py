@@ -1,4 +1,4 @@
-"""From a captured model to candidates: a row a region, a row a node."""
+"""Builds the candidates and the node records of an analysis."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_candidates(
     groups: Sequence[ParameterGroup],
     latency: Latency,
 ) -> tuple[tuple[Candidate, ...], list[Rejection]]:
-    """Join regions with scores and costs; those without a score are refused, never taken for unimportant."""
+    """Join regions with scores and costs. Regions without a score are rejected and not treated as unimportant."""
     wrong = next((region.name for region in regions if not abs(scores.get(region.name, 0.0)) < float("inf")), None)
     if wrong is not None:
         raise SettingError(f"the criterion gave {scores[wrong]} for region {wrong!r}; scores must be finite numbers")
@@ -30,7 +30,7 @@ def build_candidates(
     reason = "no gradient reached it on any calibration batch, so its importance is not known"
     refused = [Rejection(region.name, reason) for region in regions if region.name not in scores]
     if not scored:
-        raise LossError("no region received a gradient: the loss does not depend on what could be removed")
+        raise LossError("no region received a gradient: the loss does not depend on the layers that could be removed")
     members = {region.name: {(region.island, node) for node in region.nodes} for region in scored}
     rows = [
         Candidate(
@@ -49,7 +49,7 @@ def build_candidates(
 def build_node_records(
     graphs: Graphs, record: AttributionRecord, flops: Mapping[NodeName, float]
 ) -> Iterator[NodeRecord]:
-    """Say of every node what it is and what was found of it."""
+    """Yield the record of every node: its operation, scores and operations per image."""
     for island, gm in graphs:
         for node in gm.graph.nodes:
             if node.op == "get_attr":

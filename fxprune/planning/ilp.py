@@ -1,4 +1,4 @@
-"""Which regions go: least importance, enough cost, no two that overlap. Solved exactly as an integer program."""
+"""Chooses the regions to remove by an integer program: least summed score, enough cost, no two that overlap."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fxprune.errors import BudgetError
 
 @dataclass(frozen=True)
 class CostItem:
-    """Something that is saved when all that needs it is removed.
+    """A cost that is saved when all nodes that need it are removed.
 
     Attributes
     ----------
     amount : float
-        How much is saved.
+        The cost that is saved.
     removers : tuple of frozenset of int
-        One set for each thing that needs it: the candidates that would remove this thing.
+        For each node that needs it, the set of candidates that remove this node.
     """
 
     amount: float
@@ -37,7 +37,7 @@ def check_budget(budget: object) -> float:
     Raises
     ------
     BudgetError
-        If it is no finite number strictly between 0 and 1.
+        If the budget is not a number with ``0 < budget < 1``.
     """
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 0 < float(budget) < 1:
         raise BudgetError(f"budget must be a fraction between 0 and 1 of the model's cost to remove, got {budget!r}")
@@ -51,23 +51,24 @@ def choose_regions(
     total: float,
     budget: float,
 ) -> list[int]:
-    """Choose candidates of least summed importance whose removal saves at least a fraction of the total.
+    """Choose the candidates with the least summed importance that save at least a fraction of the total cost.
 
-    Among choices of equal importance the one that saves least is taken, to .001 of the total. Importances below 0
-    count as 0: that a removal lowers the loss of the calibration images is no reason to remove more than was asked for.
+    Among choices of equal importance, the one that saves least is taken, to a precision of .001 of the total. An
+    importance below 0 counts as 0: if a removal lowers the loss on the calibration images, this is no reason to remove
+    more than the budget.
 
     Parameters
     ----------
     importance : sequence of float
-        One number a candidate.
-    items : sequence of Item
-        What can be saved.
+        One number per candidate.
+    items : sequence of CostItem
+        The costs that can be saved.
     conflicts : iterable of collection of int
-        Sets of candidates of which at most one can go.
+        Sets of candidates of which at most one can be removed.
     total : float
         Cost of the whole model, in the unit of the items.
     budget : float
-        Fraction of it, in (0, 1).
+        Fraction of the total, in (0, 1).
 
     Returns
     -------
@@ -77,34 +78,41 @@ def choose_regions(
     Raises
     ------
     BudgetError
-        If no choice saves that much; says how much could go at most.
+        If no choice saves that much. The message says how much can be removed at most.
+
+    Examples
+    --------
+    >>> items = [CostItem(30.0, (frozenset([0]),)), CostItem(20.0, (frozenset([1]),))]
+    >>> choose_regions([5.0, 1.0], items, [], total=100.0, budget=0.2)
+    [1]
     """
     program = _Program(len(importance), _merge_items(items), {frozenset(some) for some in conflicts}, total)
     weights = np.maximum(np.asarray(importance, dtype=float), 0.0)
     objective = _TIE_BREAK * program.cost
     objective[: len(weights)] += weights * (_OBJECTIVE_SCALE / weights.max() if weights.max() > 0 else 1.0)
-    for slack in (0.0, 1e-6, 1e-5):  # the solver keeps constraints to 1e-6; what it chose is counted exactly
+    for slack in (0.0, 1e-6, 1e-5):  # the solver meets constraints to 1e-6; its choice is counted exactly
         solution = program.solve(objective, budget + slack)
         if program.saved_share(solution) >= budget:
             return [int(index) for index in np.flatnonzero(solution[: len(importance)] > 0.5)]
     most = program.saved_share(program.solve(-program.cost, None))
     if most < budget:
         raise BudgetError(
-            f"budget {budget:.3g} of the model's cost cannot be removed: its regions together give {most:.1%} at most;"
+            f"budget {budget:.3g} of the model's cost cannot be removed: all regions together give {most:.1%} at most;"
             f" ask for less than {math.floor(most * 1000) / 1000:.3f}"
         )
-    raise BudgetError(f"budget {budget:.3g} lies within rounding of what can be removed at most ({most:.6%})")
+    raise BudgetError(f"budget {budget:.3g} equals, within rounding, the most that can be removed ({most:.6%})")
 
 
 _OBJECTIVE_SCALE = 1e4
-"""The largest importance in the solver's objective, whose absolute tolerance is 1e-6."""
+"""The largest importance in the solver's objective. The solver has an absolute tolerance of 1e-6."""
 _TIE_BREAK = 1e-3
-"""What the whole model's cost weighs beside it: too little to outweigh a difference that means anything. Among ties the
-solver overshoots by up to its tolerance over this, .001 of the cost; ten times finer takes it fifty times as long."""
+"""Weight of the whole model's cost in the same objective. It is too small to outweigh a significant difference of
+importance. Among ties, the solver removes too much by up to its tolerance divided by this weight, .001 of the cost. A
+ten times finer precision takes fifty times as long."""
 
 
 def _merge_items(items: Sequence[CostItem]) -> list[CostItem]:
-    """Sum items with the same needs; leave out those that nothing can save."""
+    """Sum the items with the same removers; omit those that cannot be saved."""
     sizes: dict[tuple[frozenset[int], ...], float] = {}
     for item in items:
         needs = tuple(sorted(set(item.removers), key=sorted))
@@ -114,9 +122,10 @@ def _merge_items(items: Sequence[CostItem]) -> list[CostItem]:
 
 
 class _Program:
-    """Variables: one 0/1 a candidate, then one in [0, 1] an item that several things need.
+    """The integer program. Variables: one of 0 or 1 per candidate, then one in [0, 1] per joint item.
 
-    What only one thing needs, of whose removers at most one can go, is a cost of these candidates themselves.
+    An item is joint if several nodes need it, or if its removers do not exclude each other. Any other item is added to
+    the costs of its removers.
     """
 
     def __init__(self, candidates: int, items: list[CostItem], conflicts: set[frozenset[int]], total: float) -> None:
@@ -136,7 +145,7 @@ class _Program:
     def _joint_constraints(
         self, index: int, item: CostItem, conflicts: set[frozenset[int]]
     ) -> list[tuple[Any, float, float]]:
-        """Hold an item's variable to 1 exactly when every need has a candidate that goes, to 0 else."""
+        """Return the rows that set an item's variable to 1 if every remover set has a chosen candidate, else to 0."""
         rows = [(self._row(dict.fromkeys(need, 1.0) | {index: -1.0}), 0.0, np.inf) for need in item.removers]
         exclusive = [
             [need] if _is_exclusive(need, conflicts) else [frozenset([one]) for one in need] for need in item.removers
@@ -154,7 +163,7 @@ class _Program:
         return row
 
     def solve(self, objective: Any, target: float | None) -> Any:
-        """Minimize an objective, the saved share at least `target` (None: any); zeros if there is no solution."""
+        """Minimize an objective with a saved share of at least `target` (None: any); zeros if there is no solution."""
         rows = self.rows if target is None else [*self.rows, (self.cost, target, np.inf)]
         constraints = []
         if rows:
@@ -170,7 +179,7 @@ class _Program:
         return result.x if result.x is not None else np.zeros(self.variable_count)
 
     def saved_share(self, solution: Any) -> float:
-        """Fraction of the total that a choice really saves, counted without the solver's tolerances."""
+        """Return the fraction of the total that a choice saves, counted without the solver's tolerances."""
         chosen = {int(index) for index in np.flatnonzero(solution[: self.candidates] > 0.5)}
         return sum(item.amount for item in self.items if all(need & chosen for need in item.removers)) / self.total
 

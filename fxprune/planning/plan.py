@@ -1,4 +1,4 @@
-"""The decision as a value: which regions go, what that saves, and the graphs it was made for."""
+"""Defines `Plan`: the regions to remove, the costs before and after, and the fingerprints of the graphs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from fxprune.planning.plan_schema import encode_json, read_record
 from fxprune.planning.provenance import Provenance
 
 VERSION = 2
-"""Version of the plan file's schema; files of version 1, which know of no latency, are read as well."""
+"""Version of the plan file's schema. Files of version 1, which have no latency, can be read too."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a whole model costs.
+    """Costs of a whole model.
 
     Attributes
     ----------
     flops : float
         Floating point operations per calibration image at inference, two per multiply-add.
     params : int
-        Values in all parameters.
+        Number of values in all parameters.
     blocks : int
-        Candidate regions that lie in no other one.
+        Number of candidates that lie in no other candidate.
     latency_ms : float or None
-        Milliseconds of a call on ``settings["latency"]``: measured before, predicted after; None if not measured.
+        Milliseconds per call under the conditions in ``settings["latency"]``. Measured for the model before the
+        removal, predicted for the model after it. None if the latency was not measured.
     """
 
     flops: float
@@ -43,7 +44,17 @@ class Totals:
 
 @dataclass(frozen=True)
 class IslandRecord:
-    """A captured graph: its path, the digest of its structure, and the paths in it that stayed one node."""
+    """A captured graph in a plan.
+
+    Attributes
+    ----------
+    name : str
+        Path of the island in the model; "" is the model itself.
+    fingerprint : str
+        Digest of the graph, see `fxprune.graph.fx_utils.fingerprint`.
+    opaque : tuple of str
+        Paths below the island of modules that stay one node.
+    """
 
     name: str
     fingerprint: str
@@ -52,27 +63,27 @@ class IslandRecord:
 
 @dataclass(frozen=True)
 class NodeRecord:
-    """One node of a captured graph, and what the instrumented interpreter saw at it.
+    """One node of a captured graph, with its scores and operations.
 
     Attributes
     ----------
     name : str
-        Dotted path in the model of the module it calls, or of its island and the node's own name.
+        Dotted path in the model of the module that the node calls. For other nodes: path of the island and node name.
     island, node : str
-        Where it stands.
+        Path of the island and name of the node.
     op : str
-        What it does: the class of the layer, the name of the function or method, ``input`` or ``output``.
+        Class of the layer, name of the function or method, ``input`` or ``output``.
     reads : tuple of str
-        Nodes of its island whose values it takes.
+        Nodes of the island whose values it reads.
     shape : tuple of int or None
-        Of its value on the first calibration batch, at its first call; None if that is no single tensor.
+        Shape of its value at the first call on the first calibration batch; None if the value is not a single tensor.
     grad_act : float or None
-        ``E_x [sum |dL/dA * A|]`` in the pass of the criterion, so of its loss and with its gates (`Criterion`); the
-        paper's own with ``"grad_act"``, ``"grad_delta"``, ``"l1"``. None if no gradient reached it.
+        ``E_x [sum |dL/dA * A|]`` with the loss and the gate of the criterion (`Criterion`). With ``"grad_act"``,
+        ``"grad_delta"`` and ``"l1"`` this is the score of arXiv 2602.14040. None if no gradient reached the node.
     l1 : float or None
-        Sum of its weights' absolute values; None if it has none.
+        Sum of the absolute values of its weights; None if it has no weights.
     flops : float
-        Operations per image, all its calls together.
+        Floating point operations per image, summed over all its calls.
     """
 
     name: str
@@ -93,20 +104,26 @@ class Candidate:
     Attributes
     ----------
     region : Region
-        What can be removed. Its fields can be read off the candidate too: `name`, `kind`, `island`, `exit`, `stand_in`,
+        The region. Its fields are also attributes of the candidate: `name`, `kind`, `island`, `exit`, `stand_in`,
         `nodes`, `layers`.
     score : float
-        Importance by the plan's criterion.
+        Importance by the criterion; larger is more important.
     flops : float
-        Operations per image that go with it.
+        Floating point operations per image that its removal saves.
     params : int
-        Parameters that go with it if nothing else goes.
+        Number of parameter values that its removal saves, if nothing else is removed.
     block : bool
         Whether it lies in no other candidate.
     latency_ms : float or None
-        Milliseconds of a call that go with it, 0 if they cannot be told from noise, None if not measured.
+        Milliseconds per call that its removal saves; 0 if they are not larger than the noise, None if not measured.
     removed : bool
-        Whether the plan removes it.
+        Whether the plan removes it. Always False in an `Analysis`.
+
+    Examples
+    --------
+    >>> least = min(analysis.regions, key=lambda candidate: candidate.score)   # doctest: +SKIP
+    >>> least.name, least.kind, least.params                       # doctest: +SKIP
+    ('backbone.body.layer3.4', 'bypass', 1114112)
     """
 
     region: Region
@@ -124,17 +141,17 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """How it is removed: ``"bypass"`` or ``"drop"``."""
+        """Kind of the region: ``"bypass"`` or ``"drop"``."""
         return self.region.kind
 
     @property
     def island(self) -> str:
-        """Path of the island it lies in."""
+        """Path of its island; "" is the model itself."""
         return self.region.island
 
     @property
     def exit(self) -> str:
-        """Node whose value is replaced."""
+        """Node whose value is removed."""
         return self.region.exit
 
     @property
@@ -144,51 +161,65 @@ class Candidate:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Nodes that are removed."""
+        """All removed nodes in graph order, including the exit."""
         return self.region.nodes
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Paths of the modules with weights that are removed."""
+        """Dotted paths of the modules with weights, and of the constant weights, that are removed."""
         return self.region.layers
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the candidate as plain data, the region's fields beside its own."""
+        """Return the candidate as plain data; the fields of the region are at the same level as its own."""
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "region"}
         return {**asdict(self.region), **own}
 
     @classmethod
     def from_dict(cls, row: Any, where: str, added: Mapping[str, Any]) -> Candidate:
-        """Read what `to_dict` returned; `where` names the row in errors.
+        """Build a candidate from the output of `to_dict`.
+
+        Parameters
+        ----------
+        row : mapping
+            Output of `to_dict`.
+        where : str
+            Name of the row in messages.
+        added : mapping
+            Values of fields that older files do not have.
 
         Raises
         ------
         PlanError
-            If a field is missing, unknown, or holds something else; names it.
+            If a field is missing, unknown, or of another type. The message names the field.
         """
         if not isinstance(row, Mapping) or "region" in row:
             raise _fail(f"field {where!r} should be an object with the fields of a region and of its costs")
         names = {field.name for field in fields(Region)}
         region = read_record(Region, {name: row[name] for name in names if name in row}, where, _fail)
         own = {name: value for name, value in row.items() if name not in names}
-        found: Candidate = read_record(cls, {**own, "region": region}, where, _fail, added)
-        return found
+        candidate: Candidate = read_record(cls, {**own, "region": region}, where, _fail, added)
+        return candidate
 
 
 def cost_of(record: Totals | Candidate, cost: str) -> float | None:
-    """Read what a model or a region costs off its record.
+    """Return one of the costs of a model or a region.
 
     Parameters
     ----------
     record : Totals or Candidate
-        Of a model, or of a region.
+        Record of the model or of the region.
     cost : str
         ``"flops"``, ``"latency"`` (milliseconds), ``"params"`` or ``"blocks"``.
 
     Returns
     -------
     float or None
-        None where it was not measured, or where the cost is not known.
+        None if the cost was not measured or is not known.
+
+    Examples
+    --------
+    >>> cost_of(Totals(flops=4e9, params=11, blocks=3), "blocks")
+    3.0
     """
     field = {"latency": "latency_ms", "blocks": "blocks" if isinstance(record, Totals) else "block"}.get(cost, cost)
     value = getattr(record, field, None)
@@ -197,38 +228,39 @@ def cost_of(record: Totals | Candidate, cost: str) -> float | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which regions go.
+    """The regions to remove for one budget.
 
     Attributes
     ----------
     budget : float
-        Fraction of the model's cost that was to go.
+        Fraction of the model's cost that the plan removes at least, in (0, 1).
     cost : str
-        What the budget counts: ``flops``, ``latency``, ``params`` or ``blocks``.
-    settings : mapping
-        How it was made: criterion, seed, images, targets, shapes, versions.
+        Unit of the budget: ``"flops"``, ``"latency"``, ``"params"`` or ``"blocks"``.
+    settings : Provenance
+        Criterion, seed, images, source of the targets, library versions, and the results of a search or of healing.
     before, after : Totals
-        The model as it was given, and as it will be. Convolutions that become narrower because they would read one
-        tensor twice save a little more; `fxprune.report` of the pruned model counts that.
+        Costs of the model before and after the removal. Convolutions that would read one tensor twice become narrower,
+        which saves a little more; `fxprune.report` of the pruned model counts that.
     islands : tuple of IslandRecord
-        Graphs in which something goes.
+        Graphs from which regions are removed.
     regions : tuple of Candidate
-        Every region, removed or not.
+        All candidates, removed or not.
     rejections : tuple of Rejection
-        What cannot go, and why.
+        Layers and regions that cannot be removed, with the reasons.
     nodes : tuple of NodeRecord
-        Every node of every island, removed or not.
+        All nodes of all islands, removed or not.
     links : tuple of Link
-        What flows from island to island.
+        Data flow between islands.
 
     Notes
     -----
-    The file is strict JSON (UTF-8): one object with ``fxprune_plan``, the schema's version (2), and the attributes
-    above under their names. ``before`` and ``after`` are objects with the fields of `Totals`; ``islands``, ``regions``,
-    ``rejections``, ``nodes`` and ``links`` are lists of objects with the fields of `IslandRecord`, `Candidate`,
-    `Rejection` (``{"name": str, "reason": str}``), `NodeRecord` and `Link`. Every field is there and no other; names
-    are of modules and graph nodes, never of objects, so a plan holds on another machine. Whether it fits a model is
-    decided by the fingerprints of its islands when it is applied, whatever version of torch made it.
+    The file is strict JSON in UTF-8. It is one object with ``fxprune_plan``, the version of the schema (2), and the
+    attributes above under their names. ``before`` and ``after`` are objects with the fields of `Totals`. ``islands``,
+    ``rejections``, ``nodes`` and ``links`` are lists of objects with the fields of `IslandRecord`, `Rejection`
+    (``{"name": str, "reason": str}``), `NodeRecord` and `Link`; the objects of ``regions`` are described by
+    `Candidate.to_dict`. All fields are required, and unknown fields are an error. The names are those of modules and
+    graph nodes, so a plan is valid on another machine. `fxprune.apply` compares the fingerprints of the islands with
+    the model; the version of torch does not matter.
 
     Examples
     --------
@@ -250,7 +282,7 @@ class Plan:
 
     @property
     def removed(self) -> tuple[Candidate, ...]:
-        """The regions that go."""
+        """The candidates that the plan removes."""
         return tuple(candidate for candidate in self.regions if candidate.removed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -261,12 +293,13 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
-        """Read what `to_dict` gave.
+        """Build a plan from the output of `to_dict`.
 
         Raises
         ------
         PlanError
-            If a field is missing or unknown, or the version is another one; names the field.
+            If a field is missing, unknown or of another type, or if the schema version cannot be read. The message
+            names the field.
         """
         if not isinstance(data, Mapping) or "fxprune_plan" not in data:
             raise PlanError("this is no fxprune plan: it has no field 'fxprune_plan'")
@@ -274,37 +307,52 @@ class Plan:
         if version not in (1, VERSION):
             raise PlanError(f"the plan has schema version {version!r}, this fxprune reads 1 and {VERSION}")
         added = {"latency_ms": None} if version == 1 else {}
-        rest = {key: value for key, value in data.items() if key != "fxprune_plan"}
-        parts: dict[str, Any] = {"before": Totals, "after": Totals}
+        values = {key: value for key, value in data.items() if key != "fxprune_plan"}
+        records: dict[str, Any] = {"before": Totals, "after": Totals}
         lists: dict[str, Any] = {"islands": IslandRecord, "regions": Candidate, "rejections": Rejection}
         lists |= {"nodes": NodeRecord, "links": Link}
-        if "settings" in rest:
-            if not isinstance(rest["settings"], Mapping):
-                raise PlanError(f"plan field 'plan.settings' should be an object, is {rest['settings']!r}")
-            rest["settings"] = Provenance(rest["settings"])
-        for key, kind in parts.items():
-            rest[key] = read_record(kind, rest.get(key), key, _fail, added)
+        if "settings" in values:
+            if not isinstance(values["settings"], Mapping):
+                raise PlanError(f"plan field 'plan.settings' should be an object, is {values['settings']!r}")
+            values["settings"] = Provenance(values["settings"])
+        for key, kind in records.items():
+            values[key] = read_record(kind, values.get(key), key, _fail, added)
         for key, kind in lists.items():
-            rows = rest.get(key)
+            rows = values.get(key)
             if not isinstance(rows, list):
                 raise PlanError(f"plan field {key!r} should be a list")
             read = Candidate.from_dict if kind is Candidate else partial(_read_row, kind)
-            rest[key] = tuple(read(row, f"{key}[{index}]", added) for index, row in enumerate(rows))
-        plan: Plan = read_record(cls, rest, "plan", _fail)
+            values[key] = tuple(read(row, f"{key}[{index}]", added) for index, row in enumerate(rows))
+        plan: Plan = read_record(cls, values, "plan", _fail)
         return plan
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as JSON, one line a region and a node."""
+        """Write the plan to a JSON file, with one line per region and per node.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file. An existing file is replaced.
+        """
         Path(path).write_text(encode_json(self.to_dict()), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
         """Read a plan file.
 
+        Parameters
+        ----------
+        path : str or path-like
+            A file that `save` wrote.
+
+        Returns
+        -------
+        Plan
+
         Raises
         ------
         PlanError
-            If it is no JSON or no plan; names the file and what is wrong in it.
+            If the file is not JSON or not a plan. The message names the file and the error in it.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -323,7 +371,7 @@ def _read_row(kind: Any, row: Any, where: str, added: Mapping[str, Any]) -> Any:
 
 
 def _to_plain(value: Any) -> Any:
-    """Turn records, and lists of them, into plain data."""
+    """Convert records, and sequences of records, to plain data."""
     if isinstance(value, (tuple, list)):
         return [_to_plain(row) for row in value]
     if isinstance(value, Candidate):

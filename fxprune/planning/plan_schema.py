@@ -1,4 +1,4 @@
-"""Data files as dataclasses: reading checks every field, writing puts one row on a line."""
+"""Reads dataclasses from plain data with a check of every field, and writes JSON with one row per line."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ from fxprune.errors import FxpruneError
 def read_record(
     kind: Any, row: Any, where: str, fail: Callable[[str], FxpruneError], added: Mapping[str, Any] | None = None
 ) -> Any:
-    """Build a dataclass from plain data, lists as tuples.
+    """Build a dataclass from plain data; lists become tuples.
 
     Parameters
     ----------
     kind : dataclass type
-        Its annotations say what a field may hold, see `FORMS`; a field of another annotation is taken as it is.
+        The type of the record. Values are checked by the annotations of its fields, see `FORMS`. Fields with other
+        annotations are not checked.
     row : mapping
         A value for each field.
     where : str
         Name of the record in its file, for messages.
     fail : callable
-        ``fail(text)``: builds the error that is raised.
+        ``(text) -> FxpruneError``: builds the error to raise.
     added : mapping, optional
         Values of fields that older files do not have.
+
+    Returns
+    -------
+    kind
+        The record.
 
     Raises
     ------
     FxpruneError
-        Made by `fail`, if a field is missing, unknown, or holds something else; names the field.
+        The output of `fail`, if a field is missing, unknown, or of another type. The message names the field.
     """
     if not isinstance(row, Mapping):
         raise fail(f"field {where!r} should be an object")
@@ -51,13 +57,13 @@ def read_record(
 
 
 def encode_json(data: Mapping[str, Any]) -> str:
-    """Write an object as JSON, one line a field and a row of each list."""
+    """Return an object as JSON text, with one line per field and per row of a list."""
 
-    def spell(value: Any) -> str:
+    def encode(value: Any) -> str:
         rows = isinstance(value, list) and value
         return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if rows else json.dumps(value)
 
-    return "{\n" + ",\n".join(f" {json.dumps(name)}: {spell(value)}" for name, value in data.items()) + "\n}\n"
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {encode(value)}" for name, value in data.items()) + "\n}\n"
 
 
 def _is_list_of(kind: type) -> Callable[[Any], bool]:
@@ -82,4 +88,4 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "tuple[str, ...]": ("a list of strings", _is_list_of(str)),
     "tuple[int, ...]": ("a list of integers", _is_list_of(int)),
 }
-"""By a field's annotation: what it should be in words, and whether a value is that."""
+"""By the annotation of a field: the expected type in words, and a function that checks a value."""

@@ -1,4 +1,4 @@
-"""How a plan was made: a read-only mapping, with typed views of the entries that reports and searches read."""
+"""Defines `Provenance`: the settings of a plan, as a read-only mapping with typed properties."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from fxprune.runtime.json_text import replace_nonfinite
 
 
 class Provenance(Mapping[str, Any]):
-    """The settings a plan was made with, and what was measured meanwhile.
+    """The settings of a plan, with the results of its search and healing.
 
-    Entries are plain data and go to JSON as they are. Files of other versions may hold other entries, or entries of
-    another kind: the properties then give None or nothing.
+    Entries are plain data and are written to JSON without change. Files of other versions may contain other entries or
+    other types: in this case the properties return None or an empty value.
 
     Parameters
     ----------
     entries : mapping
-        Criterion, seed, images, targets, versions and the like, by name.
+        Criterion, seed, images, targets, versions and more, by name.
 
     Examples
     --------
@@ -44,66 +44,66 @@ class Provenance(Mapping[str, Any]):
         return f"Provenance({self._entries!r})"
 
     def with_entries(self, **entries: Any) -> Provenance:
-        """Return a copy with entries added or replaced; a number that is not finite becomes None."""
+        """Return a copy with entries added or replaced; numbers that are not finite become None."""
         return Provenance({**self._entries, **replace_nonfinite(entries)})
 
     def without(self, *names: str) -> Provenance:
-        """Return a copy without some entries."""
+        """Return a copy without the named entries."""
         return Provenance({name: value for name, value in self._entries.items() if name not in names})
 
     @property
     def criterion(self) -> str:
-        """What regions were scored by."""
+        """Name of the criterion."""
         return str(self._entries.get("criterion"))
 
     @property
     def strategy(self) -> str | None:
-        """How the plan was found, if not by scores alone."""
-        found = self._entries.get("strategy")
-        return found if isinstance(found, str) else None
+        """Strategy that value the plan; None if it was value by scores alone."""
+        value = self._entries.get("strategy")
+        return value if isinstance(value, str) else None
 
     @property
     def tried(self) -> int | None:
-        """Plans that a search tried."""
-        found = self._entries.get("tried")
-        return found if isinstance(found, int) and not isinstance(found, bool) else None
+        """Number of plans that the search tried."""
+        value = self._entries.get("tried")
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     @property
     def loss_increase(self) -> float | None:
-        """How much the loss had grown in the trial of the plan."""
+        """Loss increase of the plan in the search, see `fxprune.healing.loss_change`."""
         return as_number(self._entries.get("loss_increase"))
 
     @property
     def agreement(self) -> float | None:
-        """The mAP of the trial of the plan, with the unpruned model's boxes as truth."""
+        """The mAP of the plan in the search, with the boxes of the original model as ground truth."""
         return as_number(self._entries.get("agreement"))
 
     @property
     def latency(self) -> Mapping[str, Any]:
-        """What milliseconds were measured on: backend, device, images, threads, rounds, floor."""
+        """Conditions of the latency measurement: backend, device, images, threads, rounds, floor."""
         return as_mapping(self._entries.get("latency"))
 
     @property
     def latency_floor(self) -> float:
-        """Share of its own latency that the model strays from itself by; 0 where none was measured."""
+        """Difference between two timings of the same model, as a share of its latency; 0 if not measured."""
         return as_number(self.latency.get("floor")) or 0.0
 
     @property
     def healing(self) -> Mapping[str, Any]:
-        """How the pruned model was healed, and what that did; empty if it was not."""
+        """Healing method and its results; empty if the model was not healed."""
         return as_mapping(self._entries.get("heal"))
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Versions of the libraries that the plan was made with."""
+        """Versions of the libraries by which the plan was made."""
         return {name: str(version) for name, version in as_mapping(self._entries.get("versions")).items()}
 
 
 def as_number(value: object) -> float | None:
-    """Return a number as float, and None for anything else."""
+    """Return a number as float; None for any other value."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def as_mapping(value: object) -> Mapping[str, Any]:
-    """Return a mapping as it is, and an empty one for anything else."""
+    """Return a mapping without change; an empty mapping for any other value."""
     return value if isinstance(value, Mapping) else {}
