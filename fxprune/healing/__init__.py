@@ -1,5 +1,5 @@
-"""Brings a pruned model's outputs back to those of the original, without labels.
+"""Brings the features of a pruned model close to those of the original, without labels.
 
-The pruned model, the original and calibration batches come in; the pruned model with other weights goes out. A new
-method is a function and a row in `methods.METHODS`.
+Input: the pruned model, the original and calibration batches. Output: a copy of the pruned model with other weights. To
+add a method, write a function and add a row to `methods.METHODS`.
 """

@@ -1,4 +1,4 @@
-"""Mend what a removal broke, from the calibration images alone: no labels, nothing that costs time at inference."""
+"""Heals a pruned model on calibration images: it needs no labels and adds no cost at inference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fxprune.runtime.progress import Progress, no_progress
 from fxprune.runtime.user_warnings import warn_user
 
 WARN_LOSS_DEVIATION = 1.0
-"""How far off the loss on these is left that is told: as far as if one part of it had doubled."""
+"""Loss deviation from which on `heal` warns: 1 is the deviation of a loss one part of which has doubled."""
 
 
 @refuse_removed_keywords
@@ -46,44 +46,43 @@ def heal(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Bring a pruned model's features back to what they were, without labels and at no cost at inference.
+    """Bring a pruned model's features closer to those of the original, without labels and at no cost at inference.
 
     Parameters
     ----------
     pruned, original : Module
-        What `fxprune.apply` or `fxprune.compile` returned, and what they were given. Neither is changed.
+        The output and the input of `fxprune.apply` or `fxprune.compile`. Neither is changed.
     calib_loader, loss
-        As for `fxprune.analyze`. Labels are not looked at, a loss is run and never minimized.
+        As for `fxprune.analyze`. Labels are not read. The loss is computed, but not minimized.
     method : str
-        ``"none"``; ``"affine"``: weights, scales and shifts are fitted in closed form, layer after layer, to the
-        outputs of the original, salient places counting for more (`fxprune.healing.saliency`); ``"mimic"``: that, then
-        a short training (`fxprune.healing.distillation.feature_mimic`). Both hold out an eighth of the images; how far
-        to go from the weights as they were, if at all, is decided by the loss there: it should be near to the
-        original's.
+        ``"none"``; ``"affine"``: fits weights, scales and shifts layer by layer, in closed form, to the outputs of the
+        original; salient positions have larger weights (`fxprune.healing.saliency`); ``"mimic"``: the same, then a
+        short training (`fxprune.healing.distillation.feature_mimic`). Both hold out one eighth of the images. The
+        result is the interpolation between old and new weights whose loss on these is nearest to the original's.
     steps, learning_rate, seed
-        Of the training: four images a step, `learning_rate` at most, less where that would harm.
+        Settings of the training: about four images per step; at most `learning_rate`, less if the training diverges.
     progress : callable, optional
         ``progress(stage, done, total)``.
 
     Returns
     -------
     Module
-        A healed copy; mode, device, dtype, graphs, shapes are those of `pruned`. Its last plan's ``settings["heal"]``
-        says how, and how far features and loss were and are from those of `original`, on an eighth of the images.
+        A healed copy with the mode, device, dtype, graphs and shapes of `pruned`. ``settings["heal"]`` of its last plan
+        holds the method, and the distances of features and loss to `original` before and after, on held-out images.
 
     Warns
     -----
-    FxpruneWarning : if that loss stays as far off as if one part of it had doubled.
+    FxpruneWarning : if the loss on held-out images is still as far off as if one part of it had doubled.
 
     Raises
     ------
     SettingError, BatchError, ModelError, PlanError
-        If an option or a batch cannot be used, `pruned` carries no plan, or `original` is not what was pruned.
+        If an option or a batch cannot be used, `pruned` carries no plan, or `pruned` was not made from `original`.
 
     Notes
     -----
-    In several processes (`torch.distributed`) all get the same loader and return the same model: they share out the
-    batches, and in training the images of each. After PRACTISE (CVPR 2023) and EagleEye (ECCV 2020).
+    With `torch.distributed`, pass the same loader in all processes. They share the batches, and in training the images
+    of each batch, and return the same model. The methods follow PRACTISE (CVPR 2023) and EagleEye (ECCV 2020).
 
     Examples
     --------
@@ -94,7 +93,7 @@ def heal(
 
 
 def heal_with(pruned: nn.Module, original: nn.Module, calib_loader: Any, options: HealingOptions) -> nn.Module:
-    """Heal a model; as `heal`, with the options in one value."""
+    """Heal a model as `heal` does, with the options in one object."""
     context = HealingContext(options.schedule(), options.progress, final=options.method != "none")
     return heal_student(pruned, original, calib_loader, options.method, options.loss, context)
 
@@ -107,14 +106,17 @@ def heal_student(
     loss: Loss | None,
     context: HealingContext,
 ) -> nn.Module:
-    """As `heal`; unless it is to be thorough, no images are held out, nothing is judged and nothing noted."""
+    """Heal a model as `heal` does.
+
+    Trials (`context.final` is False) are fitted to all images, none is held out, and the plan gets no ``"heal"`` entry.
+    """
     network, before = unwrap(pruned), unwrap(original)
     plans = _plans_applied_since(before, network)
     with isolated_run(network, grad=False):
         healed = private_copy(network, keep_precision=True)
         with raise_on_all_ranks():
             for record in plans[0].islands:
-                trace_checked(before, record, plans[0])  # held to its fingerprint
+                trace_checked(before, record, plans[0])  # raises if the fingerprints differ
             pair, batches = _make_pair(before, network, plans, calib_loader, loss)
         for model in (before, network):
             check_same_weights(model)
@@ -131,7 +133,7 @@ def heal_student(
 
 
 def _warn_of_loss(note: Note, strategy: str | None) -> None:
-    """Say so where healing has left a model far from what it did."""
+    """Warn if the loss of a healed model is still far from that of the original."""
     loss = note.get("loss", {"after": 0.0})["after"]
     if (loss is None or loss >= WARN_LOSS_DEVIATION) and rank_and_world()[0] == 0:
         off = "no number" if loss is None else f"still off by {loss:.2g} (1: as if one part of it had doubled)"
@@ -144,12 +146,12 @@ def _warn_of_loss(note: Note, strategy: str | None) -> None:
 
 
 def _plans_applied_since(before: nn.Module, network: nn.Module) -> tuple[Plan, ...]:
-    """Plans that a network carries more than the one that was pruned, which may have been pruned before."""
+    """Return the plans of a network that the original does not carry. The original may itself be a pruned model."""
     plans = applied_plans(network)[len(raw_plans(before)) :]
     if not plans:
         raise ModelError(
-            f"the {type(before).__name__} that was pruned carries as many plans as what is to be healed: give first"
-            " the pruned model, then the model as it was"
+            f"the original {type(before).__name__} carries as many plans as what is to be healed: give first the pruned"
+            " model, then the original"
         )
     return plans
 
@@ -157,7 +159,7 @@ def _plans_applied_since(before: nn.Module, network: nn.Module) -> tuple[Plan, .
 def _make_pair(
     before: nn.Module, network: nn.Module, plans: Iterable[Plan], loader: Any, loss: Loss | None
 ) -> tuple[TeacherStudent, list[Batch]]:
-    """Copy both models, and read the calibration batches."""
+    """Copy both models and read the calibration batches."""
     opened = open_calibration(before, loader, loss)
     teacher, student = opened.adapted, opened.adapted.copy_version(network)
     batches = opened.image_batches()

@@ -1,4 +1,4 @@
-"""How much the loss of a pruned model differs from that of the model as it was."""
+"""Measures how much the loss of a pruned model differs from that of the original."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from fxprune.runtime.distributed import all_gather, raise_on_all_ranks
 
 
 class LossChange:
-    """Measures how much the loss of pruned versions of a model differs from that of the model.
+    """Measures the change of the loss from the original model to its pruned versions, on fixed batches.
 
     Parameters
     ----------
     original : AdaptedModel
-        The model before it was pruned.
+        The model before pruning.
     batches : sequence of (int, Batch)
-        This process's share of the images, with targets and with their numbers among all.
+        This process's share of the batches, with targets, and their numbers among the batches of all processes.
+
+    Examples
+    --------
+    >>> change = LossChange(original, [(0, original.label(batch))])   # doctest: +SKIP
+    >>> change.deviation(original.module)                             # doctest: +SKIP
+    0.0
     """
 
     noise_std = 0.05
-    """Standard deviation of what sums of single damages leave unexplained, in the logarithm of what has grown."""
+    """Standard deviation of a plan's ``log(1 + increase)`` around the sum of the effects of its regions."""
 
     def __init__(self, original: AdaptedModel, batches: Sequence[tuple[int, Batch]]) -> None:
         self.original, self.batches = original, batches
@@ -36,25 +42,26 @@ class LossChange:
         self.part_scale = part_sizes(size) if len(size) > 1 else size.abs().clamp_min(1.0)
 
     def to_settings(self, worse: float) -> dict[str, float]:
-        """What a plan keeps of a judgement."""
+        """Return the plan settings that record an increase."""
         return {"loss_increase": worse}
 
     def increase(self, pruned: nn.Module) -> float:
-        """How much the parts of the loss have grown, relative to their own sizes, summed; infinite where one breaks.
+        """Return the sum, over the parts of the loss, of their relative increases; infinity if the loss is not finite.
 
-        A loss of a single part is relative to 1 at least: that of a model sure of its own labels is next to nothing.
+        Each part is divided by its size in the original. A loss of a single part is divided by at least 1, because it
+        is almost zero if a model is sure of its own labels.
         """
         return self._mean_change(pruned, lambda change: change)
 
     def deviation(self, pruned: nn.Module) -> float:
-        """How far the parts of the loss are off, batch by batch, more or less alike; else as `increase`.
+        """Return the same sum as `increase`, of the absolute values of the changes per batch.
 
-        It is least where a model does what it did, which the loss itself need not be.
+        It is zero for the original. `increase` can be negative: the original need not have the smallest loss.
         """
         return self._mean_change(pruned, torch.abs)
 
     def loss_parts(self, version: AdaptedModel) -> list[Tensor]:
-        """Compute the parts (P,) of the loss of each batch."""
+        """Return the parts (P,) of the loss of each batch."""
         with version.running(grad=False), raise_on_all_ranks():
             return [version.loss(index, batch).double().cpu() for index, batch in self.batches]
 
@@ -67,7 +74,7 @@ class LossChange:
         return float(self._mean(changes).sum())
 
     def _mean(self, rows: Sequence[Tensor]) -> Tensor:
-        """Mean over the images of all processes."""
+        """Return the mean over the images of all processes."""
         sums = [batch.count * row for (_, batch), row in zip(self.batches, rows, strict=True)]
         own = sum(sums, torch.zeros((), dtype=torch.float64)), sum(batch.count for _, batch in self.batches)
         totals, counts = zip(*all_gather(own), strict=True)

@@ -1,4 +1,4 @@
-"""Methods of healing: what each does to a pruned model, how far it goes, and what it notes of that."""
+"""Defines the healing methods, their options, and the note that each one leaves in the plan."""
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ from fxprune.runtime.options import check_choice
 from fxprune.runtime.progress import Progress, no_progress
 
 Note = dict[str, Any]
-NumberedBatch = tuple[int, Batch]  # a batch, or a piece of one, with the batch's number
+"""JSON values that a method records in the plan: ``settings["heal"]``."""
+NumberedBatch = tuple[int, Batch]
+"""A batch, or a part of it, with the number of the batch."""
 INTERPOLATIONS = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""How far to go from the weights as they were to those that were fitted or trained; held-out images decide."""
+"""Shares of the new weights in the interpolations with the old weights. The best one on held-out images is used."""
 
 
 @dataclass(frozen=True)
 class HealingOptions:
-    """How a pruned model is healed; see `fxprune.heal`.
+    """Options of healing, see `fxprune.heal`.
 
     Raises
     ------
     SettingError
-        If one is not known, or is no such number.
+        If the method is not known, or a number is out of range.
     """
 
     method: str = "mimic"
@@ -69,8 +71,19 @@ class HealingOptions:
 
 @dataclass(frozen=True)
 class HealingContext:
-    """What a healing method works with: its settings, where progress goes, whether to judge and note what it did, and
-    the saliency of this process's batches once it is known, which serves other cuts of the same model too."""
+    """Settings and shared results of a healing method.
+
+    Attributes
+    ----------
+    schedule : Schedule
+        Settings of the training.
+    progress : callable
+        ``progress(stage, done, total)``.
+    final : bool
+        Whether the result is evaluated and noted in the plan. False for the trials of a search.
+    saliency : list of Maps
+        Saliency of this process's batches, computed once. Other pruned versions of the same model use it too.
+    """
 
     schedule: Schedule = field(default_factory=Schedule)
     progress: Progress = no_progress
@@ -78,71 +91,76 @@ class HealingContext:
     saliency: list[Maps] = field(default_factory=list)
 
     def make_counter(self, stage: str, total: int | None) -> Callable[..., None]:
-        """A function that counts: each call is one more done of a stage."""
+        """Return a function that reports progress: each call counts one more step of the stage as done."""
         counted = itertools.count(1)
         return lambda *_: self.progress(stage, next(counted), total)
 
 
 class HealingRun:
-    """A pruned model that is being healed, from some images, and judged by others.
+    """Heals the student of a pair on some of the images and evaluates it on the others.
 
     Parameters
     ----------
-    pair : Pair
-        Its pruned model is changed.
+    pair : TeacherStudent
+        The student is changed.
     batches : sequence of Batch
-        As the adapter runs them; the same in all processes.
-    context : Care
+        Normalized by the adapter; the same in all processes.
+    context : HealingContext
 
     Attributes
     ----------
     training, held_out : list of (int, Batch)
-        What is learnt from (all where that is too little), and what is held out to judge by.
+        Parts of batches for training and for evaluation. If there are fewer training parts than processes, the training
+        uses all batches.
     initial_state : dict
-        The weights as they were.
+        State of the student before healing.
     """
 
     def __init__(self, pair: TeacherStudent, batches: Sequence[Batch], context: HealingContext) -> None:
         self.pair, self.batches, self.context = pair, batches, context
         whole = [(index, piece) for index, batch in enumerate(batches) for piece in split_batch(batch)]
-        self.held_out, learnt = hold_out(whole)
-        self.training = learnt if len(learnt) >= rank_and_world()[1] else list(enumerate(batches))
+        self.held_out, rest = hold_out(whole)
+        self.training = rest if len(rest) >= rank_and_world()[1] else list(enumerate(batches))
         self.initial_state = copy_state(pair.student)
 
     @cached_property
     def distance(self) -> FeatureDistance:
-        """How far features are off, by their variances in what is learnt from."""
+        """Feature distance of the pair, with the variances of the training batches."""
         return FeatureDistance(self.pair, [piece for _, piece in self.training])
 
     @cached_property
     def loss_change(self) -> LossChange:
-        """Who takes the loss on what is held out."""
+        """Measures the loss change on the held-out batches."""
         pair, own = self.pair, take_shard(self.held_out)
         original = AdaptedModel(pair.teacher, pair.adapter, self.context.schedule.seed)
         return LossChange(original, [(index, original.label(piece)) for index, piece in own])
 
     def feature_distance(self) -> float:
-        """How far features are off on what is held out; no number where processes cannot share that out."""
+        """Return the feature distance on the held-out batches; NaN if processes cannot share the images of a batch."""
         held = [piece for _, piece in self.held_out]
         shared = all(is_shareable(piece) for _, piece in [*self.training, *self.held_out])
         return self.distance.mean(held) if shared else math.nan
 
     def fit_layers(self, batches: Sequence[NumberedBatch]) -> None:
-        """Fit layer after layer, salient places counting for more."""
-        own, care = take_shard(batches), self.context
-        if not care.saliency:
+        """Fit layer by layer, with larger weights for salient positions."""
+        own, context = take_shard(batches), self.context
+        if not context.saliency:
             with raise_on_all_ranks():
-                seed = care.schedule.seed
-                care.saliency.extend(saliency_maps(self.pair, batch, index, seed) for index, batch in own)
-        fit = fit_layer if care.final else partial(fit_layer, effort=QUICK_EFFORT)
+                seed = context.schedule.seed
+                context.saliency.extend(saliency_maps(self.pair, batch, index, seed) for index, batch in own)
+        fit = fit_layer if context.final else partial(fit_layer, effort=QUICK_EFFORT)
         reconstruct_layers(
-            self.pair, [batch for _, batch in own], fit, care.make_counter("affine", None), care.saliency
+            self.pair, [batch for _, batch in own], fit, context.make_counter("affine", None), context.saliency
         )
 
     def interpolate(self) -> Note:
-        """Go from the weights as they were to those that there are as far as brings the loss nearest to what it was.
+        """Set the student to the interpolation of its initial and current weights with the least loss deviation.
 
-        Returns how far that is, and how far off the loss was and is then, see `LossChange.deviation`.
+        Returns
+        -------
+        dict
+            ``share``: the share of the current weights, one of `INTERPOLATIONS`. ``loss``: the deviations ``before``
+            and ``after`` on the held-out batches, see `LossChange.deviation`.
         """
         end, losses = copy_state(self.pair.student), {}
         for share in INTERPOLATIONS:
@@ -154,11 +172,11 @@ class HealingRun:
 
 
 def run_method(method: str, healing: HealingRun) -> Note:
-    """Heal, and say what was done and how far features were and are from the original's, on images held out."""
-    begin, thorough = perf_counter(), healing.context.final
-    before = healing.feature_distance() if thorough else math.nan
+    """Run a method and return its note, with the feature distance on held-out images before and after it."""
+    begin, final = perf_counter(), healing.context.final
+    before = healing.feature_distance() if final else math.nan
     done = METHODS[method](healing)
-    after = healing.feature_distance() if thorough else math.nan
+    after = healing.feature_distance() if final else math.nan
     return {
         "method": method,
         "images": sum(batch.count for batch in healing.batches),
@@ -180,11 +198,11 @@ def _mimic(healing: HealingRun) -> Note:
     check_shareable_images(healing.batches)
     healing.fit_layers(healing.training)
     healing.interpolate()
-    care = healing.context
-    learnt, held = ([piece for _, piece in part] for part in (healing.training, healing.held_out))
-    saliency = gather_shards(care.saliency, len(learnt))
-    train_mimic(healing.distance, learnt, held, care.schedule, partial(care.progress, "mimic"), saliency)
-    return {**healing.interpolate(), "steps": care.schedule.steps}
+    context = healing.context
+    training, held_out = ([piece for _, piece in part] for part in (healing.training, healing.held_out))
+    saliency = gather_shards(context.saliency, len(training))
+    train_mimic(healing.distance, training, held_out, context.schedule, partial(context.progress, "mimic"), saliency)
+    return {**healing.interpolate(), "steps": context.schedule.steps}
 
 
 def _interpolate_state(start: dict[str, Any], end: dict[str, Any], share: float) -> dict[str, Any]:
@@ -197,4 +215,4 @@ METHODS: dict[str, Callable[[HealingRun], Note]] = {
     "affine": _affine,
     "mimic": _mimic,
 }
-"""Methods of healing by name."""
+"""Healing methods by name."""

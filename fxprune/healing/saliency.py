@@ -1,7 +1,7 @@
-"""Where in what a layer gives a deviation matters: saliency maps, the size of the loss's gradient place by place.
+"""Computes saliency maps: the size of the loss's gradient at each position of a layer's output.
 
-Most places of a detector's feature maps are background, and what they give is of little consequence. A fit, or an
-imitation, that minds all places alike spends most of what it can do on them.
+Most positions of a detector's feature maps are background and hardly influence the loss. Without weights, a fit or a
+training would spend most of the capacity of the layers on them.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ from fxprune.healing.teacher_student import TeacherStudent, forward_hooks, witho
 from fxprune.runtime.torch_internals import owns_tensors, tree_flatten, tree_unflatten
 
 MIN_WEIGHT = 0.1
-"""Weight that every place has, of the 1 that all have on average: a gradient of zero is no license to give anything."""
+"""Smallest weight of a position; the mean is 1. Outputs at positions with zero gradient must not become arbitrary."""
 
 Maps = Mapping[tuple[str, int], Sequence[Tensor | None]]
-"""Weights of places by module and call, one tensor (N, H, W) or (N, L) for each that the module gave; None: unknown."""
+"""Weights of positions by module and call: one (N, H, W) or (N, L) per output tensor, None if it is not known."""
 
 
 def saliency_maps(pair: TeacherStudent, batch: Batch, index: int = 0, seed: int = 0) -> Maps:
-    """Weigh the places of the original's features: the root of the mean square of the loss's gradient over channels.
+    """Return the weights of the positions of the original's features.
 
-    The loss is that of the model's own confident outputs; each image's weights average to 1 in every map.
+    A weight is the root mean square, over channels, of the loss's gradient. The targets are the model's own confident
+    outputs. In every map, the weights of each image have mean 1.
 
     Parameters
     ----------
-    pair : Pair
+    pair : TeacherStudent
     batch : Batch
-        As the adapter runs it, without labels.
+        Normalized by the adapter, without labels.
     index, seed : int
-        The batch's number for errors, and of what samples inside the loss.
+        Number of the batch in error messages, and seed of random sampling inside the loss.
 
     Returns
     -------
-    dict
-        Of layers that hold weights and of the captured parts. What the loss does not depend on is not in it.
+    Maps
+        For layers with weights and for islands. Outputs that the loss does not depend on have no entry.
 
     Raises
     ------
     LossError, BatchError
-        If the loss cannot be taken.
+        If the loss cannot be computed.
 
     Examples
     --------
@@ -62,7 +63,7 @@ def saliency_maps(pair: TeacherStudent, batch: Batch, index: int = 0, seed: int 
     calls: Counter[str] = Counter()
     found: dict[tuple[str, int], list[Tensor | None]] = {}
 
-    def see(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         calls[name] += 1
         leaves, form = tree_flatten(output)
         maps = found[name, calls[name]] = list[Tensor | None]()
@@ -78,18 +79,18 @@ def saliency_maps(pair: TeacherStudent, batch: Batch, index: int = 0, seed: int 
 
     inside = [(name, module) for name, module in model.named_modules() if is_within(name, pair.graphs)]
     names = [name for name, module in inside if name in pair.graphs or owns_tensors(module)]
-    with forward_hooks(model, names, see), without_gradients(model), torch.enable_grad():
+    with forward_hooks(model, names, record), without_gradients(model), torch.enable_grad():
         loss = batch_loss(model, adapter, labelled, index, seed).sum()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
     return {point: maps for point, maps in found.items() if any(value is not None for value in maps)}
 
 
-def _store_weights(maps: list[Tensor | None], position: int, channels: int, images: int, slope: Tensor) -> None:
-    """Turn a gradient into weights, kept on the CPU and in half as many bits: there are as many maps as layers."""
-    if slope.ndim < 3 or not bool(slope.isfinite().all()):
-        return  # one place an image, or proposals, which are others when the loss is taken; or no number
-    size = slope.float().square().mean(channels).sqrt()
+def _store_weights(maps: list[Tensor | None], position: int, channels: int, images: int, gradient: Tensor) -> None:
+    """Convert a gradient to weights. They are stored on the CPU as bfloat16, because every layer has a map."""
+    if gradient.ndim < 3 or not bool(gradient.isfinite().all()):
+        return  # not finite, one position per image, or proposals: those of the loss are not those of inference
+    size = gradient.float().square().mean(channels).sqrt()
     each = size.reshape(images if len(size) % images == 0 else 1, -1)
     mean = each.mean(1, keepdim=True)
     weights = torch.where(mean > 0, MIN_WEIGHT + (1 - MIN_WEIGHT) * each / mean.clamp_min(1e-30), 1.0)
@@ -97,7 +98,7 @@ def _store_weights(maps: list[Tensor | None], position: int, channels: int, imag
 
 
 def flip_maps(weights: Tensor, mirrored: Tensor) -> Tensor:
-    """Maps of images some of which are mirrored; where places have no columns, those of the mirrored ones are all 1."""
+    """Return the maps for images of which some are mirrored. Maps without columns, (N, L), are set to 1 for those."""
     if weights.ndim == 3:
         return torch.where(mirrored[:, None, None], weights.flip(-1), weights)
     return torch.where(mirrored.reshape(-1, *[1] * (weights.ndim - 1)), torch.ones_like(weights), weights)

@@ -1,7 +1,7 @@
-"""A model as it was and a pruned version of it, run side by side on the same images.
+"""Runs a model (teacher) and its pruned version (student) on the same images and records their features.
 
-What the two have in common goes by the same dotted paths. What an eager detector *decides* on the way (which proposals
-to look at) carries no gradient; the pruned one is given the original's decisions, or their features would be of
+Modules that both have in common have the same dotted paths. Decisions between the islands, such as the proposals of an
+eager detector, carry no gradient. The student gets the teacher's decisions: otherwise the features would belong to
 different boxes and could not be compared.
 """
 
@@ -21,7 +21,7 @@ from fxprune.graph.fx_utils import is_within, map_tensors
 from fxprune.runtime.torch_internals import tree_leaves
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
-"""``hook(path, module, arguments, output) -> what to give instead, or None``."""
+"""``hook(path, module, arguments, output) -> new output, or None`` to keep the output."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,15 @@ class TeacherStudent:
     Attributes
     ----------
     teacher, student : Module
-        The pruned one is what is healed.
+        The original and the pruned model. Healing changes the student.
     adapter : Adapter
-        How to run them.
+        Runs both.
     detached_modules : tuple of str
-        Modules between the graphs whose outputs carry no gradient although what they are given does.
+        Modules between the islands whose inputs carry gradients, but whose outputs do not.
     calls : mapping of str to int
-        How often each module is called that both versions call, and as often, on the batch they were looked at with.
+        Number of calls per module, on the batch of `pair_models`. Only modules that both models call equally often.
     graphs : tuple of str
-        Parts that were captured as one graph, outermost ones, whether anything was removed from them or not; "" is the
-        whole model.
+        Outermost islands, also those without removals; "" is the whole model.
     """
 
     teacher: nn.Module
@@ -51,7 +50,7 @@ class TeacherStudent:
     graphs: tuple[str, ...]
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Innermost modules within the captured parts that both versions have and the original called."""
+        """Yield path and module of the student's modules without children that lie in islands and are in `calls`."""
         for name, module in self.student.named_modules():
             if self.calls[name] and is_within(name, self.graphs) and not any(True for _ in module.children()):
                 yield name, module
@@ -60,7 +59,7 @@ class TeacherStudent:
 def pair_models(
     original: nn.Module, pruned: nn.Module, adapter: Adapter, batch: Batch, islands: Collection[str]
 ) -> TeacherStudent:
-    """Look at how the original runs on one batch.
+    """Run both models on one batch and return them as a pair.
 
     Parameters
     ----------
@@ -68,9 +67,17 @@ def pair_models(
         Private copies.
     adapter : Adapter
     batch : Batch
-        Prepared for the adapter.
+        Normalized by the adapter.
     islands : collection of str
-        Parts that were captured as one graph.
+        Paths of the islands.
+
+    Returns
+    -------
+    TeacherStudent
+
+    Examples
+    --------
+    >>> pair = pair_models(teacher, student, adapter, batch, [""])   # doctest: +SKIP
     """
     outermost = tuple(
         name for name in sorted(islands) if not is_within(name, [other for other in islands if other != name])
@@ -80,7 +87,7 @@ def pair_models(
     calls: Counter[str] = Counter()
     decisions: dict[str, None] = {}
 
-    def look(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls[name] += 1
         if name in between and _tensors(output) and any(value.requires_grad for value in _tensors(args)):
             if not any(value.requires_grad for value in _tensors(output)):
@@ -89,7 +96,7 @@ def pair_models(
                 decisions.pop(name, None)
 
     shared = [name for name, _ in original.named_modules() if name in known or name in between]
-    with forward_hooks(original, shared, look), torch.enable_grad(), with_gradients(original):
+    with forward_hooks(original, shared, record), torch.enable_grad(), with_gradients(original):
         adapter.predict(original, batch)
     again: Counter[str] = Counter()
 
@@ -97,14 +104,14 @@ def pair_models(
         again[name] += 1
 
     with forward_hooks(pruned, [name for name in shared if name in known], count), torch.no_grad():
-        adapter.predict(pruned, batch)  # a graph calls fewer modules than the program it was traced from
+        adapter.predict(pruned, batch)  # a graph calls fewer modules than the original code
     both = Counter({name: times for name, times in calls.items() if again[name] == times})
     return TeacherStudent(original, pruned, adapter, tuple(decisions), both, outermost)
 
 
 @contextmanager
 def with_gradients(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Let all weights of a model take gradients until the end of the block; yields them."""
+    """Set `requires_grad` of all floating point weights until the end of the block. Yields these weights."""
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     before = [weight.requires_grad for weight in weights]
     try:
@@ -112,27 +119,27 @@ def with_gradients(model: nn.Module) -> Iterator[list[nn.Parameter]]:
             weight.requires_grad_(True)
         yield weights
     finally:
-        for weight, takes in zip(weights, before, strict=True):
-            weight.requires_grad_(takes)
+        for weight, required in zip(weights, before, strict=True):
+            weight.requires_grad_(required)
             weight.grad = None
 
 
 @contextmanager
 def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Let no weight of a model take gradients until the end of the block: what is in between may, at less cost."""
+    """Unset `requires_grad` of all weights until the end of the block: gradients of activations alone cost less."""
     before = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         for weight, _ in before:
             weight.requires_grad_(False)
         yield
     finally:
-        for weight, takes in before:
-            weight.requires_grad_(takes)
+        for weight, required in before:
+            weight.requires_grad_(required)
 
 
 @contextmanager
 def forward_hooks(model: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
-    """Call a function with the output of each of some modules; what it returns, unless None, is given instead."""
+    """Call `hook` with each output of the named modules. Its result, unless None, replaces the output."""
 
     def bind(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         return lambda module, args, output: hook(name, module, args, output)
@@ -146,16 +153,16 @@ def forward_hooks(model: nn.Module, names: Iterable[str], hook: Hook) -> Iterato
 
 
 class FeatureRecorder:
-    """Outputs of some modules, kept as a model runs, call by call.
+    """Records the outputs of modules during one run of a model, per call.
 
     Parameters
     ----------
     points : sequence of str
-        Modules whose outputs are kept.
+        Modules whose outputs are recorded.
     detached_modules : sequence of str
-        Modules whose outputs are kept, or replaced by those that another run kept.
-    reference : Features or None
-        That run.
+        Modules whose outputs are also recorded, and replaced by those of `reference` if it is given.
+    reference : FeatureRecorder or None
+        Recorder of the teacher's run.
     """
 
     def __init__(
@@ -167,7 +174,7 @@ class FeatureRecorder:
         self._count: Counter[str] = Counter()
 
     def run(self, model: nn.Module, adapter: Adapter, batch: Batch) -> FeatureRecorder:
-        """Run a model; with `reference`, stop when it has given what they have."""
+        """Run a model. With `reference`, stop when all outputs that it recorded are recorded here too."""
         try:
             with (
                 forward_hooks(model, self.points, self._keep),
@@ -182,7 +189,7 @@ class FeatureRecorder:
         self.values[self._call(name)] = _tensors(output)
         if self.reference is not None and self.values.keys() >= self.reference.values.keys():
             raise StopForward
-        return map_tensors(output, torch.clone)  # what comes next may overwrite it
+        return map_tensors(output, torch.clone)  # the next operation may overwrite it in place
 
     def _keep_detached(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = self._call(f"{name} decides")
@@ -195,7 +202,7 @@ class FeatureRecorder:
 
 
 class StopForward(BaseException):
-    """Ends a run that has given all that is wanted of it."""
+    """Ends a run of a model when all needed outputs are recorded."""
 
 
 def _tensors(tree: Any) -> list[Tensor]:
