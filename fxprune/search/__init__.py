@@ -1,5 +1,5 @@
-"""The whole pipeline in one call: `compile` analyzes, plans, applies and heals, and can try many plans.
+"""The whole pipeline in one call: `compile` analyzes, plans, applies and heals. It can try many plans.
 
-A model, calibration batches and a budget come in; a pruned model goes out. A new strategy is a function and a row in
-`plan_search.STRATEGIES`; what proposes plans is in `surrogate`, what judges them in `agreement`.
+Input: a model, calibration batches and a budget. Output: a pruned model. To add a strategy, write a function and add a
+row to `plan_search.STRATEGIES`. Module `surrogate` proposes plans, and `agreement` measures how good they are.
 """

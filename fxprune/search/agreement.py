@@ -1,4 +1,4 @@
-"""How much of what a detector found a pruned version still finds; and who is to judge plans."""
+"""Measures how well the boxes of a pruned detector agree with those of the original, to compare plans."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from fxprune.healing.loss_change import LossChange
 from fxprune.runtime.distributed import all_gather, raise_on_all_ranks
 
 CONFIDENCE_THRESHOLD = 0.5
-"""Score from which on what a detector finds is taken for true; half its best score, where that is less."""
+"""Least score of the original's boxes that serve as ground truth. If half the best score is less, that is used."""
 
 
 class DetectionAgreement:
-    """Judges pruned versions of a detector by what they still find: mAP, what it is sure of itself taken for the truth.
+    """Computes the mAP of pruned versions of a detector; the ground truth is the original's own confident boxes.
 
-    A loss of a detector's own outputs can mislead: its parts are measured by their own sizes, and that of the boxes is
-    next to nothing there, so that boxes a little off weigh as much as classes confused.
+    The loss on the detector's own outputs can be misleading. Its parts are divided by their own sizes, and the size of
+    the box part is almost 0 there. So small errors of boxes would count as much as wrong classes.
 
     Parameters
     ----------
     original, batches
-        As of `LossChange`.
+        As for `LossChange`.
     """
 
     noise_std = 0.02
+    """Standard deviation of the error of a sum of single removals, in ``log(1 + increase)``."""
 
     def __init__(self, original: AdaptedModel, batches: Sequence[tuple[int, Batch]]) -> None:
         self.original, self.batches = original, batches
@@ -43,34 +44,34 @@ class DetectionAgreement:
 
     @property
     def is_applicable(self) -> bool:
-        """Whether the model finds boxes, and nothing else that counts."""
+        """Whether the model outputs only boxes, and is confident of some of them."""
         return any(len(boxes.labels) for boxes in self.truth)
 
     def to_settings(self, worse: float) -> dict[str, float]:
-        """What a plan keeps of a judgement: the mAP."""
+        """Return the entry of the plan's settings for an increase: the mAP."""
         return {"agreement": 1 / (1 + worse)}
 
     def increase(self, pruned: nn.Module) -> float:
-        """Growth that stands for the mAP: of the share of what is found no longer to what still is."""
-        found = self._detect_boxes(self.original.copy_version(pruned))
-        precision = average_precision(self.truth, found)["mAP"] if found is not None else 0.0
+        """Return ``1 / mAP - 1`` of a pruned version, so lost / kept precision; infinite for a mAP of 0."""
+        boxes = self._detect_boxes(self.original.copy_version(pruned))
+        precision = average_precision(self.truth, boxes)["mAP"] if boxes is not None else 0.0
         return 1 / precision - 1 if precision > 0 else math.inf
 
     def _detect_boxes(self, version: AdaptedModel) -> list[Boxes] | None:
-        """What a version finds on the images of all processes; None if that is not known as boxes."""
+        """Return the boxes of a version on the images of all processes; None if it does not output boxes only."""
         with version.running(grad=False), raise_on_all_ranks():
             outputs = [(index, version.detections(batch)) for index, batch in self.batches]
         own = [(index, None if rows is None else list(map(_to_boxes, rows))) for index, rows in outputs]
-        found = sorted(itertools.chain(*all_gather(own)), key=lambda pair: pair[0])  # as one process has them
-        return None if any(rows is None for _, rows in found) else [boxes for _, rows in found for boxes in rows]
+        every = sorted(itertools.chain(*all_gather(own)), key=lambda pair: pair[0])  # the order of a single process
+        return None if any(rows is None for _, rows in every) else [boxes for _, rows in every for boxes in rows]
 
 
 PlanJudge = LossChange | DetectionAgreement
-"""What compares pruned versions of a model with the model, by `increase`."""
+"""Compares pruned versions of a model with the original; `increase` returns larger numbers for worse versions."""
 
 
 def make_plan_judge(original: AdaptedModel, batches: Sequence[tuple[int, Batch]]) -> PlanJudge:
-    """Choose what judges plans: the boxes still found, for a detector that is confident of some; else the loss."""
+    """Return the judge of plans: `DetectionAgreement` for a detector with confident boxes, else `LossChange`."""
     agreement = DetectionAgreement(original, batches)
     return agreement if agreement.is_applicable else LossChange(original, batches)
 

@@ -1,4 +1,4 @@
-"""Everything in one call: score, choose, remove, heal."""
+"""Defines `compile`: analyze, plan, apply and heal in one call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fxprune.search.plan_search import DEFAULT_TRIES, SearchOptions, find_plan
 
 @dataclass(frozen=True)
 class Pruning:
-    """What `prune` returns: the pruned model, the plan that was carried out, and the analysis it was chosen from."""
+    """Output of `prune`: the pruned model, the plan that was applied, and the analysis that the plan comes from."""
 
     model: nn.Module
     plan: Plan
@@ -52,34 +52,36 @@ def compile(
     steps: int = 400,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Remove a fraction of a model's cost, and heal what is left.
+    """Remove a fraction of a model's cost and heal the pruned model.
 
     Parameters
     ----------
     model, calib_loader, criterion, loss, latency_backend, seed, progress
         As for `fxprune.analyze`.
     budget : float
-        Fraction in (0, 1) of the whole model's cost to remove.
+        Fraction, in (0, 1), of the model's cost to remove at least.
     cost : str
-        What the budget counts: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
+        Unit of the budget: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
     strategy : str
-        ``"one_shot"``: the best plan by score. ``"search"``, for budgets of 0.2 on: `tries` plans, first those of the
-        criterion, ``"fisher_mended"`` and their mean, healed on 64 images, judged on 192 others
-        (`fxprune.search.agreement`). An interrupted search returns the best plan so far.
+        ``"one_shot"``: the plan with the least summed score. ``"search"``, useful for budgets of 0.2 or more: try
+        `tries` plans, first those of the criterion, of ``"fisher_mended"`` and of their geometric mean. Each is healed
+        on 64 images and judged on 192 others (`fxprune.search.agreement`). Ctrl-C returns the best plan so far.
     heal : str
-        How the pruned model is healed, see `fxprune.heal`. All methods but ``"none"`` keep the batches in memory.
+        Healing method, see `fxprune.heal`. All methods except ``"none"`` keep the batches in memory.
     tries, steps : int
-        Plans that a search tries; steps that ``heal="mimic"`` trains for.
+        Number of plans that a search tries at most; number of training steps of ``heal="mimic"``.
 
     Returns
     -------
     Module
-        The same kind of model, smaller; see `fxprune.apply`. `fxprune.report` says what was removed. The same in all
-        processes (`torch.distributed`) if all call it with the same model and loader; an interruption ends them.
+        The same kind of model, smaller, see `fxprune.apply`; `fxprune.report` lists the removed regions. In several
+        processes (`torch.distributed`), all must call it with the same model and loader, and all return the same model.
+        Ctrl-C ends a search in several processes.
 
     Raises
     ------
-    FxpruneError : as `analyze`, `Analysis.plan`, `apply` and `heal` do.
+    FxpruneError
+        As for `analyze`, `Analysis.plan`, `apply` and `heal`.
 
     Examples
     --------
@@ -94,7 +96,7 @@ def compile(
 def prune(
     model: nn.Module, calib_loader: Any, search: SearchOptions, analysis: AnalysisOptions, healing: HealingOptions
 ) -> Pruning:
-    """Do what `compile` does, with the options in three values; return the plan and the analysis too."""
+    """Do what `compile` does, with the options in three objects; also return the plan and the analysis."""
     with isolated_run(unwrap(model), grad=True):
         loader: Any = calib_loader
         if search.strategy != "one_shot" or healing.method != "none":
@@ -109,6 +111,6 @@ def prune(
 
 
 def materialize_calibration(model: nn.Module, loader: Any, options: AnalysisOptions) -> CalibrationSet:
-    """Read and keep the batches; the model as it is labels those that came without labels."""
+    """Read all batches and keep them; those without labels get the original model's confident outputs."""
     with isolated_run(unwrap(model), grad=True), raise_on_all_ranks():
         return open_calibration(model, loader, options.loss, options.seed).keep()

@@ -1,4 +1,4 @@
-"""Which plan: the best by score alone, or the best of several that scores propose and trials compare."""
+"""The strategies to find a plan: by scores alone, or by trials of many plans that a surrogate proposes."""
 
 from __future__ import annotations
 
@@ -27,31 +27,33 @@ from fxprune.search.agreement import PlanJudge, make_plan_judge
 from fxprune.search.surrogate import LinearSurrogate
 
 DEFAULT_TRIES = 16
-"""Plans that ``"search"`` tries."""
+"""Number of plans that ``"search"`` tries at most."""
 HEALING_IMAGES, JUDGING_IMAGES = 64, 192
-"""Images that plans are mended on, and others that they are judged on; scores, and the last mending, see all.
+"""Number of images on which trials are healed, and number of other images on which they are judged.
 
-On 64 others the loss left two plans of ShuffleNetV2 in doubt of which one costs .02 of mAP more."""
+Scores and the final healing use all images. On 64 judging images, the loss could not separate two plans of ShuffleNetV2
+that differ by .02 of mAP."""
 MIN_SAVING_SHARE = 0.002
-"""Share of what the budget asks for that a region saves at least, if it is to be in a plan that is tried.
+"""Least saving of a region in a plan that is tried, as a share of the saving that the budget requires.
 
-On MobileNetV2 a third of all tries differed from others by layers alone that saved less, and were as good or worse."""
+On MobileNetV2, a third of all tries differed from others only by layers that saved less. They were not better."""
 RECOVERY_CRITERION, FITTING_METHODS = "fisher_mended", ("affine", "mimic")
-"""A criterion of what fits cannot mend, and the healings that begin by fits."""
+"""The criterion that measures the loss change that a fit cannot recover, and the healing methods that start with a fit.
+"""
 
 
 QUICK_METHODS = {"mimic": "affine"}
-"""How trials are healed, where the result is healed by a method that takes long."""
+"""Healing method of trials, by healing method of the result. A method that is not listed is used for both."""
 
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """How much is removed, and how the plan is found; see `fxprune.compile`.
+    """Budget, cost and strategy; see `fxprune.compile`.
 
     Raises
     ------
     BudgetError, SettingError
-        If the budget is no fraction, the cost or the strategy is not known, or `tries` is no positive number.
+        If the budget is not in (0, 1), the cost or the strategy is not known, or `tries` is not a positive integer.
     """
 
     budget: float = 0.1
@@ -64,23 +66,25 @@ class SearchOptions:
         check_cost(self.cost)
         check_choice("strategy", self.strategy, STRATEGIES)
         if not isinstance(self.tries, int) or isinstance(self.tries, bool) or self.tries < 1:
-            raise SettingError(f"tries is {self.tries!r}; give a number of plans to try, from 1")
+            raise SettingError(f"tries is {self.tries!r}; give a number of plans to try, 1 or more")
 
 
 @dataclass(frozen=True)
 class PlanSearch:
-    """One search for a plan.
+    """Inputs of a strategy.
 
     Attributes
     ----------
     model : Module
-        The caller's.
+        The caller's model. It is not changed.
     loader : iterable or CalibrationSet
-        Batches; a search that tries plans needs them to be kept.
+        Calibration batches. All strategies except ``"one_shot"`` need a `CalibrationSet`.
     options : SearchOptions
+        Budget, cost and number of tries.
     analysis : AnalysisOptions
+        Options of the analysis.
     trial_method : str
-        How a pruned model is healed before it is judged.
+        Healing method of trials.
     """
 
     model: nn.Module
@@ -90,7 +94,7 @@ class PlanSearch:
     trial_method: str
 
     def heal_trial(self, pruned: nn.Module, calibration: CalibrationSet, context: HealingContext) -> nn.Module:
-        """Heal a pruned model quickly, to be judged."""
+        """Heal the pruned model of a trial."""
         if self.trial_method == "none":
             return pruned
         return heal_student(pruned, self.model, calibration, self.trial_method, self.analysis.loss, context)
@@ -99,38 +103,39 @@ class PlanSearch:
 def find_plan(
     model: nn.Module, loader: Any, options: SearchOptions, analysis: AnalysisOptions, heal: str
 ) -> tuple[Plan, Analysis]:
-    """Find the plan to carry out.
+    """Find the plan to apply.
 
     Parameters
     ----------
     model : Module
-        Not changed.
+        The caller's model. It is not changed.
     loader : iterable or CalibrationSet
-        Batches; kept ones for any strategy but ``"one_shot"``.
-    options, analysis
-        What to remove, and how regions are scored.
+        Calibration batches. All strategies except ``"one_shot"`` need a `CalibrationSet`.
+    options, analysis : SearchOptions, AnalysisOptions
+        Options of the search and of the analysis.
     heal : str
-        How the result will be healed; trials are healed alike, or in a quicker way.
+        Healing method of the result. Trials are healed by the same method or by a quicker one, see `QUICK_METHODS`.
 
     Returns
     -------
     plan : Plan
+        The best plan.
     analysis : Analysis
-        What it was chosen from.
+        The analysis that the plan comes from.
     """
     search = PlanSearch(model, loader, options, analysis, QUICK_METHODS.get(heal, heal))
     return STRATEGIES[options.strategy](search)
 
 
 def _plan_once(search: PlanSearch) -> tuple[Plan, Analysis]:
-    """Choose the best plan by score alone."""
+    """Return the plan with the least summed score."""
     analysis = analyze_with(search.model, search.loader, search.analysis)
     options = search.options
     return run_on_rank_zero(partial(analysis.plan, options.budget, options.cost)), analysis
 
 
 def _search_plans(search: PlanSearch) -> tuple[Plan, Analysis]:
-    """Propose whole plans by scores, judge each after healing, and learn from that what scores are worth."""
+    """Try plans that a surrogate proposes. Each is healed and judged, and the surrogate is updated by the result."""
     options, say = search.options, search.analysis.progress
     whole, prior_scores = _analyze_for_search(search)
     analysis = _without_negligible(whole, options)
@@ -140,37 +145,38 @@ def _search_plans(search: PlanSearch) -> tuple[Plan, Analysis]:
     surrogate = LinearSurrogate(
         [[scores[name] for name in names] for scores in prior_scores], search.analysis.seed, judge.noise_std
     )
-    found: dict[tuple[bool, ...], tuple[float, Plan]] = {}
+    trials: dict[tuple[bool, ...], tuple[float, Plan]] = {}
     say("search", 0, options.tries)
     try:
         for number in range(1, options.tries + 1):
-            plan = run_on_rank_zero(partial(_propose_plan, analysis, surrogate, found, options))
+            plan = run_on_rank_zero(partial(_propose_plan, analysis, surrogate, trials, options))
             if plan is None:
                 break
             loss = judge.increase(search.heal_trial(apply(search.model, plan), healing_set, context))
-            found[_removed_mask(plan)] = loss, plan
+            trials[_removed_mask(plan)] = loss, plan
             surrogate.observe(_removed_mask(plan), loss)
             say("search", number, options.tries)
     except KeyboardInterrupt:
-        if not found or rank_and_world()[1] > 1:
+        if not trials or rank_and_world()[1] > 1:
             raise
-        _warn_of_interruption(f"after {len(found)} of {options.tries} plans")
-    loss, plan = run_on_rank_zero(lambda: min(found.values(), key=lambda pair: pair[0]))
-    gone = {region.name for region in plan.removed}
-    regions = tuple(replace(region, removed=region.name in gone) for region in whole.regions)
-    facts = {"strategy": "search", "tried": len(found), "mended": search.trial_method, **judge.to_settings(loss)}
+        _warn_of_interruption(f"after {len(trials)} of {options.tries} plans")
+    loss, plan = run_on_rank_zero(lambda: min(trials.values(), key=lambda pair: pair[0]))
+    removed = {region.name for region in plan.removed}
+    regions = tuple(replace(region, removed=region.name in removed) for region in whole.regions)
+    facts = {"strategy": "search", "tried": len(trials), "mended": search.trial_method, **judge.to_settings(loss)}
     return replace(plan, regions=regions, settings=plan.settings.with_entries(**facts)), whole
 
 
 def _analyze_for_search(search: PlanSearch) -> tuple[Analysis, list[dict[str, float]]]:
-    """Capture the model once; score it by the criterion and, if trials are fitted, by what fits cannot recover.
+    """Capture the model once. Score it by the criterion and, if trials are healed by fits, by `RECOVERY_CRITERION`.
 
     Returns
     -------
     analysis : Analysis
-        By the criterion.
+        Analysis by the criterion.
     prior_scores : list of dict
-        Scores by region and by each criterion. A region without a score of its own keeps that of the first.
+        For each criterion, the scores by region name. If the second criterion has no score for a region, the score of
+        the first is used.
     """
     with isolated_run(unwrap(search.model), grad=True):
         analyzer = Analyzer(search.model, search.loader, search.analysis)
@@ -183,20 +189,20 @@ def _analyze_for_search(search: PlanSearch) -> tuple[Analysis, list[dict[str, fl
 
 
 def _propose_plan(
-    analysis: Analysis, surrogate: LinearSurrogate, found: Iterable[Any], options: SearchOptions
+    analysis: Analysis, surrogate: LinearSurrogate, tried: Iterable[Any], options: SearchOptions
 ) -> Plan | None:
-    """Return the best plan by scores that the surrogate draws; one that was not tried, or None."""
+    """Return the best plan by scores that the surrogate proposes, if it was not tried yet; else None."""
     for scores in surrogate.propose():
         regions = zip(analysis.regions, scores, strict=True)
-        believed = replace(analysis, regions=tuple(replace(region, score=float(score)) for region, score in regions))
-        plan = believed.plan(options.budget, options.cost)
-        if _removed_mask(plan) not in found:
+        rescored = replace(analysis, regions=tuple(replace(region, score=float(score)) for region, score in regions))
+        plan = rescored.plan(options.budget, options.cost)
+        if _removed_mask(plan) not in tried:
             return plan
     return None
 
 
 def _without_negligible(analysis: Analysis, options: SearchOptions) -> Analysis:
-    """Leave out the regions that save next to nothing, unless the budget cannot be met without them."""
+    """Omit the regions that save almost nothing, unless the budget cannot be met without them."""
     least = MIN_SAVING_SHARE * options.budget * (cost_of(analysis.before, options.cost) or 0.0)
     regions = tuple(region for region in analysis.regions if (cost_of(region, options.cost) or 0.0) >= least)
     try:
@@ -211,7 +217,7 @@ def _removed_mask(plan: Plan) -> tuple[bool, ...]:
 
 
 def _make_judge(search: PlanSearch, calibration: CalibrationSet) -> PlanJudge:
-    """Choose the judge, on the images that plans are judged on."""
+    """Return the judge of plans, on the judging images."""
     original = AdaptedModel.copy_of(search.model, calibration.adapter, search.analysis.seed)
     batches = [(index, batch) for index, batch in enumerate(calibration.own_batches()) if batch is not None]
     return make_plan_judge(original, batches)

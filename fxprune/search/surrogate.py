@@ -1,4 +1,4 @@
-"""What a search believes of regions: scores at first, then what trials have shown."""
+"""Defines `LinearSurrogate`, which predicts the loss increase of a plan from scores and from earlier trials."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 import numpy as np
 
 EXPLORATION_SCALES = tuple(2.0**power for power in (-4, -3, -3, -2, -2, -1, -1, 0, 0, 1))
-"""Shares of what is uncertain that chance is given, one after the other, to come to a plan that was not tried."""
+"""Factors of the standard deviation of random draws. They are used in turn until a plan results that was not tried."""
 MAX_LOSS_INCREASE = 1e6
-"""Growth of the loss that stands for any greater one, and for a loss that is infinite or no number."""
+"""Upper limit of the loss increase. It is also used for a loss that is infinite or NaN."""
 
 
 class LinearSurrogate:
-    """What each region's removal is believed to add to ``log(1 + loss increase)``: a Gaussian, updated by trials.
+    """Bayesian linear regression: each removed region adds a weight to ``log(1 + loss increase)``.
 
-    At first the scores, whose square roots are taken to be proportional to it, each as uncertain as it is large. Where
-    there are several opinions it is their geometric mean, the last of what is tried for itself, as uncertain as the
-    largest.
+    The weights have a Gaussian prior. Its mean is proportional to the square root of the score. Its standard deviation
+    equals its mean, and is at least the median of all means. With scores by several criteria, the mean comes from their
+    geometric mean, and the standard deviation from the largest. The geometric mean is then also tried as scores of its
+    own, after the others.
 
     Parameters
     ----------
     prior_scores : sequence of sequence of float
-        Scores by one criterion or more.
+        Scores of the R regions, by one or more criteria.
     seed : int
-        Of the draws.
+        Seed of the random draws.
     noise_std : float
-        Of the judge, see `fxprune.search.agreement`.
+        Standard deviation of the error of the regression, see `DetectionAgreement` and `LossChange`.
     """
 
     def __init__(self, prior_scores: Sequence[Sequence[float]], seed: int, noise_std: float) -> None:
@@ -42,20 +43,20 @@ class LinearSurrogate:
         self.losses: list[float] = []
         self.rng = np.random.default_rng(seed)
 
-    def observe(self, taken: tuple[bool, ...], loss: float) -> None:
-        """Take in what a plan led to."""
-        self.trials.append(taken)
+    def observe(self, removed: tuple[bool, ...], loss: float) -> None:
+        """Add the result of a trial: the removed regions (R,) and the loss increase."""
+        self.trials.append(removed)
         self.losses.append(math.log1p(min(max(loss, -0.5), MAX_LOSS_INCREASE)))
 
     def trials_without_gain(self) -> int:
-        """Trials since one was better than all before it by more than is left unexplained."""
+        """Return the number of trials since the last one that was better than all before by more than `noise_std`."""
         best, since = math.inf, 0
         for loss in self.losses:
             best, since = (loss, 0) if loss < best - self.noise_std else (best, since + 1)
         return since
 
     def posterior(self) -> tuple[Any, Any]:
-        """Mean (R,) and covariance (R, R) after the trials."""
+        """Return the mean (R,) and the covariance (R, R) of the weights, given the trials."""
         x, y = np.asarray(self.trials, dtype=float), np.asarray(self.losses)
         sums = x @ self.prior_mean
         scale = max(float(np.mean(y[sums > 0] / sums[sums > 0])) if (sums > 0).any() else 0.0, 1e-6)
@@ -65,9 +66,10 @@ class LinearSurrogate:
         return mean + gain @ (y - x @ mean), prior - gain @ x @ prior
 
     def propose(self) -> Iterable[Any]:
-        """Scores to try: each opinion first, then what is most likely, then with ever more chance in it.
+        """Yield scores (R,) to make plans from.
 
-        The longer nothing better was found, the more to begin with.
+        First the prior scores that were not tried. Then the mean of the posterior, then random draws from it with
+        increasing standard deviation (Thompson sampling). The more trials without gain, the larger the first one.
         """
         if len(self.trials) < len(self.prior_scores):
             yield from self.prior_scores[len(self.trials) :]
@@ -75,6 +77,6 @@ class LinearSurrogate:
             return
         mean, covariance = self.posterior()
         yield np.maximum(mean, 0.0)
-        for chance in EXPLORATION_SCALES[min(self.trials_without_gain() // 2, len(EXPLORATION_SCALES) - 2) :]:
-            drawn = self.rng.multivariate_normal(mean, chance**2 * covariance, check_valid="ignore")
-            yield np.maximum(drawn, 0.0)
+        for factor in EXPLORATION_SCALES[min(self.trials_without_gain() // 2, len(EXPLORATION_SCALES) - 2) :]:
+            draw = self.rng.multivariate_normal(mean, factor**2 * covariance, check_valid="ignore")
+            yield np.maximum(draw, 0.0)
