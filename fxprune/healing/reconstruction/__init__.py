@@ -1,5 +1,5 @@
-"""Layer-wise reconstruction: each layer is fitted in closed form to the outputs that it had in the original.
+"""Layer-wise reconstruction: each layer is fitted in closed form to its outputs in the original.
 
-Both models run side by side; `layerwise` stops at every layer and calls a fit. A new fit has the signature `Fit` of
-`least_squares`.
+The original and the pruned model run at the same time; `layerwise` pauses both at every layer and calls a fit. To add a
+fit, write a function with the signature `Fit` of `least_squares`.
 """

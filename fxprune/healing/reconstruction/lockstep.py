@@ -1,8 +1,7 @@
-"""Several runs that wait for each other at named points: what is fitted there sees all of them, and all go on with it.
+"""Runs several functions in lockstep: they wait for each other at named points, where their values are combined.
 
-A statistic over a whole calibration set at some layer, with all layers before it corrected already, needs either one
-pass a layer or one batch that holds everything. Runs in step need one pass, and hold of every batch what is alive at
-one layer.
+To fit a layer to a whole calibration set, with all earlier layers fitted already, one needs either one pass per layer
+or one batch with all images. Runs in lockstep need one pass, and keep only the live values of each batch in memory.
 """
 
 from __future__ import annotations
@@ -17,28 +16,28 @@ import torch
 from fxprune.errors import ModelError
 
 Rendezvous = Callable[[Hashable, Any], Any]
-"""``meet(point, value) -> answer``: waits until every run that is under way has come to the point."""
+"""``meet(point, value) -> answer``: waits until every unfinished run has reached the point."""
 
 
 def run_lockstep(
     runs: Mapping[Any, Callable[[Rendezvous], None]], decide: Callable[[Any, dict[Any, Any]], Mapping[Any, Any]]
 ) -> None:
-    """Run functions in turn, one at a time, from one meeting to the next.
+    """Run functions in turn, one at a time, each up to its next point.
 
     Parameters
     ----------
     runs : mapping
-        Functions by name; each gets `Rendezvous`. They run in threads of their own, without gradients.
+        Functions by name; each is called with a `Rendezvous`. Each runs in its own thread, without gradients.
     decide : callable
-        ``(point, values by name) -> answers by name``: called when all that are under way have come to one point; who
-        gets no answer gets None.
+        ``(point, values by name) -> answers by name``: called when all unfinished runs have reached a point. A run
+        without an answer gets None.
 
     Raises
     ------
     ModelError
         If runs wait at different points.
     Exception
-        What a function or `decide` raised, the others being stopped.
+        The error of a function or of `decide`. The other runs are stopped first.
 
     Examples
     --------
@@ -60,9 +59,8 @@ def run_lockstep(
                 points = {met[name][0] for name in workers}
                 if len(points) > 1:
                     raise ModelError(
-                        f"batches take different ways through the model: some are at"
-                        f" {', '.join(sorted(map(str, points)))} while others are elsewhere;"
-                        " give calibration batches of one size"
+                        "batches take different paths through the model: some are at"
+                        f" {', '.join(sorted(map(str, points)))}; give calibration batches of one size"
                     )
                 for point in points:
                     answers = decide(point, {name: met[name][1] for name in workers})
@@ -72,11 +70,11 @@ def run_lockstep(
 
 
 class _Stopped(BaseException):
-    """Ends a run that nobody waits for any more."""
+    """Ends a run after another run has failed."""
 
 
 class _Worker:
-    """A function in a thread that runs only while `resume` waits for it."""
+    """A function in a thread. It runs only while the main thread waits in `resume`."""
 
     def __init__(self, pool: ThreadPoolExecutor, run: Callable[[Rendezvous], None]) -> None:
         self.inbox: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
@@ -84,13 +82,13 @@ class _Worker:
         pool.submit(self._work, run).add_done_callback(self.outbox.put)
 
     def resume(self, answer: Any) -> Any:
-        """Let it run to its next meeting; returns point and value, or None if it is done."""
+        """Run to the next point; return the point and the value, or None if the function has returned."""
         self.inbox.put((True, answer))
         met = self.outbox.get()
         return met.result() if isinstance(met, Future) else met
 
     def stop(self) -> None:
-        """Let it end where it waits."""
+        """End the function at the point where it waits."""
         self.inbox.put((False, None))
 
     @torch.no_grad()
@@ -103,7 +101,7 @@ class _Worker:
         return self._wait()
 
     def _wait(self) -> Any:
-        goes_on, answer = self.inbox.get()
-        if not goes_on:
+        resumed, answer = self.inbox.get()
+        if not resumed:
             raise _Stopped
         return answer

@@ -1,4 +1,4 @@
-"""Layers that end in a sum: they can make up for what is missing in the other operand."""
+"""Finds layers whose output is added to another operand: their fit can compensate a change of that operand."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fxprune.graph.operators import ADDITIONS, is_norm
 
 @dataclass(frozen=True)
 class ResidualOperand:
-    """What a layer's output is added to, and where that can be seen.
+    """The other operand of the sum that a layer's output is added to.
 
     Attributes
     ----------
     observed_at : str
-        A layer that runs earlier.
+        Path of an earlier layer whose input or output is the operand.
     is_input : bool
-        Whether the other operand is what that layer is given; else it is what it gives.
+        Whether the operand is the input of that layer; otherwise it is the output.
     norm : str or None
-        The norm between the layer and the sum.
+        Path of the norm between the layer and the sum, if there is one.
     """
 
     observed_at: str
@@ -32,12 +32,12 @@ class ResidualOperand:
 
 
 def find_residual_operands(model: nn.Module) -> dict[str, ResidualOperand]:
-    """Find the layers of a model's graphs whose output is read by one sum alone, a norm between them or not.
+    """Find the layers of a model's graphs whose output is read only by one sum, directly or through a norm.
 
     Returns
     -------
-    dict of str to Term
-        By the layer's path.
+    dict of str to ResidualOperand
+        The other operands, by the layer's path.
     """
     return {
         join_path(island, path): ResidualOperand(
@@ -56,10 +56,10 @@ def _graph_operands(gm: fx.GraphModule) -> Iterator[tuple[str, ResidualOperand]]
         if total.target not in {*ADDITIONS, operator.iadd} or len(operands) != 2 or operands[0] is operands[1]:
             continue
         for last, other in (operands, operands[::-1]):
-            seen = _find_observer(other, order[last], order)
-            if seen is None or last.op != "call_module" or len(last.users) != 1:
+            observer = _find_observer(other, order[last], order)
+            if observer is None or last.op != "call_module" or len(last.users) != 1:
                 continue
-            yield str(last.target), ResidualOperand(*seen)
+            yield str(last.target), ResidualOperand(*observer)
             before = last.args[0] if last.args else None
             if (
                 is_norm(gm, last)
@@ -67,11 +67,11 @@ def _graph_operands(gm: fx.GraphModule) -> Iterator[tuple[str, ResidualOperand]]
                 and before.op == "call_module"
                 and len(before.users) == 1
             ):
-                yield str(before.target), ResidualOperand(*seen, str(last.target))
+                yield str(before.target), ResidualOperand(*observer, str(last.target))
 
 
 def _find_observer(value: fx.Node, end: int, order: dict[fx.Node, int]) -> tuple[str, bool] | None:
-    """A layer that gives a value, or is given it, before some place in the graph."""
+    """Return the path of a layer before index `end` that outputs or reads a value, and whether it reads the value."""
     if value.op == "call_module" and order[value] < end:
         return str(value.target), False
     readers = sorted((user for user in value.users if user.op == "call_module"), key=order.__getitem__)
