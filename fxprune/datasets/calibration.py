@@ -1,4 +1,4 @@
-"""Calibration batches: read once from a loader, and kept where they are needed again."""
+"""Reads calibration batches once from a loader, and keeps them in memory if they are needed again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fxprune.runtime.distributed import (
 from fxprune.runtime.torch_internals import tree_leaves
 
 _END = object()
-SAME_LOADER_HINT = "give all the same loader in the same order, one that does not share out images by itself"
+SAME_LOADER_HINT = "give all the same loader in the same order, without a DistributedSampler"
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class CalibrationSet:
     batches : tuple of Batch
         All batches of the loader, with targets; the same in all processes.
     adapter : Adapter
-        What they were read by.
+        The adapter that read them.
     targets : str
-        Where the targets came from, in words.
+        Source of the targets, in words.
 
     Examples
     --------
@@ -55,9 +55,16 @@ class CalibrationSet:
 
     @classmethod
     def read(cls, adapted: AdaptedModel, raws: Iterable[Any]) -> CalibrationSet:
-        """Read all batches of a loader. Those without labels get the model's own confident outputs.
+        """Read all batches of a loader. Batches without labels get the model's own confident outputs as targets.
 
-        Every process labels its share of the batches and learns the others' targets.
+        Every process labels its share of the batches and receives the targets of the others.
+
+        Parameters
+        ----------
+        adapted : AdaptedModel
+            The model with its adapter.
+        raws : iterable
+            The batches of the loader.
 
         Raises
         ------
@@ -91,7 +98,7 @@ class CalibrationSet:
         return [replace(batch, targets=None) for batch in self.batches]
 
     def own_batches(self) -> Iterator[Batch | None]:
-        """Yield the batches in order; None stands for one that is another process's to work on."""
+        """Yield the batches in order; None is a batch that another process works on."""
         check_enough_batches(len(self.batches))
         for index, batch in enumerate(self.batches):
             yield batch if belongs_to_rank(index) else None
@@ -102,14 +109,15 @@ class CalibrationSet:
         Parameters
         ----------
         images : int
-            Images of the first sample: as many batches as hold them, at most half of all.
+            Number of images of the first sample, rounded up to whole batches; at most half of all batches are taken.
         others : int
-            Images of the second sample, from the batches that are left.
+            Number of images of the second sample, from the remaining batches.
 
         Returns
         -------
         tuple of CalibrationSet
-            Both are drawn from all batches where there are too few for every process to have some of each.
+            The two samples. If there are too few batches for every process to get some of each, both samples are drawn
+            from all batches and may overlap.
         """
         if len(self.batches) < 2 * world_size():
             return self._take(self.batches, images), self._take(self.batches, others)
@@ -127,16 +135,16 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class OpenCalibration:
-    """A copy of a model, and the batches it will be calibrated on; of a loader no more than the first one is read.
+    """A copy of a model and its calibration batches. Of a loader, only the first batch is read so far.
 
     Attributes
     ----------
     adapted : AdaptedModel
         The private copy.
     source : CalibrationSet or iterator
-        The batches that were kept, or the loader's, the first one included. An iterator can be used once.
+        The kept batches, or all batches of the loader including the first. An iterator can be used only once.
     first_raw
-        The first batch, as `source` has it.
+        The first batch of the loader, before it is read; None for a `CalibrationSet`.
     """
 
     adapted: AdaptedModel
@@ -157,24 +165,24 @@ class OpenCalibration:
         return CalibrationSet.read(self.adapted, self.source)
 
     def image_batches(self) -> list[Batch]:
-        """Read all batches without their targets; none are made."""
+        """Read all batches without targets; no targets are computed."""
         if isinstance(self.source, CalibrationSet):
             return self.source.image_batches
         batches = (self.adapted.normalize(index, raw) for index, raw in enumerate(self.source))
         return [replace(batch, targets=None) for batch in batches]
 
     def own_batches(self, adapted: AdaptedModel) -> Iterator[Batch | None]:
-        """Yield the batches in order, read one at a time; None stands for one that is another process's to work on.
+        """Yield the batches in order, read one at a time; None is a batch that another process works on.
 
         Parameters
         ----------
         adapted : AdaptedModel
-            The model that labels those that came without labels.
+            The model whose outputs are the targets of batches without labels.
 
         Raises
         ------
         BatchError
-            If a batch cannot be read, or, at the end, if there were fewer batches than processes.
+            If a batch cannot be read. At the end, if there were fewer batches than processes.
         """
         if isinstance(self.source, CalibrationSet):
             yield from self.source.own_batches()
@@ -195,18 +203,18 @@ def open_calibration(model: nn.Module, loader: Any, loss: Loss | None, seed: int
     Parameters
     ----------
     model : Module
-        The caller's; it is not changed.
+        The caller's model. It is not changed.
     loader : iterable or CalibrationSet
-        Batches as the adapter takes them; a generator is read once. Several processes are all given the same.
+        Batches in a form that the adapter knows. A generator is read once. All processes need the same loader.
     loss : callable, optional
-        The caller's own loss, for models of no known kind.
+        The caller's own loss, for models without an own adapter.
     seed : int
-        Of samplers inside the loss.
+        Seed of samplers inside the loss.
 
     Raises
     ------
     BatchError
-        If it is no iterable of batches, or yields none.
+        If the loader is not an iterable of batches, or is empty.
     """
     if isinstance(loader, CalibrationSet):
         return OpenCalibration(AdaptedModel.copy_of(model, loader.adapter, seed), loader, None)
@@ -223,7 +231,7 @@ def open_calibration(model: nn.Module, loader: Any, loss: Loss | None, seed: int
 
 
 def describe_targets(sources: Collection[bool]) -> str:
-    """Say where targets came from; True stands for a batch with targets of the model's own."""
+    """Return the source of the targets in words; True is a batch whose targets are the model's own outputs."""
     own = "the model's own confident outputs"
     if not any(sources):
         return "labels given"
@@ -231,14 +239,14 @@ def describe_targets(sources: Collection[bool]) -> str:
 
 
 def check_same_count(count: int) -> None:
-    """Raise `BatchError` if the processes read more batches, or fewer."""
+    """Raise `BatchError` if the processes read different numbers of batches."""
     counts = all_gather(count)
     if len({*counts}) > 1:
         raise BatchError(f"the processes read {', '.join(map(str, counts))} batches; {SAME_LOADER_HINT}")
 
 
 def check_same_batches(batches: Iterable[Batch]) -> None:
-    """Raise `BatchError` unless all processes hold the same batches."""
+    """Raise `BatchError` if the processes have different batches."""
     leaves = [leaf for batch in batches for leaf in tree_leaves(batch.images) if isinstance(leaf, Tensor)]
     if not equal_on_all_ranks(lambda: sum(float(leaf.double().sum()) for leaf in leaves)):
         raise BatchError(f"the processes hold different batches; {SAME_LOADER_HINT}")

@@ -1,5 +1,5 @@
-"""From a plan to a pruned model: `apply` runs the passes on a copy, checks the result, and notes the plan on it.
+"""Applies plans: `apply` runs the passes on a copy of the model, checks the result, and stores the plan on it.
 
-A model and a plan come in; a model of the same kind goes out. Changes to graphs go into `fxprune.passes`, checks into
-`verification`, notes on a pruned network into `history`.
+Input: a model and a plan. Output: a model of the same kind. Changes to graphs are in `fxprune.passes`, checks in
+`verification`, and the attributes that are stored on a pruned network in `history`.
 """

@@ -1,4 +1,4 @@
-"""`apply` a plan: take its regions out of a copy of the model."""
+"""Defines `apply`, which removes the regions of a plan from a copy of the model."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from fxprune.runtime.user_warnings import warn_user
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """Carry out a plan on a copy of a model.
+    """Apply a plan to a copy of a model.
 
     Parameters
     ----------
     model : Module
-        The model the plan was made for, or one of the same structure with other weights. It is not changed.
+        The model of the analysis, or one with the same structure and other weights. It is not changed.
     plan : Plan
-        From `Analysis.plan` or `Plan.load`.
+        Output of `Analysis.plan` or `Plan.load`.
 
     Returns
     -------
     Module
-        The same kind of model, its mode, device and dtype kept, the plan's regions gone from its graphs, its
-        parameters and its `state_dict`. A model that is one graph as a whole comes back as a `GraphModule`. A
-        convolution that would read one tensor twice reads it once, the weights of both added up.
+        The same kind of model with the same modes, device and dtype. The plan's regions are removed from its graphs,
+        its parameters and its `state_dict`. If the whole model is one graph, the result is a `GraphModule`. If a
+        convolution would read one tensor twice, it reads it once, with the sum of both weights.
 
     Raises
     ------
     PlanError
-        If the plan was made for another structure; names the part that does not fit.
+        If the plan was made for another structure. The message names the island that differs.
 
     Warns
     -----
     FxpruneWarning
-        If a module that the rewrite dissolves carries hooks; names it.
+        If a module with hooks becomes part of a graph, so that its hooks are lost. The message names it.
 
     Examples
     --------
@@ -77,12 +77,12 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def trace_checked(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.GraphModule:
-    """Trace one island of a plan in a model and hold it to its fingerprint.
+    """Trace one island of a plan in a model and check its fingerprint.
 
     Raises
     ------
     PlanError
-        If the model has no such part, or one of another structure.
+        If the model does not have this submodule, or if its structure differs.
     """
     where = f"island {record.name or '<model>'!r}"
     try:
@@ -101,7 +101,7 @@ def trace_checked(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.Grap
 
 
 def _describe_version_changes(plan: Plan) -> str:
-    """Say which libraries have another version than when the plan was made, for their models may be others too."""
+    """Return the libraries whose version differs from that in the plan, in words: their models may differ too."""
     made = plan.settings.versions
     known = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     known = {name: version.partition("+")[0] for name, version in known.items()}
@@ -111,7 +111,7 @@ def _describe_version_changes(plan: Plan) -> str:
 
 
 def _rewrite_island(shell: nn.Module, record: IslandRecord, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Take the plan's regions out of one island of a model, and what is spare then; give the weights' new shapes."""
+    """Remove the plan's regions from one island and simplify its graph. Return the new shapes of narrowed weights."""
     path = ".".join(filter(None, ("root", record.name)))
     gm = trace_checked(shell.get_submodule("root"), record, plan)
     _warn_of_hooks(record.name, shell.get_submodule(path), gm)
@@ -127,7 +127,7 @@ def _rewrite_island(shell: nn.Module, record: IslandRecord, plan: Plan) -> dict[
 
 
 def _check_nodes(removed: list[Candidate], gm: fx.GraphModule) -> None:
-    """Refuse a plan whose regions do not name values of the graph, each stand-in before its exit."""
+    """Raise `PlanError` if a region names a node that the graph does not have, or a stand-in after its exit."""
     order = {node.name: index for index, node in enumerate(gm.graph.nodes)}
     for region in removed:
         for name in (region.exit, region.stand_in):
@@ -143,6 +143,6 @@ def _warn_of_hooks(island: str, module: nn.Module, gm: fx.GraphModule) -> None:
         if (has_forward_hooks(part) or has_backward_hooks(part)) and not f"{name}.".startswith(called):
             shown = ".".join(filter(None, (island, name))) or "the model itself"
             warn_user(
-                f"{shown} carries hooks; it becomes part of a graph and they are gone in the pruned model."
+                f"{shown} carries hooks; it becomes part of a graph, so the pruned model does not have them."
                 " Register them on the result, or on a layer that stays"
             )

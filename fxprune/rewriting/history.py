@@ -1,4 +1,4 @@
-"""What a pruned network remembers: the plans applied to it, what it is made of, what narrower layers save."""
+"""Stores attributes on a pruned network: the plans applied to it, its inventory, the savings of narrower layers."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from fxprune.runtime.torch_internals import BatchNormBase, keep_when_copied
 PLANS_ATTRIBUTE = "fxprune_plans"
 """Attribute of a pruned network: the plans applied to it, oldest first, as plain data."""
 LAYOUT_ATTRIBUTE = "fxprune_layout"
-"""Attribute of a pruned network: what it was made of when its last plan had been carried out, as plain data."""
+"""Attribute of a pruned network: its inventory after the last plan was applied, as plain data."""
 SAVINGS_ATTRIBUTE = "fxprune_spared"
-"""Attribute of a pruned network: what narrower layers save on top of its last plan, by cost."""
+"""Attribute of a pruned network: the costs that narrower layers save in addition to its last plan."""
 
 
 def raw_plans(network: nn.Module) -> list[dict[str, Any]]:
-    """Plans that were applied to a network, oldest first, as plain data; empty if none was."""
+    """Return the plans applied to a network, oldest first, as plain data; empty if there are none."""
     return list(getattr(network, PLANS_ATTRIBUTE, ()))
 
 
 def applied_plans(model: nn.Module) -> tuple[Plan, ...]:
-    """Plans that were applied to a model, oldest first.
+    """Return the plans applied to a model, oldest first.
 
     Raises
     ------
     ModelError
-        If none was.
+        If no plan was applied.
     """
     plans = tuple(Plan.from_dict(data) for data in raw_plans(unwrap(model)))
     if not plans:
@@ -47,7 +47,7 @@ def applied_plans(model: nn.Module) -> tuple[Plan, ...]:
 
 
 def structural_changes(network: nn.Module) -> list[str]:
-    """Say what was changed in a pruned network's structure behind its plans' back; empty if nothing is known of it."""
+    """List changes of a pruned network's structure that its plans did not make; empty if it has no inventory."""
     layout = getattr(network, LAYOUT_ATTRIBUTE, None)
     return [] if layout is None else [*layout["altered"], *compare_inventory(layout["parts"], network)]
 
@@ -55,7 +55,7 @@ def structural_changes(network: nn.Module) -> list[str]:
 def attach_history(
     network: nn.Module, plans: list[dict[str, Any]], altered: list[str], saved: dict[str, Any] | None = None
 ) -> None:
-    """Leave notes on the network, in a way that survives `copy.deepcopy` of a GraphModule too."""
+    """Set the history attributes on a network. They are kept by `copy.deepcopy`, of a GraphModule too."""
     saved = getattr(network, SAVINGS_ATTRIBUTE, {}) if saved is None else saved
     notes = {
         PLANS_ATTRIBUTE: plans,
@@ -72,25 +72,25 @@ _TENSOR = "a tensor"
 
 
 def take_inventory(network: nn.Module) -> dict[str, str]:
-    """Say what a network is made of: its modules by path, the shapes of its state by key, in words.
+    """Return the parts of a network: its modules by path and the shapes of its state by key, in words.
 
-    A graph counts with what it does. Batch norms of all kinds count as one: `SyncBatchNorm` computes the same.
+    A graph is described by a digest of its nodes. All batch norms are one kind: `SyncBatchNorm` computes the same.
 
     Examples
     --------
     >>> take_inventory(nn.Linear(2, 3))
     {'': 'a Linear', 'weight': 'a tensor (3, 2)', 'bias': 'a tensor (3,)'}
     """
-    found = {path: _describe_module(module) for path, module in network.named_modules(remove_duplicate=False)}
+    parts = {path: _describe_module(module) for path, module in network.named_modules(remove_duplicate=False)}
     for key, value in network.state_dict().items():
-        found[key] = f"{_TENSOR} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{_TENSOR} of no shape"
-    return found
+        parts[key] = f"{_TENSOR} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{_TENSOR} of no shape"
+    return parts
 
 
 def compare_inventory(before: Mapping[str, str], network: nn.Module) -> list[str]:
-    """Say, part by part, what is no longer as an earlier inventory has it; empty if all is.
+    """List the differences between an earlier inventory and a network, one per part; empty if there are none.
 
-    A module that came or went shows in its tensors; if it has none (a loss), it does not matter.
+    Added or removed modules are listed by their tensors. Modules without tensors, such as a loss, are ignored.
     """
     now, lines = take_inventory(network), []
     for name in {**before, **now}:
@@ -111,21 +111,21 @@ def _describe_module(module: nn.Module) -> str:
 def narrowing_savings(
     flops: Mapping[str, float], before: Mapping[str, Tensor], narrowed: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Count what narrower layers save.
+    """Compute the costs that narrower layers save.
 
     Parameters
     ----------
     flops : mapping of str to float
-        By path, operations of each layer as it was.
+        Floating point operations per image of each layer before the removal, by path.
     before : mapping of str to Tensor
-        Weights as they were, by path.
+        Weights before the removal, by path.
     narrowed : mapping of str to tuple of int
-        Shapes since, of those that became narrower.
+        New shapes of the weights that became narrower, by path.
 
     Returns
     -------
     dict
-        ``flops`` and ``params``.
+        Savings under ``flops`` and ``params``.
 
     Examples
     --------

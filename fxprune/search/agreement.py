@@ -33,7 +33,7 @@ class DetectionAgreement:
     """
 
     noise_std = 0.02
-    """Standard deviation of the error of a sum of single removals, in ``log(1 + increase)``."""
+    """Standard deviation of a plan's ``log(1 + increase)`` around the sum of the effects of its regions."""
 
     def __init__(self, original: AdaptedModel, batches: Sequence[tuple[int, Batch]]) -> None:
         self.original, self.batches = original, batches
