@@ -132,9 +132,8 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
     for module in (bench_deeper, bench_healed_peers):
         monkeypatch.setattr(module, "load_subjects", lambda options: [subject])
     monkeypatch.setattr(Subject, "time_beside", by_weights)
-    monkeypatch.setattr(
-        Subject, "unlabelled_batches", Subject.batches
-    )  # by its images alone it is not known as a detector
+    # From images alone the model is not recognized as a detector.
+    monkeypatch.setattr(Subject, "unlabelled_batches", Subject.batches)
     bench_healed_peers.main(given)
     assert "bench_deeper has kept none" in capsys.readouterr().err
     bench_deeper.main(

@@ -14,6 +14,7 @@ from benchmarks import bench_latency, results
 from benchmarks.subjects import Subject
 from benchmarks.tests.tiny_subject import make_subject
 from fxprune.demo.bundled import load_detector
+from fxprune.planning import analyzer
 from fxprune.profiling.latency import Backend, Latency, node_probe
 
 ON = {"device": "cpu", "images": 4, "threads": 1, "rounds": 15, "floor": 0.02}
@@ -39,7 +40,7 @@ def test_each_plan_is_predicted_both_ways_and_measured(
         yield make_subject()
 
     monkeypatch.setattr(bench_latency, "load_subjects", one)
-    monkeypatch.setattr("fxprune.planning.analyzer.measure_latency", measure)
+    monkeypatch.setattr(analyzer, "measure_latency", measure)
     monkeypatch.setattr(bench_latency, "measure_latency", measure)
     bench_latency.main(["--budgets", "0.2", "0.3", "0.01", "--rounds", "2"])
     rows = [json.loads(line) for line in (results_folder / "bench_latency.jsonl").read_text().splitlines()]

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torchvision import models
+from torchvision.models import _api
+from ultralytics.utils import downloads
 
 from benchmarks import bench_paper, render_paper, results, subjects
 from benchmarks.tests.coco_folders import make_coco
@@ -56,7 +58,7 @@ def test_what_is_missing_is_said_with_where_it_is_looked_for(tmp_path: Path, mon
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    monkeypatch.setattr(_api, "load_state_dict_from_url", unreachable)
     coco = str(make_coco(tmp_path / "coco"))
     said = refusal_of("--coco", coco, "retinanet_resnet50_fpn")
     assert "retinanet_resnet50_fpn_coco" in said
@@ -74,7 +76,7 @@ def unreachable(*args: Any, **kwargs: Any) -> None:
 
 def test_yolo_weights_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ultralytics.utils.downloads.safe_download", unreachable)
+    monkeypatch.setattr(downloads, "safe_download", unreachable)
     with pytest.raises(SystemExit, match=r"yolov8n\.pt is missing.*looked in"):
         subjects.load_released("yolov8n.pt")
 

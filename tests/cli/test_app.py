@@ -15,6 +15,7 @@ from fxprune.cli import steps
 from fxprune.cli.app import main
 from fxprune.cli.tables import draw_curve
 from fxprune.demo.bundled import load_detector
+from fxprune.planning import analyzer
 from fxprune.profiling.latency import BACKENDS, Latency
 from fxprune.visualize import draw as drawing
 from tests.helpers.commands import FEW, Captured, refusal
@@ -122,7 +123,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         settings = {"device": "cpu", "images": 8, "threads": 1, "rounds": 15, "floor": 0.02}
         return Latency(80.0, {region.name: 8.0 for region in regions}, settings)
 
-    monkeypatch.setattr("fxprune.planning.analyzer.measure_latency", measure)
+    monkeypatch.setattr(analyzer, "measure_latency", measure)
     return backends
 
 

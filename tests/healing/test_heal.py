@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import fxprune
 from fxprune.errors import BatchError, ModelError, PlanError, SettingError
+from fxprune.healing import methods
 from fxprune.healing.distillation.schedule import copy_state
 from fxprune.healing.heal import heal_student
 from fxprune.healing.loss_change import LossChange
@@ -106,7 +107,7 @@ def test_how_far_to_go_is_decided_by_the_loss_on_images_that_nothing_was_fitted_
         return reconstruct_layers(pair, batches, *rest)
 
     monkeypatch.setattr(LossChange, "deviation", astray)
-    monkeypatch.setattr("fxprune.healing.methods.reconstruct_layers", fit)
+    monkeypatch.setattr(methods, "reconstruct_layers", fit)
     found = fxprune.heal(cut, model, images(), "affine")
     assert fxprune.report(found).settings["heal"]["share"] == best
     healed = found.state_dict()

@@ -13,7 +13,9 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import FxpruneWarning, SettingError, StorageError
+from fxprune.healing import heal
 from fxprune.healing.distillation.feature_distance import FeatureDistance
+from fxprune.healing.loss_change import LossChange
 from fxprune.planning.analysis import Analysis
 from fxprune.rewriting.history import structural_changes
 from fxprune.runtime.private_copy import private_copy
@@ -50,20 +52,20 @@ def test_a_note_says_what_was_done(method: str, model: nn.Module, cut: nn.Module
 def test_a_loss_that_stays_far_off_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     found: Any = fxprune.report(fxprune.heal(cut, model, images(9), "affine")).settings["heal"]
     left = found["loss"]["after"]
-    monkeypatch.setattr("fxprune.healing.heal.WARN_LOSS_DEVIATION", left)
+    monkeypatch.setattr(heal, "WARN_LOSS_DEVIATION", left)
     advice = "remove less, or try heal='mimic' or strategy='search';"
     with pytest.warns(FxpruneWarning, match=rf"off by {left:.2g} .*{advice}") as caught:
         fxprune.heal(cut, model, images(9), "affine")
     assert caught[0].filename == __file__
-    monkeypatch.setattr("fxprune.healing.heal.WARN_LOSS_DEVIATION", 0.0)
+    monkeypatch.setattr(heal, "WARN_LOSS_DEVIATION", 0.0)
     with pytest.warns(FxpruneWarning, match="remove less, or try heal='mimic';"):
         fxprune.compile(model, images(9), 0.3, strategy="search", tries=1)
-    monkeypatch.setattr("fxprune.healing.heal.WARN_LOSS_DEVIATION", 1.001 * left)
+    monkeypatch.setattr(heal, "WARN_LOSS_DEVIATION", 1.001 * left)
     fxprune.heal(cut, model, images(9), "affine")
 
 
 def test_a_loss_that_breaks_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.healing.loss_change.LossChange.deviation", lambda self, pruned: math.inf)
+    monkeypatch.setattr(LossChange, "deviation", lambda self, pruned: math.inf)
     with pytest.warns(FxpruneWarning, match="is no number: remove less, or try more steps or strategy='search';"):
         healed = fxprune.heal(cut, model, images(9), "mimic", steps=2)
     assert fxprune.report(healed).settings["heal"]["loss"] == {"before": None, "after": None}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fxprune
 from fxprune.adapters.registry import unwrap
+from fxprune.healing import methods
 from tests.helpers.cases import Case
 from tests.helpers.hostile import assert_unchanged
 
@@ -30,9 +31,7 @@ def unlabelled(case: Case) -> list[Any]:
 @pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")  # weights are random
 @pytest.mark.parametrize("method", ["affine", "mimic"])
 def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "fxprune.healing.methods.INTERPOLATIONS", (1.0,)
-    )  # weights are random, their loss says little of how far to go
+    monkeypatch.setattr(methods, "INTERPOLATIONS", (1.0,))  # the loss of random weights does not show how far to go
     with assert_unchanged(case.model), assert_unchanged(case.pruned):
         healed = fxprune.heal(case.pruned, case.model, unlabelled(case), method, steps=4)
     report = fxprune.report(healed)

@@ -16,6 +16,7 @@ import fxprune
 from fxprune import Plan
 from fxprune.passes.concat import NARROWED_WEIGHTS
 from fxprune.passes.dead_code import remove_dead_code
+from fxprune.rewriting import apply
 from tests.helpers.cases import SMALL, give_values
 from tests.helpers.concatenations import Joining, narrow, traced
 from tests.helpers.flops import flops_of
@@ -66,7 +67,7 @@ def as_they_were(model: nn.Module, plan: Plan) -> nn.Module:
         return remove_dead_code(gm)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fxprune.rewriting.apply.run_pipeline", dead_code_alone)
+        patch.setattr(apply, "run_pipeline", dead_code_alone)
         return fxprune.apply(model, plan)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune import BudgetError, Plan, SettingError
+from fxprune.planning import analyzer
 from fxprune.planning.analysis import Analysis
 from fxprune.profiling.latency import BACKENDS, Backend, Latency, backend_copy
 from tests.helpers.models import Detector, build, labelled, pixels
@@ -37,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Backend]:
         backends.append(backend)
         return Latency(10.0, FIGURES, ON)
 
-    monkeypatch.setattr("fxprune.planning.analyzer.measure_latency", measure)
+    monkeypatch.setattr(analyzer, "measure_latency", measure)
     return backends
 
 

@@ -14,6 +14,7 @@ import fxprune
 from fxprune.adapters.protocol import Batch
 from fxprune.datasets.calibration import CalibrationSet, open_calibration
 from fxprune.errors import FxpruneWarning, SettingError
+from fxprune.healing import methods
 from fxprune.healing.loss_change import LossChange
 from fxprune.healing.methods import HealingContext
 from fxprune.healing.reconstruction.layerwise import reconstruct_layers
@@ -109,8 +110,8 @@ def test_where_it_matters_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         fitted.append(saliency)
         return reconstruct_layers(pair, batches, fit, tell, saliency)
 
-    monkeypatch.setattr("fxprune.healing.methods.saliency_maps", noted_maps)
-    monkeypatch.setattr("fxprune.healing.methods.reconstruct_layers", noted_refit)
+    monkeypatch.setattr(methods, "saliency_maps", noted_maps)
+    monkeypatch.setattr(methods, "reconstruct_layers", noted_refit)
     fxprune.compile(tiny(), unlabelled(), 0.3, strategy="search", heal="affine", tries=3)
     *tried, last = fitted
     assert len(tried) > 1
