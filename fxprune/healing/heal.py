@@ -12,7 +12,7 @@ from fxprune.adapters.custom_loss import Loss
 from fxprune.adapters.protocol import Batch
 from fxprune.adapters.registry import rewrap_like, unwrap
 from fxprune.datasets.calibration import check_same_batches, open_calibration
-from fxprune.errors import ModelError
+from fxprune.errors import ModelError, warn_user
 from fxprune.healing.methods import HealingContext, HealingOptions, HealingRun, Note, run_method
 from fxprune.healing.teacher_student import TeacherStudent, pair_models
 from fxprune.planning.plan import Plan
@@ -27,10 +27,9 @@ from fxprune.runtime.distributed import (
 from fxprune.runtime.options import refuse_removed_keywords
 from fxprune.runtime.private_copy import check_same_weights, private_copy
 from fxprune.runtime.progress import Progress, no_progress
-from fxprune.runtime.user_warnings import warn_user
 
 WARN_LOSS_DEVIATION = 1.0
-"""Loss deviation from which on `heal` warns: 1 is the deviation of a loss one part of which has doubled."""
+"""Loss deviation from which on `heal` warns. A deviation of 1 is as if one part of the loss had doubled."""
 
 
 @refuse_removed_keywords
@@ -57,8 +56,8 @@ def heal(
     method : str
         ``"none"``; ``"affine"``: fits weights, scales and shifts layer by layer, in closed form, to the outputs of the
         original; salient positions have larger weights (`fxprune.healing.saliency`); ``"mimic"``: the same, then a
-        short training (`fxprune.healing.distillation.feature_mimic`). Both hold out one eighth of the images. The
-        result is the interpolation between old and new weights whose loss on these is nearest to the original's.
+        short training (`fxprune.healing.distillation.feature_mimic`). Both interpolate between old and new weights, so
+        that the loss on one eighth of the images, which is held out, is nearest to that of the original.
     steps, learning_rate, seed
         Settings of the training: about four images per step; at most `learning_rate`, less if the training diverges.
     progress : callable, optional

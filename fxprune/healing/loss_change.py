@@ -41,9 +41,9 @@ class LossChange:
         size = self._mean(self.before)
         self.part_scale = part_sizes(size) if len(size) > 1 else size.abs().clamp_min(1.0)
 
-    def to_settings(self, worse: float) -> dict[str, float]:
+    def to_settings(self, increase: float) -> dict[str, float]:
         """Return the plan settings that record an increase."""
-        return {"loss_increase": worse}
+        return {"loss_increase": increase}
 
     def increase(self, pruned: nn.Module) -> float:
         """Return the sum, over the parts of the loss, of their relative increases; infinity if the loss is not finite.
@@ -65,12 +65,13 @@ class LossChange:
         with version.running(grad=False), raise_on_all_ranks():
             return [version.loss(index, batch).double().cpu() for index, batch in self.batches]
 
-    def _mean_change(self, pruned: nn.Module, count: Callable[[Tensor], Tensor]) -> float:
+    def _mean_change(self, pruned: nn.Module, transform: Callable[[Tensor], Tensor]) -> float:
+        """Return the mean over images of the transformed relative changes, summed over the parts."""
         try:
             after = self.loss_parts(self.original.copy_version(pruned))
         except LossError:
             return math.inf
-        changes = [count((new - old) / self.part_scale) for new, old in zip(after, self.before, strict=True)]
+        changes = [transform((new - old) / self.part_scale) for new, old in zip(after, self.before, strict=True)]
         return float(self._mean(changes).sum())
 
     def _mean(self, rows: Sequence[Tensor]) -> Tensor:

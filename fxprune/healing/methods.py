@@ -137,9 +137,9 @@ class HealingRun:
 
     def feature_distance(self) -> float:
         """Return the feature distance on the held-out batches; NaN if processes cannot share the images of a batch."""
-        held = [piece for _, piece in self.held_out]
+        held_out = [piece for _, piece in self.held_out]
         shared = all(is_shareable(piece) for _, piece in [*self.training, *self.held_out])
-        return self.distance.mean(held) if shared else math.nan
+        return self.distance.mean(held_out) if shared else math.nan
 
     def fit_layers(self, batches: Sequence[NumberedBatch]) -> None:
         """Fit layer by layer, with larger weights for salient positions."""
@@ -206,8 +206,8 @@ def _mimic(healing: HealingRun) -> Note:
 
 
 def _interpolate_state(start: dict[str, Any], end: dict[str, Any], share: float) -> dict[str, Any]:
-    real = {name for name, value in end.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    return {name: torch.lerp(start[name], value, share) if name in real else value for name, value in end.items()}
+    floating = {name for name, value in end.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {name: torch.lerp(start[name], value, share) if name in floating else value for name, value in end.items()}
 
 
 METHODS: dict[str, Callable[[HealingRun], Note]] = {

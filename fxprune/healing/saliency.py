@@ -65,7 +65,7 @@ def saliency_maps(pair: TeacherStudent, batch: Batch, index: int = 0, seed: int 
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         calls[name] += 1
-        leaves, form = tree_flatten(output)
+        leaves, spec = tree_flatten(output)
         maps = found[name, calls[name]] = list[Tensor | None]()
         for position, value in enumerate(leaves):
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -75,7 +75,7 @@ def saliency_maps(pair: TeacherStudent, batch: Batch, index: int = 0, seed: int 
                     channels = channel_dim(module, value)
                     value.register_hook(partial(_store_weights, maps, len(maps), channels, batch.count))  # type: ignore[no-untyped-call]
                 maps.append(None)
-        return tree_unflatten(leaves, form)
+        return tree_unflatten(leaves, spec)
 
     inside = [(name, module) for name, module in model.named_modules() if is_within(name, pair.graphs)]
     names = [name for name, module in inside if name in pair.graphs or owns_tensors(module)]
@@ -98,7 +98,7 @@ def _store_weights(maps: list[Tensor | None], position: int, channels: int, imag
 
 
 def flip_maps(weights: Tensor, mirrored: Tensor) -> Tensor:
-    """Return the maps for images of which some are mirrored. Maps without columns, (N, L), are set to 1 for those."""
+    """Mirror the maps of the images in `mirrored` (N,). Maps without columns, (N, L), are set to 1 for these images."""
     if weights.ndim == 3:
         return torch.where(mirrored[:, None, None], weights.flip(-1), weights)
     return torch.where(mirrored.reshape(-1, *[1] * (weights.ndim - 1)), torch.ones_like(weights), weights)

@@ -50,7 +50,7 @@ class TeacherStudent:
     graphs: tuple[str, ...]
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield path and module of the student's modules without children that lie in islands and are in `calls`."""
+        """Yield the student's leaf modules, with paths, that lie in an island and have an entry in `calls`."""
         for name, module in self.student.named_modules():
             if self.calls[name] and is_within(name, self.graphs) and not any(True for _ in module.children()):
                 yield name, module
@@ -98,14 +98,14 @@ def pair_models(
     shared = [name for name, _ in original.named_modules() if name in known or name in between]
     with forward_hooks(original, shared, record), torch.enable_grad(), with_gradients(original):
         adapter.predict(original, batch)
-    again: Counter[str] = Counter()
+    student_calls: Counter[str] = Counter()
 
     def count(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        again[name] += 1
+        student_calls[name] += 1
 
     with forward_hooks(pruned, [name for name in shared if name in known], count), torch.no_grad():
         adapter.predict(pruned, batch)  # a graph calls fewer modules than the original code
-    both = Counter({name: times for name, times in calls.items() if again[name] == times})
+    both = Counter({name: times for name, times in calls.items() if student_calls[name] == times})
     return TeacherStudent(original, pruned, adapter, tuple(decisions), both, outermost)
 
 

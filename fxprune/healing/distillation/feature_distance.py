@@ -1,4 +1,4 @@
-"""How far a pruned model's features are from those of the model as it was."""
+"""Computes the distance between the features of a pruned model and those of the original."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from fxprune.healing.teacher_student import FeatureRecorder, TeacherStudent
 from fxprune.runtime.distributed import all_reduce_sum, belongs_to_rank, rank_and_world
 
 VARIANCE_IMAGES = 64
-"""Images, or a few more, that the variance of features is taken of."""
+"""Number of images for the variance of features. The batch that reaches it is used completely."""
 
 FeatureKey = tuple[str, int]
-"""A module whose outputs are compared, and the place of a tensor among them."""
+"""Path of a module whose outputs are compared, and the index of a tensor in its output."""
 
 
 class FeatureDistance:
-    """The mean over the features compared of ``log(1 + e)``, e their mean squared error over their variance.
+    """Mean over all compared features of ``log(1 + e)``, where e is the mean squared error divided by the variance.
 
-    So no feature that is far off drowns the others. Compared are what the captured parts give, and the norms in them;
-    else what the model as a whole gives.
+    The logarithm keeps a feature with a large error from dominating the others. The compared features are the outputs
+    of the islands and of the norms in them. Without islands, they are the outputs of the whole model.
 
     Parameters
     ----------
-    pair : Pair
+    pair : TeacherStudent
     batches : sequence of Batch
-        What variances are taken of; the same in all processes, each takes its share of the images of every one.
+        Batches for the variances, the same in all processes. Each process runs its share of the images of every batch.
 
     Examples
     --------
-    >>> distance = FeatureDistance(pair, batches)              # doctest: +SKIP
+    >>> distance = FeatureDistance(pair, batches)       # doctest: +SKIP
     >>> distance(batches[0]).backward()                 # doctest: +SKIP
     """
 
@@ -46,20 +46,21 @@ class FeatureDistance:
         self.variances = self._variances(batches)
 
     def __call__(self, batch: Batch, saliency: Maps | None = None, mirrored: Tensor | None = None) -> Tensor:
-        """A scalar, of all processes' images; places count as much as they are salient, if that is given.
+        """Return the distance (scalar) over the images of all processes.
 
-        `mirrored` (N,) says which images are, unlike those that the saliency is of.
+        `saliency` weights the positions. `mirrored` (N,), bool, marks the images that are mirrored in `batch`, but not
+        in the saliency maps.
         """
         own, which = take_image_shard(batch)
-        wanted = self._teacher_features(own)
-        given = FeatureRecorder(self.points, self.pair.detached_modules, wanted).run(
+        teacher = self._teacher_features(own)
+        student = FeatureRecorder(self.points, self.pair.detached_modules, teacher).run(
             self.pair.student, self.pair.adapter, own
         )
         errors: dict[FeatureKey, Tensor] = {}
         counts: dict[FeatureKey, int] = {}
-        for (name, call), values in wanted.values.items():
+        for (name, call), values in teacher.values.items():
             maps = saliency.get((name, call), ()) if saliency is not None else ()
-            for number, (old, new) in enumerate(zip(values, given.values[name, call], strict=True)):
+            for number, (old, new) in enumerate(zip(values, student.values[name, call], strict=True)):
                 squares = (new - old).square().sum(channel_dim(self.pair.student.get_submodule(name), old))
                 weights = maps[number] if number < len(maps) else None
                 if weights is not None and weights[which].shape == squares.shape:
@@ -67,16 +68,15 @@ class FeatureDistance:
                     squares = squares * weights[which].to(squares)
                 errors[name, number] = errors.get((name, number), 0.0) + squares.sum()
                 counts[name, number] = counts.get((name, number), 0) + squares.numel()
-        error = torch.stack([errors[place] for place in errors]).double()
-        count = all_reduce_sum(error.new_tensor([counts[place] for place in errors]))
-        variance = torch.stack([self.variances[place] for place in errors])
-        total = all_reduce_sum(error.detach()) + (
-            error - error.detach()
-        )  # the same number in all processes, to the last bit
+        error = torch.stack([errors[key] for key in errors]).double()
+        count = all_reduce_sum(error.new_tensor([counts[key] for key in errors]))
+        variance = torch.stack([self.variances[key] for key in errors])
+        # the value is equal in all processes, to the last bit
+        total = all_reduce_sum(error.detach()) + (error - error.detach())
         return torch.log1p(total / count / variance).mean()
 
     def mean(self, batches: Sequence[Batch], saliency: Sequence[Maps] = ()) -> float:
-        """Mean over some batches, each by its images."""
+        """Return the mean distance over batches, weighted by their numbers of images."""
         with torch.no_grad():
             parts = [
                 float(self(batch, saliency[number] if saliency else None)) * batch.count
@@ -85,7 +85,7 @@ class FeatureDistance:
         return sum(parts) / sum(batch.count for batch in batches)
 
     def _variances(self, batches: Sequence[Batch]) -> dict[FeatureKey, Tensor]:
-        """Variance over places, summed over channels; each call's features about their own means."""
+        """Return the variances over positions, summed over channels. Every call of a module has its own means."""
         sums: dict[tuple[str, int, int], Tensor] = {}
         images = 0
         for batch in batches:
@@ -101,8 +101,8 @@ class FeatureDistance:
         for (name, number, _), (count, once, twice) in zip(sums, map(all_reduce_sum, sums.values()), strict=True):
             spread = (twice - once.square() / count).clamp_min(0).sum()
             found.setdefault((name, number), []).append(torch.stack([spread, count[0]]))
-        totals = {place: torch.stack(parts).sum(0) for place, parts in found.items()}
-        return {place: (spread / count).clamp_min(1e-12) for place, (spread, count) in totals.items()}
+        totals = {key: torch.stack(parts).sum(0) for key, parts in found.items()}
+        return {key: (spread / count).clamp_min(1e-12) for key, (spread, count) in totals.items()}
 
     def _teacher_features(self, own: Batch) -> FeatureRecorder:
         with torch.no_grad():
@@ -112,7 +112,7 @@ class FeatureDistance:
 
 
 def take_image_shard(batch: Batch) -> tuple[Batch, Any]:
-    """This process's share of a batch, and which images of it these are."""
+    """Return this process's share of the images of a batch, and their indices in the batch."""
     if rank_and_world()[1] == 1:
         return batch, slice(None)
     which = [index for index in range(batch.count) if belongs_to_rank(index)]

@@ -1,4 +1,4 @@
-"""How weights are moved: those that are matrices along orthogonal directions, the others one by one."""
+"""Optimizes weights: matrices by Muon, along orthogonal directions, and the other weights by AdamW."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ import torch
 from torch import Tensor, nn
 
 MIN_MATRIX_INPUTS = 16
-"""Values an output from which on a weight is taken for a matrix: depthwise kernels, scales and shifts have fewer."""
+"""Least number of inputs per output of a matrix. Depthwise kernels, scales and shifts have fewer."""
 BLOCK_ROWS = 128
-"""Outputs that are made orthogonal together; those of wide layers in blocks, or it would take longer than passes."""
+"""Number of outputs per orthogonal block. Larger blocks would take longer than the forward and backward passes."""
 BETAS = 0.9, 0.99
 MOMENTUM = 0.95
 NEWTON_SCHULZ_COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Coefficients of a Newton-Schulz iteration (Jordan et al., 2024), those of `torch.optim.Muon` as is its momentum."""
+"""Newton-Schulz coefficients (Jordan et al., 2024). They and `MOMENTUM` are the defaults of `torch.optim.Muon`."""
 NEWTON_SCHULZ_ITERATIONS = 5
 
 
 class MuonAdamW:
-    """Muon for matrices and AdamW for the rest, at one learning rate."""
+    """Applies Muon to matrices and AdamW to all other weights, with the same learning rate.
+
+    Parameters
+    ----------
+    weights : sequence of Parameter
+
+    Examples
+    --------
+    >>> optimizer = MuonAdamW(list(model.parameters()))     # doctest: +SKIP
+    >>> optimizer.step(1e-3)                                # doctest: +SKIP
+    """
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
         self.weights = weights
@@ -33,7 +43,7 @@ class MuonAdamW:
             self.optimizers += [torch.optim.AdamW(others, betas=BETAS, weight_decay=0.0)]
 
     def step(self, learning_rate: float) -> None:
-        """Move the weights by their gradients; one without moves as if it had zeros."""
+        """Update the weights by their gradients. A missing gradient counts as zero."""
         for weight in self.weights:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -44,11 +54,12 @@ class MuonAdamW:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) of convolutions too, its steps of AdamW's size (Liu et al., arXiv 2502.16982).
+    """Muon (Jordan et al., 2024) for matrices and convolutions, with steps as large as those of AdamW.
 
-    `torch.optim.Muon` takes matrices alone and multiplies them in bfloat16: what differs in the last bits of float32,
-    as gradients of other numbers of processes do, differs by a hundredth there. Here float32 stays float32, and is
-    faster still, for it iterates on the square of each matrix.
+    The step size follows Liu et al. (arXiv 2502.16982). `torch.optim.Muon` accepts only matrices and multiplies in
+    bfloat16: there, gradients that differ in the last bits of float32, as with another number of processes, lead to
+    steps that differ by 1 %. This class computes in float32. It is still faster, because it iterates on the square of
+    each matrix.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
@@ -56,7 +67,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move the weights by their gradients, blocks of `BLOCK_ROWS` outputs each along orthogonal directions."""
+        """Update the weights by their gradients; blocks of `BLOCK_ROWS` outputs move along orthogonal directions."""
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]
@@ -70,10 +81,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
-    """The nearest matrix of orthogonal rows (or columns, if those are fewer), up to singular values of about .7 to 1.2.
+    """Return about the nearest matrix with orthonormal rows (or columns, if there are fewer columns).
 
-    Each Newton-Schulz iteration multiplies ``X`` by a polynomial of ``X @ X.T``. Those commute, so the product of the
-    polynomials is found from the small square first, and the matrix is multiplied once.
+    The singular values of the result lie between about .7 and 1.2. Each Newton-Schulz iteration (Jordan et al., 2024)
+    multiplies ``X`` by a polynomial of ``X @ X.T``. These polynomials commute. So their product is computed first, from
+    the small square matrix, and ``X`` is multiplied once.
+
+    Examples
+    --------
+    >>> newton_schulz(torch.eye(2)).shape
+    torch.Size([2, 2])
     """
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix

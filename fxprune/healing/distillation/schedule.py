@@ -1,4 +1,4 @@
-"""How a training goes on, and where it stands."""
+"""Defines the settings and the state of a training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from fxprune.errors import SettingError
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `steps`, `learning_rate` at most, `seed` of order and mirroring.
+    """Settings of a training.
+
+    Attributes
+    ----------
+    steps : int
+        Number of steps.
+    learning_rate : float
+        Largest learning rate.
+    seed : int
+        Seed for the order of batches and for mirroring.
 
     Raises
     ------
     SettingError
-        If one of them is no such number.
+        If a value is out of range.
     """
 
     steps: int = 400
@@ -28,7 +37,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise SettingError(f"steps is {self.steps!r}; give a number of steps to train for, from 1")
+            raise SettingError(f"steps is {self.steps!r}; give a whole number of training steps, from 1")
         rate = self.learning_rate
         if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate < math.inf:
             raise SettingError(f"learning_rate is {rate!r}; give a positive number such as 1e-3")
@@ -36,16 +45,26 @@ class Schedule:
             raise SettingError(f"seed is {self.seed!r}; give a whole number from 0")
 
     def learning_rate_at(self, step: int) -> float:
-        """Learning rate at a step, from 1 to `steps`: it falls as a cosine does."""
+        """Return the learning rate at a step, from 1 to `steps`: it falls along half a cosine."""
         return self.learning_rate * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training stands: the best loss on held-out batches, looks since then, the best weights.
+    """State of a training after a check of the loss on held-out batches.
 
-    `lr_scale` is the share of the schedule's learning rate that it goes on with, `warming_up` whether more was never
-    too much.
+    Attributes
+    ----------
+    best : float
+        Best loss on held-out batches.
+    checks_without_gain : int
+        Number of checks since the best loss.
+    lr_scale : float
+        Share of the schedule's learning rate for the next steps.
+    warming_up : bool
+        Whether the training has not diverged yet: then every check doubles `lr_scale`, up to 1.
+    best_weights : dict
+        State of the model at the best loss.
     """
 
     best: float
@@ -54,17 +73,18 @@ class TrainingState:
     warming_up: bool
     best_weights: dict[str, Any]
 
-    def advance(self, found: float, model: nn.Module, astray: bool) -> TrainingState:
-        better, rising = found < self.best, self.warming_up and not astray
+    def advance(self, loss: float, model: nn.Module, diverged: bool) -> TrainingState:
+        """Return the state after a check."""
+        better, warming_up = loss < self.best, self.warming_up and not diverged
         return TrainingState(
-            min(found, self.best),
+            min(loss, self.best),
             0 if better else self.checks_without_gain + 1,
-            self.lr_scale / 2 if astray else min(1.0, 2 * self.lr_scale) if rising else self.lr_scale,
-            rising,
+            self.lr_scale / 2 if diverged else min(1.0, 2 * self.lr_scale) if warming_up else self.lr_scale,
+            warming_up,
             copy_state(model) if better else self.best_weights,
         )
 
 
 def copy_state(model: nn.Module) -> dict[str, Any]:
-    """A model's state, apart from it: tensors, and what modules keep besides."""
+    """Return a deep copy of a model's state: its tensors and the extra state of its modules."""
     return copy.deepcopy(model.state_dict())

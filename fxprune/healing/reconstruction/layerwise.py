@@ -119,7 +119,7 @@ class _LayerwisePass:
         return name, self.thread_state.calls[name]
 
     def fit_when_all_arrived(self, point: tuple[str, int], values: PointValues) -> PointValues:
-        """Fit the layer at which all runs wait. Tells the runs of the pruned model whether the layer was changed."""
+        """Fit the layer at which all runs wait. Returns, per run of the pruned model, whether the layer was changed."""
         name, numbers = point[0], [index for role, index in values if role == "pruned"]
         if name in self.pair.detached_modules:
             return {("pruned", index): values["original", index] for index in numbers}
