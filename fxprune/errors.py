@@ -18,6 +18,12 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from pathlib import Path
+
+_PACKAGE_FOLDER = str(Path(__file__).resolve().parent)
+
 
 class FxpruneError(Exception):
     """Base class of all errors that fxprune raises on purpose."""
@@ -61,3 +67,14 @@ class StorageError(FxpruneError, ValueError):
 
 class FxpruneWarning(UserWarning):
     """Something that the caller set on the model is lost in the rewrite, or some of the data was left out."""
+
+
+def warn_user(message: str) -> None:
+    """Issue an `FxpruneWarning` for the nearest line of code outside the package.
+
+    Python 3.12 has ``skip_file_prefixes`` for this; 3.11 does not.
+    """
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE_FOLDER):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, FxpruneWarning, stacklevel=level)

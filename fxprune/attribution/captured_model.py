@@ -16,7 +16,7 @@ from fxprune.graph.records import Island, Region, Rejection
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import propagate_symbolic
 from fxprune.profiling.flops_params import count_flops
-from fxprune.runtime.text import first_few
+from fxprune.runtime.json_text import first_few
 
 
 @dataclass(frozen=True)

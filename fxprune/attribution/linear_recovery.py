@@ -23,7 +23,6 @@ from fxprune.graph.interpreters import Graphs, NodeName
 from fxprune.graph.operators import ADDITIONS
 from fxprune.graph.records import RESULTS, Link, Region
 from fxprune.runtime.distributed import all_gather, all_reduce_sum
-from fxprune.runtime.linear_solver import solve_positive_definite
 
 RELATIVE_RIDGE = 1e-3
 """Ridge penalty on the matrix W of a `LinearMap`, relative to the mean square of the stand-in."""
@@ -188,3 +187,30 @@ def _mixes_channels(layer: nn.Module) -> bool:
     """Whether a layer starts with convolutions of one group, so over all channels."""
     paths = input_convolutions(layer) or []
     return bool(paths) and all(getattr(layer.get_submodule(path), "groups", 0) == 1 for path in paths)
+
+
+def solve_positive_definite(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve ``matrix @ x = right`` by a Cholesky factorization, one system at a time.
+
+    A batch is solved in a loop: with several threads, torch's batched solutions may be wrong (pytorch issue 142815).
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Shape (n, n) or (G, n, n), symmetric and positive definite.
+    right : Tensor
+        Shape (n, k) or (G, n, k).
+
+    Returns
+    -------
+    Tensor
+        Solution in the shape of `right`; NaN if the matrix contains NaN or infinity.
+
+    Examples
+    --------
+    >>> solve_positive_definite(2 * torch.eye(2), torch.ones(2, 1)).flatten()
+    tensor([0.5000, 0.5000])
+    """
+    if matrix.ndim == 3:
+        return torch.stack([solve_positive_definite(*pair) for pair in zip(matrix, right, strict=True)])
+    return torch.cholesky_solve(right, torch.linalg.cholesky_ex(matrix).L)

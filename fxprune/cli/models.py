@@ -25,7 +25,7 @@ from fxprune.demo.bundled import CLASS_NAMES, load_detector
 from fxprune.deploy.save_load import load
 from fxprune.errors import ModelError, SettingError, StorageError
 from fxprune.graph.fx_utils import is_within
-from fxprune.runtime.text import first_few
+from fxprune.runtime.json_text import first_few
 
 
 def open_model(options: ModelOptions, device: str) -> nn.Module:

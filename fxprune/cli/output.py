@@ -10,7 +10,7 @@ from pathlib import Path
 from fxprune.errors import StorageError
 from fxprune.reporting.report import Report
 from fxprune.runtime.atomic_write import atomic_write
-from fxprune.runtime.text import first_few
+from fxprune.runtime.json_text import first_few
 
 REPORT, PICTURE = "report.md", "picture.html"
 _WRITTEN_NAMES = re.compile(r"(plan(-[0-9.]+)?|manifest|sweep)\.json|weights\.safetensors|report\.md|picture\.html")

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from fxprune.errors import DatasetError
-from fxprune.runtime.user_warnings import warn_user
+from fxprune.errors import DatasetError, warn_user
 
 ANNOTATION_PARTS = ("images", "annotations", "categories")
 

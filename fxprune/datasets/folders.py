@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fxprune.datasets.coco import read_image
-from fxprune.errors import DatasetError
-from fxprune.runtime.user_warnings import warn_user
+from fxprune.errors import DatasetError, warn_user
 
 Item = tuple[Tensor, dict[str, Any]]
 

@@ -30,7 +30,7 @@ from fxprune.planning.plan_schema import encode_json
 from fxprune.rewriting.apply import apply
 from fxprune.rewriting.history import attach_history, raw_plans, structural_changes
 from fxprune.runtime.atomic_write import atomic_write
-from fxprune.runtime.text import first_few
+from fxprune.runtime.json_text import first_few
 from fxprune.version import __version__
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.deploy.manifest import NAME, Manifest
 from fxprune.errors import StorageError
-from fxprune.runtime.text import first_few
+from fxprune.runtime.json_text import first_few
 
 LOAD_HINT = "load takes the model as it was built before pruning, with as many classes"
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -21,7 +21,7 @@ from fxprune.reporting.table_model import (
     format_quantity,
     format_share,
 )
-from fxprune.runtime.text import first_few
+from fxprune.runtime.json_text import first_few
 
 COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
 

@@ -21,7 +21,7 @@ from fxprune.reporting.table_model import (
     format_quantity,
     format_share,
 )
-from fxprune.runtime.text import first_few
+from fxprune.runtime.json_text import first_few
 
 MAX_BLOCKS = 40
 """Blocks in a chart, unless more than these were removed."""

@@ -9,7 +9,7 @@ import torchvision
 from torch import fx, nn
 
 from fxprune.adapters.registry import rewrap_like, unwrap
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, warn_user
 from fxprune.graph.capture import Traced, Untraced, replace_module, trace_module
 from fxprune.graph.channels import channels_of
 from fxprune.graph.fx_utils import fingerprint, join_path
@@ -21,7 +21,6 @@ from fxprune.rewriting.history import attach_history, narrowing_savings, raw_pla
 from fxprune.rewriting.verification import verify_graph, verify_weights
 from fxprune.runtime.private_copy import private_copy
 from fxprune.runtime.torch_internals import has_backward_hooks, has_forward_hooks
-from fxprune.runtime.user_warnings import warn_user
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:

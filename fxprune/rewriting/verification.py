@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxprune.errors import PlanError
 from fxprune.planning.plan import Plan
-from fxprune.runtime.text import first_few
+from fxprune.runtime.json_text import first_few
 
 
 def verify_graph(name: str, before: list[str], gm: fx.GraphModule, gone: set[str]) -> None:

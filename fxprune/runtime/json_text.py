@@ -1,10 +1,10 @@
-"""Writes JSON that every parser reads, and JSON that is safe inside an HTML page."""
+"""Texts for files, pages and messages: JSON that every parser reads, and short lists in words."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -34,3 +34,15 @@ def replace_nonfinite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [replace_nonfinite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def first_few(items: Sequence[str], most: int = 3, separator: str = ", ") -> str:
+    """Join the first `most` items and add the number of further items.
+
+    Examples
+    --------
+    >>> first_few(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(items[:most]) + more

@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.adapters.calls import AdaptedModel, isolated_run
 from fxprune.adapters.registry import unwrap
 from fxprune.datasets.calibration import CalibrationSet
-from fxprune.errors import BudgetError, SettingError
+from fxprune.errors import BudgetError, SettingError, warn_user
 from fxprune.healing.heal import heal_student
 from fxprune.healing.methods import HealingContext
 from fxprune.planning.analysis import Analysis, check_cost
@@ -22,7 +22,6 @@ from fxprune.planning.plan import Plan, cost_of
 from fxprune.rewriting.apply import apply
 from fxprune.runtime.distributed import rank_and_world, run_on_rank_zero
 from fxprune.runtime.options import check_choice
-from fxprune.runtime.user_warnings import warn_user
 from fxprune.search.agreement import PlanJudge, make_plan_judge
 from fxprune.search.surrogate import LinearSurrogate
 

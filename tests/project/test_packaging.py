@@ -30,7 +30,10 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
 def test_surface() -> None:
     errors = {name for name, value in vars(fxprune.errors).items() if isinstance(value, type)}
     data = {"CocoDataset", "batches", "draw", "evaluate", "fold_norms", "heal", "load", "save"}
-    assert set(fxprune.__all__) == errors | data | {"analyze", "apply", "compile", "report", "Plan", "__version__"}
+    values = {"Analysis", "Candidate", "Plan", "Rejection", "Report"}
+    steps = {"analyze", "apply", "compile", "report", "pruning_backend"}
+    assert set(fxprune.__all__) == errors | data | values | steps | {"__version__"}
+    assert dir(fxprune) == sorted(fxprune.__all__)
     for name in errors - {"FxpruneWarning"}:
         assert issubclass(getattr(fxprune, name), fxprune.FxpruneError)
 
