@@ -52,8 +52,10 @@ def test_running_restores_modes_randomness_and_gradients(grad: bool) -> None:
 
 
 def test_isolated_run_restores_randomness_after_an_error() -> None:
+    layer = nn.Linear(1, 1)
+
     def fail() -> None:
-        with isolated_run(nn.Linear(1, 1), grad=False):
+        with isolated_run(layer, grad=False):
             torch.rand(7)
             raise ValueError("stop")
 
