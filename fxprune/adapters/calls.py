@@ -1,4 +1,4 @@
-"""One batch through an adapter: read it, label it, take its loss. Errors name the batch."""
+"""Runs one batch through an adapter: read it, label it, compute its loss. Errors name the batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fxprune.runtime.private_copy import preserve_rng_state, private_copy
 
 
 def normalize_and_label(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
-    """Normalize one batch; without labels it gets the model's own confident outputs. Errors name its index."""
+    """Normalize one batch. Without labels, the targets are the model's own confident outputs. Errors name its index."""
     batch = normalize_batch(model, adapter, raw, index)
     if batch.targets is not None:
         return batch
@@ -29,7 +29,7 @@ def normalize_and_label(model: nn.Module, adapter: Adapter, raw: Any, index: int
 
 
 def normalize_batch(model: nn.Module, adapter: Adapter, raw: Any, index: int) -> Batch:
-    """Bring one batch into the form the adapter works on; errors name its index."""
+    """Convert one batch to the form that the adapter works on. Errors name its index."""
     with _prefix_batch_index(index):
         if raw is None:
             raise BatchError(f"got None; known forms: {adapter.forms}")
@@ -37,19 +37,19 @@ def normalize_batch(model: nn.Module, adapter: Adapter, raw: Any, index: int) ->
 
 
 def batch_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, seed: int) -> Tensor:
-    """Compute a batch's loss, samplers seeded, and hold it to what a loss must be.
+    """Compute the loss of a batch with seeded samplers, and check that it is finite.
 
     Returns
     -------
     Tensor
-        Its parts, finite, of shape (P,): they sum to the loss.
+        The parts of the loss, of shape (P,). The loss is their sum.
 
     Raises
     ------
     LossError
-        If it is not finite; names the batch.
+        If the loss is not finite. The message names the batch.
     BatchError
-        If the model refuses the batch; names it, the reason, and the forms that are known.
+        If the model raises an error. The message names the batch, the error, and the known batch forms.
     """
     torch.manual_seed(seed)
     try:
@@ -65,18 +65,18 @@ def batch_loss(model: nn.Module, adapter: Adapter, batch: Batch, index: int, see
         ) from error
     total = float(value.detach().sum())
     if not math.isfinite(total):
-        raise LossError(f"batch {index}: the loss is {total}; leave that batch out or mend its labels")
+        raise LossError(f"batch {index}: the loss is {total}; leave that batch out or correct its labels")
     return value.reshape(-1)
 
 
 def _copy_inference_tensor(value: Tensor) -> Tensor:
-    """Copy a tensor that was made in inference mode: gradients cannot pass through those."""
+    """Copy a tensor that was created in inference mode: gradients cannot pass through such tensors."""
     return value.clone() if value.is_inference() else value
 
 
 @contextmanager
 def _prefix_batch_index(index: int) -> Iterator[None]:
-    """Put the batch's index before the message of an error about it."""
+    """Add the index of the batch to the messages of errors in the block."""
     try:
         yield
     except FxpruneError as error:
@@ -84,7 +84,7 @@ def _prefix_batch_index(index: int) -> Iterator[None]:
 
 
 def _describe_label_range(batch: Batch) -> str:
-    """Say which labels a batch holds: out-of-range labels are the usual cause of a refusal."""
+    """Return the range of a batch's labels in words: labels out of range are the most common error."""
     rows = batch.targets if isinstance(batch.targets, list) else []
     labels = [row["labels"] for row in rows if isinstance(row, dict) and isinstance(row.get("labels"), Tensor)]
     joined = torch.cat([label.reshape(-1) for label in labels]) if labels else torch.empty(0)
@@ -93,16 +93,16 @@ def _describe_label_range(batch: Batch) -> str:
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A private copy of a model with its adapter, ready to be run.
+    """A private copy of a model with its adapter, ready to run.
 
     Attributes
     ----------
     module : Module
-        The copy. What is done to it does not reach the caller's model.
+        The copy. Changes of it do not affect the caller's model.
     adapter : Adapter
-        How to run it.
+        The functions that run it.
     seed : int
-        Of samplers inside the loss.
+        Seed of samplers inside the loss.
 
     Examples
     --------
@@ -117,22 +117,22 @@ class AdaptedModel:
 
     @classmethod
     def copy_of(cls, model: nn.Module, adapter: Adapter, seed: int = 0) -> AdaptedModel:
-        """Copy a model, or what a `YOLO` object holds, and prepare the copy for its loss."""
+        """Copy a model, or the model inside a `YOLO` object, and prepare the copy for its loss."""
         with torch.inference_mode(False):
             module = private_copy(unwrap(model))
             adapter.prepare(module)
         return cls(module, adapter, seed)
 
     def copy_version(self, model: nn.Module) -> AdaptedModel:
-        """Copy another version of the same model, to be run in the same way."""
+        """Copy another version of the same model, with the same adapter and seed."""
         return type(self).copy_of(model, self.adapter, self.seed)
 
     def normalize(self, index: int, raw: Any) -> Batch:
-        """Bring a loader's batch into the form the adapter works on; errors name its index."""
+        """Convert a loader's batch to the form that the adapter works on. Errors name its index."""
         return normalize_batch(self.module, self.adapter, raw, index)
 
     def read(self, index: int, raw: Any) -> Batch:
-        """The same, with the model's own confident outputs as targets where it came without labels."""
+        """Normalize a batch. Without labels, its targets are the model's own confident outputs."""
         return normalize_and_label(self.module, self.adapter, raw, index)
 
     def loss(self, index: int, batch: Batch) -> Tensor:
@@ -140,7 +140,7 @@ class AdaptedModel:
         return batch_loss(self.module, self.adapter, batch, index, self.seed)
 
     def predict(self, batch: Batch) -> Any:
-        """Run the model as at inference."""
+        """Run the model at inference."""
         return self.adapter.predict(self.module, batch)
 
     def label(self, batch: Batch) -> Batch:
@@ -148,15 +148,15 @@ class AdaptedModel:
         return self.adapter.label(self.module, batch)
 
     def detections(self, batch: Batch) -> list[dict[str, Tensor]] | None:
-        """Find boxes in a batch's images; None if the model gives something else, or more."""
+        """Return the boxes in a batch's images; None if the model outputs no boxes, or more than boxes."""
         return self.adapter.detections(self.module, batch)
 
     @contextmanager
     def running(self, grad: bool) -> Iterator[None]:
-        """Run the model until the end of the block, and leave everything else as it was.
+        """Set the state in which the model runs, and restore it at the end of the block.
 
-        The model's device is the current one, inference mode is off, gradients are recorded or not. Random state and
-        the modes of all modules are restored.
+        Inside, the model's device is the current device, inference mode is off, and gradients are on if `grad`. At the
+        end, the random state and the modes of all modules are restored.
         """
         modes = {part: part.training for part in self.module.modules()}
         try:
@@ -169,7 +169,10 @@ class AdaptedModel:
 
 @contextmanager
 def isolated_run(network: nn.Module, grad: bool) -> Iterator[None]:
-    """Make a network's device the current one, leave inference mode and, at the end, restore torch's random state."""
+    """Make a network's device current, leave inference mode and set the gradient mode until the end of the block.
+
+    At the end, all three and torch's random state are restored.
+    """
     with (
         on_device(device_of(network)),
         preserve_rng_state(network),

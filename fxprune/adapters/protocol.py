@@ -21,7 +21,7 @@ class Batch:
     images
         Input of the model: a tensor (N, 3, H, W), or a list of tensors (3, H, W) for torchvision detectors.
     targets
-        Labels in the form that the adapter's loss takes, or None without labels.
+        Labels in the form that the adapter's loss needs; None without labels.
     count : int
         Number of images.
     own_targets : bool
@@ -101,7 +101,7 @@ def refuse_detection(model: nn.Module, *_: Any) -> NoReturn:
 
 
 def confidence_threshold(usual: float, best: float) -> float:
-    """Return the least score of outputs that serve as labels: the usual one, or half the best score if that is less."""
+    """Return the least score of outputs that serve as labels: `usual`, or half the best score if that is less."""
     return min(usual, best / 2)
 
 
@@ -128,7 +128,7 @@ def check_image(image: Any, rank: int, forms: str) -> Tensor:
         raise BatchError(f"expected {rank} dimensions, got an image tensor of shape {tuple(image.shape)}; {forms}")
     scaled: Tensor = image.float() if image.is_floating_point() else image.float() / 255
     if not bool(torch.isfinite(scaled).all()):
-        raise BatchError("an image holds NaN or infinity; clean the calibration images")
+        raise BatchError("an image holds NaN or infinity; remove such values from the calibration images")
     return scaled
 
 

@@ -1,4 +1,4 @@
-"""The options of the commands, in groups: a command takes whole groups, `typer` sees the single options."""
+"""Defines the options of the commands in groups. A command takes whole groups; `typer` gets the single options."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fxprune.runtime.options import REMOVED_KEYWORDS, check_choice
 from fxprune.runtime.progress import Progress
 from fxprune.search.plan_search import DEFAULT_TRIES, STRATEGIES
 
-MODEL_PANEL, DATA_PANEL, SCORES_PANEL, RESULT_PANEL = "Model", "Data", "What goes", "Result"
+MODEL_PANEL, DATA_PANEL, SCORES_PANEL, RESULT_PANEL = "Model", "Data", "Pruning", "Result"
 
 
 def option(panel: str, text: str, *names: str, **more: Any) -> Any:
-    """Describe an option under a heading of the help; for `typing.Annotated`."""
+    """Return an option under a heading of the help, for `typing.Annotated`."""
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=more.pop("show_default", True), **more)
 
 
 def choice(panel: str, text: str, known: Iterable[str], **more: Any) -> Any:
-    """An option that takes one of a table's names; another one is a usage error that lists them."""
+    """Return an option that accepts the known names; other names are a usage error that lists them."""
     allowed = list(known)
 
     def check(param: typer.CallbackParam, value: Any) -> Any:
@@ -47,11 +47,11 @@ def choice(panel: str, text: str, known: Iterable[str], **more: Any) -> Any:
 
 
 def removed(keyword: str) -> Any:
-    """Describe an option that earlier versions took; it is not in the help, and given it is a usage error."""
+    """Return an option of earlier versions. It is not in the help, and its use is an error."""
 
     def refuse(value: Any) -> None:
         if value is not None:
-            raise typer.BadParameter(f"it is gone: {REMOVED_KEYWORDS[keyword]}")
+            raise typer.BadParameter(f"this option is gone: {REMOVED_KEYWORDS[keyword]}")
 
     return typer.Option(f"--{keyword}", hidden=True, callback=refuse)
 
@@ -63,85 +63,94 @@ def _known_models() -> list[str]:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, with which weights."""
+    """The model and its weights."""
 
     model: Annotated[
         str,
         typer.Argument(
             metavar="MODEL",
             help="bundled, torchvision:NAME, ultralytics:FILE (.yaml, or .pt: a pickle, so trust its source), or"
-            " module:function of your own.",
+            " your own module:function.",
             show_default=False,
             autocompletion=_known_models,
         ),
     ]
     classes: Annotated[
         int | None,
-        option(MODEL_PANEL, "Build it for so many classes; torchvision counts the background.", min=1, metavar="N"),
+        option(
+            MODEL_PANEL,
+            "Number of classes of the model; torchvision counts the background as a class.",
+            min=1,
+            metavar="N",
+        ),
     ] = None
     weights: Annotated[
         str | None,
         option(
             MODEL_PANEL,
-            "A .safetensors file, a state_dict, or a name torchvision knows such as DEFAULT.",
+            "A .safetensors file, a state_dict file, or a name of torchvision weights such as DEFAULT.",
             metavar="FILE",
         ),
     ] = None
     pruned: Annotated[
-        Path | None, option(MODEL_PANEL, "Work on the pruned model that --out or fxprune.save wrote.", metavar="FOLDER")
+        Path | None,
+        option(MODEL_PANEL, "Use the pruned model in a folder that --out or fxprune.save wrote.", metavar="FOLDER"),
     ] = None
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images, and how they go through the model."""
+    """The images, and how the model runs on them."""
 
     images: Annotated[
-        Path | None, option(DATA_PANEL, "Folder of images; alone, the model labels them itself.", metavar="FOLDER")
+        Path | None,
+        option(DATA_PANEL, "Folder of images; without --annotations, the model labels them itself.", metavar="FOLDER"),
     ] = None
     annotations: Annotated[Path | None, option(DATA_PANEL, "COCO annotations of --images.", metavar="FILE.json")] = None
     data: Annotated[
-        Path | None, option(DATA_PANEL, "Data set of ultralytics' form, instead of --images.", metavar="FILE.yaml")
+        Path | None, option(DATA_PANEL, "Data set in the ultralytics format, instead of --images.", metavar="FILE.yaml")
     ] = None
     limit: Annotated[
         int | None,
         option(
             DATA_PANEL,
-            "Use so many images, evenly spread; by default 64 to calibrate, 256 with --heal, and all to evaluate.",
+            "Most images to use, evenly spread; default: 64 to calibrate, 256 with --heal, and all to evaluate.",
             min=1,
             metavar="N",
         ),
     ] = None
     size: Annotated[
-        int | None, option(DATA_PANEL, "Side in pixels of the square an ultralytics model is fed.", min=1, metavar="N")
+        int | None,
+        option(DATA_PANEL, "Side in pixels of the square input of an ultralytics model.", min=1, metavar="N"),
     ] = None
-    batch: Annotated[int, option(DATA_PANEL, "Images a forward pass.", min=1, metavar="N")] = 16
+    batch: Annotated[int, option(DATA_PANEL, "Images per forward pass.", min=1, metavar="N")] = 16
     device: Annotated[str, option(DATA_PANEL, "cpu, cuda, cuda:1, mps, ...", metavar="NAME")] = "cpu"
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How importance is measured."""
+    """How regions are scored."""
 
-    criterion: Annotated[str, choice(SCORES_PANEL, "Importance", CRITERIA)] = "fisher"
+    criterion: Annotated[str, choice(SCORES_PANEL, "Criterion of importance", CRITERIA)] = "fisher"
     shapes: Annotated[str | None, removed("shapes")] = None
-    seed: Annotated[int, option(SCORES_PANEL, "For samplers in the loss and for random scores.", metavar="N")] = 0
+    seed: Annotated[int, option(SCORES_PANEL, "Seed of samplers in the loss and of random scores.", metavar="N")] = 0
     latency_backend: Annotated[
-        str | None, choice(SCORES_PANEL, "Measure milliseconds; with --cost latency eager unless given", BACKENDS)
+        str | None,
+        choice(SCORES_PANEL, "Measure milliseconds on this backend; default with --cost latency: eager", BACKENDS),
     ] = None
 
     def for_analysis(self, cost: str, progress: Progress) -> AnalysisOptions:
-        """Return the options of an analysis for budgets of a cost."""
+        """Return the options of an analysis for a budget in the given cost."""
         backend = choose_backend(cost, self.latency_backend)
         return AnalysisOptions(self.criterion, seed=self.seed, latency_backend=backend, progress=progress)
 
 
-CostName = Annotated[str, choice(SCORES_PANEL, "What the budget counts", COSTS)]
+CostName = Annotated[str, choice(SCORES_PANEL, "Unit of the budget", COSTS)]
 
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """How much goes."""
+    """The budget and its unit."""
 
     budget: Annotated[
         float, option(SCORES_PANEL, "Fraction of the cost to remove, in (0, 1).", "--budget", "-b", metavar="SHARE")
@@ -149,28 +158,28 @@ class BudgetOptions:
     cost: CostName = "flops"
 
 
-HealName = Annotated[str, choice(SCORES_PANEL, "Mend what the cut broke, without labels", METHODS)]
+HealName = Annotated[str, choice(SCORES_PANEL, "Heal the pruned model, without labels", METHODS)]
 
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How what goes is found, and what is left mended."""
+    """How the plan is found, and how the pruned model is healed."""
 
     strategy: Annotated[
         str,
-        choice(SCORES_PANEL, "One plan by score, or the best of many plans by trial", STRATEGIES),
+        choice(SCORES_PANEL, "One plan by scores, or the best of many plans by trials", STRATEGIES),
     ] = "one_shot"
-    tries: Annotated[int, option(SCORES_PANEL, "Plans that --strategy search tries.", min=1, metavar="N")] = (
+    tries: Annotated[int, option(SCORES_PANEL, "Most plans that --strategy search tries.", min=1, metavar="N")] = (
         DEFAULT_TRIES
     )
     heal: HealName = "affine"
     steps: Annotated[
-        int, option(SCORES_PANEL, "Steps, of 4 images each, that --heal mimic trains for at most.", min=1, metavar="N")
+        int, option(SCORES_PANEL, "Most training steps of --heal mimic, of 4 images each.", min=1, metavar="N")
     ] = 400
 
 
 JsonFlag = Annotated[bool, option(RESULT_PANEL, "One JSON document on stdout.", "--json", metavar="")]
-ForceFlag = Annotated[bool, option(RESULT_PANEL, "Replace what an earlier run wrote.", "--force", metavar="")]
+ForceFlag = Annotated[bool, option(RESULT_PANEL, "Replace the output of an earlier run.", "--force", metavar="")]
 DebugFlag = Annotated[
     bool, typer.Option("--debug", metavar="", help="Show the traceback of an error, and all warnings.")
 ]
@@ -178,7 +187,7 @@ DebugFlag = Annotated[
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Where results go."""
+    """Where results are written."""
 
     out: Annotated[Path | None, option(RESULT_PANEL, "Folder to write.", "--out", "-o", metavar="FOLDER")] = None
     force: ForceFlag = False
@@ -186,7 +195,7 @@ class OutputOptions:
 
 
 def read_numbers(text: str) -> list[float]:
-    """Read numbers with commas between.
+    """Read numbers that are separated by commas.
 
     Examples
     --------
@@ -200,14 +209,14 @@ def read_numbers(text: str) -> list[float]:
 
 
 def spread_signature(function: Callable[..., Any], given: Iterable[type]) -> inspect.Signature:
-    """Return a command's signature with its groups of options spread out, and ``--debug`` added.
+    """Return the signature of a command with single options instead of groups, and with ``--debug``.
 
     Parameters
     ----------
     function : callable
-        Its parameters are groups (dataclasses of this module) or single annotated options.
+        The command. Its parameters are groups (dataclasses of this module) or single annotated options.
     given : iterable of type
-        Parameters of these types are not the user's to give; they are left out.
+        Parameters of these types are not options; they are omitted.
 
     Examples
     --------
@@ -230,7 +239,7 @@ def spread_signature(function: Callable[..., Any], given: Iterable[type]) -> ins
 def gather_arguments(
     function: Callable[..., Any], values: Mapping[str, Any], given: Mapping[type, Any]
 ) -> dict[str, Any]:
-    """Return a command's arguments from the values of single options: its groups put together again."""
+    """Return the arguments of a command from the values of single options: the groups are built again."""
     arguments = {}
     for name, hint, _ in _parameters(function):
         if isinstance(hint, type) and hint in given:
@@ -243,7 +252,7 @@ def gather_arguments(
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-    """Name, type and default of every parameter."""
+    """Return name, type and default of every parameter."""
     hints = get_type_hints(function, include_extras=True)
     return [(name, hints[name], each.default) for name, each in inspect.signature(function).parameters.items()]
 

@@ -1,4 +1,4 @@
-"""The steps that commands share, their progress told: open, analyze, rewrite, evaluate, write."""
+"""The steps that commands share, with progress: open, analyze, rewrite, evaluate, write."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_model(options: ModelOptions, device: str, tell: Tell) -> nn.Module:
 
 @dataclass(frozen=True)
 class CalibrationInput:
-    """The batches to calibrate by, and progress that counts their images."""
+    """The calibration batches, and progress that is counted in images."""
 
     loader: Sequence[Any]
     image_count: int
@@ -53,7 +53,7 @@ class CalibrationInput:
     tell: Tell
 
     def tell_images(self, stage: str, done: int, total: int | None) -> None:
-        """Tell a stage; batches scored as images."""
+        """Report the progress of a stage; the progress of the scoring is converted from batches to images."""
         if stage == "attribution":
             done, total = min(done * self.batch, self.image_count), self.image_count
         self.tell(stage, done, total)
@@ -75,7 +75,7 @@ def run_analysis(model: nn.Module, images: CalibrationInput, scores: ScoreOption
 def load_checked_model(
     model: ModelOptions, data: DataOptions, budget: BudgetOptions, out: OutputOptions, tell: Tell
 ) -> nn.Module:
-    """Refuse what cannot be done, then open a model."""
+    """Check the options, then build the model."""
     check_data(model, data)
     check_budget(budget.budget)
     check_folder(out.out, out.force)
@@ -92,23 +92,23 @@ def prune_and_heal(
 
 
 def heal_model(pruned: nn.Module, model: nn.Module, images: CalibrationInput, method: str) -> nn.Module:
-    """Heal a pruned model, if that is asked for."""
+    """Heal a pruned model; method ``"none"`` returns it without change."""
     if method == "none":
         return pruned
     return heal_with(pruned, model, images.loader, HealingOptions(method, progress=images.tell))
 
 
 def describe_effort(images: int, search: PruneOptions) -> str:
-    """Say what a search will cost at most; empty if there is none."""
+    """Return the effort of a search in words; empty if the strategy is not a search."""
     if search.strategy != "search":
         return ""
     tries = search.tries
-    saliency, mending = 3 * (search.heal in FITTING_METHODS), 3 * (search.heal != "none")  # labels, loss and gradient
-    mended, judged = saliency + mending * tries, 1 + tries  # the model as it was is judged too
+    saliency, healing = 3 * (search.heal in FITTING_METHODS), 3 * (search.heal != "none")  # labels, loss, gradient
+    healed, judged = saliency + healing * tries, 1 + tries  # the original model is judged too
     passes = f"{judged} forward passes over {min(images, JUDGING_IMAGES)}"
-    if mended:
+    if healed:
         passes = (
-            f"{mended} forward passes over {min(images, HEALING_IMAGES)} of them and {judged} over"
+            f"{healed} forward passes over {min(images, HEALING_IMAGES)} of them and {judged} over"
             f" {min(images, JUDGING_IMAGES)}"
         )
     passes += ", at most. Ctrl-C takes the best so far"
@@ -133,7 +133,7 @@ def evaluate_model(
 
 
 def apply_plan(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
-    """Carry out a plan."""
+    """Apply a plan."""
     tell("rewrite", 0, 1)
     pruned = apply(model, plan)
     tell("rewrite", 1, 1)
@@ -141,7 +141,7 @@ def apply_plan(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
 
 
 def save_result(pruned: nn.Module, what: Drawable, shown: Plan | None, output: OutputOptions, tell: Tell) -> Result:
-    """Write a pruned model with report and picture, and say what was done."""
+    """Write a pruned model with report and picture, and return the result of the command."""
     found = report(pruned)
 
     def fill(draft: Path) -> None:
@@ -155,7 +155,7 @@ def save_result(pruned: nn.Module, what: Drawable, shown: Plan | None, output: O
 def write_outputs(
     output: OutputOptions, fill: Callable[[Path], None], what: Drawable, shown: Plan | None, tell: Tell
 ) -> str:
-    """Write the folder of results with a picture, if one is asked for, and return a remark on it."""
+    """Write the output folder with a picture, if the user gave a folder, and return a remark about it."""
     if output.out is None:
         return ""
 
@@ -178,7 +178,7 @@ def sweep_budgets(
     images: CalibrationInput,
     method: str,
 ) -> tuple[list[Point], dict[float, Plan]]:
-    """Evaluate the model as it is and at every budget; a budget that cannot be met is a point that says so."""
+    """Evaluate the original model and one pruned model per budget; budgets that cannot be met get the reason."""
     pictures, tell = open_images(model, data, "val"), images.tell
     points = [Point(0.0, analysis.before, (), evaluate_model(model, pictures, data, "unpruned", tell))]
     plans = {}
@@ -190,7 +190,7 @@ def sweep_budgets(
             continue
         named = replace(images, tell=partial(_tell_named, tell, f" {budget:g}"))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "after healing", FxpruneWarning)  # what is left is measured next
+            warnings.filterwarnings("ignore", "after healing", FxpruneWarning)  # the mAP is measured next
             pruned = heal_model(apply(model, plan), model, named, method)
         scores = evaluate_model(pruned, pictures, data, f"budget {budget:g}", tell)
         points.append(Point(budget, plan.after, tuple(region.name for region in plan.removed), scores))
@@ -203,7 +203,7 @@ def _tell_named(tell: Tell, which: str, stage: str, done: int, total: int | None
 
 
 def save_sweep(document: Any, plans: dict[float, Plan], draft: Path) -> None:
-    """Write a sweep, and a plan for each budget."""
+    """Write the results of a sweep, and a plan for each budget."""
     (draft / "sweep.json").write_text(to_json(document), encoding="utf-8")
     for budget, plan in plans.items():
         plan.save(draft / f"plan-{budget:g}.json")

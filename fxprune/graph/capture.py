@@ -1,4 +1,4 @@
-"""From the module tree to islands: the largest submodules whose whole forward is one fx graph."""
+"""Captures islands: the largest submodules whose whole forward is one fx graph."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def capture_islands(
     model : Module
         A private copy; it is changed.
     run : callable
-        ``(model) -> anything``: runs the model on one batch, the same way each time. Called once to see which
-        modules are called and with what, and once more to hold every graph to the outputs of the module it replaced;
-        a graph that gives anything else is taken back, and the search goes on below it.
+        ``(model) -> anything``: runs the model on one batch, with the same result each time. It is called once to
+        record the inputs and outputs of all modules, and again to compare the outputs of every graph with those of its
+        module. If they differ, the module is restored, and the search continues with its children.
     whole_model_is_graph : bool
-        Whether a graph may stand in for the whole model.
+        Whether a graph may replace the whole model.
 
     Returns
     -------
     model : Module
         The copy with its islands in place; a `GraphModule` if the whole model is one.
     islands : list of Island
-        Outer ones before those nested in what stayed opaque inside them.
+        All islands. Outer islands come before those that are nested in their opaque parts.
     rejections : list of Rejection
-        Modules that could not be captured as one graph, with the words of the exception or what differed. Their parts
-        may be islands of their own.
+        Modules that could not be captured as one graph, with the message of the exception or the difference. Their
+        children may be islands.
 
     Raises
     ------
     LossError
-        If the run called no layer of the model.
+        If `run` called no layer of the model.
     """
     shell = nn.Module()
     shell.add_module("root", model)
@@ -84,7 +84,7 @@ def _without_root(name: str) -> str:
 
 
 def record_module_calls(shell: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, RecordedCall]:
-    """Run ``shell.root`` once and return, by path, what each module was called with and what it gave."""
+    """Run ``shell.root`` once and return the inputs and outputs of each module, by path."""
     calls: dict[str, RecordedCall] = {}
     with ExitStack() as hooks, torch.no_grad():
         for name, module in shell.named_modules():
@@ -114,7 +114,7 @@ def _recording_hooks(module: nn.Module, name: str, calls: dict[str, RecordedCall
 
 
 def _digest(output: Any) -> tuple[str, list[Any]]:
-    """Structure of a value, and of every tensor in it shape, dtype, sum and norm; nothing else is kept."""
+    """Return the structure of a value, and shape, dtype, sum and norm of every tensor in it."""
     leaves, structure = tree_flatten(output)
     return str(structure), [
         (tuple(leaf.shape), leaf.dtype, *_moments(leaf)) if isinstance(leaf, torch.Tensor) else repr(leaf)
@@ -130,7 +130,7 @@ def _moments(value: torch.Tensor) -> tuple[float, float]:
 def _first_unfaithful(
     shell: nn.Module, islands: list[Island], calls: dict[str, RecordedCall], run: Callable[[nn.Module], Any]
 ) -> tuple[str, str] | None:
-    """Run the model with its islands in place; name the first whose outputs are not those of its module, and why."""
+    """Run the model with its islands in place. Return the first whose outputs differ from its module's, and why."""
     seen: dict[str, RecordedCall] = {}
     failure: Exception | None = None
     with ExitStack() as hooks, torch.no_grad():
@@ -138,13 +138,13 @@ def _first_unfaithful(
             hooks.enter_context(_recording_hooks(island.gm, island.name, seen))
         try:
             run(shell.get_submodule("root"))
-        except Exception as error:  # a graph may fail on real values in any way of its own
+        except Exception as error:  # a graph can raise any error on real values
             failure = error
     wrong = [name for name, call in seen.items() if not _digests_equal(call.outputs, calls[name].outputs)]
     if wrong and failure is not None:
         return max(wrong, key=len), f"its graph fails on real values ({describe_exception(failure)})"
     if wrong:
-        return wrong[0], "its graph has other outputs than the module on the first calibration batch"
+        return wrong[0], "its graph returns other outputs than the module on the first calibration batch"
     if failure is not None:
         raise failure
     return None
@@ -159,12 +159,12 @@ def _digests_equal(first: Any, second: Any) -> bool:
 
 
 class _Search:
-    """The search for islands, and why modules are none.
+    """The search for islands.
 
     Attributes
     ----------
     refused : dict of str to str
-        Why a module that was called is not one graph, by path below the shell.
+        Modules that were called and are not one graph, with the reasons, by path below the shell.
     """
 
     def __init__(self, shell: nn.Module, calls: dict[str, RecordedCall]) -> None:
@@ -172,7 +172,7 @@ class _Search:
         self.refused: dict[str, str] = {}
 
     def find(self, name: str) -> Iterator[Island]:
-        """Yield the outermost traceable modules at and below a path, and those nested in their opaque parts."""
+        """Yield the outermost traceable modules at or below a path, and those nested in their opaque parts."""
         if name in self.calls:
             traced = trace_module(self.shell.get_submodule(name), frozenset())
             if isinstance(traced, Traced):
@@ -187,12 +187,12 @@ class _Search:
         yield from self.find_below(name)
 
     def find_below(self, name: str) -> Iterator[Island]:
-        """The same for the children of a module."""
+        """Yield the islands below a path, as `find` for each child."""
         for child, _ in self.shell.get_submodule(name).named_children():
             yield from self.find(join_path(name, child))
 
     def rejections(self) -> list[Rejection]:
-        """What was refused; a container that is never called is not looked at."""
+        """Return the refused modules. Containers that are never called are not listed."""
         return [
             Rejection(_without_root(name) or "<model>", f"it is not one graph, so only its parts can go: {reason}")
             for name, reason in self.refused.items()
@@ -218,13 +218,13 @@ class Traced:
 
 @dataclass(frozen=True)
 class Untraced:
-    """A module that is not one graph, and the `reason` in words; "" where there is nothing to say of it."""
+    """A module that is not one graph, and the `reason` in words; "" if no layer with weights was captured."""
 
     reason: str
 
 
 def describe_exception(error: Exception) -> str:
-    """Name an exception, the first sentence of its message, and the line of the model's code that raised it.
+    """Return an exception in words: its type, the first sentence of its message, and the line of the model's code.
 
     Examples
     --------
@@ -238,7 +238,7 @@ def describe_exception(error: Exception) -> str:
 
 
 def _is_tracing_code(file: str) -> bool:
-    """Whether a file is torch's or ours, not the model's."""
+    """Whether a file belongs to torch or to this package, and not to the model."""
     return any(folder in Path(file).parents for folder in (Path(torch.__file__).parent, Path(__file__).parent))
 
 
@@ -251,11 +251,11 @@ def trace_module(module: nn.Module, opaque: Collection[str], fixed_opaque: bool 
     Parameters
     ----------
     module : Module
-        The module; its layers are shared with the graph, its modes are restored.
+        The module. It shares its layers with the graph; its modes are restored.
     opaque : collection of str
         Paths that are opaque from the start.
     fixed_opaque : bool
-        Whether these are all that may be opaque.
+        Whether no other paths may become opaque.
 
     Returns
     -------
@@ -279,7 +279,7 @@ def trace_module(module: nn.Module, opaque: Collection[str], fixed_opaque: bool 
 
 
 def failure_text(reasons: Mapping[str, str]) -> str:
-    """Name the part that was found last, with its reason."""
+    """Return the last part and its reason, in words."""
     path, reason = list(reasons.items())[-1]
     return f"{path}: {reason}"
 
@@ -293,7 +293,7 @@ class _TraceFailure(Exception):
 
 
 def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule:
-    """Trace in train and eval mode. Raises `_TraceFailure` if one fails, or if the two differ."""
+    """Trace in train and in eval mode. Raises `_TraceFailure` if one of them fails or the graphs differ."""
     modes = {part: part.training for part in module.modules()}
     graphs: list[tuple[fx.Graph, FunctionalTracer]] = []
     try:
@@ -302,7 +302,7 @@ def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModu
             tracer = FunctionalTracer(opaque)
             try:
                 graphs.append((tracer.trace(module), tracer))
-            except Exception as error:  # a forward may fail on symbolic values in any way of its own
+            except Exception as error:  # a forward can raise any error on symbolic values
                 reason = f"its forward could not be traced ({describe_exception(error)})"
                 raise _TraceFailure(tracer.failed_module or "", reason) from error
     finally:
@@ -332,7 +332,7 @@ _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"meta"}
 
 
 def _make_graph_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """Make the GraphModule that stands for a module: same mode, and the plain attributes others look for on it."""
+    """Make the GraphModule for a module, with the same mode and the same public attributes that are not tensors."""
     gm = fx.GraphModule(module, graph, type(module).__name__)
     gm.training = module.training
     kept = {key: value for key, value in module.__dict__.items() if key not in _MODULE_ATTRIBUTES}
@@ -346,11 +346,11 @@ def _make_graph_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module, functional: bool = True) -> None:
-    """Put a module where another one stands, under every path that leads there.
+    """Replace a module by another one, under every path of it.
 
-    Layers that a graph calls compute into new tensors from then on: a bypass makes values live longer than the
-    in-place flag assumed, and a recorded value must not be overwritten. If it need not be `functional`, those that
-    overwrite a fresh value which nothing else reads keep their flag.
+    The in-place flags of all layers that a new graph calls are cleared: after a bypass, a value can have readers later
+    in the graph, and recorded values must not be overwritten. If `functional` is False, layers keep their flag if they
+    are the only reader of a new value.
     """
     if isinstance(new, fx.GraphModule):
         for _, layer, harmless in in_place_layers(new):
