@@ -3,6 +3,7 @@
 from fxprune.datasets.batches import batches
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
+from fxprune.deploy.dynamo_backend import pruning_backend
 from fxprune.deploy.save_load import load, save
 from fxprune.errors import (
     BatchError,
@@ -57,6 +58,7 @@ __all__ = [
     "fold_norms",
     "heal",
     "load",
+    "pruning_backend",
     "report",
     "save",
 ]

@@ -1,35 +1,41 @@
-"""Find a plan's regions again in Dynamo's graphs, which hold no modules but say of every node where it came from.
+"""Finds the regions of a plan in the graphs that Dynamo passes to a backend.
 
-Both graphs run the same program, so the k-th ``add`` that a module's own code makes is the k-th ``add`` there too. A
-node of a captured graph is therefore known by its `ProgramPoint`, and a region by the sites of its nodes.
+Dynamo's graphs contain no modules, and their nodes have other names than those of the captured graphs. But both come
+from the same program, and Dynamo records for each node in which module call it was created. The k-th ``add`` in the
+forward of a module is therefore the k-th ``add`` of this module in Dynamo's graph too.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
 
 from fxprune.errors import PlanError
 from fxprune.graph.fx_utils import join_path
 from fxprune.graph.tracer import INPLACE_TO_FUNCTIONAL
 from fxprune.planning.plan import Candidate
+from fxprune.runtime.torch_internals import CompiledFrame, example_value, is_weight_input, module_calls, tree_leaves
 
-_ROOT = re.compile(r"^L\['?\w+'?\]\.?")
 _SCALAR_METHODS = frozenset({"size", "dim", "numel", "stride", "type", "get_device", "is_floating_point", "ndimension"})
 _SCALAR_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "training", "layout"})
-_MODULE_TENSOR = re.compile(r"_(parameters|buffers)_")
 
 
 @dataclass(frozen=True)
 class ProgramPoint:
-    """Where a node's value is made: by the own code of module `owner` in an `operation`; "" is all the module does."""
+    """An operation of the program.
+
+    Attributes
+    ----------
+    owner : str
+        Path of the module whose forward contains the operation.
+    operation : str
+        Name of the operation; "" is the whole call of `owner`.
+    """
 
     owner: str
     operation: str
@@ -37,7 +43,17 @@ class ProgramPoint:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """A site, which of its values in one run of the island (from 0), and how many there are in one run."""
+    """One of the values that a program point computes while the program runs an island once.
+
+    Attributes
+    ----------
+    point : ProgramPoint
+        What computes the value.
+    index : int
+        Position of the value, from 0.
+    total : int
+        Number of values that the point computes in one run of the island.
+    """
 
     point: ProgramPoint
     index: int
@@ -45,8 +61,26 @@ class Occurrence:
 
 
 def find_occurrences(island: str, gm: fx.GraphModule) -> dict[str, Occurrence]:
-    """Say of every node of a captured graph that computes a tensor where it stands in the model's program."""
-    sites: dict[str, ProgramPoint] = {}
+    """Find the occurrence of each node of a captured graph.
+
+    Parameters
+    ----------
+    island : str
+        Path of the island in the model.
+    gm : GraphModule
+        Its captured graph.
+
+    Returns
+    -------
+    dict of str to Occurrence
+        By node name. Inputs, constants, the output and nodes that compute sizes are left out.
+
+    Examples
+    --------
+    >>> find_occurrences("", fx.symbolic_trace(nn.Sequential(nn.ReLU())))
+    {'_0': Occurrence(point=ProgramPoint(owner='0', operation=''), index=0, total=1)}
+    """
+    points: dict[str, ProgramPoint] = {}
     scalars: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr", "output"):
@@ -54,20 +88,20 @@ def find_occurrences(island: str, gm: fx.GraphModule) -> dict[str, Occurrence]:
         if _is_scalar(node, scalars):
             scalars.add(node)
         elif node.op == "call_module":
-            sites[node.name] = ProgramPoint(join_path(island, str(node.target)), "")
+            points[node.name] = ProgramPoint(join_path(island, str(node.target)), "")
         else:
             stack = list(node.meta.get("nn_module_stack", {}).values())
-            sites[node.name] = ProgramPoint(join_path(island, stack[-1][0] if stack else ""), operation_kind(node))
-    totals, seen = Counter(sites.values()), Counter[ProgramPoint]()
-    places = {}
-    for name, site in sites.items():
-        places[name] = Occurrence(site, seen[site], totals[site])
-        seen[site] += 1
-    return places
+            points[node.name] = ProgramPoint(join_path(island, stack[-1][0] if stack else ""), operation_kind(node))
+    totals, seen = Counter(points.values()), Counter[ProgramPoint]()
+    occurrences = {}
+    for name, point in points.items():
+        occurrences[name] = Occurrence(point, seen[point], totals[point])
+        seen[point] += 1
+    return occurrences
 
 
 def operation_kind(node: fx.Node) -> str:
-    """Name of what a node does, the same whether it is spelled as function, method or in place."""
+    """Return the name of a node's operation. It is the same for the function, the method and the in-place form."""
     if node.op == "call_method":
         return str(node.target).rstrip("_")
     target = INPLACE_TO_FUNCTIONAL.get(node.target, node.target)
@@ -75,7 +109,7 @@ def operation_kind(node: fx.Node) -> str:
 
 
 def _is_scalar(node: fx.Node, scalars: set[fx.Node]) -> bool:
-    """Whether a node yields sizes and the like; Dynamo folds these into constants or symbols."""
+    """Whether a node computes a size or the like. In Dynamo's graphs these are constants or symbols."""
     if node.op == "call_method" and node.target in _SCALAR_METHODS:
         return True
     if node.target is getattr and node.args[1] in _SCALAR_ATTRIBUTES:
@@ -86,7 +120,17 @@ def _is_scalar(node: fx.Node, scalars: set[fx.Node]) -> bool:
 
 @dataclass(frozen=True)
 class Bypass:
-    """A region in one of Dynamo's graphs: names of its exit, of what stands in for it, and of all its nodes."""
+    """A region in one of Dynamo's graphs.
+
+    Attributes
+    ----------
+    exit : str
+        Node whose value is replaced.
+    stand_in : str
+        Node whose value replaces it.
+    nodes : tuple of str
+        All nodes of the region.
+    """
 
     exit: str
     stand_in: str
@@ -94,50 +138,67 @@ class Bypass:
 
 
 class DynamoGraph:
-    """One of Dynamo's graphs, its nodes sorted by where in the model they come from.
+    """One of Dynamo's graphs, with its nodes sorted by program point.
 
     Parameters
     ----------
     gm : GraphModule
-        As a backend receives it.
-    paths : mapping of int to str
-        Path in the model of each of its modules, by `id`.
+        The graph that a backend gets.
+    model : Module
+        The whole model.
+    frame : CompiledFrame, optional
+        The Python frame from which Dynamo made the graph. Without it, operations outside of module calls count as
+        operations of the whole model.
+
+    Attributes
+    ----------
+    values : list of Node
+        The nodes that compute tensors, in graph order.
+    calls : dict
+        Nodes by program point and by call. A call of a whole module has several nodes, an operation one.
+    submodules : list of str
+        Variables of the frame that are modules of the model. The graph holds for these objects only.
     """
 
-    def __init__(self, gm: fx.GraphModule, paths: Mapping[int, str]) -> None:
-        self.gm, self.paths = gm, paths
-        self.values = [node for node in gm.graph.nodes if self._computes(node)]
-        stacks = {node: self._stack(node) for node in self.values}
-        prefix = next((prefix for _, prefix in stacks.values() if prefix is not None), "")
+    def __init__(self, gm: fx.GraphModule, model: nn.Module, frame: CompiledFrame | None = None) -> None:
+        paths = {id(module): path for path, module in model.named_modules()}
+        self.gm = gm
+        self.values = [node for node in gm.graph.nodes if node.op.startswith("call_") and _is_tensor(node)]
         self.calls: dict[ProgramPoint, dict[Any, list[fx.Node]]] = {}
-        for node, (stack, _) in stacks.items():
-            for call, path in stack:
-                self.calls.setdefault(ProgramPoint(path, ""), {}).setdefault(call, []).append(node)
-            own = ProgramPoint(stack[-1][1] if stack else prefix, operation_kind(node))
-            self.calls.setdefault(own, {})[node] = [node]
+        for node in self.values:
+            owner = "" if frame is None else paths.get(id(frame.module))
+            for call in module_calls(node):
+                owner = call.path if call.module_id is None else paths.get(call.module_id)
+                self._add(owner, "", call.key, node)
+            self._add(owner, operation_kind(node), node, node)
+        variables = {} if frame is None else frame.variables
+        self.submodules = [name for name, value in variables.items() if paths.get(id(value))]
 
-    def _computes(self, node: fx.Node) -> bool:
-        return node.op in ("call_function", "call_method", "call_module") and _is_tensor(node)
-
-    def _stack(self, node: fx.Node) -> tuple[list[tuple[str, str]], str | None]:
-        """Key and path in the model of every module call around a node; and the path of the frame's own module."""
-        stack, prefix = [], None
-        for key, (spelled, _) in (node.meta.get("nn_module_stack") or {}).items():
-            relative = _ROOT.sub("", spelled)
-            identity = str(key).partition("@")[0]
-            path = self.paths.get(int(identity), relative) if identity.isdigit() else relative
-            if prefix is None and path.endswith(relative):
-                prefix = path[: len(path) - len(relative)].rstrip(".")
-            stack.append((str(key), path))
-        return stack, prefix
+    def _add(self, owner: str | None, operation: str, call: Any, node: fx.Node) -> None:
+        """Sort a node into `calls`; `owner` is None if it is not of the model."""
+        if owner is not None:
+            self.calls.setdefault(ProgramPoint(owner, operation), {}).setdefault(call, []).append(node)
 
     def find_region(self, region: Candidate, places: Mapping[str, Occurrence]) -> list[Bypass]:
-        """Find a region, once for every time the program runs its island; an empty list if no part of it is here.
+        """Find a region.
+
+        Parameters
+        ----------
+        region : Candidate
+            A region of the plan.
+        places : mapping of str to Occurrence
+            Occurrences of the nodes of its island.
+
+        Returns
+        -------
+        list of Bypass
+            One for each run of the island in this graph; empty if the graph contains no node of the region.
 
         Raises
         ------
         PlanError
-            If only a part of it is here, or it is not closed: a graph break cuts it, or something reads its inside.
+            If the graph contains only a part of the region, or nodes outside of the region read values from its
+            inside.
         """
         wanted = [places[name] for name in region.nodes if name in places]
         found = {place: list(self.calls.get(place.point, {}).values()) for place in wanted}
@@ -149,15 +210,15 @@ class DynamoGraph:
             raise PlanError(
                 f"only a part of region {region.name!r} is in one of Dynamo's graphs"
                 f"{f' ({missing[0].operation} of {missing[0].owner!r} is not)' if missing else ''}: a graph break cuts"
-                " it; remove the break (torch._dynamo.explain shows it), or prune with fxprune.apply and compile that"
+                " it; remove the break (TORCH_LOGS=graph_breaks shows it), or prune with fxprune.apply and compile that"
             )
-        pairs = []
+        bypasses = []
         for run in range(int(max(runs))):
             members = [calls[run * place.total + place.index] for place, calls in found.items() if calls]
             within = {node for nodes in members for node in nodes}
             inside = [node for node in self.values if node in within]
-            pairs.append(self._make_bypass(region, inside))
-        return pairs
+            bypasses.append(self._make_bypass(region, inside))
+        return bypasses
 
     def _make_bypass(self, region: Candidate, inside: Sequence[fx.Node]) -> Bypass:
         within = set(inside)
@@ -182,55 +243,68 @@ class DynamoGraph:
 
 
 def _readers(node: fx.Node) -> Iterable[fx.Node]:
-    """Who reads a node's values; a size that is taken of them is no reader if nobody reads the size."""
+    """Return the nodes that read a node's value, without nodes whose own value is never read (unused sizes)."""
     return [user for user in node.users if user.users or user.op == "output"]
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(node.meta.get("example_value")))
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(example_value(node)))
 
 
 def _is_data(node: fx.Node) -> bool:
-    """Whether a node's value flows through the network, other than a weight or a size."""
-    if node.op == "get_attr" or not _is_tensor(node):
-        return False
-    return node.op != "placeholder" or _MODULE_TENSOR.search(str(node.target)) is None
+    """Whether a node's value depends on the input images: it is a tensor and no weight."""
+    return node.op != "get_attr" and _is_tensor(node) and not is_weight_input(node)
 
 
 def _shape_and_dtype(node: fx.Node) -> tuple[Any, ...]:
-    value = node.meta["example_value"]
+    value = example_value(node)
     return (str(tuple(value.shape)), value.dtype) if isinstance(value, torch.Tensor) else (len(value),)
 
 
 @dataclass
 class RegionMatches:
-    """The regions of a plan that are looked for in one compiled model.
+    """Searches Dynamo's graphs of one model for the regions of a plan, and records which were found.
 
     Attributes
     ----------
     removed : sequence of Candidate
-        What is to go.
-    occurrences : dict of str to dict
-        By island, the place of every node.
+        The regions to remove.
+    occurrences : mapping of str to mapping
+        By island, the occurrences of its nodes.
     matched : set of str
-        Names of the regions that were found so far.
+        Names of the regions that were found in a graph.
+    model_found : bool
+        Whether any graph contained an operation of the model.
     """
 
     removed: Sequence[Candidate]
     occurrences: Mapping[str, Mapping[str, Occurrence]]
     matched: set[str] = field(default_factory=set)
+    model_found: bool = False
 
     @property
     def unmatched(self) -> list[str]:
-        """Names of the regions that no graph had."""
+        """Names of the regions that were found in no graph."""
         return [region.name for region in self.removed if region.name not in self.matched]
 
+    def forget(self) -> None:
+        """Start again: no graph was searched."""
+        self.matched.clear()
+        self.model_found = False
+
     def find_bypasses(self, graph: DynamoGraph) -> list[Bypass]:
-        """All regions of the plan in one graph; notes which were met."""
-        everything = []
+        """Find the regions of the plan in one graph and add them to `matched`.
+
+        Raises
+        ------
+        PlanError
+            As `DynamoGraph.find_region`.
+        """
+        self.model_found |= bool(graph.calls)
+        bypasses = []
         for region in self.removed:
             found = graph.find_region(region, self.occurrences[region.island])
             if found:
                 self.matched.add(region.name)
-                everything += found
-        return everything
+                bypasses += found
+        return bypasses

@@ -1,4 +1,4 @@
-"""The torch.compile backend against `fxprune.apply` with the same plan."""
+"""The torch.compile backend in its string form against `fxprune.apply` with the same plan."""
 
 from __future__ import annotations
 
@@ -158,6 +158,49 @@ def test_compiled_in_place() -> None:
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
+class Outer(nn.Module):
+    """Calls a compiled model from a loop that Dynamo leaves to Python."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(1):
+            torch._dynamo.graph_break()
+            x = self.inner(x)
+        return x
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_inside_one_that_another_backend_compiles(in_place: bool) -> None:
+    model, x = tiny(), pixels(2, 3, 16, 16)
+    plan = tiny_plan(model)
+    expected = fxprune.apply(model, plan)(x)
+    options: Any = {"plan": plan, "inner": "eager"}
+    if in_place:
+        model.compile(backend="fxprune", options=options)
+    outer: Any = torch.compile(Outer(model if in_place else compiled_by(model, plan)), backend=unseen_inside)
+    for _ in range(2):
+        torch.testing.assert_close(outer(x), expected)
+
+
+def unseen_inside(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+    """A backend for graphs without convolutions: those are compiled by another."""
+    assert not any("conv" in str(node.target) for node in gm.graph.nodes)
+    return gm
+
+
+def test_two_models_of_one_class_and_one_plan() -> None:
+    first, x = tiny(), pixels(2, 3, 16, 16)
+    plan = tiny_plan(first)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second.get_parameter("fc.bias").add_(1)
+    for model in (first, second, first):
+        torch.testing.assert_close(compiled_by(model, plan)(x), fxprune.apply(model, plan)(x))
+
+
 def test_a_region_cut_by_a_graph_break_is_refused() -> None:
     compiled = compiled_by(Broken("inside").eval(), broken_plan())
     with pytest.raises(BackendCompilerFailed, match=r"only a part of region 'blocks.0'.*graph break"):
@@ -199,6 +242,7 @@ def test_mistakes_in_the_options(tmp_path: Path) -> None:
     assert "no option 'plam'" in failing({"plan": plan, "plam": 1})
     assert "'plan' is a int" in failing({"plan": 3})
     assert "'inner' is 'fxprune'" in failing({"plan": plan, "inner": "fxprune"})
+    assert "'inner' is 'nope', which is no backend" in failing({"plan": plan, "inner": "nope"})
     assert "cannot be read: No such file" in failing({"plan": str(tmp_path / "absent.json")})
     (tmp_path / "bad.json").write_text("{")
     assert "bad.json" in failing({"plan": tmp_path / "bad.json"})
@@ -210,7 +254,7 @@ def test_a_function_is_refused() -> None:
     model = tiny()
     options: Any = {"plan": tiny_plan(model), "inner": "eager"}
     compiled = torch.compile(lambda x: model(x), backend=fxprune_backend, options=options)
-    with pytest.raises(BackendCompilerFailed, match="compiles modules"):
+    with pytest.raises(BackendCompilerFailed, match=r"compiles modules.*or give backend=fxprune\.pruning_backend"):
         compiled(pixels(1, 3, 16, 16))
 
 

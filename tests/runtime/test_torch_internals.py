@@ -1,0 +1,394 @@
+"""Torch behaves as `fxprune.runtime.torch_internals` relies on.
+
+A failure here means that torch changed: adapt the entry that the test names.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from fxprune.runtime import torch_internals as internals
+
+pytestmark = pytest.mark.usefixtures("forget_compiled_code")
+
+graph_break: Any = torch._dynamo.graph_break
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+def changed(entry: str, behaviour: str) -> str:
+    return f"torch {torch.__version__} does not do what torch_internals.{entry} relies on: {behaviour}"
+
+
+# Nested containers ---------------------------------------------------------------------------------------------------
+
+TREE = {"a": [1, (2, 3)], "b": Pair(4, None)}
+
+
+def test_tree_leaves() -> None:
+    assert internals.tree_leaves(TREE) == [1, 2, 3, 4, None], changed(
+        "tree_leaves", "the values of containers in order"
+    )
+
+
+def test_tree_flatten_and_tree_unflatten() -> None:
+    leaves, form = internals.tree_flatten(TREE)
+    again = internals.tree_unflatten([leaf and leaf * 2 for leaf in leaves], form)
+    assert again == {"a": [2, (4, 6)], "b": Pair(8, None)}, changed("tree_unflatten", "it undoes tree_flatten")
+    same, other = (str(internals.tree_flatten(tree)[1]) for tree in (TREE, {"a": [1, (2, 3)]}))
+    assert str(form) == same, changed("tree_flatten", "str(form) is the same for equal forms")
+    assert str(form) != other, changed("tree_flatten", "str(form) is different for different forms")
+
+
+def test_tree_map_only() -> None:
+    found = internals.tree_map_only(int, lambda value: -value, {"a": [1, "x"]})
+    assert found == {"a": [-1, "x"]}, changed("tree_map_only", "it changes values of one type only")
+
+
+# Modules and graphs --------------------------------------------------------------------------------------------------
+
+
+def test_batch_norm_base() -> None:
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        assert issubclass(kind, internals.BatchNormBase), changed(
+            "BatchNormBase", f"{kind.__name__} is derived from it"
+        )
+    for other in (nn.GroupNorm, nn.LayerNorm):
+        assert not issubclass(other, internals.BatchNormBase), changed("BatchNormBase", "other norms are not")
+    assert internals.BatchNormBase.__qualname__ == "_BatchNorm", changed("BatchNormBase", "its name is in saved models")
+
+
+def test_assertion() -> None:
+    class Checked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[0] > 0, "empty")
+            return x
+
+    targets = [node.target for node in fx.symbolic_trace(Checked()).graph.nodes]
+    assert targets.count(internals.ASSERTION) == 1, changed("ASSERTION", "fx traces it as one call")
+
+
+def test_keep_when_copied() -> None:
+    gm = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    for name, value in (("first", [1]), ("second", "x")):
+        setattr(gm, name, value)
+        internals.keep_when_copied(gm, {name: value})
+    twin: Any = copy.deepcopy(copy.deepcopy(gm))
+    kept = (getattr(twin, "first", None), getattr(twin, "second", None))
+    assert kept == ([1], "x"), changed("keep_when_copied", "deepcopy of a GraphModule keeps these attributes")
+
+
+HOOKS: dict[str, Callable[[nn.Module], bool]] = {
+    "register_forward_hook": internals.has_forward_hooks,
+    "register_forward_pre_hook": internals.has_forward_hooks,
+    "register_full_backward_hook": internals.has_backward_hooks,
+    "register_full_backward_pre_hook": internals.has_backward_hooks,
+}
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_has_forward_hooks_and_has_backward_hooks(register: str) -> None:
+    layer, found = nn.Linear(2, 2), HOOKS[register]
+    before = found(layer)
+    handle = getattr(layer, register)(lambda *_: None)
+    during = found(layer), [other(layer) for other in HOOKS.values() if other is not found]
+    handle.remove()
+    seen = (before, *during, found(layer))
+    assert seen == (False, True, [False, False], False), changed(found.__name__, f"{register} shows, and only there")
+
+
+def test_owns_tensors() -> None:
+    behaviour = "layers have entries for parameters and buffers, also for those that are None"
+    for layer, owns in ((nn.Linear(2, 2), True), (nn.InstanceNorm2d(3), True), (nn.Sequential(nn.Linear(2, 2)), False)):
+        assert internals.owns_tensors(layer) == owns, changed("owns_tensors", behaviour)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 1, (2, 1)])
+def test_convolution_padding(padding: Any) -> None:
+    layer, x = nn.Conv2d(3, 4, (3, 5), padding=padding, dilation=(2, 1)), torch.rand(1, 3, 9, 9)
+    padded = functional.pad(x, internals.convolution_padding(layer))
+    unpadded = functional.conv2d(padded, layer.weight, layer.bias, dilation=layer.dilation)
+    assert torch.allclose(unpadded, layer(x)), changed("convolution_padding", "it is the padding of the convolution")
+
+
+def test_layer_methods() -> None:
+    class Scaled(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, weight, bias) * 2
+
+    layer, plain = Scaled(3, 4, 1), nn.Conv2d(3, 4, 1)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.rand(1, 3, 5, 5)
+    assert torch.equal(layer(x), plain(x) * 2), changed("layer_methods", "Conv2d.forward calls _conv_forward")
+    homes = [method.__module__ for method in internals.layer_methods(layer)]
+    assert homes == ["torch.nn.modules.conv", __name__], changed("layer_methods", "methods tell where they are defined")
+    assert [method.__name__ for method in internals.layer_methods(nn.Linear(2, 2))] == ["forward"]
+
+
+# Symbolic shapes -----------------------------------------------------------------------------------------------------
+
+
+def symbolic(*shape: int) -> tuple[internals.FakeTensorMode, Tensor]:
+    mode = internals.symbolic_mode()
+    return mode, internals.make_symbolic_tensor(mode, torch.empty(shape), [True, False, True, True])
+
+
+def test_symbolic_mode_and_make_symbolic_tensor() -> None:
+    mode, x = symbolic(2, 3, 8, 8)
+    assert isinstance(mode, internals.FakeTensorMode)
+    assert isinstance(x, internals.FakeTensor), changed("make_symbolic_tensor", "it makes a fake tensor")
+    batch, channels, height, width = x.shape
+    assert type(channels) is int, changed("make_symbolic_tensor", "a static size is a number")
+    behaviour = "sizes that are equal by chance have different symbols"
+    assert not internals.provably_equal(height, width), changed("symbolic_mode", behaviour)
+    assert not internals.provably_equal(batch, 2), changed("make_symbolic_tensor", "a dynamic size is a symbol")
+
+
+def test_shapes_only() -> None:
+    mode, x = symbolic(2, 3, 8, 6)
+    layer = nn.Conv2d(3, 5, 3, stride=2)
+    with internals.shapes_only(mode):
+        y = layer(x)
+        z = functional.interpolate(y, scale_factor=2.0)
+    assert isinstance(z, internals.FakeTensor), changed("shapes_only", "real weights and fake inputs may be mixed")
+    assert not z.requires_grad, changed("shapes_only", "it records no gradients")
+    sizes = [internals.current_size(size) for size in z.shape]
+    assert sizes == [2, 5, 6, 4], changed("shapes_only", "operations compute symbolic shapes")
+
+
+def test_current_size_and_provably_equal() -> None:
+    mode, x = symbolic(2, 3, 8, 6)
+    with internals.shapes_only(mode):
+        y = functional.max_pool2d(x, 2)
+        padded = functional.pad(y, (1, 1))
+    assert [internals.current_size(size) for size in y.shape] == [2, 3, 4, 3]
+    equal = internals.provably_equal(padded.shape[3] - 2, y.shape[3])
+    assert equal, changed("provably_equal", "formulas that are equal for all values are found equal")
+    assert not internals.provably_equal(y.shape[2], y.shape[3] + 1), changed("provably_equal", "others are not")
+    again = internals.provably_equal(y.shape[2], y.shape[3] + 1)
+    assert not again, changed("provably_equal", "the question itself is no assumption")
+
+
+def test_size_formula_and_new_size_symbol() -> None:
+    mode, x = symbolic(2, 3, 8, 6)
+    with internals.shapes_only(mode):
+        y = functional.avg_pool2d(functional.avg_pool2d(x, 3, 2, 1), 3, 2, 1)
+    formula = internals.size_formula(y.shape[2])
+    assert formula.count_ops() > 1, changed("size_formula", "it is a sympy expression")
+    assert formula == internals.size_formula(y.shape[2]), changed("size_formula", "equal sizes have equal formulas")
+    symbol = internals.new_size_symbol(mode, 4, "size_0")
+    assert internals.size_formula(symbol).count_ops() == 0, changed("new_size_symbol", "its formula is one symbol")
+    assert internals.current_size(symbol) == 4, changed("new_size_symbol", "it stands for the given number")
+    with internals.shapes_only(mode):
+        z = torch.empty([symbol, 3])
+    assert internals.provably_equal(z.shape[0], symbol), changed("new_size_symbol", "it is the size of a tensor")
+    assert not internals.provably_equal(symbol, 4), changed("new_size_symbol", "it is not fixed to the number")
+
+
+# Dynamo --------------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shift = nn.Conv2d(3, 3, 3, padding=1), 1
+
+    def forward(self, image: Tensor) -> Tensor:
+        y = self.conv(image).relu()
+        if self.training:
+            graph_break()
+        return y + self.shift
+
+
+class Watch:
+    """A backend that notes what `look` returns for each graph, and each run of a graph."""
+
+    def __init__(self, look: Callable[[fx.GraphModule], Any]) -> None:
+        self.look, self.seen, self.runs = look, list[Any](), list[int]()
+
+    def __call__(self, gm: fx.GraphModule, inputs: Any, **settings: Any) -> Callable[..., Any]:
+        self.seen.append(self.look(gm))
+
+        def run(*args: Any) -> Any:
+            self.runs.append(internals.compiled_call_count())
+            return gm(*args)
+
+        return run
+
+
+IMAGES = torch.rand(2, 3, 4, 4)
+
+
+def call_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op.startswith("call_")]
+
+
+def test_optimized_module() -> None:
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    assert isinstance(compiled, internals.OptimizedModule), changed("OptimizedModule", "torch.compile returns it")
+
+
+def test_inner_compiler() -> None:
+    settings: list[Any] = []
+
+    def inner(gm: fx.GraphModule, inputs: Any, **given: Any) -> Any:
+        settings.append(given)
+        return gm
+
+    gm = fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    for options, mode in (({}, None), ({"level": 3}, "reduce-overhead")):
+        internals.inner_compiler(inner, options, mode)(gm, [IMAGES])
+    assert settings == [{}, {"mode": "reduce-overhead", "options": {"level": 3}}]
+    eager = internals.inner_compiler("eager", {}, None)(gm, [IMAGES])
+    assert torch.equal(eager(IMAGES), IMAGES.relu()), changed("inner_compiler", "backends are found by name")
+
+
+def test_inner_compiler_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "torch._dynamo.backends.registry.lookup_backend", lambda name: lambda gm, inputs, **given: seen.append(given)
+    )
+    internals.inner_compiler("inductor", {"max_autotune": False}, "max-autotune")(None, None)
+    ((name, patches),) = seen[0].items()
+    assert name == "config_patches"
+    assert patches["max_autotune"] is False
+    assert patches["triton.cudagraphs"] is True, changed("inner_compiler", "list_mode_options has the mode's settings")
+    monkeypatch.undo()
+    model = nn.Sequential(nn.ReLU()).eval()
+    compiled: Any = torch.compile(
+        model,
+        backend=lambda gm, inputs: internals.inner_compiler("inductor", {"max_autotune": False}, None)(gm, inputs),
+    )
+    with torch.no_grad():
+        assert torch.equal(compiled(IMAGES), IMAGES.relu()), changed("inner_compiler", "inductor takes config_patches")
+
+
+def test_calling_module() -> None:
+    def look(gm: fx.GraphModule) -> Any:
+        return internals.calling_module()
+
+    watches = [Watch(look) for _ in range(3)]
+    model, in_place = Net(), Net()
+    in_place.compile(backend=watches[1])
+    compiled: Any = torch.compile(model, backend=watches[0])
+    function: Any = torch.compile(torch.neg, backend=watches[2])
+    for call in (compiled, in_place, function):
+        call(IMAGES)
+    found = [[module is model, module is in_place, module is None] for watch in watches for module in watch.seen]
+    wanted = [[True, False, False]] * 2 + [[False, True, False]] * 2 + [[False, False, True]]
+    assert found == wanted, changed("calling_module", "the compiled module is `self` in a frame of the callers")
+    assert internals.calling_module() is None
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_call_count(in_place: bool, fullgraph: bool) -> None:
+    model: Any = Net().train(not fullgraph)
+    watch = Watch(lambda gm: internals.compiled_call_count())
+    compiled = model if in_place else torch.compile(model, backend=watch, fullgraph=fullgraph)
+    if in_place:
+        model.compile(backend=watch, fullgraph=fullgraph)
+    for _ in range(3):
+        compiled(IMAGES)
+        if not in_place:
+            model(IMAGES)
+    counts = Counter(watch.runs)
+    graphs = 1 if fullgraph else 2
+    same = set(watch.seen) == {watch.runs[0]} and list(counts.values()) == [graphs] * 3
+    assert same, changed("compiled_call_count", "it is the same in one call, and another in the next")
+
+
+def test_compiled_frame() -> None:
+    assert internals.compiled_frame() is None
+    watch = Watch(lambda gm: internals.compiled_frame())
+    model, other, container = Net(), Net().eval(), nn.Sequential(Net().eval())
+    compiled: Any = torch.compile(model, backend=watch)
+    compiled(IMAGES)
+    torch.compile(lambda net: net(IMAGES), backend=watch)(other)
+    container.compile(backend=watch)
+    container(IMAGES)
+    first, resumed, function, wrapped = watch.seen
+    assert isinstance(first, internals.CompiledFrame)
+    assert first.module is model, changed("compiled_frame", "the frame of forward has the module")
+    assert first.variables["image"] is IMAGES, changed("compiled_frame", "the frame has its arguments")
+    assert resumed.module is model, changed("compiled_frame", "so has the frame after a graph break")
+    assert function.module is None, changed("compiled_frame", "a function is no module's")
+    assert function.variables["net"] is other, changed("compiled_frame", "the frame has its arguments")
+    behaviour = "it is the container, or since torch 2.11 does not compile its forward, its child"
+    assert wrapped.module in (container, container[0]), changed("compiled_frame", behaviour)
+
+
+def test_guard_identity() -> None:
+    models = [Net().eval(), Net().eval()]
+    for names, graphs in (((), 1), (("net",), 2), (("nothing",), 1)):
+        torch._dynamo.reset()
+        watch = Watch(lambda gm, names=names: internals.guard_identity(names))  # type: ignore[misc]
+        compiled = torch.compile(lambda net, x: net(x), backend=watch)
+        for model in (*models, *models):
+            compiled(model, IMAGES)
+        behaviour = "Dynamo compiles anew for another object, and only then"
+        assert len(watch.seen) == graphs, changed("guard_identity", behaviour)
+
+
+def test_module_calls() -> None:
+    watch = Watch(lambda gm: {str(node.target): internals.module_calls(node) for node in call_nodes(gm)})
+    net = Net().eval()
+    torch.compile(lambda model, x: model(x), backend=watch)(net, IMAGES)
+    (calls,) = ([call for name, call in watch.seen[0].items() if "conv" in name],)
+    outer, inner = calls[0]
+    assert isinstance(outer, internals.ModuleCall)
+    assert (outer.module_id, inner.module_id) == (id(net), id(net.conv)), changed("module_calls", "keys are ids")
+    assert (outer.variable, outer.path) == ("model", ""), changed("module_calls", "the variable is named")
+    assert (inner.variable, inner.path) == ("model", "conv"), changed("module_calls", "the path is given")
+
+
+def test_module_calls_of_one_module_called_twice() -> None:
+    watch = Watch(lambda gm: [internals.module_calls(node)[-1].key for node in call_nodes(gm)])
+    layer = nn.ReLU()
+    torch.compile(lambda x: layer(layer(x)), backend=watch)(IMAGES)
+    (keys,) = watch.seen
+    assert len(set(keys)) == len(keys) == 2, changed("module_calls", "each call has a key of its own")
+
+
+def test_module_calls_of_a_wrapped_method() -> None:
+    def look(gm: fx.GraphModule) -> Any:
+        frame = internals.compiled_frame()
+        return frame and frame.module, [internals.module_calls(node)[0].path for node in call_nodes(gm)[:1]]
+
+    watch, container = Watch(look), nn.Sequential(Net().eval())
+    container.compile(backend=watch)
+    container(IMAGES)
+    ((module, paths),) = watch.seen
+    wanted = ["0"] if module is container else ["conv"]
+    assert paths == wanted, changed("module_calls", "paths start at the module whose method is compiled")
+
+
+def test_example_value_and_is_weight_input() -> None:
+    def look(gm: fx.GraphModule) -> Any:
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        shapes = [internals.example_value(node).shape for node in call_nodes(gm)]
+        return [internals.is_weight_input(node) for node in inputs], shapes
+
+    watch = Watch(look)
+    model: Any = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval(), backend=watch)
+    model(IMAGES)
+    ((weights, shapes),) = watch.seen
+    assert Counter(weights) == {True: 6, False: 1}, changed("is_weight_input", "inputs are named after their source")
+    assert set(shapes) == {(2, 4, 4, 4)}, changed("example_value", "nodes have a fake value")
+
+
+def test_every_entry_has_a_test() -> None:
+    tests = [value for name, value in globals().items() if name.startswith("test_")]
+    text = "\n".join(inspect.getsource(test) for test in tests if test is not test_every_entry_has_a_test)
+    helpers = inspect.getsource(symbolic) + repr(HOOKS) + inspect.getsource(Watch)
+    missing = [name for name in internals.__all__ if f"internals.{name}" not in text + helpers and name not in helpers]
+    assert missing == []
