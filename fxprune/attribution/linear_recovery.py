@@ -118,8 +118,8 @@ class GramInterpreter(StandInInterpreter):
 
 def solve_linear_maps(sums: GramSums) -> dict[str, LinearMap]:
     """Return the map of each region by least squares over the positions of all processes."""
-    widths = {name: width for found in all_gather({name: len(gram) for name, (gram, _) in sums.items()})
-              for name, width in found.items()}  # fmt: skip
+    widths = {name: width for part in all_gather({name: len(gram) for name, (gram, _) in sums.items()})
+              for name, width in part.items()}  # fmt: skip
     like = next((gram for gram, _ in sums.values()), torch.empty(0, dtype=torch.float64))
     maps = {}
     for name, width in sorted(widths.items()):
@@ -179,8 +179,8 @@ class _AbsorptionCheck:
         targets = [link.target for link in self.links if link.source == island]
         if not targets or RESULTS in targets:
             return False
-        taken = ((name, node) for name in targets for node in self.graphs[name].graph.nodes if node.op == "placeholder")
-        return all(self.can_absorb(name, node) for name, node in taken)
+        reads = ((name, node) for name in targets for node in self.graphs[name].graph.nodes if node.op == "placeholder")
+        return all(self.can_absorb(name, node) for name, node in reads)
 
 
 def _mixes_channels(layer: nn.Module) -> bool:

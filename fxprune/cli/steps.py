@@ -142,14 +142,14 @@ def apply_plan(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
 
 def save_result(pruned: nn.Module, what: Drawable, shown: Plan | None, output: OutputOptions, tell: Tell) -> Result:
     """Write a pruned model with report and picture, and return the result of the command."""
-    found = report(pruned)
+    summary = report(pruned)
 
     def fill(draft: Path) -> None:
         save(pruned, draft)
-        write_report(found, draft / REPORT)
+        write_report(summary, draft / REPORT)
 
     remark = write_outputs(output, fill, what, shown, tell)
-    return Result(found.to_dict(), found, remark or "nothing was saved; --out FOLDER saves the pruned model")
+    return Result(summary.to_dict(), summary, remark or "nothing was saved; --out FOLDER saves the pruned model")
 
 
 def write_outputs(

@@ -40,8 +40,8 @@ def applied_plans(model: nn.Module) -> tuple[Plan, ...]:
     plans = tuple(Plan.from_dict(data) for data in raw_plans(unwrap(model)))
     if not plans:
         raise ModelError(
-            f"{type(model).__name__} carries no fxprune plan: it was not pruned, or rebuilt since; give what"
-            " fxprune.analyze, Analysis.plan or fxprune.compile returned"
+            f"{type(model).__name__} carries no fxprune plan: it was not pruned, or rebuilt since; give the"
+            " output of fxprune.analyze, Analysis.plan or fxprune.compile"
         )
     return plans
 
