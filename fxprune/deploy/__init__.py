@@ -1,5 +1,6 @@
-"""Pruned models outside of the process that made them: files, and a backend of `torch.compile`.
+"""Saves and loads pruned models, and prunes models while `torch.compile` compiles them.
 
-`save_load` writes a folder of plan, weights and manifest, and reads it back. `dynamo_backend` carries a plan out on the
-graphs that Dynamo captured. What a folder holds is declared in `manifest`.
+`save_load` writes a pruned model to a folder and reads it back. `manifest` declares the files of the folder, and
+`weights` converts the weights. `dynamo_backend` has the backends for `torch.compile`, and `dynamo_matching` finds the
+regions of a plan in their graphs.
 """

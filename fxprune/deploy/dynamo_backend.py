@@ -217,7 +217,10 @@ def _describe_unmatched(matches: RegionMatches) -> str:
     text = f"{len(matches.unmatched)} of the plan's regions were met in no graph and are not pruned: {names}."
     if not matches.model_found:
         return f"{text} No graph has modules of the model that the backend was made for; compile this model"
-    return f"{text} Graph breaks hide them, or their code was not compiled; prune with fxprune.apply and compile that"
+    return (
+        f"{text} Graph breaks hide them, or their code was not compiled, for example above"
+        " torch.compiler.config.recompile_limit; prune with fxprune.apply and compile that"
+    )
 
 
 # The string form -----------------------------------------------------------------------------------------------------

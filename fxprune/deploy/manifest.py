@@ -1,4 +1,4 @@
-"""What a saved folder holds: its files with their digests, and what plans and weights alone do not say."""
+"""The manifest of a saved model: sizes and digests of its files, and facts that plans and weights do not contain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxprune.errors import StorageError
 from fxprune.planning.plan_schema import read_record
 
 FORMAT = 1
-"""Version of the folder's layout; a folder of another version is refused."""
+"""Version of the folder's layout. Other versions cannot be read."""
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"
 _SAVED_NAMES = re.compile(rf"{re.escape(NAME)}|{re.escape(WEIGHTS)}|plan(-[1-9]\d*)?\.json")
@@ -26,39 +26,39 @@ _DAMAGED_HINT = (
 
 @dataclass(frozen=True)
 class Entry:
-    """Size in bytes and SHA-256 of one file."""
+    """Size in bytes and SHA-256 of a file."""
 
     size: int
     sha256: str
 
     @classmethod
     def of(cls, content: bytes) -> Entry:
-        """Measure a file's content."""
+        """Return the entry for the content of a file."""
         return cls(len(content), hashlib.sha256(content).hexdigest())
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What goes to ``manifest.json``.
+    """The content of ``manifest.json``.
 
     Attributes
     ----------
     fxprune, torch : str
-        Versions that wrote the folder.
+        Versions of the libraries that wrote the folder.
     network : str
-        Name of the network's class, for messages.
+        Class name of the network. Only error messages use it.
     dtype : tuple of str
-        Floating types of its weights and buffers, e.g. ``("float16",)``.
+        Floating-point types of the weights and buffers, for example ``("float16",)``.
     training : bool
         Whether the network was in train mode.
     exceptions : tuple of str
-        Paths of the modules whose mode is the other one.
+        Paths of the modules in the other mode.
     channels_last : tuple of str
-        Weights whose memory is laid out channels last; the file holds them contiguous.
+        Keys of the weights with memory format channels last. In the file they are contiguous.
     tied : mapping of str to str
-        Keys that are the same tensor as another key, which the file holds.
+        For each key that shares its tensor with an earlier key: the earlier key. The file contains only this one.
     files : mapping of str to Entry
-        Every other file of the folder.
+        Size and digest of every other file of the folder, by name.
     """
 
     fxprune: str
@@ -73,17 +73,23 @@ class Manifest:
 
     @property
     def plans(self) -> list[str]:
-        """Names of the plan files, in the order the plans were applied."""
+        """Names of the plan files, in the order in which the plans were applied."""
         return plan_names(len(self.files) - 1)
 
     def to_bytes(self) -> bytes:
-        """Write it as JSON that carries a digest of itself."""
+        """Return the manifest as JSON that includes a digest of itself."""
         data = {"fxprune_save": FORMAT, **asdict(self)}
         return (json.dumps({**data, "sha256": _digest(data)}, indent=1) + "\n").encode()
 
 
 def plan_names(count: int) -> list[str]:
-    """Name the plan files of a save: ``plan.json``, or ``plan-1.json``, ``plan-2.json`` and so on, oldest first."""
+    """Return the names of a number of plan files, the first applied plan first.
+
+    Examples
+    --------
+    >>> plan_names(1), plan_names(2)
+    (['plan.json'], ['plan-1.json', 'plan-2.json'])
+    """
     return ["plan.json"] if count == 1 else [f"plan-{index}.json" for index in range(1, count + 1)]
 
 
@@ -92,12 +98,13 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check a folder's manifest.
+    """Read and check the manifest of a folder.
 
     Raises
     ------
     StorageError
-        If there is no folder or no manifest, it is broken, of another version, or lists files it should not.
+        If the folder or the manifest does not exist, or the manifest is damaged, of another version, or lists
+        unexpected files.
     """
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -109,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check(path: Path, data: Any) -> Manifest:
-    """Hold a manifest to its version, its fields and its own digest."""
+    """Check version, fields, file names and digest of a manifest."""
     if not isinstance(data, dict) or "fxprune_save" not in data:
         raise StorageError(f"{path}: this is no manifest of fxprune.save: it has no field 'fxprune_save'")
     if data["fxprune_save"] != FORMAT:
@@ -135,7 +142,7 @@ def _check(path: Path, data: Any) -> Manifest:
 
 
 def _check_names(path: Path, names: set[str]) -> None:
-    """Refuse a list of files that leads out of the folder, or is not the list of a save."""
+    """Raise an error if a file is outside of the folder, or the names are not those of a saved model."""
     for name in sorted(names):
         if name in (".", "..") or not name == PurePosixPath(name).name == PureWindowsPath(name).name:
             raise StorageError(f"{path}: the file name {name!r} leads out of the folder; do not trust this folder")
@@ -145,12 +152,17 @@ def _check_names(path: Path, names: set[str]) -> None:
 
 
 def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Read every file a manifest lists, and hold each to its size and digest.
+    """Read the files that a manifest lists and check their sizes and digests.
+
+    Returns
+    -------
+    dict of str to bytes
+        Content by file name.
 
     Raises
     ------
     StorageError
-        If one is missing, is a link out of the folder, or has another size or digest; names it.
+        If a file is missing, is a link to outside of the folder, or has another size or digest. The message names it.
     """
     contents = {}
     for name, entry in manifest.files.items():
@@ -166,7 +178,7 @@ def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
 
 
 def parse_json(path: Path, content: bytes) -> Any:
-    """Read JSON; a `StorageError` names the file if it is none."""
+    """Parse JSON; if this fails, raise a `StorageError` with the path of the file."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -174,7 +186,7 @@ def parse_json(path: Path, content: bytes) -> Any:
 
 
 def unknown_files(folder: Path) -> list[str]:
-    """Name what a folder holds beside the files of a save; everything, if it has no manifest of ours."""
+    """Return the names of a folder's entries that are not files of a saved model; all names if it has no manifest."""
     names = sorted(path.name for path in folder.iterdir())
     try:
         data = parse_json(folder / NAME, _read(folder / NAME))
@@ -186,7 +198,7 @@ def unknown_files(folder: Path) -> list[str]:
 
 
 def _join_checked(folder: Path, name: str) -> Path:
-    """Join a file's name to its folder; refuse a link that leads out of it."""
+    """Join a folder and a file name; raise a `StorageError` if the file is a link to outside of the folder."""
     path = folder / name
     if Path(os.path.realpath(path)).parent != Path(os.path.realpath(folder)):
         raise StorageError(f"{path} is a link out of the folder; put the file itself there")

@@ -1,4 +1,7 @@
-"""A pruned model in a folder and back: its plans, its weights and a manifest; JSON and safetensors, never a pickle."""
+"""Saves a pruned model to a folder and loads it: plans and manifest as JSON, weights as safetensors.
+
+Nothing is pickled, so a folder from someone else cannot run code when it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -35,29 +38,29 @@ from fxprune.version import __version__
 
 
 def save(pruned: nn.Module, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a pruned model to a folder, from which `load` brings it back bit for bit.
+    """Save a pruned model to a folder. `load` gives the same weights, with all bits equal.
 
-    The folder holds ``plan.json`` (``plan-1.json``, ``plan-2.json``, ... if it was pruned more than once),
-    ``weights.safetensors`` (its `state_dict`) and ``manifest.json``. No pickle. It is written beside its place and
-    moved there when complete: whatever goes wrong, there is no half-written folder, and an earlier save is still there.
+    The folder contains ``plan.json`` (``plan-1.json``, ``plan-2.json``, ... if the model was pruned more than once),
+    ``weights.safetensors`` (the `state_dict`) and ``manifest.json``. It is written under another name and renamed when
+    it is complete. If an error occurs, no incomplete folder remains, and an earlier saved model stays as it was.
 
     Parameters
     ----------
     pruned : Module
-        What `fxprune.compile` or `fxprune.apply` returned, trained since or not, of any dtype, on any device.
-        It is not changed.
+        A model from `fxprune.compile`, `fxprune.apply` or `fxprune.heal`. It may have been trained after that, and may
+        be on any device. It is not changed.
     folder : path
-        Where to; folders above it are made.
+        The folder to write. Missing parent folders are created.
     overwrite : bool
-        Whether to replace an earlier save. A folder that holds anything else is never touched.
+        Whether to replace an earlier saved model. A folder with other files is not replaced.
 
     Raises
     ------
     ModelError
         If no plan was applied to the model.
     StorageError
-        If its structure was changed since, such as by ultralytics' ``fuse()`` (which ``predict`` and ``val`` call);
-        if its weights cannot be held; if the folder is not empty or cannot be written.
+        If the structure of the model was changed after pruning, for example by ultralytics' ``fuse()`` (``predict`` and
+        ``val`` call it); if the weights cannot be written; if the folder is not empty or cannot be written.
     SettingError
         If `folder` is no path.
 
@@ -80,31 +83,31 @@ def save(pruned: nn.Module, folder: str | PathLike[str], *, overwrite: bool = Fa
 
 
 def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
-    """Bring back a pruned model that `save` wrote.
+    """Load a pruned model that `save` wrote.
 
     Parameters
     ----------
     model : Module
-        The model as it was built before pruning, with any weights; or a `YOLO` object. It is not changed.
+        The model as it was built before pruning, with any weights, or a `YOLO` object. It is not changed.
     folder : path
-        What `save` was given.
+        The folder that `save` wrote.
 
     Returns
     -------
     Module
-        The pruned model: outputs, dtype and mode (train or eval, module by module) as when it was saved; device,
-        `requires_grad`, ties between weights and plain attributes (class names, thresholds, image sizes) as in
-        `model`. What is in no `state_dict`, such as non-persistent buffers, is `model`'s too.
+        The pruned model. Weights, dtype and the mode of each module (train or eval) are those of the saved model. The
+        rest is that of `model`: device, `requires_grad`, shared weights, attributes such as class names, thresholds
+        and image sizes, and buffers that are not in the `state_dict`.
 
     Raises
     ------
     StorageError
-        If a file is missing, damaged, of another version or leads out of the folder, or if the weights do not fit the
-        pruned model; names the file or the weights. Every file is checked before anything is built.
+        If a file is missing, damaged, of another version or outside of the folder, or the weights do not fit the pruned
+        model. The message names the file or the weights. All files are checked before the model is pruned.
     PlanError
-        If a plan file is broken, or was made for another structure than `model`'s.
+        If a plan file is invalid, or the plan was made for a model of another structure.
     ModelError
-        If `model` cannot be pruned, or was pruned already.
+        If `model` cannot be pruned, or was already pruned.
     SettingError
         If `folder` is no path.
 
@@ -137,7 +140,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
 
 
 def _resolve_path(folder: Any) -> Path:
-    """Follow links, so that what is replaced is the folder and not the link to it."""
+    """Return the path of a folder with links followed: `overwrite` replaces the folder, not a link to it."""
     text = os.fspath(folder) if isinstance(folder, (str, PathLike)) else None
     if not isinstance(text, str) or "\0" in text:
         raise SettingError(f"folder is {folder!r}; give a path")
@@ -165,7 +168,7 @@ def _refuse_altered(network: nn.Module) -> None:
 
 
 def _check_target(path: Path, overwrite: bool) -> Path:
-    """Refuse a place that is taken by anything but an earlier save that may go."""
+    """Raise a `StorageError` unless a path is free, or is an earlier saved model that may be replaced."""
     try:
         if path == Path.cwd():
             raise StorageError(f"{path} is the current directory, which a save would replace; name a folder in it")

@@ -1,4 +1,4 @@
-"""A network's weights to safetensors and back, bit for bit."""
+"""Converts the weights of a network to safetensors and back, with all bits equal."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @dataclass(frozen=True)
 class WeightState:
-    """A network's `state_dict` as a file takes it.
+    """The `state_dict` of a network in the form that a safetensors file can contain.
 
     Attributes
     ----------
     values : dict of str to Tensor
-        Contiguous copies on the CPU, each tensor once.
+        Contiguous copies on the CPU. A tensor that several keys share is here once, under the first key.
     tied : dict of str to str
-        Keys that are the same tensor as another key, which is among `values`.
+        For each other key of a shared tensor: its first key.
     channels_last : tuple of str
-        Keys whose memory is laid out channels last in the network.
+        Keys of the tensors with memory format channels last in the network.
     """
 
     values: dict[str, Tensor]
@@ -39,7 +39,7 @@ class WeightState:
     channels_last: tuple[str, ...]
 
     def to_bytes(self) -> bytes:
-        """Write the values as safetensors."""
+        """Return the content of a safetensors file with the values."""
         try:
             return safetensors.torch.save(self.values, {"format": "pt"})
         except (KeyError, ValueError, safetensors.SafetensorError) as error:
@@ -47,12 +47,12 @@ class WeightState:
 
 
 def collect_state(network: nn.Module) -> WeightState:
-    """Copy what a network's `state_dict` holds.
+    """Copy the `state_dict` of a network.
 
     Raises
     ------
     StorageError
-        If an entry is no parameter and no buffer, such as a module's extra state; names it.
+        If an entry is neither a parameter nor a buffer, such as a module's extra state. The message names it.
 
     Examples
     --------
@@ -87,12 +87,26 @@ def _strides(value: Tensor, memory_format: torch.memory_format = torch.contiguou
 
 
 def read_weights(path: Path, content: bytes, manifest: Manifest) -> dict[str, Tensor]:
-    """Read every key's value, its memory laid out as it was, on the CPU.
+    """Read the weights of a saved model.
+
+    Parameters
+    ----------
+    path : Path
+        The file, for error messages.
+    content : bytes
+        Its content.
+    manifest : Manifest
+        The manifest of the folder.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Value by key of the `state_dict`, on the CPU, with the memory format that it had in the saved network.
 
     Raises
     ------
     StorageError
-        If the file is no safetensors, or lacks a key that the manifest names.
+        If the content is not in safetensors format, or a key that the manifest names is missing.
     """
     try:
         stored = safetensors.torch.load(content)
@@ -108,14 +122,26 @@ def read_weights(path: Path, content: bytes, manifest: Manifest) -> dict[str, Te
 
 
 def load_state(network: nn.Module, values: Mapping[str, Tensor], manifest: Manifest, path: Path) -> None:
-    """Give a network, which is a private copy, the dtype and the values of a save.
+    """Set dtype and weights of a network to those of a saved model.
 
-    Its parameters stay the same objects, so that `requires_grad` and ties are its own.
+    The parameters stay the same objects. So `requires_grad` and shared tensors stay as they are in the network.
+
+    Parameters
+    ----------
+    network : Module
+        The pruned network. It is changed.
+    values : mapping of str to Tensor
+        Value by key of the `state_dict`.
+    manifest : Manifest
+        The manifest of the folder.
+    path : Path
+        The file of the weights, for error messages.
 
     Raises
     ------
     StorageError
-        If keys or shapes differ, or two keys are one tensor in the network and had two values in the save; names them.
+        If keys or shapes differ, or the network shares one tensor between keys with different values. The message
+        names the keys.
     """
     dtypes = [getattr(torch, name, None) for name in manifest.dtype]
     if len(dtypes) == 1 and isinstance(dtypes[0], torch.dtype):
@@ -159,6 +185,6 @@ def _describe_value(value: Any) -> str:
 
 
 def _equal_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, NaN included."""
+    """Whether two tensors have the same dtype and equal bits. NaN equals NaN."""
     pair = [value.detach().cpu().reshape(-1).contiguous().view(torch.uint8) for value in (first, second)]
     return first.dtype == second.dtype and torch.equal(*pair)

@@ -16,7 +16,7 @@ from tests.helpers.models import labelled, pixels, tiny
 from tests.helpers.readme import README, blocks_under
 
 HEADING = "## Saved, loaded, compiled"
-PROMISED = ("fxprune.save(", "fxprune.load(", "torch.compile(", 'backend="fxprune"')
+PROMISED = ("fxprune.save(", "fxprune.load(", "torch.compile(", "fxprune.pruning_backend(", 'backend="fxprune"')
 """What the recipes show."""
 
 Run = Callable[[Tensor], Tensor]
