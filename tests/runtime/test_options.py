@@ -36,4 +36,4 @@ def test_removed_keywords_are_refused_and_others_pass() -> None:
             function(**{keyword: 1})
         assert advice in str(caught.value)
     with pytest.raises(TypeError, match="luck"):
-        function(luck=1)
+        function(luck=1)  # type: ignore[call-arg]
