@@ -53,7 +53,9 @@ def test_each_plan_is_predicted_both_ways_and_measured(
         assert (row["nodes"], row["pieces"]) == pytest.approx((0.25 * count, 0.2 * count))
         assert row["latency_cut_low"] <= row["latency_cut"] <= row["latency_cut_high"]
         assert row["floor_low"] <= row["floor"] <= row["floor_high"]
-    assert "1%: budget 0.01 of the model's latency cannot be told from noise" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "budget 0.01" in printed
+    assert "noise" in printed
     lines = (results_folder / "latency.md").read_text().splitlines()
     assert len(lines) == 4
     assert lines[2].startswith("| tiny | eager | 4 | ")

@@ -84,7 +84,7 @@ def test_a_model_with_other_outputs_is_refused() -> None:
         check_pruned(prepared, prepared.model)
     other = Tiny()
     other.head = nn.Conv2d(48, 6, 1)
-    with pytest.raises(PeerError, match=r"head gives \(6, 12, 12\) where it gave \(5, 12, 12\)"):
+    with pytest.raises(PeerError, match=r"head .*\(6, 12, 12\).*\(5, 12, 12\)"):
         check_pruned(prepared, other.eval())
 
 

@@ -188,7 +188,7 @@ def test_the_truth_fed_back_scores_one_and_all_is_restored(data: CocoDataset) ->
     shifted = {number: 100 + (number + 1) % 8 for number in NAMES}
     assert fxprune.evaluate(model, data, image_size=SIDE, labels=shifted)["mAP"] < 0.1
     model.model.names = {number: str(number) for number in NAMES}
-    with pytest.raises(SettingError, match=r"no class named like .*thing 0"):
+    with pytest.raises(SettingError, match=r"no class.*thing 0"):
         fxprune.evaluate(model, data)
     same = {number: 100 + number for number in NAMES}
     assert fxprune.evaluate(model, data, image_size=SIDE, labels=same)["mAP"] == scores["mAP"]

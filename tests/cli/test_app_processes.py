@@ -49,7 +49,8 @@ def test_a_full_disk_behind_stdout_is_said() -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["fxprune: stdout: No space left on device"]
+    (line,) = done.stderr.splitlines()
+    assert "stdout: No space left" in line
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -56,8 +56,9 @@ def test_one_plan_by_score_can_be_healed_by_imitation(capsys: Captured) -> None:
     assert heal["distance"]["before"] > 0
     assert heal["loss"]["after"] <= heal["loss"]["before"]
     told, unsaved = captured.err.splitlines()
-    assert told.startswith("note: after healing, the loss on images that were held out is still off by")
-    assert unsaved == "fxprune: nothing was saved; --out FOLDER saves the pruned model"
+    assert told.startswith("note: after healing")
+    assert "nothing was saved" in unsaved
+    assert "--out" in unsaved
 
 
 @pytest.mark.slow
@@ -118,7 +119,7 @@ def test_ctrl_c_saves_the_best_so_far(tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out"
     assert main([*PRUNE, "--strategy", "search", "--tries", "5", "--criterion", "l1", "--out", str(out)]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "note: the search was interrupted after 1 of 5 plans; this is the best so far" in said
+    assert "interrupted after 1 of 5" in said
     assert said.endswith(f"fxprune: wrote {out}")
     assert (notes(out)["strategy"], notes(out)["prunings"]) == ("search", 1)
 

@@ -141,12 +141,13 @@ def test_images_alone_and_what_lies_among_them(images: Path, capsys: Captured) -
     assert len(ImageFolder(images)) == 4
     (images / "notes.txt").write_text("no image", encoding="utf-8")
     (images / ".hidden").write_text("no image", encoding="utf-8")
-    with pytest.warns(FxpruneWarning, match=r"1 file\(s\) that are no images by their name"):
+    with pytest.warns(FxpruneWarning, match=r"1 file\(s\).*images"):
         assert len(ImageFolder(images)) == 4
     (images / "broken.jpg").write_text("no image", encoding="utf-8")
     text = refusal(capsys, "analyze", "bundled", "--images", images)
     assert "note:" in text
-    assert "broken.jpg, cannot be read as an image: its format is not known" in text
+    assert "broken.jpg" in text
+    assert "cannot be read" in text
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_annotations_that_do_not_fit(images: Path, tmp_path: Path, capsys: Captu
     absent = content["annotations"][0] | {"image_id": 99999}
     assert "not among 'images'" in refused(annotations=[absent])
     named = [{"id": category["id"], "name": f"cat {category['id']}"} for category in content["categories"]]
-    assert "the model has no class named like the data set's" in refused(categories=named)
+    assert "no class named" in refused(categories=named)
     file.write_text('{"images": [', encoding="utf-8")
     text = refusal(capsys, "analyze", "bundled", "--images", images, "--annotations", file)
     assert "cannot be read as JSON" in text

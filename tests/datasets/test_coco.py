@@ -93,7 +93,7 @@ def test_boxes_without_a_size_are_dropped_and_counted(tmp_path: Path) -> None:
     content = example()
     content["annotations"][0]["bbox"] = [10, 5, 0, 30]
     content["annotations"][2]["bbox"] = [10, 5, 4, -1]
-    with pytest.warns(FxpruneWarning, match=r"2 box\(es\) without .* first annotation 1 \(image 7"):
+    with pytest.warns(FxpruneWarning, match=r"2 box\(es\) .*annotation 1 \(image 7"):
         data = opened(tmp_path, content)
     assert data[0][1]["labels"].tolist() == [3]
     assert data[1][1]["labels"].tolist() == []
@@ -137,10 +137,10 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"a\.png is missing: image 7"):
         data[0]
     (tmp_path / "images" / "b.png").write_bytes(b"no image")
-    with pytest.raises(DatasetError, match=r"b\.png, image 9, cannot be read as an image"):
+    with pytest.raises(DatasetError, match=r"b\.png, image 9, cannot be read"):
         data[1]
     Image.new("RGB", (40, 60)).save(tmp_path / "images" / "a.png")
-    with pytest.raises(DatasetError, match="40 x 60 pixels, but the annotations say 60 x 40"):
+    with pytest.raises(DatasetError, match=r"40 x 60 .*60 x 40"):
         data[0]
     (tmp_path / "annotations.json").unlink()
     with pytest.raises(DatasetError, match=r"annotations\.json is missing"):
@@ -164,16 +164,16 @@ def test_batches_bear_the_models_class_numbers(tmp_path: Path) -> None:
     assert [target["labels"].tolist() for target in targets] == [[1], [0]]
     with pytest.raises(SettingError, match=r"item 0 .* label 5"):
         fxprune.batches(Named("a", "b"), data, labels={0: 3})[0]
-    with pytest.raises(SettingError, match="classes 0 and 1 both stand for label 3"):
+    with pytest.raises(SettingError, match=r"0 and 1 .*label 3"):
         fxprune.batches(Named("a", "b"), data, labels={0: 3, 1: 3})
 
 
 def test_names_are_never_guessed(tmp_path: Path) -> None:
     data = opened(tmp_path, example())
     for source in (data, Subset(data, [1])):
-        with pytest.raises(SettingError, match=r"no class named like the data set's {5: 'dog'}.*labels="):
+        with pytest.raises(SettingError, match=r"no class .*{5: 'dog'}.*labels="):
             fxprune.batches(Named("cat", "hound"), source)
-    with pytest.raises(SettingError, match="labels maps class 0 to label 4"):
+    with pytest.raises(SettingError, match="class 0 to label 4"):
         fxprune.batches(Named("a"), data, labels={0: 4})
     with pytest.raises(SettingError, match="labels has class 1"):
         fxprune.batches(Named("a"), data, labels={1: 3})
@@ -210,7 +210,7 @@ def test_batches_of_a_yolo_have_boxes_where_the_objects_are(tmp_path: Path) -> N
     assert list(alone) == ["img"]
     assert torch.equal(alone["img"], batch["img"])
     content["annotations"][0]["bbox"] = [70, 0, 5, 5]
-    with pytest.raises(BatchError, match=r"box \[70.* of image 7 lies outside its 60 x 40 pixels"):
+    with pytest.raises(BatchError, match=r"box \[70.*image 7 .*60 x 40"):
         fxprune.batches(model, opened(tmp_path, content))[0]
 
 
@@ -238,11 +238,11 @@ def test_batches_calibrate_both_families(tmp_path: Path) -> None:
 
 def test_what_cannot_be_batched_is_refused(tmp_path: Path) -> None:
     data = opened(tmp_path, example())
-    with pytest.raises(ModelError, match="ResNet is not known to give boxes"):
+    with pytest.raises(ModelError, match=r"ResNet .*boxes"):
         fxprune.batches(resnet18(), data)
     with pytest.raises(BatchError, match="batch_size is 0"):
         fxprune.batches(load_detector(), data, batch_size=0)
     with pytest.raises(BatchError, match="data set is empty"):
         fxprune.batches(load_detector(), [])
-    with pytest.raises(BatchError, match=r"Item 0 of the data set is not"):
+    with pytest.raises(BatchError, match=r"Item 0 .*is not"):
         fxprune.batches(load_detector(), [(torch.zeros(3, 8, 8), {"labels": torch.zeros(1)})])[0]

@@ -118,7 +118,7 @@ def test_given_areas_decide_what_is_small() -> None:
     scores = evaluate(Oracle(outputs), [(image, target | {"area": torch.tensor([900.0])})])
     assert scores["mAP_small"] == pytest.approx(1.0)  # the outline's are not
     assert math.isnan(scores["mAP_medium"])
-    with pytest.raises(BatchError, match="Item 0 has 1 boxes but area of shape"):
+    with pytest.raises(BatchError, match=r"Item 0 .*area of shape"):
         evaluate(Oracle(outputs), [(image, target | {"area": torch.ones(2)})])
 
 
@@ -138,7 +138,7 @@ def test_classes_become_labels() -> None:
     named.names = {0: "bird", 1: "cat", 2: "dog"}  # type: ignore[assignment]
     assert evaluate(named, data)["mAP"] == pytest.approx(1.0)
     named.names = {0: "bird", 1: "cat", 2: "hound"}  # type: ignore[assignment]
-    with pytest.raises(SettingError, match=r"no class named like the data set's {30: 'dog'}.*labels="):
+    with pytest.raises(SettingError, match=r"no class .*{30: 'dog'}.*labels="):
         evaluate(named, data)
     for labels, message in (({0: 7}, "label 7"), ({5: 20}, "class 5"), ([20, 30], "should be a dict")):
         with pytest.raises(SettingError, match=message):
@@ -146,11 +146,11 @@ def test_classes_become_labels() -> None:
 
 
 def test_what_is_no_detector_is_refused() -> None:
-    with pytest.raises(ModelError, match="ResNet is not known to give boxes"):
+    with pytest.raises(ModelError, match=r"ResNet .*boxes"):
         evaluate(resnet18(), [item((0, 0, 9, 9))])
-    with pytest.raises(ModelError, match=r"Sequential cannot take a list of images .TypeError.*takes a list"):
+    with pytest.raises(ModelError, match=r"Sequential .*TypeError.*takes a list"):
         evaluate(nn.Sequential(nn.Conv2d(3, 1, 1)), [item((0, 0, 9, 9))])
-    with pytest.raises(ModelError, match=r"Identity gave a list of 1 for 1 images"):
+    with pytest.raises(ModelError, match=r"Identity .*a list of 1"):
         evaluate(nn.Identity(), [item((0, 0, 9, 9))])
     with pytest.raises(ModelError, match=r"expected a torch.nn.Module"):
         evaluate("yolov8n.pt", [item((0, 0, 9, 9))])  # type: ignore[arg-type]

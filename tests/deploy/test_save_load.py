@@ -126,7 +126,7 @@ def test_a_yolo_is_saved_with_its_wrapper_or_without_but_not_fused(tmp_path: Pat
     assert equal(outputs(again, pixels(1, 3, 96, 96)), outputs(pruned, pixels(1, 3, 96, 96)))
     network = copy.deepcopy(pruned.model)
     network.fuse(verbose=False)
-    with pytest.raises(fxprune.StorageError, match=r"'model\.0\.bn\.weight' was .* is gone.*predict and val fuse"):
+    with pytest.raises(fxprune.StorageError, match=r"'model\.0\.bn\.weight' .*gone.*fuse"):
         fxprune.save(network, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
 
@@ -243,7 +243,7 @@ def test_weights_untied_since_are_refused(tmp_path: Path) -> None:
     pruned: Any = fxprune.compile(Tied().eval(), labelled(), criterion="l1")
     pruned.aux.weight = nn.Parameter(2 * pruned.fc.weight.detach())
     fxprune.save(pruned, tmp_path / "saved")
-    with pytest.raises(fxprune.StorageError, match=r"safetensors: fc\.weight should have a value of its own"):
+    with pytest.raises(fxprune.StorageError, match=r"fc\.weight .*value of its own"):
         fxprune.load(Tied(), tmp_path / "saved")
 
 

@@ -120,7 +120,7 @@ def test_a_model_of_an_earlier_fxprune_says_nothing_of_its_layout(pruned: Any, t
     del pruned.fxprune_layout
     fuse(pruned)
     fxprune.save(pruned, tmp_path / "saved")
-    with pytest.raises(StorageError, match=r"\.conv\.bias' is not in the model.*fused .* must be saved before that"):
+    with pytest.raises(StorageError, match=r"\.conv\.bias' .*fused .*saved before"):
         fxprune.load(Eager(), tmp_path / "saved")
 
 
@@ -136,10 +136,9 @@ def test_an_inventory_ignores_values_and_sees_shapes() -> None:
     before = take_inventory(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     assert before == take_inventory(nn.Sequential(nn.Linear(2, 3), nn.ReLU()).double())
     assert compare_inventory(before, nn.Sequential(nn.Linear(2, 3))) == []
-    assert compare_inventory(before, nn.Sequential(nn.Linear(2, 4), nn.ReLU())) == [
-        "'0.weight' was a tensor (3, 2) and is a tensor (4, 2)",
-        "'0.bias' was a tensor (3,) and is a tensor (4,)",
-    ]
+    weight, bias = compare_inventory(before, nn.Sequential(nn.Linear(2, 4), nn.ReLU()))
+    assert all(part in weight for part in ("'0.weight'", "(3, 2)", "(4, 2)"))
+    assert all(part in bias for part in ("'0.bias'", "(3,)", "(4,)"))
 
 
 def test_state_that_is_no_tensor(tmp_path: Path) -> None:
@@ -174,7 +173,7 @@ def test_an_earlier_save_goes_only_if_told(pruned_eager: Any, pruned: Any, tmp_p
     fxprune.save(pruned_eager, tmp_path / "saved")
     with torch.no_grad():
         pruned.shift.add_(1)
-    with untouched(tmp_path), pytest.raises(StorageError, match=r"saved is not empty; .* overwrite=True to replace"):
+    with untouched(tmp_path), pytest.raises(StorageError, match=r"saved is not empty.*overwrite=True"):
         fxprune.save(pruned, tmp_path / "saved")
     fxprune.save(pruned, tmp_path / "saved", overwrite=True)
     assert torch.equal(fxprune.load(Eager(), tmp_path / "saved")(X), pruned(X))
@@ -194,7 +193,7 @@ def test_an_empty_folder_is_free(pruned_eager: Any, tmp_path: Path) -> None:
 def test_folders_of_others_stay(pruned_eager: Any, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "manifest.json").write_bytes(content)
-    with untouched(tmp_path), pytest.raises(StorageError, match=r"photos holds manifest\.json, which is no save"):
+    with untouched(tmp_path), pytest.raises(StorageError, match=r"photos .*manifest\.json.*no save"):
         fxprune.save(pruned_eager, tmp_path / "photos", overwrite=True)
 
 
@@ -203,7 +202,7 @@ def test_a_save_that_holds_something_else_stays(pruned_eager: Any, name: str, tm
     fxprune.save(pruned_eager, tmp_path / "saved")
     (tmp_path / "saved" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "saved" / name).write_text("mine")
-    with untouched(tmp_path), pytest.raises(StorageError, match=rf"saved holds {name.split('/')[0]}, which is no save"):
+    with untouched(tmp_path), pytest.raises(StorageError, match=rf"saved .*{name.split('/')[0]}.*no save"):
         fxprune.save(pruned_eager, tmp_path / "saved", overwrite=True)
 
 
@@ -216,12 +215,12 @@ def test_places_that_are_no_folder(pruned_eager: Any, tmp_path: Path, monkeypatc
             with pytest.raises(StorageError, match=r"here is the current directory"):
                 fxprune.save(pruned_eager, place)
         for overwrite in (False, True):
-            with pytest.raises(StorageError, match=r"file is a file; give another place"):
+            with pytest.raises(StorageError, match="is a file; give another"):
                 fxprune.save(pruned_eager, tmp_path / "file", overwrite=overwrite)
         with pytest.raises(StorageError, match=r"file/below.* cannot be"):
             fxprune.save(pruned_eager, tmp_path / "file" / "below")
         for thing in (3, None, b"saved", "a\0b"):
-            with pytest.raises(SettingError, match=r"folder is .*; give a path"):
+            with pytest.raises(SettingError, match=r"folder .*give a path"):
                 fxprune.save(pruned_eager, thing)  # type: ignore[arg-type]
 
 
@@ -279,5 +278,5 @@ def test_an_interrupted_save_leaves_what_was_there(
 def test_a_read_only_parent(pruned_eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     denied = PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(Path, "mkdir", failing(Path.mkdir, 2, denied))
-    with untouched(tmp_path), pytest.raises(StorageError, match=r"saved cannot be written .*Permission.*check its"):
+    with untouched(tmp_path), pytest.raises(StorageError, match=r"saved .*Permission.*check"):
         fxprune.save(pruned_eager, tmp_path / "saved")

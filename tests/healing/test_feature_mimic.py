@@ -173,7 +173,7 @@ def test_a_weight_without_a_gradient_moves_as_with_zeros() -> None:
 @pytest.mark.parametrize("method", ["affine", "mimic"])
 def test_a_batch_that_breaks_the_loss_is_named_by_its_own_number(method: str, model: nn.Module, cut: nn.Module) -> None:
     *batches, last = images(4, 8)  # in pieces of four, of which the eighth is held out
-    with pytest.raises(LossError, match="batch 3: the loss is nan"):
+    with pytest.raises(LossError, match=r"batch 3: .*nan"):
         fxprune.heal(cut, model, [*batches, last + 9], method, loss=lambda net, x: (5 - x.max()).log() * net(x).sum())
 
 

@@ -53,12 +53,12 @@ def test_a_loss_that_stays_far_off_is_told(model: nn.Module, cut: nn.Module, mon
     found: Any = fxprune.report(fxprune.heal(cut, model, images(9), "affine")).settings["heal"]
     left = found["loss"]["after"]
     monkeypatch.setattr(heal, "WARN_LOSS_DEVIATION", left)
-    advice = "remove less, or try heal='mimic' or strategy='search';"
+    advice = "heal='mimic' or strategy='search';"
     with pytest.warns(FxpruneWarning, match=rf"off by {left:.2g} .*{advice}") as caught:
         fxprune.heal(cut, model, images(9), "affine")
     assert caught[0].filename == __file__
     monkeypatch.setattr(heal, "WARN_LOSS_DEVIATION", 0.0)
-    with pytest.warns(FxpruneWarning, match="remove less, or try heal='mimic';"):
+    with pytest.warns(FxpruneWarning, match=r"off by .* heal='mimic';"):
         fxprune.compile(model, images(9), 0.3, strategy="search", tries=1)
     monkeypatch.setattr(heal, "WARN_LOSS_DEVIATION", 1.001 * left)
     fxprune.heal(cut, model, images(9), "affine")
@@ -66,7 +66,7 @@ def test_a_loss_that_stays_far_off_is_told(model: nn.Module, cut: nn.Module, mon
 
 def test_a_loss_that_breaks_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LossChange, "deviation", lambda self, pruned: math.inf)
-    with pytest.warns(FxpruneWarning, match="is no number: remove less, or try more steps or strategy='search';"):
+    with pytest.warns(FxpruneWarning, match=r"no number: .*more steps or strategy='search';"):
         healed = fxprune.heal(cut, model, images(9), "mimic", steps=2)
     assert fxprune.report(healed).settings["heal"]["loss"] == {"before": None, "after": None}
 

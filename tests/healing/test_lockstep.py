@@ -77,7 +77,7 @@ def test_an_error_ends_all_of_them(where: str) -> None:
 
 
 def test_different_ways_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"some are at left, right.*batches of one size"):
+    with pytest.raises(ModelError, match=r"left, right.*batches of one size"):
         run_lockstep({1: lambda meet: meet("left", 0), 2: lambda meet: meet("right", 0)}, lambda point, values: {})
 
 

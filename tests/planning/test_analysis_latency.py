@@ -90,7 +90,7 @@ def test_more_than_the_regions_take_is_refused(analysis: Analysis) -> None:
 
 
 def test_a_budget_below_the_noise_is_refused(analysis: Analysis) -> None:
-    with pytest.raises(BudgetError, match=r"budget 0\.01 of .*latency cannot be told from noise.*strays by 2\.0%"):
+    with pytest.raises(BudgetError, match=r"budget 0\.01 .*noise.*2\.0%"):
         analysis.plan(0.01, "latency")
     assert analysis.plan(0.01, "flops").removed
 
@@ -102,7 +102,7 @@ def test_without_a_backend_nothing_is_measured(detector: nn.Module, asked: list[
     assert "latency" not in analysis.settings
     plan = analysis.plan(0.2)
     assert (plan.after.latency_ms, {region.latency_ms for region in plan.regions}) == (None, {None})
-    with pytest.raises(SettingError, match=r"none were measured: call fxprune\.analyze\(\.\.\., latency_backend="):
+    with pytest.raises(SettingError, match=r"none were measured.*latency_backend="):
         analysis.plan(0.2, "latency")
 
 
@@ -119,7 +119,7 @@ def test_compile_measures_where_it_is_told_to(
 
 @pytest.mark.parametrize("backend", ["gpu", "", 3, ["eager"], True])
 def test_an_unknown_backend_is_refused(detector: nn.Module, backend: Any) -> None:
-    with pytest.raises(SettingError, match=r"latency_backend .* is not known; known: eager, inductor, or None"):
+    with pytest.raises(SettingError, match=r"latency_backend .*known: eager, inductor"):
         fxprune.analyze(detector, labelled(), latency_backend=backend)
 
 

@@ -37,7 +37,7 @@ def test_a_missing_field_is_named(plan: Plan, path: str, message: str) -> None:
     ("path", "where"), [("note", "plan"), ("before.watts", "before"), ("regions[1].mask", r"regions\[1\]")]
 )
 def test_an_unknown_field_is_named(plan: Plan, path: str, where: str) -> None:
-    with pytest.raises(PlanError, match=rf"plan field '{where}' has unknown \['{path.split('.')[-1]}'\]"):
+    with pytest.raises(PlanError, match=rf"'{where}' has unknown \['{path.split('.')[-1]}'\]"):
         Plan.from_dict(changed(plan.to_dict(), path, 1))
 
 
@@ -76,7 +76,7 @@ def test_a_field_of_the_wrong_kind_is_named(plan: Plan, path: str, value: Any) -
 
 @pytest.mark.parametrize("version", [0, 3, "1", None, 1.5])
 def test_another_schema_version_is_refused(plan: Plan, version: Any) -> None:
-    with pytest.raises(PlanError, match=f"schema version {version!r}, this fxprune reads 1 and 2"):
+    with pytest.raises(PlanError, match=rf"version {version!r}, .*reads 1 and 2"):
         Plan.from_dict({**plan.to_dict(), "fxprune_plan": version})
 
 
@@ -91,7 +91,7 @@ def test_version_1_knew_of_no_latency(plan: Plan) -> None:
 
 @pytest.mark.parametrize("data", [{}, {"budget": 0.1}, [], None, "plan.json"])
 def test_something_that_is_no_plan(data: Any) -> None:
-    with pytest.raises(PlanError, match="this is no fxprune plan: it has no field 'fxprune_plan'"):
+    with pytest.raises(PlanError, match=r"no fxprune plan.*'fxprune_plan'"):
         Plan.from_dict(data)
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path, content: bytes) -> Non
 
 def test_a_broken_plan_file_is_named_with_its_field(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text(json.dumps(changed(plan.to_dict(), "regions[1].exit", ...)))
-    with pytest.raises(PlanError, match=r"broken\.json: plan field 'regions\[1\]' lacks \['exit'\]"):
+    with pytest.raises(PlanError, match=r"broken\.json.*'regions\[1\]' lacks \['exit'\]"):
         Plan.load(tmp_path / "broken.json")
 
 

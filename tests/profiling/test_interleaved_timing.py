@@ -129,15 +129,15 @@ def test_the_cpu_is_not_waited_for(
 def test_what_cannot_be_timed_is_refused(clock: FakeClock) -> None:
     with pytest.raises(ValueError, match="no function"):
         interleave({}, rounds=1)
-    with pytest.raises(ValueError, match="rounds must be 1 or more"):
+    with pytest.raises(ValueError, match="rounds must be 1"):
         interleave({"f": clock.taking("f", 1.0)}, rounds=0)
-    with pytest.raises(ValueError, match="warmup 0 or more, got 1 and -1"):
+    with pytest.raises(ValueError, match="got 1 and -1"):
         interleave({"f": clock.taking("f", 1.0)}, rounds=1, warmup=-1)
     assert not clock.calls
 
 
 def test_ratios_that_cannot_be_taken_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'a' was timed 2 times and 'b' 1 times"):
+    with pytest.raises(ValueError, match=r"'a' .*2 times and 'b' 1"):
         compute_ratio(Timing("a", (1.0, 1.0)), Timing("b", (1.0,)))
     with pytest.raises(ValueError, match="'b' took no measurable time"):
         compute_ratio(Timing("a", (1.0,)), Timing("b", (0.0,)))

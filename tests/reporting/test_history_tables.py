@@ -90,9 +90,8 @@ def test_steps_are_values_and_plain_data() -> None:
 @pytest.mark.parametrize(("mended", "words"), [("affine", "its loss once mended;"), ("none", "its loss;")])
 def test_a_search_says_how_many_plans_were_tried(mended: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     said = text(steps(0.0123, strategy="search", tried=7, mended=mended), monkeypatch)
-    assert f"search: 7 plans tried, each judged by {words} growth of the best: +0.0123" in said
-    assert "✂ goes: of 7 plans that meet the budget" in said
-    assert "least summed importance" not in said
+    assert all(part in said for part in ("7 plans tried", words, "+0.0123", "of 7 plans"))
+    assert "summed importance" not in said
 
 
 def test_settings_told_in_words_are_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:

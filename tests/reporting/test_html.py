@@ -109,7 +109,9 @@ def test_the_page_folds_what_the_text_only_counts() -> None:
     hidden, refused = page.folded
     assert sorted(row[1] for row in [*page.tables[1][1:], *hidden[1:]]) == sorted(one.name for one in report.regions)
     assert [tuple(row) for row in refused[1:]] == list(reasons.items())
-    assert "Not shown: 200 candidates inside of blocks and 160 more important blocks" in report.to_markdown()
+    written = report.to_markdown()
+    assert "200 candidates inside" in written
+    assert "160 more important blocks" in written
 
 
 def test_bars_are_as_long_as_the_scale_says(report: Report) -> None:

@@ -60,7 +60,7 @@ def test_log_lengths_are_decades() -> None:
     scale = choose_scale([3e-4, 1e-3, 1e-2, 1.0, 10.0])
     assert [scale.bar(score)[1] for score in (1e-3, 1e-2, 10.0)] == pytest.approx([0.2, 0.4, 1.0])
     assert scale.end_labels == ("0.0001", "10")
-    assert scale.description == "Bars: log scale from 0.0001 to 10, equal lengths are equal factors."
+    assert "log scale from 0.0001 to 10" in scale.description
 
 
 def test_negative_scores_have_a_side_of_their_own() -> None:

@@ -132,7 +132,8 @@ def test_a_plan_reports_what_it_will_do(tiny_model: nn.Module, plan: Plan) -> No
 
 
 def test_the_repr_is_one_line(report: Report) -> None:
-    assert repr(report) == "<Report: 2 of 4 candidates, −45.7% FLOPs; print it to see more>"
+    assert "\n" not in repr(report)
+    assert repr(report).startswith("<Report: 2 of 4 candidates, −45.7% FLOPs")
 
 
 # Pruned more than once -----------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def test_what_comes_back_keeps_its_name(detector: nn.Module) -> None:
 
 
 def test_a_model_that_was_not_pruned(tiny_model: nn.Module) -> None:
-    with pytest.raises(ModelError, match="Tiny carries no fxprune plan: it was not pruned, or rebuilt since"):
+    with pytest.raises(ModelError, match=r"Tiny .*no fxprune plan"):
         fxprune.report(tiny_model)
 
 

@@ -110,32 +110,32 @@ def test_a_plan_that_removes_nothing_changes_no_output(tiny_model: nn.Module, pl
 
 @pytest.mark.parametrize("thing", [None, "plan.json", {}, 0.1])
 def test_apply_wants_a_plan(tiny_model: nn.Module, thing: Any) -> None:
-    with pytest.raises(PlanError, match=rf"expected a Plan, got {type(thing).__name__}; .*Plan\.load\(path\)"):
+    with pytest.raises(PlanError, match=rf"a Plan, got {type(thing).__name__}; .*Plan\.load"):
         fxprune.apply(tiny_model, thing)
 
 
 def test_another_width_is_another_structure(detector_plan: Plan) -> None:
     other = build(Detector, width=6)
     made_for = {island.name: island.fingerprint for island in detector_plan.islands}["body"]
-    with pytest.raises(PlanError, match=rf"island 'body' .*fingerprint \w{{16}}, .*made for {made_for}: .*new plan"):
+    with pytest.raises(PlanError, match=rf"'body' .*\w{{16}}, .*made for {made_for}: .*new plan"):
         fxprune.apply(other, detector_plan)
 
 
 def test_only_the_island_that_differs_is_named(detector: nn.Module, detector_plan: Plan) -> None:
     other = copy.deepcopy(detector)
     other.set_submodule("head.1", nn.Conv2d(8, 6, 1))
-    with pytest.raises(PlanError, match="island 'head' of this model has fingerprint") as caught:
+    with pytest.raises(PlanError, match=r"'head' .*has fingerprint") as caught:
         fxprune.apply(other, detector_plan)
     assert "'body'" not in str(caught.value)
 
 
 def test_a_model_that_is_one_graph_is_named_as_such(plan: Plan) -> None:
-    with pytest.raises(PlanError, match="island '<model>' of this model has fingerprint"):
+    with pytest.raises(PlanError, match=r"'<model>' .*has fingerprint"):
         fxprune.apply(build(Tiny, width=6), plan)
 
 
 def test_an_island_the_model_does_not_have(detector_plan: Plan) -> None:
-    with pytest.raises(PlanError, match="needs island 'head', which this model does not have"):
+    with pytest.raises(PlanError, match=r"'head'.*does not have"):
         fxprune.apply(build(Detector, head=False), detector_plan)
 
 
@@ -146,7 +146,7 @@ def test_an_island_that_can_no_longer_be_traced(detector: nn.Module, detector_pl
 
     other = copy.deepcopy(detector)
     other.set_submodule("head.0", Moody(8))
-    with pytest.raises(PlanError, match=r"island 'head' of this model .*the structure differs"):
+    with pytest.raises(PlanError, match=r"'head' .*structure differs"):
         fxprune.apply(other, detector_plan)
 
 
@@ -193,15 +193,13 @@ def test_a_plan_of_other_versions_that_does_not_fit_says_so(tiny_model: nn.Modul
     other.set_submodule("blocks.2.act", nn.Sigmoid())
     versions = {"torch": "2.11.0+cpu", "torchvision": "0.26.0"}
     old = replace(plan, settings=plan.settings.with_entries(versions=versions))
-    with pytest.raises(
-        PlanError, match=r"differs \(it was made with torch 2\.11\.0, here is .* and torchvision 0\.26\.0"
-    ):
+    with pytest.raises(PlanError, match=r"differs \(.*torch 2\.11\.0, .*torchvision 0\.26\.0"):
         fxprune.apply(other, old)
 
 
 def test_a_plan_is_carried_out_once(tiny_model: nn.Module, plan: Plan) -> None:
     pruned = fxprune.apply(tiny_model, plan)
-    with pytest.raises(PlanError, match="the structure differs; analyze this model and make a new plan"):
+    with pytest.raises(PlanError, match=r"structure differs.*a new plan"):
         fxprune.apply(pruned, plan)
 
 
@@ -223,7 +221,7 @@ def test_a_region_that_would_read_what_comes_after_it(tiny_model: nn.Module, pla
 def test_a_region_whose_nodes_are_still_read(tiny_model: nn.Module, plan: Plan) -> None:
     index = plan.regions.index(plan.removed[0])
     edited = Plan.from_dict(changed(plan.to_dict(), f"regions[{index}].nodes", ["stem", *plan.removed[0].nodes]))
-    with pytest.raises(PlanError, match=r"stem should be gone but something still reads them"):
+    with pytest.raises(PlanError, match=r"stem .*still reads"):
         fxprune.apply(tiny_model, edited)
 
 

@@ -111,6 +111,6 @@ def test_a_search_of_a_detector_says_how_much_is_still_found() -> None:
     judge = DetectionAgreement(AdaptedModel.copy_of(model, adapter), [(0, Batch(loader[1], None, 4))])
     assert plan.settings["agreement"] == pytest.approx(judge.to_settings(judge.increase(pruned))["agreement"])
     assert "loss_increase" not in plan.settings
-    words = str(report)
-    assert "2 plans tried, each judged by what it still finds" in " ".join(words.split())
-    assert "the one that finds most of what was found" in " ".join(words.split())
+    words = " ".join(str(report).split())
+    assert "2 plans tried" in words
+    assert "still finds" in words

@@ -169,7 +169,7 @@ def test_a_model_that_cannot_be_copied() -> None:
 
 def test_a_model_with_nothing_removable() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
-    with assert_unchanged(model), pytest.raises(NoRegionError, match="nothing in Sequential can be removed:") as caught:
+    with assert_unchanged(model), pytest.raises(NoRegionError, match="nothing in Sequential") as caught:
         fxprune.compile(model, labelled(), 0.1)
     lines = str(caught.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == ["0", "3"]

@@ -158,7 +158,7 @@ def test_interrupted_it_gives_the_best_so_far() -> None:
         if stage == "search" and done == 1:
             raise KeyboardInterrupt
 
-    with pytest.warns(FxpruneWarning, match=f"interrupted after 1 of {DEFAULT_TRIES} plans"):
+    with pytest.warns(FxpruneWarning, match=f"interrupted after 1 of {DEFAULT_TRIES}"):
         pruned = fxprune.compile(tiny(), labelled(), 0.5, strategy="search", progress=stop)
     assert fxprune.report(pruned).removed
 

@@ -54,7 +54,7 @@ def test_unknown_suffix_names_the_known_ones(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [None, 3, b"a.svg", "a\0.svg"])
 def test_what_is_no_path_is_refused_before_anything_is_done(path: Any) -> None:
-    with pytest.raises(SettingError, match="give the path of a file"):
+    with pytest.raises(SettingError, match="path of a file"):
         fxprune.draw(nn.Identity(), path)
 
 
@@ -199,7 +199,7 @@ def test_svg_says_milliseconds_where_they_were_measured() -> None:
     texts = [element.text or "" for element in ElementTree.fromstring(render_svg(picture)).iter(f"{SVG}text")]
     caption = " ".join(texts)
     assert "of latency: 2 regions removed" in caption
-    assert "latency (ms) 1230 to 988 (\u221220.0 %)" in caption
+    assert "1230 to 988 (\u221220.0 %)" in caption
     unmeasured = json.dumps(
         [element.text for element in ElementTree.fromstring(render_svg(PICTURES["residual"])).iter()]
     )

@@ -245,5 +245,5 @@ def test_it_is_json(analysis: Analysis) -> None:
 
 
 def test_a_model_that_was_not_pruned_is_refused() -> None:
-    with pytest.raises(ModelError, match="Detector carries no fxprune plan: it was not pruned, or rebuilt since; give"):
+    with pytest.raises(ModelError, match=r"Detector .*no fxprune plan.*give"):
         build_view(build(Detector))
