@@ -9,7 +9,7 @@ from benchmarks import bench_criteria, subjects
 from fxprune.demo.bundled import load_dataset, load_detector
 
 
-def test_the_benchmarks_fisher_is_the_librarys() -> None:
+def test_fisher_of_the_benchmark_equals_fisher_of_the_library() -> None:
     calibration = load_dataset("calibration")
     some = subjects.Items([calibration[index] for index in range(4)], dict(calibration.categories))
     subject = subjects.Subject("bundled", load_detector(), some, some, None)

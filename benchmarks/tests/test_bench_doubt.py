@@ -28,7 +28,7 @@ def boxes(*xywh: tuple[float, ...]) -> Boxes:
     return Boxes(places, np.ones(count, dtype=np.int64), ones, 100 * ones, np.zeros(count, dtype=bool))
 
 
-def test_the_error_of_a_mean_over_images_is_that_of_theory() -> None:
+def test_standard_error_of_a_mean_over_images_matches_theory() -> None:
     truth = [boxes((0, 0, 10, 10))] * 100
     half = [boxes((0, 0, 10, 10)) if index % 2 else boxes() for index in range(100)]
     lost = bench_doubt.bootstrap_map(truth, truth) - bench_doubt.bootstrap_map(truth, half)
@@ -37,7 +37,7 @@ def test_the_error_of_a_mean_over_images_is_that_of_theory() -> None:
     assert not (bench_doubt.bootstrap_map(truth, half) - bench_doubt.bootstrap_map(truth, half)).any()
 
 
-def test_what_is_kept_is_measured_once_and_again_where_it_was_healed_anew(
+def test_main_measures_kept_models_once_and_again_after_new_healing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subject, measured = make_subject(), []

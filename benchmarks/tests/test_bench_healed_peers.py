@@ -34,7 +34,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
 
 
-def test_fine_tuning_ends_when_its_time_is_spent_and_changes_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finetune_for_stops_at_its_time_limit_and_changes_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     lr_scales, step = [], FineTuning.step
 
     def noted(self: FineTuning, index: int, number: int, lr_scale: float = 1.0) -> None:
@@ -62,7 +62,7 @@ def by_weights(self: Subject, models: Mapping[str, nn.Module], rounds: int, imag
     return Latencies({name: Timing(name, (float(count_params(model)),) * rounds) for name, model in versions.items()})
 
 
-def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_deeper_heals_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     subject, healed = make_subject(), []
     heal = fxprune.heal
 
@@ -103,7 +103,7 @@ def test_what_was_healed_once_is_not_healed_again(monkeypatch: pytest.MonkeyPatc
     assert bench_deeper.find_same_cut(rows[1]) is None  # what was kept is lost: to be healed again
 
 
-def test_rows_of_an_older_healing_are_made_again_and_marked_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_an_older_healing_are_marked_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = make_subject()
     monkeypatch.setattr(bench_deeper, "load_subjects", lambda options: [subject])
     monkeypatch.setattr(Subject, "unlabelled_batches", Subject.batches)
@@ -125,7 +125,7 @@ def test_rows_of_an_older_healing_are_made_again_and_marked_until_then(monkeypat
 
 
 @needs_peer
-def test_what_was_healed_is_held_against_what_is_as_fast(
+def test_main_compares_healed_models_with_peers_of_equal_latency(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subject, given = make_subject(), ["tiny", "--rounds", "2", "--timed-images", "2", "--learning-rates", "1e-3"]
@@ -161,7 +161,7 @@ def test_what_was_healed_is_held_against_what_is_as_fast(
     assert " | 0.250 | 8 | " not in line
 
 
-def test_a_peer_that_fails_or_is_never_that_fast_is_said_so() -> None:
+def test_render_table_names_peers_that_fail_or_are_never_fast_enough() -> None:
     shared = {"model": "m", "strategy": "search", "heal": "mimic", "seconds": 9.0, "mAP": 0.5, "latency_ratio": 0.8}
     shared |= {"latency_ratio_low": 0.7, "latency_ratio_high": 0.9, "cost": "latency", "error": None}
     rows = [shared | {"budget": 0.2}, shared | {"budget": 0.3, "error": "ValueError: no"}]

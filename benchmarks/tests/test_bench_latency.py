@@ -33,7 +33,7 @@ def measure(backend: Backend, model: Any, captured: Any, graphs: Any, regions: A
     return Latency(8.0, {region.name: 8.0 * share for region in regions}, ON)
 
 
-def test_each_plan_is_predicted_both_ways_and_measured(
+def test_main_predicts_each_plan_two_ways_and_measures_it(
     results_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def one(_: Any) -> Iterator[Subject]:
@@ -70,7 +70,9 @@ def test_each_plan_is_predicted_both_ways_and_measured(
         ("inductor", 0.08, 0.02, ["+0% ± 20%", "too noisy"]),
     ],
 )
-def test_the_table_says_whether_the_goal_is_met(backend: str, predicted: float, error: float, end: list[str]) -> None:
+def test_format_cells_says_whether_the_goal_is_met(
+    backend: str, predicted: float, error: float, end: list[str]
+) -> None:
     row = {"detector": "d", "backend": backend, "images": 8, "ms": 50.0, "budget": 0.1, "flops_cut": 0.2,
            "boxes": False, "nodes": predicted, "pieces": 0.1, "latency_cut": 0.1, "latency_cut_low": 0.09,
            "latency_cut_high": 0.11, "floor": 1.0, "floor_low": 0.99, "floor_high": 1.01, "error": error}  # fmt: skip
@@ -79,7 +81,7 @@ def test_the_table_says_whether_the_goal_is_met(backend: str, predicted: float, 
     assert cells[6 if backend == "eager" else 7].startswith("**")
 
 
-def test_a_silenced_detector_finds_nothing() -> None:
+def test_silenced_detector_finds_no_boxes() -> None:
     detector = load_detector()
     images = [torch.rand(3, 160, 160)]
     with torch.no_grad():

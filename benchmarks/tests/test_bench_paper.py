@@ -22,7 +22,7 @@ def results_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "results"
 
 
-def test_coco_mode_runs_on_released_weights(
+def test_main_with_coco_uses_released_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results_folder: Path
 ) -> None:
     name = "ssdlite320_mobilenet_v3_large"
@@ -54,7 +54,7 @@ def refusal_of(*arguments: str) -> str:
     return str(stopped.value)
 
 
-def test_what_is_missing_is_said_with_where_it_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_names_missing_files_and_where_it_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
@@ -74,14 +74,14 @@ def unreachable(*args: Any, **kwargs: Any) -> None:
     raise OSError("no connection")
 
 
-def test_yolo_weights_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_released_names_missing_yolo_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(downloads, "safe_download", unreachable)
     with pytest.raises(SystemExit, match=r"yolov8n\.pt is missing.*looked in"):
         subjects.load_released("yolov8n.pt")
 
 
-def test_the_table_averages_seeds_and_ranks_regions(results_folder: Path) -> None:
+def test_render_paper_averages_seeds_and_ranks_regions(results_folder: Path) -> None:
     shared = {"model": "m", "mAP50": 0.9, "flops": 90.0, "params": 9, "latency_ratio": 0.8, "latency_ratio_low": 0.7,
               "latency_ratio_high": 0.9, "latency_ms": 5.0, "timed_images": 8, "floor": 1.0, "floor_low": 0.98,
               "floor_high": 1.02}  # fmt: skip

@@ -43,7 +43,7 @@ def working(subject: Subject, settings: Settings) -> Prepared:
 
 @needs_peer
 @pytest.mark.parametrize("settings", [Settings("taylor"), Settings("magnitude"), Settings("taylor", round_to=8)])
-def test_the_peer_reaches_the_asked_flops_and_keeps_the_outputs(settings: Settings) -> None:
+def test_prune_channels_reaches_the_target_flops_and_keeps_output_shapes(settings: Settings) -> None:
     subject = make_subject()
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     prepared = working(subject, settings)
@@ -64,7 +64,7 @@ def test_the_peer_reaches_the_asked_flops_and_keeps_the_outputs(settings: Settin
     assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
 
 
-def test_the_search_ends_at_the_target_and_avoids_what_fails() -> None:
+def test_find_ratio_stops_at_the_target_and_avoids_failures() -> None:
     def share_at(ratio: float) -> float | None:
         return ratio**2 if ratio < 0.6 else None
 
@@ -77,7 +77,7 @@ def test_the_search_ends_at_the_target_and_avoids_what_fails() -> None:
         find_ratio(0.3, lambda ratio: None, {})
 
 
-def test_a_model_with_other_outputs_is_refused() -> None:
+def test_check_pruned_refuses_other_output_shapes() -> None:
     subject = make_subject()
     prepared = prepare(subject.model, subject.batches(), WAYS[0])
     with pytest.raises(PeerError, match="no FLOPs"):
@@ -95,7 +95,7 @@ def few(*more: str) -> Any:
 
 
 @needs_peer
-def test_all_rows_of_a_model_and_its_tables(results_folder: Path) -> None:
+def test_main_writes_all_rows_and_tables(results_folder: Path) -> None:
     subject = make_subject()
     training = fxprune.batches(subject.model, make_items(4), batch_size=2)
     rows = bench_peers.compare(subject, few("--finetune-images", "4"), training)
@@ -129,7 +129,7 @@ def test_all_rows_of_a_model_and_its_tables(results_folder: Path) -> None:
 
 
 @needs_peer
-def test_a_peer_that_fails_is_a_row_with_its_words(results_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_peer_becomes_a_row_with_its_error(results_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch_pruning as tp
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -148,7 +148,7 @@ def test_a_peer_that_fails_is_a_row_with_its_words(results_folder: Path, monkeyp
     assert "fails |" in text
 
 
-def test_a_budget_out_of_our_reach_is_a_row_too() -> None:
+def test_infeasible_budget_becomes_a_row() -> None:
     options = few()
     options.budgets, options.peers = [0.1, 0.99], []
     rows = bench_peers.compare(make_subject(), options, [])
@@ -157,7 +157,7 @@ def test_a_budget_out_of_our_reach_is_a_row_too() -> None:
     assert rows[-1]["error"].startswith("BudgetError: ")
 
 
-def test_fine_tuning_changes_weights_and_not_the_statistics_of_norms() -> None:
+def test_finetune_changes_weights_but_not_norm_statistics() -> None:
     subject = make_subject()
     training = fxprune.batches(subject.model, make_items(4), batch_size=2)
     analysis = fxprune.analyze(subject.model, subject.batches())
@@ -177,13 +177,13 @@ def test_fine_tuning_changes_weights_and_not_the_statistics_of_norms() -> None:
     ("latency", "expected"),
     [(0.95, 0.7), (0.85, 0.55), (0.9, 0.6), (0.7, None), (1.2, 0.8)],
 )
-def test_what_is_kept_at_a_latency_lies_on_straight_lines(latency: float, expected: float | None) -> None:
+def test_best_map_at_interpolates_linearly(latency: float, expected: float | None) -> None:
     points = [(1.0, 0.8), (0.9, 0.6), (0.8, 0.5)]
     kept = render_peers.best_map_at(points, latency)
     assert kept == (expected if expected is None else pytest.approx(expected))
 
 
-def test_where_latency_goes_up_and_down_the_peer_has_the_best_of_it() -> None:
+def test_best_map_at_takes_the_best_of_non_monotonic_points() -> None:
     points = [(1.0, 0.8), (1.1, 0.7), (0.9, 0.6), (0.96, 0.4)]
     assert render_peers.best_map_at(points, 1.0) == pytest.approx(0.8)
     assert render_peers.best_map_at(points, 0.95) == pytest.approx(0.7 - 0.1 * 0.15 / 0.2)
@@ -193,9 +193,7 @@ def test_where_latency_goes_up_and_down_the_peer_has_the_best_of_it() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "expected"), [(0.98, 1.02, "ours"), (1.03, 1.05, "unmeasured"), (0.8, 1.2, "unmeasured")]
 )
-def test_nobody_wins_on_latency_where_the_unpruned_model_differs_from_itself(
-    low: float, high: float, expected: str
-) -> None:
+def test_compare_is_level_if_the_unpruned_model_differs_from_itself(low: float, high: float, expected: str) -> None:
     shared = {"heal": "none", "floor": (low + high) / 2, "floor_low": low, "floor_high": high, "rounds": 31}
     rows = [
         {"method": "unpruned", "kind": "unpruned", "budget": 0.0, "mAP": 0.8, "latency_ratio": 1.0, "flops": 100},
@@ -207,7 +205,7 @@ def test_nobody_wins_on_latency_where_the_unpruned_model_differs_from_itself(
     assert render_peers.compare(full, full[1], "FLOPs", "none")[0] == "level"
 
 
-def test_blocks_without_the_split_compute_the_same() -> None:
+def test_rewritten_c2f_blocks_give_the_same_outputs() -> None:
     from ultralytics.nn.modules import C2f
 
     model = nn.Sequential(nn.Conv2d(3, 8, 1), C2f(8, 16, 2, True), C2f(16, 16, 1)).eval()

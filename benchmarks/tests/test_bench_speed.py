@@ -13,7 +13,7 @@ from tests.helpers.models import pixels
 X = pixels(2, 3, 16, 16)
 
 
-def test_rows_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_writes_rows_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (results, bench_speed):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     options = ["--backends", "eager", "--batches", "2", "--rounds", "2", "--classifier-px", "32"]

@@ -10,7 +10,7 @@ from benchmarks.tests.tiny_subject import make_subject
 from benchmarks.training import draw_trained
 
 
-def test_detectors_are_drawn_with_what_would_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_draws_detectors_with_their_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draw_trained, "load_subjects", lambda options: [make_subject()])
     draw_trained.main(["--budget", "0.2", "--out", str(tmp_path / "pictures")])
     page, still = ((tmp_path / "pictures" / f"tiny.{suffix}").read_text() for suffix in ("html", "svg"))

@@ -11,12 +11,12 @@ TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
 NAMED = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
 
 
-def test_every_results_file_is_named() -> None:
+def test_readme_names_every_results_file() -> None:
     files = [path.name for path in (FOLDER / "results").iterdir()]
     assert [name for name in files if not any(fnmatch(name, pattern) for pattern in NAMED)] == []
 
 
-def test_every_command_is_named() -> None:
+def test_readme_names_every_command() -> None:
     modules = {
         ".".join(path.relative_to(FOLDER).with_suffix("").parts)
         for path in FOLDER.rglob("*.py")

@@ -18,7 +18,7 @@ from benchmarks.training.train_ultralytics import write_data
 Target = dict[str, Tensor]
 
 
-def test_the_same_seed_gives_the_same_pixels(tmp_path: Path) -> None:
+def test_write_split_same_seed_gives_the_same_pixels(tmp_path: Path) -> None:
     config, sources = DigitsConfig(size=96, val=3, seed=5), load_sources()
     first, second = (write_split(tmp_path / name, config, sources, "val") for name in ("a", "b"))
     assert first == second
@@ -30,7 +30,7 @@ def test_the_same_seed_gives_the_same_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(300, 400, 3), (640, 427, 3)])
-def test_no_digit_and_no_pixel_of_a_photograph_is_in_two_splits(shape: tuple[int, ...]) -> None:
+def test_splits_share_no_digit_and_no_photo_pixel(shape: tuple[int, ...]) -> None:
     labels = load_sources().labels
     pools = [set(digit_pool(labels, split, 0).tolist()) for split in SPLITS]
     assert sum(map(len, pools)) == len(set().union(*pools)) == len(labels)
@@ -59,7 +59,7 @@ class Interruption(Exception):
     """Stands for a run that is killed."""
 
 
-def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path) -> None:
+def test_fit_resumed_after_an_interruption_gives_the_same_weights(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     samples = [
         (
@@ -88,7 +88,7 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(tmp_path: Path
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
 
 
-def test_only_tensors_of_the_same_name_and_shape_are_taken_over() -> None:
+def test_copy_matching_takes_tensors_of_equal_name_and_shape() -> None:
     source, target = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
     before = target.get_parameter("1.weight").detach().clone()
     assert copy_matching(target, source.state_dict()) == 2
@@ -96,7 +96,7 @@ def test_only_tensors_of_the_same_name_and_shape_are_taken_over() -> None:
     assert torch.equal(target.get_parameter("1.weight"), before)
 
 
-def test_labels_for_ultralytics_are_centres_and_sides_as_shares(tmp_path: Path) -> None:
+def test_write_data_gives_normalized_centres_and_sides(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_coco(tmp_path / split / "images", tmp_path / split / "annotations.json", count=1, size=(80, 40))
     text = write_data(tmp_path).read_text()

@@ -63,8 +63,8 @@ def no_boxes() -> dict[str, Tensor]:
     ],
     ids=["dict", "string", "number", "array", "arrays", "image", "class labels", "no labels", "other keys", "coco"],
 )
-def test_a_form_no_torchvision_detector_takes(ssd: nn.Module, batch: Any) -> None:
-    with assert_refused(ssd, BatchError, r"^batch 0: .*list of Tensor\(3, H, W\), list of dict\(boxes="):
+def test_torchvision_batch_of_unknown_form_is_refused(ssd: nn.Module, batch: Any) -> None:
+    with assert_refused(ssd, BatchError, r"^batch 0: .*Tensor\(3, H, W\).*dict\(boxes="):
         fxprune.compile(ssd, [batch], 0.1)
 
 
@@ -72,50 +72,52 @@ def test_a_form_no_torchvision_detector_takes(ssd: nn.Module, batch: Any) -> Non
     ("labels", "message"),
     [
         (target(-1), "label -1 is negative"),
-        (target(box=(40, 8, 40, 40)), "a box has no positive width and height"),
-        (target(box=(40, 8, 8, 40)), "a box has no positive width and height"),
-        (target(box=(float("nan"), 8, 40, 40)), "NaN|no positive width and height"),
+        (target(box=(40, 8, 40, 40)), "positive width"),
+        (target(box=(40, 8, 8, 40)), "positive width"),
+        (target(box=(float("nan"), 8, 40, 40)), "NaN|positive width"),
         (target(box=(8, 8, float("inf"), 40)), "NaN|infinit"),
         (target(box=(8, 8, 40, 40, 1)), r"boxes .*\(1, 5\)"),
-        (target() | {"labels": torch.tensor([1, 2])}, "a target has 1 boxes but 2 labels"),
+        (target() | {"labels": torch.tensor([1, 2])}, "1 boxes but 2 labels"),
         (target() | {"boxes": "everywhere"}, "boxes"),
         (target() | {"labels": ["cat"]}, "labels"),
     ],
     ids=["negative", "no width", "corners swapped", "NaN", "infinite", "five", "counts", "text", "names"],
 )
-def test_targets_no_torchvision_detector_takes(ssd: nn.Module, labels: Any, message: str) -> None:
+def test_torchvision_batch_with_bad_targets_is_refused(ssd: nn.Module, labels: Any, message: str) -> None:
     with assert_refused(ssd, BatchError, f"^batch 0: .*({message})"):
         fxprune.compile(ssd, [([pixels(3, 64, 64)], [labels])], 0.1)
 
 
-def test_more_images_than_targets(ssd: nn.Module) -> None:
+def test_torchvision_batch_with_more_images_than_targets_is_refused(ssd: nn.Module) -> None:
     with assert_refused(ssd, BatchError, "^batch 0: 2 images but 1 targets"):
         fxprune.compile(ssd, [([pixels(3, 64, 64)] * 2, [target()])], 0.1)
 
 
 @pytest.mark.parametrize(("name", "label"), [("ssd", 5), ("retinanet", 5), ("retinanet", 91)])
-def test_labels_a_torchvision_detector_does_not_know(name: str, label: int, request: pytest.FixtureRequest) -> None:
+def test_torchvision_batch_with_unknown_labels_is_refused(
+    name: str, label: int, request: pytest.FixtureRequest
+) -> None:
     model = request.getfixturevalue(name)
     batch = ([pixels(3, 64, 64)] * 2, [target(1), target(label)])
-    with assert_refused(model, BatchError, f"^batch 0: .*labels run from 1 to {label}"):
+    with assert_refused(model, BatchError, f"^batch 0: .*labels .*1 to {label}"):
         fxprune.compile(model, [batch], 0.1)
 
 
-def test_an_image_that_is_not_finite_for_a_torchvision_detector(ssd: nn.Module) -> None:
+def test_torchvision_batch_with_a_non_finite_image_is_refused(ssd: nn.Module) -> None:
     image = pixels(3, 64, 64)
     image[0, 0, 0] = float("nan")
-    with assert_refused(ssd, BatchError, "^batch 0: an image holds NaN or infinity"):
+    with assert_refused(ssd, BatchError, "^batch 0: .*image .*NaN"):
         fxprune.compile(ssd, [([pixels(3, 64, 64), image], [target(), target()])], 0.1)
 
 
-def test_a_torchvision_batch_without_images(ssd: nn.Module) -> None:
-    with assert_refused(ssd, BatchError, "^batch 0: the batch holds no image"):
+def test_torchvision_batch_without_images_is_refused(ssd: nn.Module) -> None:
+    with assert_refused(ssd, BatchError, "^batch 0: .*no image"):
         fxprune.compile(ssd, [([], [])], 0.1)
 
 
-def test_a_label_out_of_range_in_a_later_batch(retinanet: nn.Module) -> None:
+def test_label_out_of_range_in_a_later_batch_names_the_batch(retinanet: nn.Module) -> None:
     batches = [([pixels(3, 64, 64)], [target(4)]), ([pixels(3, 64, 64)], [target(7)])]
-    with assert_refused(retinanet, BatchError, "^batch 1: .*labels run from 7 to 7"):
+    with assert_refused(retinanet, BatchError, "^batch 1: .*labels .*7 to 7"):
         fxprune.compile(retinanet, batches, 0.1)
 
 
@@ -133,7 +135,7 @@ def test_a_label_out_of_range_in_a_later_batch(retinanet: nn.Module) -> None:
     ],
     ids=["mixed sizes", "one", "one without boxes", "no boxes", "flat", "images", "tensor", "lists"],
 )
-def test_batches_a_torchvision_detector_takes(retinanet: nn.Module, batch: Any) -> None:
+def test_torchvision_batches_of_accepted_forms_work(retinanet: nn.Module, batch: Any) -> None:
     with assert_unchanged(retinanet):
         analysis = fxprune.analyze(retinanet, [batch])
     assert analysis.settings["images"] == (2 if len(batch) == 2 and len(batch[0]) == 2 else 1)
@@ -176,40 +178,40 @@ def boxes(**changed: Any) -> dict[str, Any]:
     ],
     ids=["other keys", "string", "number", "array", "image", "class labels", "torchvision", "no cls", "paths"],
 )
-def test_a_form_no_ultralytics_model_takes(yolo: Any, batch: Any) -> None:
-    with assert_refused(yolo, BatchError, r"^batch 0: .*dict\(img=Tensor\(N, 3, H, W\), cls=Tensor\(n, 1\), bboxes="):
+def test_ultralytics_batch_of_unknown_form_is_refused(yolo: Any, batch: Any) -> None:
+    with assert_refused(yolo, BatchError, r"^batch 0: .*dict\(img=.*cls=.*bboxes="):
         fxprune.compile(yolo, [batch], 0.1)
 
 
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (boxes(cls=torch.tensor([[3.0], [80.0]])), "cls runs from 3 to 80, the model knows 0 to 79"),
-        (boxes(cls=torch.tensor([[-1.0], [3.0]])), "cls runs from -1 to 3, the model knows 0 to 79"),
-        (boxes(cls=torch.tensor([[3.0]])), "1 cls, 2 bboxes and 2 batch_idx should be equally many"),
-        (boxes(batch_idx=torch.tensor([0.0, 2.0])), "batch_idx runs .*to 2, the batch has 2 images"),
-        (boxes(batch_idx=torch.tensor([-1.0, 1.0])), "batch_idx runs from -1 .*the batch has 2 images"),
+        (boxes(cls=torch.tensor([[3.0], [80.0]])), r"cls .*3 to 80, .*0 to 79"),
+        (boxes(cls=torch.tensor([[-1.0], [3.0]])), r"cls .*-1 to 3, .*0 to 79"),
+        (boxes(cls=torch.tensor([[3.0]])), "1 cls, 2 bboxes and 2 batch_idx"),
+        (boxes(batch_idx=torch.tensor([0.0, 2.0])), r"batch_idx .*to 2, .*2 images"),
+        (boxes(batch_idx=torch.tensor([-1.0, 1.0])), r"batch_idx .*-1 .*2 images"),
         (boxes(bboxes=torch.tensor([[8.0, 8.0, 40.0, 40.0]] * 2)), r"bboxes leave \[0, 1\]"),
-        (boxes(bboxes=torch.tensor([[0.5, 0.5, 0.0, 0.4]] * 2)), "a box has no positive width and height"),
+        (boxes(bboxes=torch.tensor([[0.5, 0.5, 0.0, 0.4]] * 2)), "positive width"),
         (boxes(bboxes=torch.tensor([[0.5, 0.5, float("nan"), 0.4]] * 2)), "NaN"),
         (boxes(bboxes=torch.tensor([[0.5, 0.5, 0.2, 0.4, 0.1]] * 2)), r"bboxes .*\(2, 5\)"),
         (boxes(cls=[3, 7]), "cls .*list"),
         (boxes(bboxes=[[0.5, 0.5, 0.2, 0.2]] * 2), "bboxes .*list"),
-        (boxes(img=[pixels(3, 64, 96), pixels(3, 64, 64)]), r"one size .* got \[\(3, 64, 64\), \(3, 64, 96\)\]"),
-        (boxes(img=torch.full((2, 3, 64, 64), float("nan"))), "an image holds NaN or infinity"),
-        (boxes(img=pixels(0, 3, 64, 64)), "the batch holds no image"),
+        (boxes(img=[pixels(3, 64, 96), pixels(3, 64, 64)]), r"one size .*\(3, 64, 64\), \(3, 64, 96\)"),
+        (boxes(img=torch.full((2, 3, 64, 64), float("nan"))), "image .*NaN"),
+        (boxes(img=pixels(0, 3, 64, 64)), "no image"),
     ],
     ids=[
         *("label too high", "label negative", "counts", "index too high", "index negative", "pixels", "no width"),
         *("NaN box", "five", "list of cls", "list of boxes", "mixed sizes", "NaN image", "no image"),
     ],
 )
-def test_targets_no_ultralytics_model_takes(yolo: Any, batch: Any, message: str) -> None:
+def test_ultralytics_batch_with_bad_targets_is_refused(yolo: Any, batch: Any, message: str) -> None:
     with assert_refused(yolo, BatchError, f"^batch 0: .*{message}"):
         fxprune.compile(yolo, [batch], 0.1)
 
 
-def test_an_ultralytics_batch_of_one_and_one_without_boxes(yolo: Any) -> None:
+def test_ultralytics_batches_of_one_image_and_without_boxes_work(yolo: Any) -> None:
     empty = boxes(cls=torch.zeros(0, 1), bboxes=torch.zeros(0, 4), batch_idx=torch.zeros(0))
     one = boxes(img=pixels(1, 3, 64, 64), batch_idx=torch.zeros(2))
     with assert_unchanged(yolo):

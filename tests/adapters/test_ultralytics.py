@@ -31,7 +31,7 @@ def pruned(model: Any) -> Any:
     return fxprune.compile(model, [batched(128, 160)], budget=0.1)
 
 
-def test_a_yolo_comes_back_as_a_yolo(model: Any, pruned: Any) -> None:
+def test_compile_of_a_yolo_returns_a_yolo(model: Any, pruned: Any) -> None:
     assert type(pruned) is type(model)
     assert pruned is not model
     assert pruned.model is not model.model
@@ -41,26 +41,26 @@ def test_a_yolo_comes_back_as_a_yolo(model: Any, pruned: Any) -> None:
     assert not any(isinstance(part, torch.fx.GraphModule) for part in model.model.modules())
 
 
-def test_layers_keep_what_ultralytics_looks_for(model: Any, pruned: Any) -> None:
+def test_pruned_yolo_layers_keep_their_ultralytics_attributes(model: Any, pruned: Any) -> None:
     for twin in (pruned.model, copy.deepcopy(pruned.model)):
         for old, new in zip(model.model.model, twin.model, strict=True):
             assert (old.f, old.i, old.type) == (new.f, new.i, new.type)
 
 
-def test_fixed_weights_of_the_box_decoder_are_no_candidate(pruned: Any) -> None:
+def test_box_decoder_weights_are_no_candidate(pruned: Any) -> None:
     report = fxprune.report(pruned)
     assert not any("dfl" in layer for region in report.regions for layer in region.layers)
     assert "model.22.dfl.conv.weight" in pruned.model.state_dict()
 
 
-def test_predict(pruned: Any) -> None:
+def test_pruned_yolo_predicts(pruned: Any) -> None:
     twin: Any = rewrap_yolo(pruned, copy.deepcopy(pruned.model))
     image = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
     (result,) = twin.predict(image, imgsz=160, verbose=False, conf=0.001)
     assert result.boxes is not None
 
 
-def test_val_gives_figures(pruned: Any, tmp_path: Path) -> None:
+def test_pruned_yolo_val_gives_metrics(pruned: Any, tmp_path: Path) -> None:
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
     for index in range(2):
@@ -83,7 +83,7 @@ def test_val_gives_figures(pruned: Any, tmp_path: Path) -> None:
     assert 0 <= metrics.box.map <= 1
 
 
-def test_fuse_changes_nothing_but_rounding(pruned: Any) -> None:
+def test_pruned_yolo_fuse_keeps_outputs_up_to_rounding(pruned: Any) -> None:
     twin = copy.deepcopy(pruned.model).eval()
     x = torch.rand(1, 3, 96, 128)
     with torch.no_grad():
@@ -93,14 +93,14 @@ def test_fuse_changes_nothing_but_rounding(pruned: Any) -> None:
     assert torch.allclose(before, after, rtol=1e-3, atol=1e-2)
 
 
-def test_a_fused_model_is_pruned_too(model: Any) -> None:
+def test_fused_yolo_can_be_pruned(model: Any) -> None:
     fused = copy.deepcopy(model.model).eval().fuse(verbose=False)
     smaller = fxprune.compile(fused, [batched(96, 96)], budget=0.05)
     with torch.no_grad():
         assert smaller(torch.rand(1, 3, 96, 96))[0].shape == fused(torch.rand(1, 3, 96, 96))[0].shape
 
 
-def test_save_and_reload_is_bit_equal(pruned: Any, tmp_path: Path) -> None:
+def test_pruned_yolo_save_and_reload_is_bit_equal(pruned: Any, tmp_path: Path) -> None:
     path = tmp_path / "pruned.pt"
     twin: Any = rewrap_yolo(pruned, copy.deepcopy(pruned.model))
     twin.save(path)

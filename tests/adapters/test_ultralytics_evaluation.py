@@ -123,7 +123,7 @@ def assert_same(ours: list[dict[str, Tensor]], theirs: list[list[dict[str, Any]]
 @pytest.mark.parametrize(
     ("name", "end2end"), [("yolov8n", False), ("yolo26n", True), ("yolo26n", False), ("yolov10n", True)]
 )
-def test_detections_are_those_of_val(name: str, end2end: bool, data: CocoDataset, tmp_path: Path) -> None:
+def test_detections_equal_those_of_val(name: str, end2end: bool, data: CocoDataset, tmp_path: Path) -> None:
     model = awake(make(name), data)
     model.model.end2end = end2end
     theirs, _ = validate(model, data, tmp_path, nms=False if end2end else None)
@@ -132,7 +132,7 @@ def test_detections_are_those_of_val(name: str, end2end: bool, data: CocoDataset
 
 
 @pytest.mark.slow
-def test_detections_of_a_query_decoder_are_those_of_val(data: CocoDataset, tmp_path: Path) -> None:
+def test_detections_of_a_query_decoder_equal_those_of_val(data: CocoDataset, tmp_path: Path) -> None:
     model = make("rtdetr-l", "RTDETR")
     theirs, _ = validate(model, data, tmp_path)
     assert_same(detections(model, data), theirs)
@@ -165,7 +165,7 @@ class Puppet:
         return torch.stack([self.answers.get(self.key(image), empty) for image in images]), None
 
 
-def test_map_is_close_to_that_of_val(data: CocoDataset, tmp_path: Path) -> None:
+def test_map_is_close_to_map_of_val(data: CocoDataset, tmp_path: Path) -> None:
     model = make("yolov8n")
     model.model.predict = Puppet(model.model, data)
     _, metrics = validate(model, data, tmp_path)
@@ -177,7 +177,7 @@ def test_map_is_close_to_that_of_val(data: CocoDataset, tmp_path: Path) -> None:
     assert metrics.box.map50 == pytest.approx(scores["mAP50"], abs=0.01)
 
 
-def test_the_truth_fed_back_scores_one_and_all_is_restored(data: CocoDataset) -> None:
+def test_evaluate_of_true_boxes_gives_one_and_restores_the_model(data: CocoDataset) -> None:
     model = make("yolov8n")
     model.model.predict = Puppet(model.model, data, perfect=True)
     model.model.train().model[0].eval()
@@ -195,7 +195,7 @@ def test_the_truth_fed_back_scores_one_and_all_is_restored(data: CocoDataset) ->
     assert 0.8 < fxprune.evaluate(model, data, image_size=SIDE, labels={0: 100})["mAP"] * 8 <= 1.01
 
 
-def test_a_network_can_be_trained_after_evaluation(data: CocoDataset) -> None:
+def test_network_can_be_trained_after_evaluate(data: CocoDataset) -> None:
     network = make("yolov8n").model
     fxprune.evaluate(network, data, image_size=SIDE, batch_size=COUNT)
     (batch,) = fxprune.batches(network, data, batch_size=COUNT, image_size=SIDE)
@@ -219,7 +219,7 @@ class Queries(nn.Module):
         return self.rows.expand(len(images), -1, -1), None  # type: ignore[operator]
 
 
-def test_shares_of_the_image_are_read_as_such() -> None:
+def test_normalized_boxes_are_scaled_to_the_image() -> None:
     network = Queries([[0.5, 0.25, 0.2, 0.1, 0.9, 3.0], [0.1, 0.1, 0.1, 0.1, 0.0005, 1.0]])
     labelled = ADAPTER.label(network, Batch(torch.rand(2, 3, 64, 96), None, 2)).targets
     assert labelled["bboxes"].flatten().tolist() == pytest.approx([0.5, 0.25, 0.2, 0.1] * 2)
@@ -230,7 +230,7 @@ def test_shares_of_the_image_are_read_as_such() -> None:
     assert found["labels"].tolist() == [3]
 
 
-def test_the_side_is_the_one_trained_on_else_640(data: CocoDataset) -> None:
+def test_square_side_is_the_training_size_or_640(data: CocoDataset) -> None:
     network = make("yolov8n").model
     assert square_side(network, None) == 640
     network.args = {"imgsz": 330}
@@ -240,7 +240,7 @@ def test_the_side_is_the_one_trained_on_else_640(data: CocoDataset) -> None:
 
 
 @pytest.mark.parametrize(("name", "said"), [("yolov8n-obb", "rotated boxes"), ("yolov8n-cls", "give a detector")])
-def test_what_finds_no_upright_boxes_is_refused(name: str, said: str, data: CocoDataset) -> None:
+def test_evaluate_of_a_model_without_upright_boxes_is_refused(name: str, said: str, data: CocoDataset) -> None:
     model = ultralytics.YOLO(f"{name}.yaml")
     model.model.names = NAMES
     with pytest.raises(ModelError, match=said):

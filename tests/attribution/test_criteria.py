@@ -53,7 +53,7 @@ def without_inplace(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_every_node_is_recorded_as_hooks_see_it() -> None:
+def test_recorder_matches_hooks_at_every_node() -> None:
     model, (images, labels) = small_resnet(), labelled()
     analysis = fxprune.analyze(model, [(images, labels)], criterion="grad_act")
     eager = without_inplace(copy.deepcopy(model))
@@ -71,13 +71,13 @@ def test_every_node_is_recorded_as_hooks_see_it() -> None:
     assert checked > 50
 
 
-def test_grad_act_of_a_region_is_that_of_its_exit_value() -> None:
+def test_grad_act_of_a_region_is_grad_act_of_its_exit() -> None:
     analysis = fxprune.analyze(small_resnet(), [labelled()], criterion="grad_act")
     nodes = {node.node: node.grad_act for node in analysis.nodes}
     assert all(region.score == nodes[region.exit] for region in analysis.regions)
 
 
-def test_grad_delta_measures_against_what_stands_in() -> None:
+def test_grad_delta_compares_exit_with_stand_in() -> None:
     model, (images, labels) = small_resnet(), labelled()
     analysis = fxprune.analyze(model, [(images, labels)], criterion="grad_delta")
     scores = {region.name: region.score for region in analysis.regions}
@@ -105,7 +105,7 @@ def test_grad_delta_measures_against_what_stands_in() -> None:
     assert scores["layer2.0.downsample"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_batch_size_does_not_change_scores() -> None:
+def test_scores_do_not_depend_on_batch_size() -> None:
     model, (images, labels) = small_resnet(), labelled(6)
     one = fxprune.analyze(model, [(images, labels)])
     many = fxprune.analyze(model, [(images[:1], labels[:1]), (images[1:3], labels[1:3]), (images[3:], labels[3:])])
@@ -115,7 +115,7 @@ def test_batch_size_does_not_change_scores() -> None:
         assert a.score == pytest.approx(b.score, rel=1e-3)
 
 
-def test_l1_is_the_sum_of_absolute_weights_of_two_dimensions_or_more() -> None:
+def test_l1_sums_absolute_weights_of_two_or_more_dimensions() -> None:
     model = small_resnet()
     analysis = fxprune.analyze(model, [labelled()], criterion="l1")
     block = model.get_submodule("layer3.1")
@@ -123,7 +123,7 @@ def test_l1_is_the_sum_of_absolute_weights_of_two_dimensions_or_more() -> None:
     assert {r.name: r.score for r in analysis.regions}["layer3.1"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_random_is_seeded() -> None:
+def test_random_depends_on_the_seed_alone() -> None:
     def scores(seed: int) -> list[float]:
         regions = fxprune.analyze(small_resnet(), [labelled()], criterion="random", seed=seed).regions
         return [region.score for region in regions]
@@ -131,7 +131,7 @@ def test_random_is_seeded() -> None:
     assert scores(1) == scores(1) != scores(2)
 
 
-def test_a_callers_criterion_sees_region_and_modules() -> None:
+def test_custom_criterion_gets_region_and_modules() -> None:
     def parameters(region: object, modules: object) -> float:
         return float(sum(p.numel() for m in modules.values() for p in m.parameters()))  # type: ignore[attr-defined]
 
@@ -142,7 +142,7 @@ def test_a_callers_criterion_sees_region_and_modules() -> None:
     assert analysis.settings["criterion"] == "parameters"
 
 
-def test_gradients_flow_through_frozen_weights() -> None:
+def test_scores_of_frozen_weights_equal_those_of_trainable_weights() -> None:
     free = small_resnet()
     frozen = copy.deepcopy(free).requires_grad_(False)
     scores = [[region.score for region in fxprune.analyze(m, [labelled()]).regions] for m in (free, frozen)]
@@ -150,7 +150,7 @@ def test_gradients_flow_through_frozen_weights() -> None:
     assert min(scores[0]) > 0
 
 
-def test_calls_of_a_shared_layer_add_up() -> None:
+def test_scores_of_a_shared_layer_add_up_over_calls() -> None:
     analysis = fxprune.analyze(ZOO["shared_head"].build(), [image_batch()], loss=mean_loss)
     first, second = analysis.regions
     assert first.params == second.params == 0
@@ -159,12 +159,12 @@ def test_calls_of_a_shared_layer_add_up() -> None:
     assert both.before.params - both.after.params == 4 * 4 * 9 + 4
 
 
-def test_no_gradient_raises_and_never_prunes() -> None:
+def test_loss_without_gradient_is_refused() -> None:
     with pytest.raises(LossError, match="does not depend"):
         fxprune.analyze(small_resnet(), [labelled()], loss=lambda model, batch: torch.zeros((), requires_grad=True))
 
 
-def test_fisher_is_the_mean_square_of_each_images_derivatives_by_gates_on_channels() -> None:
+def test_fisher_is_the_mean_squared_derivative_by_channel_gates() -> None:
     model, (images, labels) = tiny(), labelled(5, 16)
     analysis = fxprune.analyze(model, [(images[:2], labels[:2] % 5), (images[2:], labels[2:] % 5)], criterion="fisher")
     gates = torch.full((4, 5, 8, 1, 1), FISHER_GATE, requires_grad=True)
@@ -179,7 +179,7 @@ def test_fisher_is_the_mean_square_of_each_images_derivatives_by_gates_on_channe
     assert {region.name: region.score for region in analysis.regions} == pytest.approx(expected, rel=1e-4)
 
 
-def test_every_part_of_a_loss_weighs_as_much_as_the_others() -> None:
+def test_relative_loss_weighs_every_part_equally() -> None:
     parts = torch.tensor([200.0, 0.5], requires_grad=True)
     relative_loss(parts).backward()  # type: ignore[no-untyped-call]
     assert parts.grad is not None
@@ -189,12 +189,12 @@ def test_every_part_of_a_loss_weighs_as_much_as_the_others() -> None:
 
 
 @pytest.mark.parametrize(("parts", "sizes"), [([9.0, 0.0], [9.0, 0.009]), ([-9.0, 1.0], [9.0, 1.0])])
-def test_a_part_of_nothing_counts_as_a_thousandth(parts: list[float], sizes: list[float]) -> None:
+def test_relative_loss_of_a_zero_part_uses_a_thousandth(parts: list[float], sizes: list[float]) -> None:
     assert part_sizes(torch.tensor(parts)).tolist() == pytest.approx(sizes, rel=2e-3)
     assert bool(torch.isfinite(relative_loss(torch.zeros(2))))
 
 
-def test_nothing_of_a_batch_stays_in_memory() -> None:
+def test_recorder_frees_a_batch_after_use() -> None:
     def tensors_alive() -> int:
         gc.collect()
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())

@@ -50,7 +50,7 @@ def sums_of(gm: fx.GraphModule, regions: Sequence[Region], images: Sequence[Tens
     return sums
 
 
-def test_maps_are_the_least_squares_over_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_equal_least_squares_over_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(Mixing)
     _, (island,) = capture_copy(model, x := pixels(2, 3, 16, 16), whole_model_is_graph=True)
     regions = [
@@ -77,7 +77,7 @@ def test_maps_are_the_least_squares_over_all_batches(monkeypatch: pytest.MonkeyP
     assert 0 < held["bend"].matrix.norm() < free["bend"].matrix.norm()
 
 
-def test_large_maps_are_looked_at_in_some_places() -> None:
+def test_large_feature_maps_are_sampled() -> None:
     model = build(Mixing)
     _, (island,) = capture_copy(model, x := pixels(1, 3, 96, 96), whole_model_is_graph=True)
     regions = [r for r in [row.region for row in fxprune.analyze(model, labelled()).regions] if r.name == "mix"]
@@ -86,7 +86,7 @@ def test_large_maps_are_looked_at_in_some_places() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 5, 6), (2, 7, 4), (3, 4)])
-def test_a_map_finds_the_channels(shape: tuple[int, ...]) -> None:
+def test_linear_map_acts_on_the_channels(shape: tuple[int, ...]) -> None:
     value, weight, bias = pixels(*shape), pixels(4, 4, seed=1), pixels(4, seed=2)
     found = LinearMap(torch.cat([weight.T, bias[None]]))(value)
     rows = value.movedim(1, -1) if value.ndim == 4 else value
@@ -139,13 +139,13 @@ def taken_in(name: str, graphs: list[tuple[str, fx.GraphModule]], links: Sequenc
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_convolutions_and_linear_layers_take_maps_in(reader: str) -> None:
+def test_layers_that_can_absorb_a_map_are_found(reader: str) -> None:
     expected, read, layers = READERS[reader]
     gm = fx.symbolic_trace(Reading(read, *layers))
     assert taken_in("region", [("", gm)], [Link("", RESULTS)]) == expected
 
 
-def test_what_other_graphs_read_is_followed() -> None:
+def test_readers_in_other_graphs_are_followed() -> None:
     whole = fx.symbolic_trace(Reading(lambda y: y))
     conv, act = (fx.symbolic_trace(nn.Sequential(layer)) for layer in (nn.Conv2d(8, 8, 1), nn.ReLU()))
     graphs = [("", whole), ("conv", conv), ("act", act)]
@@ -158,7 +158,7 @@ def test_what_other_graphs_read_is_followed() -> None:
 # As a criterion ------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_next_layer_can_apply_costs_nothing() -> None:
+def test_region_that_a_linear_map_replaces_has_no_importance() -> None:
     model = build(Mixing)
     plain, mended = (
         {r.name: r.score for r in fxprune.analyze(model, labelled(), criterion=name).regions}
@@ -169,7 +169,7 @@ def test_what_the_next_layer_can_apply_costs_nothing() -> None:
     assert 0 < mended["bend"] < plain["bend"]
 
 
-def test_a_generator_is_read_once_and_graphs_between_python_are_followed() -> None:
+def test_generator_is_read_once_and_graphs_between_python_are_followed() -> None:
     batches = iter(labelled())
     found = fxprune.analyze(build(Detector), batches, criterion="fisher_mended")
     assert list(batches) == []

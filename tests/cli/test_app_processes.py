@@ -27,7 +27,7 @@ def build():
 """
 
 
-def test_a_closed_pipe_ends_quietly() -> None:
+def test_closed_pipe_ends_quietly() -> None:
     process = subprocess.Popen(
         [*COMMAND, "eval", "bundled", "--limit", "4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -39,7 +39,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_behind_stdout_is_said() -> None:
+def test_full_disk_behind_stdout_is_reported() -> None:
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         done = subprocess.run(
             [*COMMAND, "eval", "bundled", "--limit", "4", "--json"],
@@ -54,7 +54,7 @@ def test_a_full_disk_behind_stdout_is_said() -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_while_it_analyzes_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_during_analysis_leaves_no_files(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
     images = ROOT / "fxprune" / "demo" / "data" / "calibration" / "images"
     process = subprocess.Popen(
@@ -74,7 +74,7 @@ def test_ctrl_c_while_it_analyzes_leaves_nothing(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} <= {"mine.py", "__pycache__"}
 
 
-def test_what_is_printed_in_c_is_no_result(tmp_path: Path) -> None:
+def test_output_of_c_code_does_not_go_to_stdout(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
     images = ROOT / "fxprune" / "demo" / "data" / "calibration" / "images"
     command = [
@@ -94,7 +94,7 @@ def test_what_is_printed_in_c_is_no_result(tmp_path: Path) -> None:
     assert {"built", "said in C"} <= set(done.stderr.splitlines())
 
 
-def test_stdout_is_one_document_whatever_ultralytics_says(tmp_path: Path) -> None:
+def test_stdout_is_one_document_with_verbose_ultralytics(tmp_path: Path) -> None:
     images = ROOT / "fxprune" / "demo" / "data" / "calibration" / "images"
     environment = os.environ | {"YOLO_VERBOSE": "true", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
@@ -112,7 +112,7 @@ def test_stdout_is_one_document_whatever_ultralytics_says(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_completion_knows_commands_and_names() -> None:
+def test_completion_lists_commands_and_names() -> None:
     for words, count, expected in (("fxprune an", 1, "analyze"), ("fxprune eval bun", 2, "bundled")):
         environment = os.environ | {"_FXPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count)}
         done = subprocess.run(COMMAND, capture_output=True, text=True, env=environment, check=False)

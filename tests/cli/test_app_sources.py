@@ -45,13 +45,13 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
     [
         ("retinanet_resnet50_fpn", "did you mean torchvision:retinanet_resnet50_fpn"),
         ("torchvision:retinanet_resnet50", "did you mean retinanet_resnet50_fpn"),
-        ("ultralytics:yolov8n", "neither a .pt nor a .yaml"),
+        ("ultralytics:yolov8n", r"\.pt .*\.yaml"),
         ("ultralytics:nothere.pt", "cannot load nothere.pt"),
         ("ultralytics:nothere.yaml", "cannot load nothere.yaml"),
         ("nothere_at_all:build", "there is no module 'nothere_at_all'"),
     ],
 )
-def test_unknown_models(name: str, text: str) -> None:
+def test_unknown_models_are_refused(name: str, text: str) -> None:
     with pytest.raises(ModelError, match=text):
         open_model(ModelOptions(name), "cpu")
 
@@ -60,20 +60,20 @@ def test_unknown_models(name: str, text: str) -> None:
     ("source", "text"),
     [
         ("def build():\n    return 1 / 0\n", r"mine:build failed: ZeroDivisionError.*mine.py, line 2"),
-        ("import nothere_at_all\n", r"importing mine failed: ModuleNotFoundError.*mine.py, line 1"),
-        ("def build(:\n", r"importing mine failed: SyntaxError.*mine.py, line 1"),
-        ("import sys\nsys.exit(3)\n", r"importing mine failed: SystemExit.*line 2"),
+        ("import nothere_at_all\n", r"ModuleNotFoundError.*mine.py, line 1"),
+        ("def build(:\n", r"SyntaxError.*mine.py, line 1"),
+        ("import sys\nsys.exit(3)\n", r"mine .*SystemExit.*line 2"),
         ("def build():\n    return 'a string'\n", "gave str"),
         ("other = 1\n", "has no 'build'"),
     ],
 )
-def test_errors_in_the_users_module_are_readable(own: Callable[[str], None], source: str, text: str) -> None:
+def test_errors_in_a_user_module_are_readable(own: Callable[[str], None], source: str, text: str) -> None:
     own(source)
     with pytest.raises(ModelError, match=text):
         open_model(ModelOptions("mine:build"), "cpu")
 
 
-def test_what_the_users_module_prints_is_no_result(own: Callable[[str], None], capsys: Captured) -> None:
+def test_output_of_a_user_module_does_not_go_to_stdout(own: Callable[[str], None], capsys: Captured) -> None:
     own("from fxprune.demo.bundled import load_detector\nprint('hello')\ndef build():\n    return load_detector()\n")
     assert main(["eval", "mine:build", "--json", "--images", str(VAL / "images"), "--annotations",
                  str(VAL / "annotations.json"), "--limit", "4"]) == 0  # fmt: skip
@@ -82,7 +82,7 @@ def test_what_the_users_module_prints_is_no_result(own: Callable[[str], None], c
     assert "hello" in captured.err
 
 
-def test_weights_of_torchvision_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_weights_without_a_connection_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise OSError("Name or service not known")
 
@@ -94,7 +94,7 @@ def test_weights_of_torchvision_without_a_connection(monkeypatch: pytest.MonkeyP
         open_model(ModelOptions(name, weights="NOPE"), "cpu")
 
 
-def test_weights_of_a_file(tmp_path: Path) -> None:
+def test_fill_weights_reads_a_file(tmp_path: Path) -> None:
     trained, fresh = load_detector(), build_detector()
     safetensors.torch.save_file(trained.state_dict(), tmp_path / "a.safetensors")
     torch.save({"state_dict": trained.state_dict()}, tmp_path / "b.pth")
@@ -112,7 +112,7 @@ def test_weights_of_a_file(tmp_path: Path) -> None:
         assert text in str(error.value)
 
 
-def test_files_that_hold_no_weights(tmp_path: Path) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
     (tmp_path / "b.pth").write_text("nothing", encoding="utf-8")
     torch.save(load_detector(), tmp_path / "c.pth")
@@ -124,7 +124,7 @@ def test_files_that_hold_no_weights(tmp_path: Path) -> None:
         fill_weights(build_detector(), tmp_path / "d.pth")
 
 
-def test_number_of_classes() -> None:
+def test_open_model_sets_the_number_of_classes() -> None:
     detector: Any = open_model(ModelOptions("torchvision:ssdlite320_mobilenet_v3_large", classes=5), "cpu")
     assert detector.head.classification_head.num_columns == 5
     assert not detector.training
@@ -137,7 +137,7 @@ def test_number_of_classes() -> None:
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def test_images_alone_and_what_lies_among_them(images: Path, capsys: Captured) -> None:
+def test_image_folder_skips_other_files_and_refuses_broken_images(images: Path, capsys: Captured) -> None:
     assert len(ImageFolder(images)) == 4
     (images / "notes.txt").write_text("no image", encoding="utf-8")
     (images / ".hidden").write_text("no image", encoding="utf-8")
@@ -150,14 +150,14 @@ def test_images_alone_and_what_lies_among_them(images: Path, capsys: Captured) -
     assert "cannot be read" in text
 
 
-def test_folders_without_images(tmp_path: Path) -> None:
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no image"):
         ImageFolder(tmp_path)
     with pytest.raises(DatasetError, match="is no folder"):
         ImageFolder(tmp_path / "nothere")
 
 
-def test_classifiers_take_images_alone(images: Path) -> None:
+def test_classifiers_accept_images_without_labels(images: Path) -> None:
     model = open_model(ModelOptions("torchvision:resnet18"), "cpu")
     options = DataOptions(images=images, size=64, batch=3)
     loader = calibration_batches(model, open_images(model, options, "calibration"), options)
@@ -170,7 +170,7 @@ def test_limit_spreads_the_images_evenly() -> None:
     assert len(open_images(load_detector(), DataOptions(), "val").dataset) == 200
 
 
-def test_annotations_that_do_not_fit(images: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_annotations_that_do_not_fit_are_refused(images: Path, tmp_path: Path, capsys: Captured) -> None:
     content = json.loads((VAL / "annotations.json").read_text(encoding="utf-8"))
     file = tmp_path / "annotations.json"
 

@@ -35,7 +35,7 @@ def yolo(tmp_path: Path, images: Path) -> Path:
     return file
 
 
-def test_yolo_labels_are_those_of_the_coco_file(yolo: Path) -> None:
+def test_yolo_labels_equal_those_of_the_coco_file(yolo: Path) -> None:
     dataset, truth = YoloDataset(yolo, "val"), load_dataset("val")
     assert (len(dataset), dataset.categories[9]) == (4, "9")
     for index in range(4):
@@ -78,7 +78,7 @@ def test_yolo_models_without_names_are_matched_by_number(yolo: Path) -> None:
     [
         ("3 0.5 0.5 0.2", "4 numbers"),
         ("3 0.5 0.5 0.2 wide", "line 1: not numbers"),
-        ("10 0.5 0.5 0.2 0.2", "class 10, but the names are of 0 to 9"),
+        ("10 0.5 0.5 0.2 0.2", "class 10, .*0 to 9"),
         ("1.5 0.5 0.5 0.2 0.2", "class 1.5"),
         ("3 80 80 20 20", r"leaves \[0, 1\]"),
         ("3 nan 0.5 0.2 0.2", r"leaves \[0, 1\]"),
@@ -92,7 +92,7 @@ def test_broken_yolo_labels_name_the_line(yolo: Path, line: str, text: str) -> N
         dataset[0]
 
 
-def test_polygons_become_boxes_and_double_lines_count_once(yolo: Path) -> None:
+def test_yolo_polygons_become_boxes_and_repeated_lines_count_once(yolo: Path) -> None:
     dataset = YoloDataset(yolo, "val")
     file = yolo.parent / "labels" / f"{dataset.files[0].stem}.txt"
     file.write_text("2 0.25 0.5 0.5 0.25 0.75 0.5\n3 0.5 0.5 0.5 0.5\n\n3 0.5 0.5 0.5 0.5\n", encoding="utf-8")
@@ -107,22 +107,22 @@ def test_polygons_become_boxes_and_double_lines_count_once(yolo: Path) -> None:
     ("content", "text"),
     [
         ("names: [a", "cannot be read as YAML"),
-        ("just words", "no data set of ultralytics' form"),
+        ("just words", "no data set"),
         ("val: images", "'names' should be"),
         ("val: images\nnames: {1: a, 2: b}", "'names' should be"),
         ("train: images\nnames: [a]", "has no 'val'"),
         ("val: elsewhere\nnames: [a]", "elsewhere is missing"),
-        ("val: pictures\nnames: [a]", "none of the 4 images has labels"),
+        ("val: pictures\nnames: [a]", "none of the 4 images"),
     ],
 )
-def test_broken_yaml(yolo: Path, images: Path, content: str, text: str) -> None:
+def test_broken_yaml_is_refused(yolo: Path, images: Path, content: str, text: str) -> None:
     shutil.copytree(images, yolo.parent / "pictures")
     yolo.write_text(content, encoding="utf-8")
     with pytest.raises(DatasetError, match=text):
         YoloDataset(yolo, "val")
 
 
-def test_yaml_with_a_root_a_list_and_a_text_file(yolo: Path, images: Path) -> None:
+def test_yaml_with_root_list_and_text_file_is_read(yolo: Path, images: Path) -> None:
     names = sorted(path.name for path in images.iterdir())
     (yolo.parent / "some.txt").write_text("\n".join(f"./images/{name}" for name in names[:2]), encoding="utf-8")
     head = f"path: {yolo.parent}\nnames: {{{', '.join(f'{digit}: d{digit}' for digit in range(10))}}}\n"
@@ -131,7 +131,7 @@ def test_yaml_with_a_root_a_list_and_a_text_file(yolo: Path, images: Path) -> No
     assert issubclass(DatasetError, FxpruneError)
 
 
-def test_a_detector_with_too_few_classes_is_wrong_for_the_data(yolo: Path) -> None:
+def test_detector_with_too_few_classes_is_refused(yolo: Path) -> None:
     model = open_model(ModelOptions("torchvision:ssdlite320_mobilenet_v3_large", classes=5), "cpu")
     with pytest.raises(SettingError, match=r"1 to 4 .* 10; .*--classes 11"):
         open_images(model, DataOptions(data=yolo), "val")

@@ -15,7 +15,7 @@ from fxprune.cli.app import main
 from tests.helpers.commands import Captured, refusal
 
 
-def test_nothing_is_overwritten_without_force(pruned_folder: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_output_is_not_overwritten_without_force(pruned_folder: Path, tmp_path: Path, capsys: Captured) -> None:
     before = {path: path.read_bytes() for path in pruned_folder.iterdir()}
     assert "--force replaces it" in refusal(capsys, "prune", "bundled", "--out", pruned_folder)
     assert "is there already" in refusal(capsys, "apply", "bundled", pruned_folder / "plan.json", "-o", pruned_folder)
@@ -29,14 +29,14 @@ def test_nothing_is_overwritten_without_force(pruned_folder: Path, tmp_path: Pat
     assert (tmp_path / "letter.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_force_replaces_an_earlier_run_and_leaves_nothing_beside_it(pruned_folder: Path, tmp_path: Path) -> None:
+def test_force_replaces_an_earlier_run_completely(pruned_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for more in ([], ["--force"]):
         assert main(["apply", "bundled", str(pruned_folder / "plan.json"), "--out", str(out), *more]) == 0
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_full_disk_leaves_the_earlier_run(
+def test_full_disk_keeps_the_earlier_run(
     pruned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     out = tmp_path / "out"
@@ -54,16 +54,14 @@ def test_a_full_disk_leaves_the_earlier_run(
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_full_disk_behind_stdout(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+def test_full_disk_behind_stdout_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
     monkeypatch.setattr(sys, "stdout", full)
     assert "stdout: No space left" in refusal(capsys, "eval", "bundled", "--limit", "4")
     full.close()  # what it did not take is let go of
 
 
-def test_an_interruption_while_moving_brings_the_earlier_run_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interruption_while_moving_restores_the_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     output.write_folder(out, False, writing("old"))
 

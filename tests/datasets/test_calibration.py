@@ -15,7 +15,7 @@ from fxprune.datasets.calibration import open_calibration
 from tests.helpers.models import pixels, tiny
 
 
-def test_each_batch_without_labels_is_labelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlabelled_batches_are_labelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
 
     def label(model: nn.Module, batch: Batch) -> Batch:
@@ -47,7 +47,7 @@ def test_each_batch_without_labels_is_labelled_once(monkeypatch: pytest.MonkeyPa
         (3, 99, 2, [0, 1, 2], [0, 1, 2]),
     ],
 )
-def test_two_samples_have_no_image_in_common(
+def test_samples_share_no_image(
     batches: int, images: int, world: int, one: list[int], other: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = [pixels(2, 3, 16, 16, seed=seed) for seed in range(batches)]

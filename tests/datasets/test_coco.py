@@ -55,7 +55,7 @@ class Named(nn.Module):
         self.names = names
 
 
-def test_an_item(tmp_path: Path) -> None:
+def test_coco_item_has_image_boxes_and_labels(tmp_path: Path) -> None:
     data = opened(tmp_path, example())
     image, target = data[0]
     stored = np.asarray(Image.open(tmp_path / "images" / "a.png"))
@@ -71,7 +71,7 @@ def test_an_item(tmp_path: Path) -> None:
     assert len(data) == 2
 
 
-def test_paths_as_strings_and_a_limit(tmp_path: Path) -> None:
+def test_coco_dataset_takes_string_paths_and_a_limit(tmp_path: Path) -> None:
     write(tmp_path, example())
     data = CocoDataset(str(tmp_path / "images"), str(tmp_path / "annotations.json"), limit=1)
     assert len(data) == 1
@@ -79,7 +79,7 @@ def test_paths_as_strings_and_a_limit(tmp_path: Path) -> None:
         CocoDataset.from_folder(tmp_path, limit=0)
 
 
-def test_an_image_without_boxes_and_a_grey_one(tmp_path: Path) -> None:
+def test_coco_item_without_boxes_and_grey_image_are_read(tmp_path: Path) -> None:
     content = example() | {"annotations": []}
     data = opened(tmp_path, content)
     Image.new("L", (60, 40), 51).save(tmp_path / "images" / "a.png")
@@ -89,7 +89,7 @@ def test_an_image_without_boxes_and_a_grey_one(tmp_path: Path) -> None:
     assert image.flatten().tolist() == pytest.approx([0.2] * image.numel())
 
 
-def test_boxes_without_a_size_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_boxes_without_size_are_dropped_and_counted(tmp_path: Path) -> None:
     content = example()
     content["annotations"][0]["bbox"] = [10, 5, 0, 30]
     content["annotations"][2]["bbox"] = [10, 5, 4, -1]
@@ -123,13 +123,13 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_annotations_are_named(case: str, tmp_path: Path) -> None:
+def test_broken_annotations_are_refused_by_name(case: str, tmp_path: Path) -> None:
     content, message = BROKEN[case]
     with pytest.raises(DatasetError, match=message):
         opened(tmp_path, content)
 
 
-def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+def test_missing_and_broken_files_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="images is no folder"):
         CocoDataset.from_folder(tmp_path)
     data = opened(tmp_path, example())
@@ -147,7 +147,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         CocoDataset.from_folder(tmp_path)
 
 
-def test_batches_of_torchvision_leave_crowds_out(tmp_path: Path) -> None:
+def test_torchvision_batches_leave_crowds_out(tmp_path: Path) -> None:
     batches = fxprune.batches(load_detector(), opened(tmp_path, example()), batch_size=2)
     ((images, targets),) = batches
     assert [tuple(image.shape) for image in images] == [(3, *size) for size in SIZES]
@@ -156,7 +156,7 @@ def test_batches_of_torchvision_leave_crowds_out(tmp_path: Path) -> None:
     assert len(list(batches)) == len(list(batches)) == 1  # read as often as one likes
 
 
-def test_batches_bear_the_models_class_numbers(tmp_path: Path) -> None:
+def test_batches_use_the_class_numbers_of_the_model(tmp_path: Path) -> None:
     data = opened(tmp_path, example())
     by_name = fxprune.batches(Named("bird", "dog", "cat"), data, batch_size=1)
     assert [batch[1][0]["labels"].tolist() for batch in by_name] == [[1], [2]]
@@ -168,7 +168,7 @@ def test_batches_bear_the_models_class_numbers(tmp_path: Path) -> None:
         fxprune.batches(Named("a", "b"), data, labels={0: 3, 1: 3})
 
 
-def test_names_are_never_guessed(tmp_path: Path) -> None:
+def test_batches_refuses_unmatched_class_names(tmp_path: Path) -> None:
     data = opened(tmp_path, example())
     for source in (data, Subset(data, [1])):
         with pytest.raises(SettingError, match=r"no class .*{5: 'dog'}.*labels="):
@@ -179,7 +179,7 @@ def test_names_are_never_guessed(tmp_path: Path) -> None:
         fxprune.batches(Named("a"), data, labels={1: 3})
 
 
-def test_batches_of_a_yolo_have_boxes_where_the_objects_are(tmp_path: Path) -> None:
+def test_yolo_batches_have_boxes_on_the_objects(tmp_path: Path) -> None:
     ultralytics = pytest.importorskip("ultralytics")
     colours = {3: (255, 0, 0), 5: (0, 255, 0)}
     content = example()
@@ -214,7 +214,7 @@ def test_batches_of_a_yolo_have_boxes_where_the_objects_are(tmp_path: Path) -> N
         fxprune.batches(model, opened(tmp_path, content))[0]
 
 
-def test_letterboxing_is_grey_around_and_comes_back() -> None:
+def test_letterbox_pads_with_grey_and_can_be_undone() -> None:
     square, placement = letterbox(torch.ones(3, 50, 100), 64)
     assert (placement.resized, placement.pad) == ((32, 64), (0, 16))
     assert torch.equal(square[:, 16:48], torch.ones(3, 32, 64))
@@ -226,7 +226,7 @@ def test_letterboxing_is_grey_around_and_comes_back() -> None:
     assert placement.to_square(boxes).tolist() == [pytest.approx([0.64, 2.56, 19.2, 51.2])]
 
 
-def test_batches_calibrate_both_families(tmp_path: Path) -> None:
+def test_batches_calibrate_torchvision_and_ultralytics(tmp_path: Path) -> None:
     ultralytics = pytest.importorskip("ultralytics")
     val = Subset(load_dataset("calibration"), range(2))
     analysis = fxprune.analyze(load_detector(), fxprune.batches(load_detector(), val))
@@ -236,7 +236,7 @@ def test_batches_calibrate_both_families(tmp_path: Path) -> None:
     assert other.regions
 
 
-def test_what_cannot_be_batched_is_refused(tmp_path: Path) -> None:
+def test_batches_refuses_unusable_data_sets(tmp_path: Path) -> None:
     data = opened(tmp_path, example())
     with pytest.raises(ModelError, match=r"ResNet .*boxes"):
         fxprune.batches(resnet18(), data)

@@ -44,14 +44,14 @@ def found(corners: Tensor, scores: list[float]) -> dict[str, Tensor]:
     }
 
 
-def test_a_perfect_detector_has_precision_one() -> None:
+def test_perfect_detector_has_precision_one() -> None:
     data = [item((0, 0, 50, 50)), item((10, 10, 90, 90), (0, 0, 8, 8))]
     outputs = [found(target["boxes"], [0.9] * len(target["boxes"])) for _, target in data]
     scores = evaluate(Oracle(outputs), data, batch_size=1)
     assert scores["mAP"] == scores["mAP50"] == pytest.approx(1.0)
 
 
-def test_average_precision_by_hand() -> None:
+def test_average_precision_equals_value_by_hand() -> None:
     # Two true boxes. By score: a hit, a false alarm, a hit: precisions 1, 1/2, 2/3 at recalls 1/2, 1/2, 1.
     # Interpolated at 101 recalls: 51 of them (0 to .50) at 1, 50 at 2/3.
     data = [item((0, 0, 40, 40), (50, 50, 90, 90))]
@@ -60,25 +60,25 @@ def test_average_precision_by_hand() -> None:
     assert evaluate(Oracle(outputs), data)["mAP50"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_overlap_decides_at_which_threshold_a_box_counts() -> None:
+def test_overlap_decides_which_thresholds_a_box_passes() -> None:
     # Intersection over union .72: a hit at .50, .55, .60, .65, .70 and none above: mAP = 5/10.
     scores = evaluate(Oracle([found(boxes((0, 0, 72, 100)), [0.9])]), [item((0, 0, 100, 100))])
     assert scores["mAP"] == pytest.approx(0.5)
     assert scores["mAP75"] == 0
 
 
-def test_nothing_found_and_images_without_boxes() -> None:
+def test_no_detections_and_images_without_boxes_give_zero() -> None:
     data = [item((0, 0, 40, 40)), item()]
     scores = evaluate(Oracle([found(boxes(), []), found(boxes(), [])]), data)
     assert scores["mAP"] == scores["mAP50"] == 0
 
 
-def test_no_true_box_at_all_is_refused() -> None:
+def test_evaluate_without_true_boxes_is_refused() -> None:
     with pytest.raises(BatchError, match="has a true box"):
         evaluate(Oracle([found(boxes(), [])]), [item()])
 
 
-def test_the_mode_is_restored_and_progress_told() -> None:
+def test_evaluate_restores_the_mode_and_reports_progress() -> None:
     model = Oracle([found(boxes(), [])] * 3).train()
     model.layer.eval()
     seen: list[int] = []
@@ -96,7 +96,7 @@ class Data(list[Any]):
         self.categories = categories
 
 
-def test_detections_inside_a_crowd_count_neither_way() -> None:
+def test_detections_inside_a_crowd_are_ignored() -> None:
     # By score: a hit, one inside the crowd, a false alarm, a hit. With the crowd ignored: precisions 1, 1/2, 2/3.
     image, target = item((0, 0, 20, 20), (30, 0, 50, 20), (0, 50, 100, 100))
     rows = boxes((0, 0, 20, 20), (10, 60, 40, 90), (70, 10, 90, 30), (30, 0, 50, 20))
@@ -110,7 +110,7 @@ def test_detections_inside_a_crowd_count_neither_way() -> None:
         evaluate(Oracle(outputs), [(image, target | {"iscrowd": torch.ones(3)})])
 
 
-def test_given_areas_decide_what_is_small() -> None:
+def test_given_areas_decide_the_size_class() -> None:
     image, target = item((0, 0, 50, 50))
     outputs = [found(target["boxes"], [0.9])]
     scores = evaluate(Oracle(outputs), [(image, target)])
@@ -122,7 +122,7 @@ def test_given_areas_decide_what_is_small() -> None:
         evaluate(Oracle(outputs), [(image, target | {"area": torch.ones(2)})])
 
 
-def test_classes_become_labels() -> None:
+def test_classes_are_mapped_to_labels() -> None:
     image, target = item((0, 0, 20, 20), (50, 50, 90, 90))
     target["labels"] = torch.tensor([30, 20])
     output = found(boxes((0, 0, 20, 20), (0, 60, 20, 80), (50, 50, 90, 90)), [0.8, 0.9, 0.9])
@@ -145,7 +145,7 @@ def test_classes_become_labels() -> None:
             evaluate(named, data, labels=labels)  # type: ignore[arg-type]
 
 
-def test_what_is_no_detector_is_refused() -> None:
+def test_evaluate_of_a_model_without_boxes_is_refused() -> None:
     with pytest.raises(ModelError, match=r"ResNet .*boxes"):
         evaluate(resnet18(), [item((0, 0, 9, 9))])
     with pytest.raises(ModelError, match=r"Sequential .*TypeError.*takes a list"):
@@ -156,7 +156,7 @@ def test_what_is_no_detector_is_refused() -> None:
         evaluate("yolov8n.pt", [item((0, 0, 9, 9))])  # type: ignore[arg-type]
 
 
-def test_the_bundled_truth_fed_back_scores_one() -> None:
+def test_evaluate_of_true_boxes_of_the_bundled_data_gives_one() -> None:
     data = load_dataset("val")
     outputs = [target | {"scores": torch.ones(len(target["labels"]))} for _, target in data]
     scores = evaluate(Oracle(outputs), data)

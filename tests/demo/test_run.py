@@ -16,7 +16,7 @@ from fxprune.demo.run import run_demo
 from fxprune.errors import BudgetError, FxpruneError
 
 
-def test_demo_prints_one_table_that_says_what_was_kept() -> None:
+def test_demo_prints_one_table_of_map_and_removed_regions() -> None:
     out = Console(file=io.StringIO(), width=80)
     rows = run_demo(out, Console(file=io.StringIO()), 0.1, ("fisher",))
     text = out.file.getvalue()  # type: ignore[attr-defined]
@@ -31,13 +31,13 @@ def test_demo_prints_one_table_that_says_what_was_kept() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_a_wrong_budget_is_refused_at_once() -> None:
+def test_demo_refuses_a_wrong_budget_at_once() -> None:
     with pytest.raises(BudgetError, match="between 0 and 1"):
         run_demo(Console(file=io.StringIO()), Console(file=io.StringIO()), 1.5)
     assert main(["demo", "--budget", "1.5"]) == 1
 
 
-def test_python_dash_m_is_the_command_line() -> None:
+def test_python_dash_m_runs_the_command_line() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fxprune", "demo", "--help"], capture_output=True, text=True, check=True
     )
@@ -45,7 +45,7 @@ def test_python_dash_m_is_the_command_line() -> None:
     assert "--criterion" in done.stdout
 
 
-def test_bundled_splits() -> None:
+def test_load_dataset_gives_the_bundled_splits() -> None:
     val, calibration = load_dataset("val"), load_dataset("calibration")
     assert (len(val), len(calibration)) == (200, 64)
     image, target = calibration[0]

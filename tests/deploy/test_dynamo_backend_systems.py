@@ -23,13 +23,13 @@ def compiled_by_plan(model: torch.nn.Module, case: Case, inner: str) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
-def test_the_backend_gives_what_apply_gives(case: Case, inner: str) -> None:
+def test_backend_outputs_equal_those_of_apply(case: Case, inner: str) -> None:
     compiled, expected = compiled_by_plan(copy.deepcopy(case.model), case, inner), copy.deepcopy(case.pruned)(case.x)
     for _ in range(2):  # at the second call, regions that were not met are complained of
         assert_alike(compiled(case.x), expected)
 
 
-def test_training_gives_the_gradients_of_what_apply_gives(case: Case) -> None:
+def test_backend_gradients_equal_those_of_apply(case: Case) -> None:
     expected, twin = trained(case, fxprune.apply(case.model, case.plan)), copy.deepcopy(case.model)
     trained(case, twin, compiled_by_plan(twin, case, "aot_eager"))
     assert_trained_alike(twin, expected)

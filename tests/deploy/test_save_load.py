@@ -107,7 +107,7 @@ def pruned_system(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in SYSTEMS])
-def test_a_system_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_saved_system_is_loaded_bit_for_bit(name: str, tmp_path: Path) -> None:
     pruned, (_, rebuild, batch) = pruned_system(name), SYSTEMS[name]
     again = round_trip(pruned, rebuild(), tmp_path / "saved")
     assert again.__class__.__qualname__ == pruned.__class__.__qualname__
@@ -115,7 +115,7 @@ def test_a_system_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert equal(outputs(again, x), outputs(pruned, x))
 
 
-def test_a_yolo_is_saved_with_its_wrapper_or_without_but_not_fused(tmp_path: Path) -> None:
+def test_yolo_is_saved_with_or_without_wrapper_but_not_fused(tmp_path: Path) -> None:
     pruned = pruned_system("yolov8n")
     file = io.BytesIO()
     torch.save(pruned.model, file)
@@ -134,7 +134,7 @@ def test_a_yolo_is_saved_with_its_wrapper_or_without_but_not_fused(tmp_path: Pat
 # What a model may have been through ----------------------------------------------------------------------------------
 
 
-def test_a_fresh_process_gives_the_same_bits(pruned: nn.Module, tmp_path: Path) -> None:
+def test_load_in_a_fresh_process_gives_the_same_bits(pruned: nn.Module, tmp_path: Path) -> None:
     fxprune.save(pruned, tmp_path / "saved")
     save_file({"x": X}, tmp_path / "x")
     code = (
@@ -153,7 +153,7 @@ def train_step(model: nn.Module) -> None:
     optimizer.step()
 
 
-def test_a_model_trained_since(pruned: nn.Module, tmp_path: Path) -> None:
+def test_model_trained_after_pruning_is_loaded_as_trained(pruned: nn.Module, tmp_path: Path) -> None:
     before = outputs(pruned, X)
     pruned.train()
     next(module for module in pruned.modules() if isinstance(module, nn.BatchNorm2d)).eval()
@@ -178,14 +178,14 @@ class Shifted(Tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_other_dtypes_are_loaded_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     pruned = fxprune.compile(Shifted().eval(), labelled(), criterion="l1").to(dtype)
     again = round_trip(pruned, Shifted(), tmp_path / "saved")
     assert {value.dtype for value in again.buffers() if value.is_floating_point()} == {dtype}
     assert equal(outputs(again, X.to(dtype)), outputs(pruned, X.to(dtype)))
 
 
-def test_norms_in_another_dtype(pruned: nn.Module, tmp_path: Path) -> None:
+def test_norms_in_another_dtype_are_loaded_bit_for_bit(pruned: nn.Module, tmp_path: Path) -> None:
     pruned.bfloat16()
     for module in pruned.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -196,13 +196,13 @@ def test_norms_in_another_dtype(pruned: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("saved", [torch.contiguous_format, torch.channels_last])
-def test_memory_format_is_the_saved_one(pruned: nn.Module, saved: Any, given: Any, tmp_path: Path) -> None:
+def test_load_restores_the_saved_memory_format(pruned: nn.Module, saved: Any, given: Any, tmp_path: Path) -> None:
     fresh = tiny(1).to(memory_format=given)
     again = round_trip(pruned.to(memory_format=saved), fresh, tmp_path / "saved")
     assert equal(outputs(again, X), outputs(pruned, X))
 
 
-def test_a_model_pruned_twice(pruned: nn.Module, tmp_path: Path) -> None:
+def test_model_pruned_twice_is_loaded_bit_for_bit(pruned: nn.Module, tmp_path: Path) -> None:
     train_step(pruned.train())
     twice = fxprune.compile(copy.deepcopy(pruned).eval(), labelled(), criterion="l1")
     again = round_trip(twice, tiny(1), tmp_path / "saved")
@@ -239,7 +239,7 @@ def test_tied_weights_stay_tied(dtype: torch.dtype, tmp_path: Path) -> None:
         assert equal(outputs(model, X.to(dtype)), outputs(pruned, X.to(dtype)))
 
 
-def test_weights_untied_since_are_refused(tmp_path: Path) -> None:
+def test_weights_untied_after_pruning_are_refused(tmp_path: Path) -> None:
     pruned: Any = fxprune.compile(Tied().eval(), labelled(), criterion="l1")
     pruned.aux.weight = nn.Parameter(2 * pruned.fc.weight.detach())
     fxprune.save(pruned, tmp_path / "saved")
@@ -250,7 +250,7 @@ def test_weights_untied_since_are_refused(tmp_path: Path) -> None:
 # What comes from the given model, and what the files are -------------------------------------------------------------
 
 
-def test_gradients_are_taken_as_in_the_given_model(pruned: nn.Module, tmp_path: Path) -> None:
+def test_load_keeps_requires_grad_of_the_given_model(pruned: nn.Module, tmp_path: Path) -> None:
     fxprune.save(pruned.to(memory_format=torch.channels_last).requires_grad_(False), tmp_path / "saved")
     fresh: Any = tiny(1)
     fresh.stem.requires_grad_(False)
@@ -263,14 +263,14 @@ def test_gradients_are_taken_as_in_the_given_model(pruned: nn.Module, tmp_path: 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("saved", "given"), [("cuda", "cpu"), ("cpu", "cuda")])
-def test_the_device_is_the_given_models(pruned: nn.Module, saved: str, given: str, tmp_path: Path) -> None:
+def test_load_keeps_the_device_of_the_given_model(pruned: nn.Module, saved: str, given: str, tmp_path: Path) -> None:
     fxprune.save(pruned.to(saved), tmp_path / "saved")
     again = fxprune.load(tiny(1).to(given), tmp_path / "saved")
     assert {value.device.type for value in again.state_dict().values()} == {given}
     assert equal(list(again.cpu().state_dict().values()), list(pruned.cpu().state_dict().values()))
 
 
-def test_every_file_is_json_or_safetensors(pruned: nn.Module, tmp_path: Path) -> None:
+def test_saved_files_are_json_or_safetensors(pruned: nn.Module, tmp_path: Path) -> None:
     fxprune.save(pruned, tmp_path / "runs" / "saved")
     files = {path.name: path.read_bytes() for path in (tmp_path / "runs" / "saved").iterdir()}
     assert set(files) == {"plan.json", "weights.safetensors", "manifest.json"}
@@ -283,7 +283,7 @@ def test_every_file_is_json_or_safetensors(pruned: nn.Module, tmp_path: Path) ->
     assert fxprune.Plan.load(tmp_path / "runs" / "saved" / "plan.json").removed
 
 
-def test_other_readers_take_the_weights(pruned: nn.Module, tmp_path: Path) -> None:
+def test_saved_weights_load_with_plain_safetensors(pruned: nn.Module, tmp_path: Path) -> None:
     fxprune.save(pruned, tmp_path / "saved")
     twin = fxprune.apply(tiny(1), fxprune.Plan.load(tmp_path / "saved" / "plan.json"))
     twin.load_state_dict(load_file(tmp_path / "saved" / "weights.safetensors"))

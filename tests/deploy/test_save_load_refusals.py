@@ -54,21 +54,21 @@ FILES = ("manifest.json", "plan.json", "weights.safetensors")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file(folder: Path, name: str) -> None:
+def test_load_refuses_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
     assert_load_refused(folder, StorageError, rf"holds no {name}|{name} is missing; manifest.json lists it")
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.9999])
-def test_a_truncated_file(folder: Path, name: str, share: float) -> None:
+def test_load_refuses_a_truncated_file(folder: Path, name: str, share: float) -> None:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: min(int(share * len(content)), len(content) - 2)])
     assert_load_refused(folder, StorageError, rf"{name}.*(not a JSON file|bytes, manifest.json says).*(copy|save)")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_any_flipped_bit(folder: Path, name: str) -> None:
+def test_load_refuses_any_flipped_bit(folder: Path, name: str) -> None:
     model, path = Eager(), folder / name
     content = path.read_bytes()
     for position in range(0, len(content), max(1, len(content) // 700)):
@@ -81,14 +81,14 @@ def test_any_flipped_bit(folder: Path, name: str) -> None:
     fxprune.load(model, folder)
 
 
-def test_bytes_that_are_no_safetensors(folder: Path) -> None:
+def test_load_refuses_bytes_that_are_no_safetensors(folder: Path) -> None:
     (folder / "weights.safetensors").write_bytes(b"\x80\x04" + b"x" * 100)
     assert_load_refused(folder, StorageError, r"weights.safetensors has 102 bytes, manifest.json says \d+")
     seal(folder, read(folder))
     assert_load_refused(folder, StorageError, r"weights.safetensors: not a safetensors file")
 
 
-def test_weights_of_another_model(folder: Path, tmp_path: Path) -> None:
+def test_load_refuses_weights_of_another_model(folder: Path, tmp_path: Path) -> None:
     fxprune.save(fxprune.compile(tiny(), labelled(), criterion="l1"), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "weights.safetensors", folder)
     assert_load_refused(folder, StorageError, r"weights.safetensors has \d+ bytes|does not have the SHA-256")
@@ -103,11 +103,11 @@ def test_weights_of_another_model(folder: Path, tmp_path: Path) -> None:
     [
         (
             lambda plan: changed(plan, "islands[0].fingerprint", "0" * 16),
-            r"fingerprint .*structure differs.*as it was built before",
+            r"fingerprint .*structure differs",
         ),
         (
             lambda plan: changed(plan, "islands[0].name", "head"),
-            r"removes regions of \['body'\] but does not list these",
+            r"\['body'\] .*not list",
         ),
         (lambda plan: changed(plan, "extra", 1), r"unknown \['extra'\]"),
         (lambda plan: changed(plan, "fxprune_plan", 99), r"schema version 99"),
@@ -118,7 +118,7 @@ def test_weights_of_another_model(folder: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_edited_plan(folder: Path, change: Callable[[Any], Any], match: str) -> None:
+def test_load_refuses_an_edited_plan(folder: Path, change: Callable[[Any], Any], match: str) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     (folder / "plan.json").write_text(json.dumps(change(plan)))
     assert_load_refused(folder, StorageError, r"plan.json has \d+ bytes, manifest.json says|SHA-256")
@@ -126,7 +126,7 @@ def test_an_edited_plan(folder: Path, change: Callable[[Any], Any], match: str) 
     assert_load_refused(folder, PlanError, rf"plan\.json: .*{match}")
 
 
-def test_a_plan_that_removes_less_than_the_weights_lack(folder: Path) -> None:
+def test_load_refuses_a_plan_that_removes_less_than_the_weights_lack(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     for row in plan["regions"]:
         row["removed"] = False
@@ -144,23 +144,23 @@ def test_a_plan_that_removes_less_than_the_weights_lack(folder: Path) -> None:
         (b"9" * 10_000, "not a JSON file"),
         (b"[]", "no field 'fxprune_save'"),
         (b'{"files": {}}', "no field 'fxprune_save'"),
-        (b'{"fxprune_save": 2, "fxprune": "9.1"}', r"format 2, this fxprune reads 1.*wrote it \(9\.1\)"),
+        (b'{"fxprune_save": 2, "fxprune": "9.1"}', r"format 2, .*reads 1.*9\.1"),
         (b'{"fxprune_save": 1}', "lacks .'channels_last'"),
     ],
 )
-def test_another_manifest(folder: Path, content: bytes, match: str) -> None:
+def test_load_refuses_another_manifest(folder: Path, content: bytes, match: str) -> None:
     (folder / manifest.NAME).write_bytes(content)
     assert_load_refused(folder, StorageError, rf"manifest\.json: .*{match}")
 
 
 @pytest.mark.parametrize("field", sorted(field.name for field in dataclasses.fields(manifest.Manifest)))
 @pytest.mark.parametrize("value", [None, 1, [1], {"a": 1}])
-def test_a_field_of_another_kind(folder: Path, field: str, value: Any) -> None:
+def test_load_refuses_a_field_of_the_wrong_type(folder: Path, field: str, value: Any) -> None:
     seal(folder, {**read(folder), field: value}, measure=False)
     assert_load_refused(folder, StorageError, rf"manifest\.json: field '(manifest\.)?{field}(\.a)?' should be")
 
 
-def test_an_unknown_field_and_an_edited_one(folder: Path) -> None:
+def test_load_refuses_unknown_and_edited_fields(folder: Path) -> None:
     data = read(folder)
     seal(folder, {**data, "pickle": "x"})
     assert_load_refused(folder, StorageError, r"manifest\.json: .* has unknown \['pickle'\]")
@@ -173,7 +173,7 @@ def test_an_unknown_field_and_an_edited_one(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../plan.json", "/etc/passwd", "a/plan.json", "..\\plan.json", "C:plan.json", ".", "..", "a/../plan.json"]
 )
-def test_a_path_out_of_the_folder(folder: Path, name: str) -> None:
+def test_load_refuses_a_path_out_of_the_folder(folder: Path, name: str) -> None:
     shutil.copy(folder / "plan.json", folder.parent)
     data = read(folder)
     data["files"][name] = data["files"].pop("plan.json")
@@ -182,7 +182,7 @@ def test_a_path_out_of_the_folder(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("names", [["plan-2.json"], [], ["plan.json", "notes.txt"], ["plan.json", "plan-1.json"], [""]])
-def test_a_list_of_other_files(folder: Path, names: list[str]) -> None:
+def test_load_refuses_a_list_of_other_files(folder: Path, names: list[str]) -> None:
     data = read(folder)
     entry = data["files"].pop("plan.json")
     seal(folder, {**data, "files": data["files"] | dict.fromkeys(names, entry)}, measure=False)
@@ -190,7 +190,7 @@ def test_a_list_of_other_files(folder: Path, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_links(folder: Path, name: str) -> None:
+def test_load_refuses_links(folder: Path, name: str) -> None:
     outside = folder.parent / "outside"
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
@@ -203,7 +203,7 @@ def test_links(folder: Path, name: str) -> None:
     assert_load_refused(folder, StorageError, rf"holds no {name}|{name} is missing")
 
 
-def test_a_link_to_the_folder_is_no_link_out_of_it(folder: Path, pruned_eager: Any) -> None:
+def test_load_accepts_a_link_to_the_folder(folder: Path, pruned_eager: Any) -> None:
     link = folder.parent / "link"
     link.symlink_to(folder)
     assert torch.equal(fxprune.load(Eager(), link)(X), pruned_eager(X))
@@ -211,7 +211,7 @@ def test_a_link_to_the_folder_is_no_link_out_of_it(folder: Path, pruned_eager: A
     assert link.is_symlink()
 
 
-def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_refuses_an_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.read_bytes
 
     def read_bytes(path: Path) -> bytes:
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert_load_refused(folder, StorageError, r"plan\.json cannot be read .*permissions")
 
 
-def test_no_folder(folder: Path) -> None:
+def test_load_refuses_a_path_that_is_no_folder(folder: Path) -> None:
     assert_load_refused(folder / "plan.json", StorageError, r"plan\.json is a file, not a folder")
     assert_load_refused(
         folder / "nowhere", StorageError, r"nowhere does not exist; give the folder that fxprune\.save wrote"
@@ -236,7 +236,7 @@ def test_no_folder(folder: Path) -> None:
 # Models that are not what was saved ----------------------------------------------------------------------------------
 
 
-def test_models_that_do_not_fit(folder: Path, pruned_eager: Any) -> None:
+def test_load_refuses_models_that_do_not_fit(folder: Path, pruned_eager: Any) -> None:
     assert_load_refused(
         folder, StorageError, r"'weight' is \(5, 8\) .*in the file and \(7, 8\).*as many classes", Eager(7)
     )

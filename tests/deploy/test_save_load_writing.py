@@ -46,14 +46,14 @@ def untouched(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("build", [tiny, Eager])
-def test_a_model_no_plan_was_applied_to(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_save_refuses_an_unpruned_model(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = build()
-    with assert_refused(model, ModelError, r"no plan was applied .*fxprune\.compile.*torch\.save or safetensors"):
+    with assert_refused(model, ModelError, r"no plan .*fxprune\.compile.*torch\.save"):
         fxprune.save(model, tmp_path / "saved")
     assert not any(tmp_path.iterdir())
 
 
-def test_things_that_are_no_model(tmp_path: Path) -> None:
+def test_save_refuses_things_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module, got dict"):
         fxprune.save({}, tmp_path / "saved")  # type: ignore[arg-type]
 
@@ -98,25 +98,23 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_structure_changed_since(pruned: Any, name: str, tmp_path: Path) -> None:
+def test_save_refuses_a_structure_changed_after_pruning(pruned: Any, name: str, tmp_path: Path) -> None:
     change, match = CHANGES[name]
     change(pruned)
     for twin in (pruned, copy.deepcopy(pruned)):
-        with assert_refused(
-            twin, StorageError, rf"changed after pruning.*{match}.*Save before .* or make it before pruning"
-        ):
+        with assert_refused(twin, StorageError, rf"changed after pruning.*{match}.*before pruning"):
             fxprune.save(twin, tmp_path / "saved")
     assert not any(tmp_path.iterdir())
 
 
-def test_a_structure_changed_between_two_prunings(pruned: Any, tmp_path: Path) -> None:
+def test_save_refuses_a_structure_changed_between_two_prunings(pruned: Any, tmp_path: Path) -> None:
     fuse(pruned)
     twice = fxprune.compile(pruned, labelled(), loss=squared, criterion="l1")
     with pytest.raises(StorageError, match=r"\.conv\.bias' is new"):
         fxprune.save(twice, tmp_path / "saved")
 
 
-def test_a_model_of_an_earlier_fxprune_says_nothing_of_its_layout(pruned: Any, tmp_path: Path) -> None:
+def test_save_accepts_a_model_of_an_earlier_version_without_inventory(pruned: Any, tmp_path: Path) -> None:
     del pruned.fxprune_layout
     fuse(pruned)
     fxprune.save(pruned, tmp_path / "saved")
@@ -124,7 +122,7 @@ def test_a_model_of_an_earlier_fxprune_says_nothing_of_its_layout(pruned: Any, t
         fxprune.load(Eager(), tmp_path / "saved")
 
 
-def test_changes_that_do_no_harm(pruned: Any, tmp_path: Path) -> None:
+def test_save_accepts_harmless_changes(pruned: Any, tmp_path: Path) -> None:
     pruned.criterion = nn.CrossEntropyLoss()
     twin = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(pruned)).eval()  # type: ignore[no-untyped-call]
     again = copy.deepcopy(copy.deepcopy(twin.half().float().train().eval()))
@@ -132,7 +130,7 @@ def test_changes_that_do_no_harm(pruned: Any, tmp_path: Path) -> None:
     assert torch.equal(fxprune.load(Eager(), tmp_path / "saved")(X), again(X))
 
 
-def test_an_inventory_ignores_values_and_sees_shapes() -> None:
+def test_inventory_ignores_values_and_sees_shapes() -> None:
     before = take_inventory(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))
     assert before == take_inventory(nn.Sequential(nn.Linear(2, 3), nn.ReLU()).double())
     assert compare_inventory(before, nn.Sequential(nn.Linear(2, 3))) == []
@@ -141,22 +139,22 @@ def test_an_inventory_ignores_values_and_sees_shapes() -> None:
     assert all(part in bias for part in ("'0.bias'", "(3,)", "(4,)"))
 
 
-def test_state_that_is_no_tensor(tmp_path: Path) -> None:
+def test_save_refuses_state_that_is_no_tensor(tmp_path: Path) -> None:
     model = Eager().eval()
     model.memory = Remembering()
     pruned = fxprune.compile(model, labelled(), loss=squared, criterion="l1")
-    with assert_refused(pruned, StorageError, r"'memory\._extra_state' of the state_dict is no plain parameter"):
+    with assert_refused(pruned, StorageError, r"'memory\._extra_state' .*no plain parameter"):
         fxprune.save(pruned, tmp_path / "saved")
 
 
-def test_a_dtype_that_safetensors_lacks(pruned: Any, tmp_path: Path) -> None:
+def test_save_refuses_a_dtype_that_safetensors_lacks(pruned: Any, tmp_path: Path) -> None:
     pruned.shift = nn.Parameter(pruned.shift.to(torch.complex128))
     with assert_refused(pruned, StorageError, r"safetensors cannot hold the weights"):
         fxprune.save(pruned, tmp_path / "saved")
     assert not any(tmp_path.iterdir())
 
 
-def test_weights_in_one_memory_are_told_apart() -> None:
+def test_save_tells_weights_in_shared_memory_apart() -> None:
     memory = torch.arange(6.0)
     model = nn.Module()
     for name, part in {"low": memory[:4], "high": memory[2:], "same": memory[:4]}.items():
@@ -169,7 +167,7 @@ def test_weights_in_one_memory_are_told_apart() -> None:
 # Places --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_earlier_save_goes_only_if_told(pruned_eager: Any, pruned: Any, tmp_path: Path) -> None:
+def test_save_replaces_an_earlier_save_only_with_overwrite(pruned_eager: Any, pruned: Any, tmp_path: Path) -> None:
     fxprune.save(pruned_eager, tmp_path / "saved")
     with torch.no_grad():
         pruned.shift.add_(1)
@@ -183,14 +181,14 @@ def test_an_earlier_save_goes_only_if_told(pruned_eager: Any, pruned: Any, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_an_empty_folder_is_free(pruned_eager: Any, tmp_path: Path) -> None:
+def test_save_accepts_an_empty_folder(pruned_eager: Any, tmp_path: Path) -> None:
     (tmp_path / "saved").mkdir()
     fxprune.save(pruned_eager, str(tmp_path / "saved"))
     assert torch.equal(fxprune.load(Eager(), tmp_path / "saved")(X), pruned_eager(X))
 
 
 @pytest.mark.parametrize("content", [b"not JSON", b"[]", b'{"name": "another tool"}'])
-def test_folders_of_others_stay(pruned_eager: Any, content: bytes, tmp_path: Path) -> None:
+def test_save_keeps_folders_of_others(pruned_eager: Any, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "manifest.json").write_bytes(content)
     with untouched(tmp_path), pytest.raises(StorageError, match=r"photos .*manifest\.json.*no save"):
@@ -198,7 +196,7 @@ def test_folders_of_others_stay(pruned_eager: Any, content: bytes, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "plan-0.json", "old/notes.txt", "plan-7.json/notes.txt"])
-def test_a_save_that_holds_something_else_stays(pruned_eager: Any, name: str, tmp_path: Path) -> None:
+def test_save_keeps_a_save_that_holds_other_files(pruned_eager: Any, name: str, tmp_path: Path) -> None:
     fxprune.save(pruned_eager, tmp_path / "saved")
     (tmp_path / "saved" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "saved" / name).write_text("mine")
@@ -206,7 +204,9 @@ def test_a_save_that_holds_something_else_stays(pruned_eager: Any, name: str, tm
         fxprune.save(pruned_eager, tmp_path / "saved", overwrite=True)
 
 
-def test_places_that_are_no_folder(pruned_eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_refuses_places_that_are_no_folder(
+    pruned_eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -253,7 +253,7 @@ STEPS = [
 @pytest.mark.parametrize(("owner", "name", "at"), STEPS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("earlier", [True, False])
-def test_an_interrupted_save_leaves_what_was_there(
+def test_interrupted_save_keeps_the_earlier_files(
     pruned_eager: Any, pruned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int,
     error: BaseException, earlier: bool,
 ) -> None:  # fmt: skip
@@ -275,7 +275,7 @@ def test_an_interrupted_save_leaves_what_was_there(
     assert torch.equal(fxprune.load(Eager(), tmp_path / "saved")(X), pruned(X))
 
 
-def test_a_read_only_parent(pruned_eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_refuses_a_read_only_parent(pruned_eager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     denied = PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(Path, "mkdir", failing(Path.mkdir, 2, denied))
     with untouched(tmp_path), pytest.raises(StorageError, match=r"saved .*Permission.*check"):

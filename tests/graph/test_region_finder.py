@@ -29,14 +29,14 @@ def captured(name: str) -> tuple[fx.GraphModule, SymbolicShapes]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_regions_are_those_written_by_hand(name: str) -> None:
+def test_find_regions_matches_the_table_by_hand(name: str) -> None:
     gm, shapes = captured(name)
     found, _ = find_regions("", gm, shapes)
     assert {(region.name, region.kind) for region in found} == ZOO[name].regions
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_layer_with_weights_is_in_a_region_or_refused_with_a_reason(name: str) -> None:
+def test_every_weighted_layer_is_in_a_region_or_rejected(name: str) -> None:
     gm, shapes = captured(name)
     found, rejections = find_regions("", gm, shapes)
     layers = {str(node.target) for node in gm.graph.nodes if is_weighted(gm, node)}
@@ -71,7 +71,7 @@ def test_bypasses_are_closed_by_definition(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_smallest_region_is_missed(name: str) -> None:
+def test_find_regions_misses_no_smallest_region(name: str) -> None:
     gm, shapes = captured(name)
     found, _ = find_regions("", gm, shapes)
     flow = value_graph(gm.graph)
@@ -89,7 +89,7 @@ def test_no_smallest_region_is_missed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_drops_remove_what_only_the_sum_reads(name: str) -> None:
+def test_drop_removes_what_only_the_sum_reads(name: str) -> None:
     gm, shapes = captured(name)
     found, _ = find_regions("", gm, shapes)
     flow = value_graph(gm.graph)
@@ -101,27 +101,27 @@ def test_drops_remove_what_only_the_sum_reads(name: str) -> None:
             assert region.stand_in not in region.nodes
 
 
-def test_shuffle_keeps_its_permutation() -> None:
+def test_find_regions_keeps_the_channel_shuffle() -> None:
     gm, shapes = captured("shuffle")
     found, _ = find_regions("", gm, shapes)
     assert not any("transpose" in node for region in found for node in region.nodes)
 
 
-def test_last_norm_of_a_transformer_stays() -> None:
+def test_find_regions_keeps_the_last_norm_of_a_transformer() -> None:
     gm, shapes = captured("pre_norm")
     (region,), _ = find_regions("", gm, shapes)
     assert "last" not in region.nodes
     assert {"norm", "up", "down"} <= set(region.nodes)
 
 
-def test_shapes_equal_by_accident_of_size_are_refused() -> None:
+def test_shapes_equal_at_one_size_only_are_rejected() -> None:
     model = ZOO["even_only"].build()
     batches = [image_batch((64, 96))]
     with pytest.raises(NoRegionError, match="not provably at every size"):
         fxprune.analyze(model, batches, loss=mean_loss)
 
 
-def test_a_read_inside_is_named_in_the_rejection() -> None:
+def test_rejection_names_a_reader_inside_the_region() -> None:
     gm, shapes = captured("tapped")
     _, rejections = find_regions("", gm, shapes)
     assert any(rejection.name == "b" and "the output" in rejection.reason for rejection in rejections)
@@ -135,7 +135,7 @@ def test_region_names_are_distinct_and_in_graph_order() -> None:
     assert [order.index(region.exit) for region in found] == sorted(order.index(region.exit) for region in found)
 
 
-def test_proof_holds_at_every_size() -> None:
+def test_shape_proof_holds_at_every_size() -> None:
     for name in NAMES:
         gm, shapes = captured(name)
         found, _ = find_regions("", gm, shapes)

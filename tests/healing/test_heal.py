@@ -49,7 +49,7 @@ def middle_gone(model: nn.Module) -> nn.Module:
 # What each method gives ----------------------------------------------------------------------------------------------
 
 
-def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -> None:
+def test_affine_equals_least_squares_with_the_original_spread() -> None:
     model: Any = build(Chain)
     pruned: Any = middle_gone(model)
     healed: Any = heal_student(pruned, model, images(), "affine", None, HealingContext()).double()
@@ -75,7 +75,7 @@ def test_affine_finds_the_weights_of_least_squares_with_the_spread_there_was() -
 
 
 @pytest.mark.parametrize("kind", [partial(nn.BatchNorm2d, 3), partial(nn.Conv2d, 3, 3, 1)], ids=["norm", "conv"])
-def test_affine_keeps_the_spread_of_what_it_can_tell_in_part_only(kind: Callable[[], nn.Module]) -> None:
+def test_affine_keeps_the_spread_of_partly_explained_outputs(kind: Callable[[], nn.Module]) -> None:
     layer = build(kind)
     x, noise = pixels(8, 3, 32, 32, seed=0) - 0.5, pixels(8, 3, 32, 32, seed=1) - 0.5
     told = torch.tensor([1.0, 0.5, 0.0]).reshape(3, 1, 1)
@@ -90,7 +90,7 @@ def test_affine_keeps_the_spread_of_what_it_can_tell_in_part_only(kind: Callable
 
 
 @pytest.mark.parametrize("best", INTERPOLATIONS)
-def test_how_far_to_go_is_decided_by_the_loss_on_images_that_nothing_was_fitted_to(
+def test_affine_interpolation_is_chosen_by_the_loss_on_held_out_images(
     best: float, model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[dict[str, Tensor]] = []
@@ -134,12 +134,12 @@ def test_affine_fits_grouped_convolutions_group_by_group(groups: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["affine", "mimic"])
-def test_features_come_closer(method: str, model: nn.Module, cut: nn.Module) -> None:
+def test_heal_brings_features_closer(method: str, model: nn.Module, cut: nn.Module) -> None:
     healed = fxprune.heal(cut, model, images(9), method, steps=30)
     assert far(model, healed, images(9)) < far(model, cut, images(9))
 
 
-def test_what_comes_before_a_removed_block_is_left_as_it_is(model: nn.Module, analysis: Analysis) -> None:
+def test_heal_leaves_layers_before_a_removed_block_unchanged(model: nn.Module, analysis: Analysis) -> None:
     pruned = fxprune.apply(model, without(analysis, "blocks.2"))
     healed = fxprune.heal(pruned, model, images(), "affine")
     same = {key for key, value in pruned.state_dict().items() if torch.equal(value, healed.state_dict()[key])}
@@ -153,12 +153,12 @@ def test_what_comes_before_a_removed_block_is_left_as_it_is(model: nn.Module, an
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_neither_model_is_changed(method: str, model: nn.Module, cut: nn.Module) -> None:
+def test_heal_changes_neither_model(method: str, model: nn.Module, cut: nn.Module) -> None:
     with assert_unchanged(model), assert_unchanged(cut):
         fxprune.heal(cut, model, labelled(), method, steps=2)
 
 
-def test_dtype_mode_and_plans_are_kept(model: nn.Module, cut: nn.Module) -> None:
+def test_heal_keeps_dtype_mode_and_plans(model: nn.Module, cut: nn.Module) -> None:
     half = private_copy(cut).half().train()
     healed = fxprune.heal(half, model, images(), "affine")
     assert {value.dtype for value in healed.parameters()} == {torch.float16}
@@ -167,13 +167,13 @@ def test_dtype_mode_and_plans_are_kept(model: nn.Module, cut: nn.Module) -> None
     assert fxprune.report(healed).removed == fxprune.report(cut).removed
 
 
-def test_a_save_of_a_healed_model_comes_back(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
+def test_healed_model_can_be_saved_and_loaded(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
     healed = fxprune.heal(cut, model, images(), "affine")
     fxprune.save(healed, tmp_path / "healed")
     assert equal(fxprune.load(tiny(), tmp_path / "healed"), healed)
 
 
-def test_a_model_with_a_loss_of_its_own() -> None:
+def test_heal_works_with_a_custom_loss() -> None:
     model = build(Eager)
     pruned = fxprune.compile(
         model, labelled(), heal="none", loss=squared, criterion=lambda region, _: float(region.name != "body.1")
@@ -191,7 +191,7 @@ class Scaled(nn.LayerNorm):
         return functional.layer_norm(rows, self.normalized_shape, self.weight, self.bias).permute(0, 3, 1, 2)
 
 
-def test_layers_that_only_one_of_them_calls_are_left_alone() -> None:
+def test_heal_skips_layers_that_only_one_model_calls() -> None:
     model = build(Chain)
     model.first = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), Scaled(6))
     pruned = middle_gone(model)
@@ -203,28 +203,28 @@ def test_layers_that_only_one_of_them_calls_are_left_alone() -> None:
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_methods_are_refused_before_anything_is_read(model: nn.Module, cut: nn.Module) -> None:
-    with assert_refused(cut, SettingError, "heal 'prayer' is not known; known: none, affine, mimic"):
+def test_heal_refuses_unknown_methods_before_reading_batches(model: nn.Module, cut: nn.Module) -> None:
+    with assert_refused(cut, SettingError, "heal 'prayer' .*known: none, affine, mimic"):
         fxprune.heal(cut, model, Unread(), "prayer")
 
 
-def test_a_model_that_was_not_pruned_is_refused(model: nn.Module) -> None:
+def test_heal_refuses_an_unpruned_model(model: nn.Module) -> None:
     with assert_refused(model, ModelError, "Tiny carries no fxprune plan"):
         fxprune.heal(model, model, images(), "affine")
 
 
-def test_another_model_is_refused(cut: nn.Module) -> None:
+def test_heal_refuses_another_model(cut: nn.Module) -> None:
     other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with assert_refused(cut, PlanError, "island '<model>' of this model has fingerprint"):
+    with assert_refused(cut, PlanError, "'<model>' .*has fingerprint"):
         fxprune.heal(cut, other, images(), "affine")
 
 
-def test_bad_batches_are_named(model: nn.Module, cut: nn.Module) -> None:
+def test_heal_names_bad_batches(model: nn.Module, cut: nn.Module) -> None:
     with assert_refused(cut, BatchError, "batch 1: "):
         fxprune.heal(cut, model, [*images(1), "x"], "affine")
 
 
 @pytest.mark.parametrize("setting", [{"steps": 0}, {"steps": 1.5}, {"learning_rate": 0.0}, {"learning_rate": "fast"}])
-def test_bad_settings_are_named(setting: dict[str, Any], model: nn.Module, cut: nn.Module) -> None:
+def test_heal_names_bad_settings(setting: dict[str, Any], model: nn.Module, cut: nn.Module) -> None:
     with assert_refused(cut, SettingError, next(iter(setting))):
         fxprune.heal(cut, model, images(), "mimic", **setting)

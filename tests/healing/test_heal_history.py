@@ -35,7 +35,7 @@ def cut(model: nn.Module, analysis: Analysis) -> nn.Module:
 
 
 @pytest.mark.parametrize("method", ["affine", "mimic"])
-def test_a_note_says_what_was_done(method: str, model: nn.Module, cut: nn.Module) -> None:
+def test_heal_notes_method_images_and_loss(method: str, model: nn.Module, cut: nn.Module) -> None:
     healed = fxprune.heal(cut, model, images(9), method, steps=5)
     note: Any = fxprune.report(healed).settings["heal"]
     assert (note["method"], note["images"], note.get("steps")) == (method, 36, 5 if method == "mimic" else None)
@@ -49,7 +49,9 @@ def test_a_note_says_what_was_done(method: str, model: nn.Module, cut: nn.Module
     assert 0 <= note["loss"]["after"] < note["loss"]["before"]
 
 
-def test_a_loss_that_stays_far_off_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heal_warns_of_a_loss_that_stays_far_off(
+    model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found: Any = fxprune.report(fxprune.heal(cut, model, images(9), "affine")).settings["heal"]
     left = found["loss"]["after"]
     monkeypatch.setattr(heal, "WARN_LOSS_DEVIATION", left)
@@ -64,14 +66,14 @@ def test_a_loss_that_stays_far_off_is_told(model: nn.Module, cut: nn.Module, mon
     fxprune.heal(cut, model, images(9), "affine")
 
 
-def test_a_loss_that_breaks_is_told(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heal_warns_of_a_nan_loss(model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LossChange, "deviation", lambda self, pruned: math.inf)
     with pytest.warns(FxpruneWarning, match=r"no number: .*more steps or strategy='search';"):
         healed = fxprune.heal(cut, model, images(9), "mimic", steps=2)
     assert fxprune.report(healed).settings["heal"]["loss"] == {"before": None, "after": None}
 
 
-def test_the_note_survives_copies_and_saves(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
+def test_heal_note_survives_copies_and_saves(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
     healed = fxprune.heal(cut, model, images(), "affine")
     report = fxprune.report(healed)
     assert fxprune.report(copy.deepcopy(copy.deepcopy(healed))) == report
@@ -82,13 +84,15 @@ def test_the_note_survives_copies_and_saves(model: nn.Module, cut: nn.Module, tm
     assert json.loads((tmp_path / "again" / "plan.json").read_text())["settings"]["heal"] == report.settings["heal"]
 
 
-def test_a_healed_models_plan_heals_no_other(model: nn.Module, cut: nn.Module) -> None:
+def test_applied_plan_of_a_healed_model_has_no_heal_note(model: nn.Module, cut: nn.Module) -> None:
     (plan,) = fxprune.report(fxprune.heal(cut, model, images(), "affine")).plans
     assert "heal" in plan.settings
     assert "heal" not in fxprune.report(fxprune.apply(model, plan)).settings
 
 
-def test_changes_behind_the_plans_back_are_not_forgotten(model: nn.Module, cut: nn.Module, tmp_path: Path) -> None:
+def test_structural_changes_after_pruning_are_still_seen_after_heal(
+    model: nn.Module, cut: nn.Module, tmp_path: Path
+) -> None:
     changed = private_copy(cut)
     changed.add_module("more", nn.Linear(2, 2))
     before = structural_changes(changed)
@@ -99,11 +103,11 @@ def test_changes_behind_the_plans_back_are_not_forgotten(model: nn.Module, cut: 
         fxprune.save(healed, tmp_path / "healed")
 
 
-def test_what_was_not_healed_has_no_note(model: nn.Module, cut: nn.Module) -> None:
+def test_model_without_healing_has_no_heal_note(model: nn.Module, cut: nn.Module) -> None:
     assert fxprune.report(fxprune.heal(cut, model, images(), "none")) == fxprune.report(cut)
 
 
-def test_a_model_without_norms_is_held_to_its_outputs() -> None:
+def test_heal_of_a_model_without_norms_compares_outputs() -> None:
     model: Any = build(Chain)
     pruned = fxprune.compile(model, labelled(), 0.01, criterion=lambda region, _: float(region.name != "middle"))
     healed = fxprune.heal(pruned, model, images(9), "mimic", steps=3)
@@ -111,7 +115,7 @@ def test_a_model_without_norms_is_held_to_its_outputs() -> None:
     assert 0 < note["distance"]["after"] < note["distance"]["before"]
 
 
-def test_compile_hands_on_the_steps() -> None:
+def test_compile_passes_steps_to_heal() -> None:
     pruned = fxprune.compile(tiny(), labelled(), 0.3, heal="mimic", steps=2)
     assert fxprune.report(pruned).settings["heal"]["steps"] == 2
     with pytest.raises(SettingError, match="steps is 0"):

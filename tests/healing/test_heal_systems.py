@@ -30,7 +30,7 @@ def unlabelled(case: Case) -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")  # weights are random
 @pytest.mark.parametrize("method", ["affine", "mimic"])
-def test_a_healed_system_is_nearer_to_what_it_was(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heal_brings_a_system_nearer_to_the_original(case: Case, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "INTERPOLATIONS", (1.0,))  # the loss of random weights does not show how far to go
     with assert_unchanged(case.model), assert_unchanged(case.pruned):
         healed = fxprune.heal(case.pruned, case.model, unlabelled(case), method, steps=4)

@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Fit]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_call_after_call_gives_what_all_at_once_give(kind: str) -> None:
+def test_fitting_call_by_call_equals_fitting_all_at_once(kind: str) -> None:
     make, fit = KINDS[kind]
     layer, whole = build(make).eval(), build(make).eval()
     channels = 6 if kind == "groups" else 3
@@ -47,7 +47,7 @@ def test_call_after_call_gives_what_all_at_once_give(kind: str) -> None:
 
 @pytest.mark.parametrize("make", [partial(nn.Conv2d, 6, 4, 3, groups=2, bias=False), partial(nn.Linear, 9, 4)])
 @torch.no_grad()
-def test_by_rows_gives_what_by_weights_gives(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_layer_dual_form_equals_primal_form(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     layer, wide = build(make).eval(), build(make).eval()
     x = pixels(8, 6, 7, 9, seed=1) + 5
     wanted = layer(x.flip(0)) + 3 * layer(x)
@@ -62,7 +62,7 @@ def test_by_rows_gives_what_by_weights_gives(make: Callable[[], nn.Module], monk
 
 
 @torch.no_grad()
-def test_wide_groups_are_fitted_alike_on_any_number_of_threads() -> None:
+def test_fits_of_wide_groups_do_not_depend_on_threads() -> None:
     """What torch's LU of a batch is not: it gave NaN for matrices of more than about 150 rows."""
     found, threads = [], torch.get_num_threads()
     x = pixels(8, 64, 9, 9, seed=1)
@@ -99,7 +99,7 @@ class Pyramid(nn.Module):
 
 
 @pytest.mark.parametrize("second", [False, True])
-def test_a_head_on_every_level_is_fitted_to_all_of_them(second: bool) -> None:
+def test_shared_head_is_fitted_to_all_levels(second: bool) -> None:
     model: Any = build(partial(Pyramid, second))
     pruned: Any = fxprune.compile(
         model, labelled(), 0.01, heal="none", criterion=lambda region, _: float(region.name != "middle")
@@ -145,7 +145,7 @@ class Activated(nn.BatchNorm2d):
     ids=["standardized", "padded", "activated", "parametrized"],
 )
 @torch.no_grad()
-def test_layers_that_do_more_than_their_kind_are_left_as_they_are(make: Callable[[], nn.Module]) -> None:
+def test_subclassed_layers_are_not_fitted(make: Callable[[], nn.Module]) -> None:
     layer, x = build(make).eval(), pixels(4, 3, 8, 8)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     fit_layer(layer, LayerRows([x], [2 * layer(x) + 1]))
@@ -164,7 +164,7 @@ def test_layers_that_do_more_than_their_kind_are_left_as_they_are(make: Callable
     ids=str,
 )
 @torch.no_grad()
-def test_norms_are_fitted_where_they_have_their_channels(layer: nn.Module, shape: tuple[int, ...]) -> None:
+def test_norms_are_fitted_along_their_channel_dimension(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer, x = build(lambda: layer), pixels(*shape)
     second = 1 if shape[1] == 6 and not isinstance(layer, nn.LayerNorm) else -1
     scale = torch.arange(1.0, 7.0).reshape([-1 if axis == second % len(shape) else 1 for axis in range(len(shape))])

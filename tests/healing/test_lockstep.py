@@ -12,7 +12,7 @@ from fxprune.errors import ModelError
 from fxprune.healing.reconstruction.lockstep import Rendezvous, run_lockstep
 
 
-def test_all_meet_before_any_goes_on_and_each_gets_its_answer() -> None:
+def test_run_lockstep_waits_for_all_and_answers_each() -> None:
     said: list[str] = []
 
     def run(name: str) -> Any:
@@ -33,7 +33,7 @@ def test_all_meet_before_any_goes_on_and_each_gets_its_answer() -> None:
     ]  # fmt: skip
 
 
-def test_one_that_is_done_is_not_waited_for() -> None:
+def test_run_lockstep_does_not_wait_for_finished_runs() -> None:
     points: list[tuple[Any, list[str]]] = []
 
     def run(times: int) -> Any:
@@ -52,7 +52,7 @@ def test_one_that_is_done_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("where", ["run", "decide"])
-def test_an_error_ends_all_of_them(where: str) -> None:
+def test_run_lockstep_ends_all_runs_on_an_error(where: str) -> None:
     ended: list[str] = []
 
     def work(meet: Rendezvous) -> None:
@@ -76,12 +76,12 @@ def test_an_error_ends_all_of_them(where: str) -> None:
     assert threading.active_count() == threads
 
 
-def test_different_ways_are_refused() -> None:
+def test_run_lockstep_refuses_runs_that_diverge() -> None:
     with pytest.raises(ModelError, match=r"left, right.*batches of one size"):
         run_lockstep({1: lambda meet: meet("left", 0), 2: lambda meet: meet("right", 0)}, lambda point, values: {})
 
 
-def test_gradients_are_off_inside_and_as_they_were_outside() -> None:
+def test_run_lockstep_keeps_the_grad_mode_outside() -> None:
     inside: list[bool] = []
     run_lockstep({1: lambda meet: inside.append(torch.is_grad_enabled())}, lambda point, values: {})
     assert inside == [False]

@@ -54,7 +54,7 @@ def paired(loss: Any = left, model: nn.Module | None = None) -> tuple[TeacherStu
     return pair_models(private_copy(model), private_copy(pruned), adapter, batch, [""]), batch
 
 
-def test_places_that_the_loss_ignores_have_the_least_weight_and_every_image_as_much() -> None:
+def test_saliency_maps_weigh_ignored_places_least_and_images_equally() -> None:
     pair, batch = paired()
     maps = saliency_maps(pair, batch)
     assert set(maps) == {(name, 1) for name in ("", "first", "middle", "last")}
@@ -79,7 +79,7 @@ class Named(Map):
         return {"count": torch.tensor(len(x)), "map": super().forward(x)}
 
 
-def test_outputs_are_numbered_by_their_features() -> None:
+def test_saliency_maps_of_outputs_are_numbered_by_feature() -> None:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return left(lambda images: model(images)["map"], batch)  # type: ignore[arg-type]
 
@@ -90,7 +90,7 @@ def test_outputs_are_numbered_by_their_features() -> None:
     assert found[0].device.type == "cpu"
 
 
-def test_looking_leaves_no_trace() -> None:
+def test_saliency_maps_change_neither_model_nor_randomness() -> None:
     pair, batch = paired()
     pair.teacher.requires_grad_(False)
     pair.teacher.get_parameter("last.weight").requires_grad_(True)
@@ -104,20 +104,20 @@ def test_looking_leaves_no_trace() -> None:
     assert not any(module._forward_hooks for module in pair.teacher.modules())
 
 
-def test_a_loss_without_a_gradient_tells_nothing() -> None:
+def test_saliency_maps_without_a_gradient_are_empty() -> None:
     pair, batch = paired()
     adapter = choose_adapter(pair.teacher, batch.images, lambda model, images: model(images).detach().mean())
     assert saliency_maps(pair, batch)
     assert not saliency_maps(replace(pair, adapter=adapter), batch)
 
 
-def test_a_gradient_that_is_no_number_tells_nothing() -> None:
+def test_saliency_maps_of_a_nan_gradient_are_empty() -> None:
     pair, batch = paired()
     adapter = choose_adapter(pair.teacher, batch.images, lambda model, images: (model(images) * 0).sqrt().mean())
     assert not saliency_maps(replace(pair, adapter=adapter), batch)
 
 
-def test_rows_of_features_have_no_places() -> None:
+def test_saliency_maps_leave_out_vectors() -> None:
     model = tiny()
     batch = labelled()[0]
     adapter = choose_adapter(model, batch, None)
@@ -132,7 +132,7 @@ def test_rows_of_features_have_no_places() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["weights", "rows"])
 @torch.no_grad()
-def test_fits_solve_the_weighted_least_squares(bias: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_layer_solves_weighted_least_squares(bias: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(least_squares, "_match_moments", lambda *_: torch.zeros(()))
     monkeypatch.setattr(least_squares, "MAX_PRIMAL_INPUTS", 5000 if kind == "weights" else 1)
     layer: Any = build(partial(nn.Conv2d, 3, 2, 1, bias=bias))
@@ -155,7 +155,7 @@ def test_fits_solve_the_weighted_least_squares(bias: bool, kind: str, monkeypatc
 
 
 @torch.no_grad()
-def test_norms_get_the_mean_and_spread_of_salient_places() -> None:
+def test_fit_layer_of_a_norm_uses_salient_mean_and_spread() -> None:
     norm = nn.BatchNorm2d(3).eval()
     x = pixels(4, 3, 8, 8)
     wanted = torch.cat([2 * x[..., :HALF] + 1, 7 * x[..., HALF:] - 5], -1)
@@ -171,7 +171,7 @@ def halves(pair: TeacherStudent, batch: Any, weigh: tuple[float, float]) -> Maps
 
 
 @torch.no_grad()
-def test_a_distance_counts_salient_places_and_turns_maps_with_mirrored_images() -> None:
+def test_feature_distance_weighs_salient_places_and_flips_maps() -> None:
     pair, batch = paired()
     distance = FeatureDistance(pair, [batch])
     assert distance.points == [""]
@@ -191,14 +191,14 @@ def test_a_distance_counts_salient_places_and_turns_maps_with_mirrored_images() 
     assert distance.mean([batch], [one]) == pytest.approx(float(expected(off[..., :HALF])), rel=1e-4)
 
 
-def test_places_without_columns_cannot_be_mirrored() -> None:
+def test_flip_maps_without_columns_gives_ones() -> None:
     weights = pixels(2, 5)
     found = flip_maps(weights, torch.tensor([False, True]))
     assert torch.equal(found[0], weights[0])
     assert bool((found[1] == 1).all())
 
 
-def test_the_loss_decides_where_a_fit_is_good() -> None:
+def test_affine_fits_better_where_the_loss_is_sensitive() -> None:
     """The left half, which the loss is of, comes out nearer to what it was than where all places count alike."""
     model: Any = build(Map)
     images = [pixels(4, 3, 8, 8, seed=seed) ** 3 for seed in range(4)]

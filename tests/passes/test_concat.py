@@ -23,7 +23,7 @@ kinds: dict[str, Callable[..., nn.Module]] = {"conv": nn.Conv2d, "transposed": n
 
 @settings(max_examples=60, deadline=None)
 @given(widths=widths, kind=st.sampled_from(sorted(kinds)), bias=st.booleans(), stride=st.integers(1, 2), data=st.data())
-def test_random_concatenations_give_the_same(
+def test_deduplicate_concat_keeps_outputs_of_random_graphs(
     widths: list[int], kind: str, bias: bool, stride: int, data: st.DataObject
 ) -> None:
     torch.manual_seed(sum(widths))
@@ -43,7 +43,7 @@ def test_random_concatenations_give_the_same(
     assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
 
 
-def test_the_sums_are_the_weights() -> None:
+def test_deduplicate_concat_adds_up_weights() -> None:
     model = Joining([2, 3], [1, 2, 1, -2], lambda n: nn.Conv2d(n, 4, 1, bias=False)).double()
     gm = traced(model)
     assert narrow(gm)
@@ -54,7 +54,7 @@ def test_the_sums_are_the_weights() -> None:
 
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect", "replicate", "circular"])
-def test_padding_and_dilation_make_no_difference(padding: Any) -> None:
+def test_deduplicate_concat_works_with_padding_and_dilation(padding: Any) -> None:
     def reader(channels: int) -> nn.Module:
         return nn.Conv2d(channels, 4, 3, padding=2, dilation=2, padding_mode=padding)
 
@@ -65,7 +65,7 @@ def test_padding_and_dilation_make_no_difference(padding: Any) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
-def test_half_precision_rounds_once(dtype: torch.dtype, exact: float) -> None:
+def test_deduplicate_concat_in_half_precision_rounds_once(dtype: torch.dtype, exact: float) -> None:
     model = Joining([4, 6], [1, 2, 2, 2], plain).to(dtype)
     gm = traced(model)
     assert narrow(gm)
@@ -77,7 +77,7 @@ def test_half_precision_rounds_once(dtype: torch.dtype, exact: float) -> None:
     assert distance(gm(x), model(x)) < exact
 
 
-def test_memory_format_mode_and_gradients_are_kept() -> None:
+def test_deduplicate_concat_keeps_memory_format_mode_and_requires_grad() -> None:
     model = Joining([2, 3], [1, 2, 2], plain).double().to(memory_format=torch.channels_last)
     model.reader.weight.requires_grad_(False)
     gm = traced(model.eval())
@@ -91,7 +91,7 @@ def test_memory_format_mode_and_gradients_are_kept() -> None:
     assert gm(x).stride() == model(x).stride()
 
 
-def test_a_narrower_layer_trains_and_exports() -> None:
+def test_narrowed_layer_can_be_trained_and_exported() -> None:
     gm = traced(Joining([2, 3], [1, 2, 2], plain).double())
     assert narrow(gm)
     expected = gm(image())
@@ -102,7 +102,7 @@ def test_a_narrower_layer_trains_and_exports() -> None:
     assert float(gm.reader.weight.grad.abs().sum()) > 0
 
 
-def test_several_readers_all_become_narrower() -> None:
+def test_deduplicate_concat_narrows_all_readers() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -153,7 +153,7 @@ WIDTHS: dict[str, tuple[Callable[[Any, Tensor], Any], int | None]] = {
 
 
 @pytest.mark.parametrize("name", WIDTHS)
-def test_widths_are_read_off_the_layers(name: str) -> None:
+def test_channels_of_reads_widths_off_the_layers(name: str) -> None:
     body, expected = WIDTHS[name]
     gm = traced(Wide(body))
     (output,) = (node for node in gm.graph.nodes if node.op == "output")

@@ -68,7 +68,7 @@ ALONE: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ALONE)
-def test_left_alone(name: str) -> None:
+def test_deduplicate_concat_leaves_inexact_cases_alone(name: str) -> None:
     model = ALONE[name]().double().eval()
     gm = traced(model)
     before = gm.code
@@ -78,7 +78,7 @@ def test_left_alone(name: str) -> None:
     assert torch.equal(gm(image()), model(image()))
 
 
-def test_a_layer_whose_inside_is_not_known_is_left_alone() -> None:
+def test_unknown_layer_is_not_narrowed() -> None:
     model = Joining([2, 3], [1, 2, 2], lambda n: Standardized(n, 4, 3)).double()
     found = trace_module(model, frozenset({"reader"}), fixed_opaque=True)
     assert isinstance(found, Traced)
@@ -87,7 +87,7 @@ def test_a_layer_whose_inside_is_not_known_is_left_alone() -> None:
     assert torch.equal(found.gm(image()), model(image()))
 
 
-def test_a_concatenation_of_rows_is_none_of_channels() -> None:
+def test_concatenation_of_rows_is_not_narrowed() -> None:
     class Rows(Joining):
         dim = 2
 
@@ -103,7 +103,7 @@ def test_a_concatenation_of_rows_is_none_of_channels() -> None:
         assert torch.equal(gm(x), model(x))
 
 
-def test_a_width_that_no_layer_tells_is_not_guessed() -> None:
+def test_unknown_width_is_not_guessed() -> None:
     class Given(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,7 +119,7 @@ def test_a_width_that_no_layer_tells_is_not_guessed() -> None:
     assert not deduplicate_concat(wrong, {"x": 1, "y": 2}).modified  # 5 is not 9
 
 
-def test_a_weight_that_is_shared_is_left_alone() -> None:
+def test_shared_weight_is_not_narrowed() -> None:
     model = nn.Module()
     model.part = Joining([2, 3], [1, 2, 2], plain)
     model.other = plain(8)
@@ -130,7 +130,7 @@ def test_a_weight_that_is_shared_is_left_alone() -> None:
     assert model.other.weight.shape == (4, 8, 3, 3)
 
 
-def test_a_layer_that_is_used_elsewhere_is_left_alone() -> None:
+def test_layer_used_elsewhere_is_not_narrowed() -> None:
     model = nn.Module()
     model.part = Joining([2, 3], [1, 2, 2], plain)
     model.again = model.part.reader

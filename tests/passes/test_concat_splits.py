@@ -67,7 +67,7 @@ KEPT: dict[str, Callable[[Any, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", JOINS)
-def test_parts_in_order_are_the_value(name: str) -> None:
+def test_concat_of_all_parts_in_order_becomes_the_value(name: str) -> None:
     model = Parted(JOINS[name]).eval()
     gm = traced(model)
     assert collapse_split_concat(gm).modified
@@ -79,14 +79,14 @@ def test_parts_in_order_are_the_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_other_parts_are_not_the_value(name: str) -> None:
+def test_concat_of_other_parts_is_kept(name: str) -> None:
     model = Parted(KEPT[name]).eval()
     gm = traced(model)
     assert not collapse_split_concat(gm).modified
     assert torch.equal(gm(image(dtype=torch.float32)), model(image(dtype=torch.float32)))
 
 
-def test_a_value_twice_and_then_in_its_parts() -> None:
+def test_concat_of_a_value_and_its_parts_is_deduplicated() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 1)
         return m.wide(cat(left, right, right, right))

@@ -65,7 +65,7 @@ def between(gm: fx.GraphModule) -> list[str]:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", SPARE)
-def test_idle_layers_go(name: str, training: bool) -> None:
+def test_remove_identity_ops_removes_idle_layers(name: str, training: bool) -> None:
     steps, left = SPARE[name]
     model = Stack(*steps).train(training)
     gm = traced(model)
@@ -81,21 +81,21 @@ def test_idle_layers_go(name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("name", BUSY)
-def test_busy_layers_stay(name: str) -> None:
+def test_remove_identity_ops_keeps_other_layers(name: str) -> None:
     gm = traced(Stack(*BUSY[name]))
     before = between(gm)
     assert not remove_identity_ops(gm).modified
     assert between(gm) == before
 
 
-def test_what_is_read_twice_is_computed_once() -> None:
+def test_remove_identity_ops_keeps_values_read_twice() -> None:
     """With ``relu6`` reading past ``relu``, both would be left."""
     model = Stack(nn.ReLU(), lambda x: functional.relu6(x) + x)
     gm = traced(model)
     assert not remove_identity_ops(gm).modified
 
 
-def test_what_a_graph_gives_and_hooked_layers_stay() -> None:
+def test_remove_identity_ops_keeps_outputs_and_hooked_layers() -> None:
     model = Stack(nn.ReLU(), nn.Identity())
     seen: list[Tensor] = []
     model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))

@@ -58,7 +58,7 @@ class Joined(nn.Module):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_others_read_is_not_overwritten(shared: bool) -> None:
+def test_in_place_layers_do_not_overwrite_values_read_by_others(shared: bool) -> None:
     model = build(Joined, shared=shared)
     analysis = fxprune.analyze(model, labelled(), criterion=lambda region, _: float(region.name != "branch"))
     plan = analysis.plan(0.2)
@@ -110,7 +110,7 @@ class Calling(nn.Module):
 
 @pytest.mark.parametrize("as_statement", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_calls_that_overwrite_spare_what_others_read(name: str, as_statement: bool) -> None:
+def test_in_place_functions_do_not_overwrite_values_read_by_others(name: str, as_statement: bool) -> None:
     call, expected = CALLS[name]
     model = build(Calling, call=call, as_statement=as_statement)
     analysis = fxprune.analyze(model, labelled(), criterion=lambda region, _: float(region.name != "branch"))
@@ -126,12 +126,12 @@ def test_calls_that_overwrite_spare_what_others_read(name: str, as_statement: bo
     assert names == [*expected, "mul", "sub", "mean"]
 
 
-def test_layers_that_overwrote_nothing_do_not_begin_to(tiny_model: nn.Module, plan: Plan) -> None:
+def test_layers_that_were_not_in_place_stay_so(tiny_model: nn.Module, plan: Plan) -> None:
     assert all(flags(fxprune.apply(tiny_model, plan)).values())
     assert not any(flags(fxprune.apply(functional(tiny_model), plan)).values())
 
 
-def test_training_gives_the_gradients_of_a_model_that_overwrites_nothing(tiny_model: nn.Module, plan: Plan) -> None:
+def test_gradients_equal_those_of_a_model_without_in_place_layers(tiny_model: nn.Module, plan: Plan) -> None:
     pruned = fxprune.apply(tiny_model, plan).train()
     assert any(flags(pruned).values())
     twin = functional(pruned)
@@ -142,7 +142,7 @@ def test_training_gives_the_gradients_of_a_model_that_overwrites_nothing(tiny_mo
         assert torch.equal(first.grad, second.grad), name  # type: ignore[arg-type]
 
 
-def test_an_image_is_not_overwritten() -> None:
+def test_input_image_is_not_overwritten() -> None:
     model = build(lambda: nn.Sequential(nn.ReLU(inplace=True), conv(3), *(nn.Sequential(conv()) for _ in range(3))))
     images = [pixels(2, 3, 16, 16) - 0.5]
     pruned = fxprune.compile(model, images, 0.2, criterion="l1", loss=lambda net, x: net(x).square().mean())
@@ -171,7 +171,7 @@ class Adding(nn.Module):
         return self.fc(kept.mean((2, 3)))
 
 
-def test_sums_overwrite_again_what_nothing_else_reads() -> None:
+def test_sums_become_in_place_where_nothing_else_reads() -> None:
     model = build(Adding)
     analysis = fxprune.analyze(model, labelled(), criterion=lambda region, _: float(region.name != "spare"))
     plan = analysis.plan(0.2)
@@ -189,7 +189,7 @@ def test_sums_overwrite_again_what_nothing_else_reads() -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
-def test_most_activations_of_a_network_go_on_overwriting(name: str) -> None:
+def test_most_activations_stay_in_place(name: str) -> None:
     torch.manual_seed(0)
     model = models.get_model(name, weights=None).eval()
     plan = fxprune.analyze(model, [pixels(2, 3, 64, 64)], criterion="l1").plan(0.2)
@@ -217,7 +217,7 @@ class Sharing(Adding):
         return self.fc((self.late(kept) - self.plain(self.act(x)) + kept).mean((2, 3)))
 
 
-def test_captured_layers_overwrite_what_those_of_the_model_do() -> None:
+def test_captured_layers_match_the_in_place_flags_of_the_model() -> None:
     model = build(Sharing)
     whole, islands = capture_copy(model, x := pixels(2, 3, 16, 16), whole_model_is_graph=True)
     expected, graphs = model(x), [(island.name, island.gm) for island in islands]
@@ -229,7 +229,7 @@ def test_captured_layers_overwrite_what_those_of_the_model_do() -> None:
     assert flags(whole) == before
 
 
-def test_captured_functions_overwrite_what_those_of_the_program_do_under_a_timer() -> None:
+def test_captured_functions_match_in_place_calls_under_a_timer() -> None:
     model, islands = capture_copy(build(Sharing), x := pixels(2, 3, 16, 16), whole_model_is_graph=True)
     values: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -261,7 +261,7 @@ class Overwrites(nn.Module):
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "grad_act"])
-def test_scores_are_of_what_a_part_gave_before_it_was_overwritten(criterion: str) -> None:
+def test_scores_use_values_before_they_are_overwritten(criterion: str) -> None:
     found = [
         fxprune.analyze(build(Overwrites, inplace=inplace), labelled(), criterion=criterion)
         for inplace in (False, True)

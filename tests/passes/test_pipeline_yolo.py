@@ -87,7 +87,7 @@ def distance(first: Tensor, second: Tensor) -> float:
 X = pixels(2, 3, 96, 128, seed=5)
 
 
-def test_convolutions_are_narrower_and_of_their_class(model: nn.Module, pruned: nn.Module) -> None:
+def test_pruned_yolo_convolutions_are_narrower_and_keep_their_class(model: nn.Module, pruned: nn.Module) -> None:
     for path, (before, after) in NARROWER.items():
         was, now = model.get_submodule(path), pruned.get_submodule(path)
         assert type(now) is type(was)
@@ -98,14 +98,14 @@ def test_convolutions_are_narrower_and_of_their_class(model: nn.Module, pruned: 
     assert other == {f"{path}.conv.weight" for path in NARROWER}
 
 
-def test_nothing_is_left_to_concatenate_where_all_blocks_are_gone(pruned: nn.Module) -> None:
+def test_concat_is_gone_where_all_blocks_are_removed(pruned: nn.Module) -> None:
     part: Any = pruned.get_submodule("model.6")
     assert [node.name for node in part.graph.nodes] == ["x", "cv1", "cv2", "output"]
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_outputs_are_those_without_clean_ups(
+def test_clean_ups_keep_outputs(
     model: nn.Module, plan: Plan, dtype: torch.dtype, rounding: float, channels_last: bool
 ) -> None:
     memory = torch.channels_last if channels_last else torch.contiguous_format
@@ -120,7 +120,7 @@ def test_outputs_are_those_without_clean_ups(
     assert all(torch.equal(value, before[key]) for key, value in whole.state_dict().items())
 
 
-def test_the_report_counts_what_is_saved_on_top(model: nn.Module, plan: Plan, pruned: nn.Module) -> None:
+def test_report_counts_savings_of_clean_ups(model: nn.Module, plan: Plan, pruned: nn.Module) -> None:
     report = fxprune.report(pruned)
     assert report.after.params == params_of(pruned) < plan.after.params == params_of(as_they_were(model, plan))
     twice = flops_of(copy.deepcopy(model), X), flops_of(copy.deepcopy(pruned), X)
@@ -130,7 +130,7 @@ def test_the_report_counts_what_is_saved_on_top(model: nn.Module, plan: Plan, pr
     assert fxprune.report(copy.deepcopy(pruned)).to_dict() == report.to_dict()
 
 
-def test_saved_and_loaded_bit_for_bit(model: nn.Module, pruned: nn.Module, tmp_path: Path) -> None:
+def test_narrowed_yolo_is_saved_and_loaded_bit_for_bit(model: nn.Module, pruned: nn.Module, tmp_path: Path) -> None:
     fxprune.save(pruned, tmp_path / "pruned")
     again = fxprune.load(SYSTEM.build(replace(SMALL, seed=3))[0], tmp_path / "pruned")
     assert torch.equal(outputs(again, X), outputs(pruned, X))
@@ -138,7 +138,7 @@ def test_saved_and_loaded_bit_for_bit(model: nn.Module, pruned: nn.Module, tmp_p
     assert fxprune.report(again).to_dict() == fxprune.report(pruned).to_dict()
 
 
-def test_pruned_again_saved_and_loaded(model: nn.Module, pruned: nn.Module, tmp_path: Path) -> None:
+def test_narrowed_yolo_can_be_pruned_again_and_saved(model: nn.Module, pruned: nn.Module, tmp_path: Path) -> None:
     """The second plan takes the last block of `model.4`, whose convolution is narrower already."""
     twice = fxprune.apply(pruned, plan_without(pruned, {"model.4.m"}))
     assert twice.get_submodule("model.4.cv2").conv.in_channels == 64  # type: ignore[union-attr]
@@ -150,7 +150,7 @@ def test_pruned_again_saved_and_loaded(model: nn.Module, pruned: nn.Module, tmp_
     assert distance(outputs(twice, X), outputs(at_once, X)) < 1e-5
 
 
-def test_fused_copied_and_pickled(pruned: nn.Module, tmp_path: Path) -> None:
+def test_narrowed_yolo_can_be_fused_copied_and_pickled(pruned: nn.Module, tmp_path: Path) -> None:
     expected = outputs(pruned, X)
     assert torch.equal(outputs(copy.deepcopy(pruned), X), expected)
     fused: Any = copy.deepcopy(pruned)
@@ -163,14 +163,14 @@ def test_fused_copied_and_pickled(pruned: nn.Module, tmp_path: Path) -> None:
         assert torch.equal(loaded(X)[0], expected)
 
 
-def test_a_part_is_exported(pruned: nn.Module) -> None:
+def test_part_of_a_narrowed_yolo_is_exported(pruned: nn.Module) -> None:
     part, x = pruned.get_submodule("model.6").eval(), pixels(1, 128, 8, 8)
     program = torch.export.export(part, (x,))
     torch.testing.assert_close(program.module()(x), part(x))
     assert program.state_dict["cv2.conv.weight"].shape[1] == 128
 
 
-def test_training_reaches_the_narrower_weights(pruned: nn.Module) -> None:
+def test_narrowed_weights_get_gradients(pruned: nn.Module) -> None:
     twin = copy.deepcopy(pruned).train()
     sum(value.square().mean() for value in twin(X)["feats"]).backward()
     for path in NARROWER:
@@ -179,7 +179,7 @@ def test_training_reaches_the_narrower_weights(pruned: nn.Module) -> None:
         assert float(gradient.abs().sum()) > 0
 
 
-def test_a_fused_layer_is_left_as_it_is(model: nn.Module) -> None:
+def test_fused_layer_is_not_narrowed(model: nn.Module) -> None:
     """Its forward is not the one of its class."""
     fused: Any = copy.deepcopy(model)
     fused.fuse(verbose=False)
@@ -192,7 +192,7 @@ def test_a_fused_layer_is_left_as_it_is(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("kind", "narrowed"), [("Conv", 1), ("Conv2", 2), ("DWConv", 0), ("Moody", 0), ("replaced", 0)]
 )
-def test_layers_that_hold_convolutions(kind: str, narrowed: int) -> None:
+def test_narrowing_reaches_convolutions_of_known_layers_only(kind: str, narrowed: int) -> None:
     """`Conv2` reads its input by two, `DWConv` in groups, what `Moody` reads depends on its mode."""
     conv = pytest.importorskip("ultralytics.nn.modules.conv")
 

@@ -63,7 +63,7 @@ def analysis(asked: list[Backend], detector: nn.Module) -> Analysis:
         (0.74, ["body.1", "body.2", "body.4", "head.0"]),
     ],
 )
-def test_a_budget_of_latency_takes_the_least_important_that_save_it(
+def test_latency_budget_removes_the_least_important_regions_that_meet_it(
     analysis: Analysis, budget: float, removed: list[str]
 ) -> None:
     plan = analysis.plan(budget, "latency")
@@ -73,29 +73,29 @@ def test_a_budget_of_latency_takes_the_least_important_that_save_it(
     assert plan.settings["latency"] == {"backend": "eager", **ON}
 
 
-def test_other_budgets_predict_latency_as_well(analysis: Analysis) -> None:
+def test_plans_of_other_costs_predict_latency(analysis: Analysis) -> None:
     plan = analysis.plan(0.5, "flops")
     assert plan.after.latency_ms == pytest.approx(10.0 - sum(FIGURES[region.name] for region in plan.removed))
 
 
-def test_a_plan_of_latency_comes_back_from_json(analysis: Analysis) -> None:
+def test_latency_plan_survives_json(analysis: Analysis) -> None:
     plan = analysis.plan(0.3, "latency")
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert {region.name: region.latency_ms for region in plan.regions} == FIGURES
 
 
-def test_more_than_the_regions_take_is_refused(analysis: Analysis) -> None:
+def test_latency_budget_above_all_regions_is_refused(analysis: Analysis) -> None:
     with pytest.raises(BudgetError, match=r"give 75\.0% at most"):
         analysis.plan(0.8, "latency")
 
 
-def test_a_budget_below_the_noise_is_refused(analysis: Analysis) -> None:
+def test_latency_budget_below_the_noise_is_refused(analysis: Analysis) -> None:
     with pytest.raises(BudgetError, match=r"budget 0\.01 .*noise.*2\.0%"):
         analysis.plan(0.01, "latency")
     assert analysis.plan(0.01, "flops").removed
 
 
-def test_without_a_backend_nothing_is_measured(detector: nn.Module, asked: list[Backend]) -> None:
+def test_analyze_without_latency_backend_measures_nothing(detector: nn.Module, asked: list[Backend]) -> None:
     analysis = fxprune.analyze(detector, labelled(), criterion="l1")
     assert asked == []
     assert analysis.before.latency_ms is None
@@ -107,7 +107,7 @@ def test_without_a_backend_nothing_is_measured(detector: nn.Module, asked: list[
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "eager"), ("eager", "eager"), ("inductor", "inductor")])
-def test_compile_measures_where_it_is_told_to(
+def test_compile_measures_latency_on_the_given_backend(
     detector: nn.Module, asked: list[Backend], given: str | None, expected: str
 ) -> None:
     pruned = fxprune.compile(detector, labelled(), 0.3, criterion=score, cost="latency", latency_backend=given)
@@ -118,12 +118,12 @@ def test_compile_measures_where_it_is_told_to(
 
 
 @pytest.mark.parametrize("backend", ["gpu", "", 3, ["eager"], True])
-def test_an_unknown_backend_is_refused(detector: nn.Module, backend: Any) -> None:
+def test_unknown_latency_backend_is_refused(detector: nn.Module, backend: Any) -> None:
     with pytest.raises(SettingError, match=r"latency_backend .*known: eager, inductor"):
         fxprune.analyze(detector, labelled(), latency_backend=backend)
 
 
-def test_a_model_that_was_measured_is_as_it_was(detector: nn.Module) -> None:
+def test_measured_model_is_unchanged(detector: nn.Module) -> None:
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     mode, torch_state = detector.training, torch.get_rng_state()
     analysis = fxprune.analyze(detector, labelled(), criterion="l1", latency_backend="eager")
@@ -139,7 +139,7 @@ def test_a_model_that_was_measured_is_as_it_was(detector: nn.Module) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forget_compiled_code")
-def test_no_model_of_many_is_left_in_eager_mode() -> None:
+def test_backend_copy_compiles_more_models_than_the_recompile_limit() -> None:
     frames = torch._dynamo.utils.counters["frames"]
     limit = torch._dynamo.config.recompile_limit
     backend = BACKENDS["inductor"]
@@ -153,7 +153,7 @@ def test_no_model_of_many_is_left_in_eager_mode() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forget_compiled_code")
-def test_inductor_compiles_the_whole_and_one_of_five_equal_blocks(detector: nn.Module) -> None:
+def test_inductor_compiles_the_model_and_one_of_equal_blocks(detector: nn.Module) -> None:
     told: list[Any] = []
     analysis = fxprune.analyze(
         detector, labelled(), criterion="l1", latency_backend="inductor", progress=lambda *stage: told.append(stage)

@@ -43,7 +43,7 @@ def feasible(instance: Instance) -> list[set[int]]:
 
 @settings(max_examples=150, deadline=None)
 @given(instances())
-def test_choice_is_of_least_importance_then_of_least_overshoot(instance: Instance) -> None:
+def test_choose_regions_minimizes_importance_then_overshoot(instance: Instance) -> None:
     importance, items, conflicts, total, budget = instance
     possible = feasible(instance)
     if not possible:
@@ -58,28 +58,28 @@ def test_choice_is_of_least_importance_then_of_least_overshoot(instance: Instanc
     assert saved(items, chosen) == cheapest
 
 
-def test_a_negative_importance_is_no_reason_to_remove_more() -> None:
+def test_choose_regions_removes_no_more_for_negative_importance() -> None:
     items = [CostItem(10.0, (frozenset([0]),)), CostItem(10.0, (frozenset([1]),))]
     assert len(choose_regions([-5.0, -1.0], items, [], 100.0, 0.1)) == 1
 
 
-def test_shared_weights_are_saved_only_with_their_last_reader() -> None:
+def test_shared_weights_are_saved_with_their_last_reader_only() -> None:
     shared = CostItem(50.0, (frozenset([0]), frozenset([1])))
     assert choose_regions([1.0, 1.0, 9.0], [shared, CostItem(20.0, (frozenset([2]),))], [], 100.0, 0.3) == [0, 1]
 
 
-def test_scores_of_very_different_size_are_told_apart() -> None:
+def test_choose_regions_distinguishes_scores_of_very_different_size() -> None:
     items = [CostItem(10.0, (frozenset([i]),)) for i in range(4)]
     assert choose_regions([1e-12, 3e-12, 1e6, 2e-12], items, [], 100.0, 0.2) in ([0, 3], [0, 1], [1, 3])
     assert choose_regions([5.0, 1.0, 1e4, 2.0], items, [], 100.0, 0.2) == [1, 3]
 
 
 @pytest.mark.parametrize("budget", [0, 1, -0.1, 1.5, float("nan"), "0.1", None, True])
-def test_what_is_no_fraction_is_refused(budget: object) -> None:
+def test_check_budget_refuses_what_is_no_fraction(budget: object) -> None:
     with pytest.raises(BudgetError, match="between 0 and 1"):
         check_budget(budget)
 
 
-def test_an_impossible_budget_says_what_is_possible() -> None:
+def test_infeasible_budget_error_says_what_is_possible() -> None:
     with pytest.raises(BudgetError, match=r"30\.0% at most"):
         choose_regions([1.0], [CostItem(30.0, (frozenset([0]),))], [], 100.0, 0.5)

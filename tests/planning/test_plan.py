@@ -22,7 +22,7 @@ from tests.helpers.models import flops_of, labelled, params_of
 # To JSON and back ----------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_comes_back_from_its_file(plan: Plan, tmp_path: Path) -> None:
+def test_plan_is_loaded_as_it_was_saved(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(str(tmp_path / "plan.json"))
     assert loaded == plan
@@ -32,7 +32,7 @@ def test_a_plan_comes_back_from_its_file(plan: Plan, tmp_path: Path) -> None:
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
 
 
-def test_a_plan_file_is_strict_json_of_this_version(plan: Plan, tmp_path: Path) -> None:
+def test_plan_file_is_strict_json_of_this_version(plan: Plan, tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is no JSON")
 
@@ -44,7 +44,7 @@ def test_a_plan_file_is_strict_json_of_this_version(plan: Plan, tmp_path: Path) 
     assert [row["name"] for row in data["regions"] if row["removed"]] == [region.name for region in plan.removed]
 
 
-def test_to_dict_gives_plain_data_of_its_own(plan: Plan) -> None:
+def test_plan_to_dict_gives_a_plain_copy(plan: Plan) -> None:
     data = plan.to_dict()
     data["regions"][0]["nodes"].append("harm")
     data["settings"]["criterion"] = "harm"
@@ -52,7 +52,7 @@ def test_to_dict_gives_plain_data_of_its_own(plan: Plan) -> None:
     assert plan.settings["criterion"] == "fisher"
 
 
-def test_a_plan_cannot_be_changed(plan: Plan) -> None:
+def test_plan_is_immutable(plan: Plan) -> None:
     with pytest.raises(FrozenInstanceError):
         plan.budget = 0.5  # type: ignore[misc]
 
@@ -122,7 +122,9 @@ def test_any_plan_survives_json(plan: Plan) -> None:
 
 @pytest.mark.parametrize("cost", ["flops", "params", "blocks"])
 @pytest.mark.parametrize("budget", [0.05, 0.3, 0.6])
-def test_totals_are_those_of_the_models(tiny_model: nn.Module, analysis: Analysis, budget: float, cost: str) -> None:
+def test_plan_totals_equal_those_of_the_models(
+    tiny_model: nn.Module, analysis: Analysis, budget: float, cost: str
+) -> None:
     plan = analysis.plan(budget, cost)
     pruned = fxprune.apply(tiny_model, plan)
     assert (plan.before.flops, plan.before.params, plan.before.blocks) == (
@@ -138,7 +140,7 @@ def test_totals_are_those_of_the_models(tiny_model: nn.Module, analysis: Analysi
     assert 1 - (after + smallest) / before < budget
 
 
-def test_one_analysis_serves_many_budgets(analysis: Analysis) -> None:
+def test_one_analysis_gives_plans_of_many_budgets(analysis: Analysis) -> None:
     counts = [len(analysis.plan(budget).removed) for budget in (0.1, 0.2, 0.4, 0.6, 0.8)]
     assert counts == sorted(counts)
     assert counts[0] < counts[-1]
@@ -146,12 +148,12 @@ def test_one_analysis_serves_many_budgets(analysis: Analysis) -> None:
     assert analysis.plan(0.4) == analysis.plan(0.4)
 
 
-def test_the_least_important_regions_go(plan: Plan) -> None:
+def test_plan_removes_the_least_important_regions(plan: Plan) -> None:
     kept = [region.score for region in plan.regions if not region.removed]
     assert max(region.score for region in plan.removed) <= min(kept)
 
 
-def test_a_plan_lists_only_the_islands_it_touches(detector: nn.Module) -> None:
+def test_plan_lists_the_islands_it_touches_only(detector: nn.Module) -> None:
     analysis = fxprune.analyze(detector, labelled())
     assert [island.name for island in analysis.islands] == ["body", "head"]
     plan = analysis.plan(0.1)

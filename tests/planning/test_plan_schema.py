@@ -28,7 +28,7 @@ from tests.helpers.hostile import changed
         ("rejections[1].reason", r"'rejections\[1\]' lacks \['reason'\]"),
     ],
 )
-def test_a_missing_field_is_named(plan: Plan, path: str, message: str) -> None:
+def test_missing_field_is_refused_by_name(plan: Plan, path: str, message: str) -> None:
     with pytest.raises(PlanError, match=f"plan field {message}"):
         Plan.from_dict(changed(plan.to_dict(), path, ...))
 
@@ -36,7 +36,7 @@ def test_a_missing_field_is_named(plan: Plan, path: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("path", "where"), [("note", "plan"), ("before.watts", "before"), ("regions[1].mask", r"regions\[1\]")]
 )
-def test_an_unknown_field_is_named(plan: Plan, path: str, where: str) -> None:
+def test_unknown_field_is_refused_by_name(plan: Plan, path: str, where: str) -> None:
     with pytest.raises(PlanError, match=rf"'{where}' has unknown \['{path.split('.')[-1]}'\]"):
         Plan.from_dict(changed(plan.to_dict(), path, 1))
 
@@ -69,18 +69,18 @@ def test_an_unknown_field_is_named(plan: Plan, path: str, where: str) -> None:
         ("rejections[0].reason", 7),
     ],
 )
-def test_a_field_of_the_wrong_kind_is_named(plan: Plan, path: str, value: Any) -> None:
+def test_field_of_wrong_type_is_refused_by_name(plan: Plan, path: str, value: Any) -> None:
     with pytest.raises(PlanError, match=rf"plan field '(plan\.)?{re.escape(path)}(\[0\])?' should be"):
         Plan.from_dict(changed(plan.to_dict(), path, value))
 
 
 @pytest.mark.parametrize("version", [0, 3, "1", None, 1.5])
-def test_another_schema_version_is_refused(plan: Plan, version: Any) -> None:
+def test_other_schema_version_is_refused(plan: Plan, version: Any) -> None:
     with pytest.raises(PlanError, match=rf"version {version!r}, .*reads 1 and 2"):
         Plan.from_dict({**plan.to_dict(), "fxprune_plan": version})
 
 
-def test_version_1_knew_of_no_latency(plan: Plan) -> None:
+def test_schema_version_1_is_read_without_latency(plan: Plan) -> None:
     data = plan.to_dict() | {"fxprune_plan": 1}
     for row in (data["before"], data["after"], *data["regions"]):
         del row["latency_ms"]
@@ -90,24 +90,24 @@ def test_version_1_knew_of_no_latency(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("data", [{}, {"budget": 0.1}, [], None, "plan.json"])
-def test_something_that_is_no_plan(data: Any) -> None:
+def test_data_that_is_no_plan_is_refused(data: Any) -> None:
     with pytest.raises(PlanError, match=r"no fxprune plan.*'fxprune_plan'"):
         Plan.from_dict(data)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"plan: yes"])
-def test_a_file_that_is_not_json_is_named(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_json_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "broken.json").write_bytes(content)
     with pytest.raises(PlanError, match=r"broken\.json: not a JSON file"):
         Plan.load(tmp_path / "broken.json")
 
 
-def test_a_broken_plan_file_is_named_with_its_field(plan: Plan, tmp_path: Path) -> None:
+def test_broken_plan_file_is_refused_by_name_and_field(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text(json.dumps(changed(plan.to_dict(), "regions[1].exit", ...)))
     with pytest.raises(PlanError, match=r"broken\.json.*'regions\[1\]' lacks \['exit'\]"):
         Plan.load(tmp_path / "broken.json")
 
 
-def test_a_plan_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_plan_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
         Plan.load(tmp_path / "nowhere.json")

@@ -20,7 +20,7 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
-def test_orders_come_in_pairs_that_are_each_others_reverse(clock: FakeClock) -> None:
+def test_interleave_orders_come_in_reversed_pairs(clock: FakeClock) -> None:
     functions = {name: clock.taking(name, 1.0) for name in "ABCDE"}
     interleave(functions, rounds=40, warmup=0, clock=clock)
     rounds = ["".join(clock.calls[start : start + 5]) for start in range(0, 200, 5)]
@@ -29,18 +29,18 @@ def test_orders_come_in_pairs_that_are_each_others_reverse(clock: FakeClock) -> 
     assert len(set(rounds)) > 20
 
 
-def test_nobody_always_follows_the_same_one(clock: FakeClock) -> None:
+def test_interleave_varies_the_predecessor_of_each_function(clock: FakeClock) -> None:
     interleave({name: clock.taking(name, 1.0) for name in "ABCDE"}, rounds=60, warmup=0, clock=clock)
     pairs = set(zip(clock.calls, clock.calls[1:], strict=False))
     assert len({pair for pair in pairs if pair[0] != pair[1]}) == 20
 
 
-def test_two_functions_go_first_equally_often(clock: FakeClock) -> None:
+def test_interleave_of_two_functions_alternates_the_first(clock: FakeClock) -> None:
     interleave({name: clock.taking(name, 1.0) for name in "AB"}, rounds=6, warmup=0, clock=clock)
     assert clock.calls[::2].count("A") == 3
 
 
-def test_each_function_gets_its_own_time_in_milliseconds(clock: FakeClock) -> None:
+def test_interleave_gives_milliseconds_per_function(clock: FakeClock) -> None:
     functions = {"slow": clock.taking("slow", 0.004, 0.006), "fast": clock.taking("fast", 0.001)}
     timings = interleave(functions, rounds=3, warmup=0, clock=clock)
     assert list(timings) == ["slow", "fast"]
@@ -49,19 +49,19 @@ def test_each_function_gets_its_own_time_in_milliseconds(clock: FakeClock) -> No
     assert timings["slow"].median_ms == pytest.approx(6.0)
 
 
-def test_warmup_runs_and_is_not_counted(clock: FakeClock) -> None:
+def test_interleave_does_not_count_warmup(clock: FakeClock) -> None:
     timing = interleave({"f": clock.taking("f", 9.0, 9.0, 1.0)}, rounds=2, warmup=2, clock=clock)["f"]
     assert timing.latency_ms == pytest.approx((1000.0, 1000.0))
     assert len(clock.calls) == 4
 
 
-def test_warmup_comes_on_top_of_the_rounds(clock: FakeClock) -> None:
+def test_interleave_runs_warmup_in_addition_to_rounds(clock: FakeClock) -> None:
     timings = interleave({name: clock.taking(name, 1.0) for name in "AB"}, rounds=2, warmup=3, clock=clock)
     assert len(clock.calls) == 2 * (3 + 2)
     assert len(timings["A"].latency_ms) == 2
 
 
-def test_ratios_are_paired_round_by_round() -> None:
+def test_compute_ratio_pairs_rounds() -> None:
     # A machine that slows down fourfold: the ratio of medians would be 1, the rounds all say 2 and 0.5.
     base = Timing("base", (1.0, 2.0, 4.0))
     assert compute_ratio(Timing("twice", (2.0, 4.0, 8.0)), base) == Ratio("twice", "base", 2.0, 2.0, 2.0, 3)
@@ -69,7 +69,7 @@ def test_ratios_are_paired_round_by_round() -> None:
     assert (crossed.median, crossed.low, crossed.high) == (1.0, 0.625, 2.5)
 
 
-def test_drift_that_hits_a_whole_round_cancels(clock: FakeClock) -> None:
+def test_compute_ratio_cancels_drift_between_rounds(clock: FakeClock) -> None:
     drift = [1.0, 3.0, 2.0, 10.0]
     functions = {"b": clock.taking("b", *(1.5 * d for d in drift)), "a": clock.taking("a", *drift)}
     timings = interleave(functions, rounds=4, warmup=0, clock=clock)
@@ -78,13 +78,13 @@ def test_drift_that_hits_a_whole_round_cancels(clock: FakeClock) -> None:
     assert str(ratio) == "1.500 [1.500, 1.500]"
 
 
-def test_one_function_under_two_names_has_ratio_one(clock: FakeClock) -> None:
+def test_compute_ratio_of_one_function_with_itself_is_one(clock: FakeClock) -> None:
     function = clock.taking("f", 0.5)
     timings = interleave({"a": function, "a again": function}, rounds=5, clock=clock)
     assert compute_ratio(timings["a again"], timings["a"]).median == 1.0
 
 
-def test_cuda_is_waited_for_inside_the_timed_span(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interleave_waits_for_cuda_inside_the_timed_span(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     pending = 0.0
 
     def launch() -> None:
@@ -101,7 +101,7 @@ def test_cuda_is_waited_for_inside_the_timed_span(clock: FakeClock, monkeypatch:
     assert timing.latency_ms == pytest.approx((2.0, 2.0))
 
 
-def test_work_of_others_is_waited_for_before_the_clock_starts(
+def test_interleave_waits_for_earlier_work_before_the_clock_starts(
     clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pending = [5.0]
@@ -116,7 +116,7 @@ def test_work_of_others_is_waited_for_before_the_clock_starts(
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
-def test_the_cpu_is_not_waited_for(
+def test_interleave_on_cpu_does_not_synchronize(
     device: torch.device | str | None, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(device: object) -> None:
@@ -126,7 +126,7 @@ def test_the_cpu_is_not_waited_for(
     assert interleave({"f": clock.taking("f", 1.0)}, rounds=1, device=device, clock=clock)
 
 
-def test_what_cannot_be_timed_is_refused(clock: FakeClock) -> None:
+def test_interleave_refuses_bad_arguments(clock: FakeClock) -> None:
     with pytest.raises(ValueError, match="no function"):
         interleave({}, rounds=1)
     with pytest.raises(ValueError, match="rounds must be 1"):
@@ -136,14 +136,14 @@ def test_what_cannot_be_timed_is_refused(clock: FakeClock) -> None:
     assert not clock.calls
 
 
-def test_ratios_that_cannot_be_taken_are_refused() -> None:
+def test_compute_ratio_refuses_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"'a' .*2 times and 'b' 1"):
         compute_ratio(Timing("a", (1.0, 1.0)), Timing("b", (1.0,)))
     with pytest.raises(ValueError, match="'b' took no measurable time"):
         compute_ratio(Timing("a", (1.0,)), Timing("b", (0.0,)))
 
 
-def test_an_error_of_a_timed_function_reaches_the_caller(clock: FakeClock) -> None:
+def test_interleave_passes_on_errors_of_the_functions(clock: FakeClock) -> None:
     def fail() -> None:
         raise RuntimeError("mine")
 
@@ -151,14 +151,14 @@ def test_an_error_of_a_timed_function_reaches_the_caller(clock: FakeClock) -> No
         interleave({"f": fail}, rounds=1, clock=clock)
 
 
-def test_timings_are_values() -> None:
+def test_timings_are_immutable_values() -> None:
     timing = Timing("a", (1.0,))
     assert timing == Timing("a", (1.0,))
     with pytest.raises(FrozenInstanceError):
         timing.name = "b"  # type: ignore[misc]
 
 
-def test_the_error_of_a_median_shrinks_with_the_rounds_and_grows_with_their_spread() -> None:
+def test_median_error_shrinks_with_rounds_and_grows_with_spread() -> None:
     generator = np.random.default_rng(0)
     for count in (9, 25, 101):
         draws = generator.normal(5.0, 2.0, size=(4000, count))
@@ -168,14 +168,14 @@ def test_the_error_of_a_median_shrinks_with_the_rounds_and_grows_with_their_spre
     assert Ratio("a", "b", 1.0, 0.9, 1.1, 16).error == median_error(0.9, 1.1, 16)
 
 
-def test_a_stopwatch_on_the_cpu_reads_the_clock(clock: FakeClock) -> None:
+def test_stopwatch_on_cpu_reads_the_clock(clock: FakeClock) -> None:
     moment, between = stopwatch("cpu", clock)
     begin = moment()
     clock.taking("f", 0.25)()
     assert between(begin, moment()) == pytest.approx(250.0)
 
 
-def test_mps_is_waited_for(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_on_mps_synchronizes(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.mps, "synchronize", clock.taking("wait", 0.5))
     timing = interleave({"f": lambda: None}, rounds=1, warmup=0, device="mps", clock=clock)["f"]
     assert timing.latency_ms == pytest.approx((500.0,))
@@ -183,7 +183,7 @@ def test_mps_is_waited_for(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) ->
     assert between(moment(), moment()) == pytest.approx(500.0)
 
 
-def test_a_stopwatch_on_cuda_notes_the_devices_moments_and_waits_once_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopwatch_on_cuda_records_events_and_waits_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
     class Event:
@@ -226,6 +226,6 @@ print(page_faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators take no notice")
-def test_settled_memory_is_not_taken_from_the_system_again() -> None:
+def test_raise_mmap_threshold_keeps_freed_memory() -> None:
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 1000  # 60 tensors of 977 pages, unless what came before has settled it

@@ -80,7 +80,9 @@ def on(probe: Callable[..., Any], ready: Callable[[nn.Module], None] = lambda mo
 
 
 @pytest.mark.parametrize("probe", [node_probe, compiled_probe])
-def test_regions_get_what_their_layers_take(model: nn.Module, clock: FakeClock, probe: Callable[..., Any]) -> None:
+def test_latency_of_a_region_is_that_of_its_layers(
+    model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
+) -> None:
     latency = measured(model, clock, on(probe))
     assert latency.whole_ms == pytest.approx(WHOLE)
     assert latency.regions_ms == pytest.approx(REGIONS)
@@ -89,7 +91,7 @@ def test_regions_get_what_their_layers_take(model: nn.Module, clock: FakeClock, 
     }  # fmt: skip
 
 
-def test_what_the_interpreter_itself_takes_is_nobodys(
+def test_interpreter_overhead_is_not_counted(
     model: nn.Module, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch = fx.Interpreter.fetch_args_kwargs_from_env
@@ -102,7 +104,7 @@ def test_what_the_interpreter_itself_takes_is_nobodys(
     assert measured(model, clock).regions_ms == pytest.approx(REGIONS)
 
 
-def test_a_backend_that_is_twice_as_fast_in_the_graphs_halves_their_regions(model: nn.Module, clock: FakeClock) -> None:
+def test_backend_twice_as_fast_halves_the_latency_of_regions(model: nn.Module, clock: FakeClock) -> None:
     def halve(module: nn.Module) -> None:
         for name in [*CONVS, "body.0"]:
             layer: Any = module.get_submodule(name)
@@ -113,7 +115,7 @@ def test_a_backend_that_is_twice_as_fast_in_the_graphs_halves_their_regions(mode
     assert latency.regions_ms == pytest.approx({name: one / 2 for name, one in REGIONS.items()})
 
 
-def test_what_a_call_of_its_own_costs_a_piece_is_not_the_regions(model: nn.Module, clock: FakeClock) -> None:
+def test_call_overhead_of_a_region_module_is_not_counted(model: nn.Module, clock: FakeClock) -> None:
     def pay_for_a_call(module: nn.Module) -> None:
         if isinstance(module, fx.GraphModule):
             clock.slow_down(module, 7.0)
@@ -121,7 +123,7 @@ def test_what_a_call_of_its_own_costs_a_piece_is_not_the_regions(model: nn.Modul
     assert measured(model, clock, on(compiled_probe, pay_for_a_call)).regions_ms == pytest.approx(REGIONS)
 
 
-def test_regions_get_what_one_more_takes_on_average(model: nn.Module, clock: FakeClock) -> None:
+def test_latency_of_a_region_is_the_mean_cost_of_one_more_copy(model: nn.Module, clock: FakeClock) -> None:
     def grow_unevenly(module: nn.Module) -> None:
         for name, part in module.named_modules():
             if name.endswith("norm") and (more := {"1": 6.0, "2": 1.0}.get(name[0])):
@@ -156,14 +158,14 @@ class Halves(nn.Module):
 
 
 @pytest.mark.parametrize("probe", [node_probe, compiled_probe])
-def test_calls_add_up(clock: FakeClock, probe: Callable[..., Any]) -> None:
+def test_latency_of_repeated_calls_adds_up(clock: FakeClock, probe: Callable[..., Any]) -> None:
     model = distinct(build(Halves), ["body.1.conv", "body.2.conv"])
     clock.slow_down(model.get_submodule("body.1.conv"), 2.0)
     clock.slow_down(model.get_submodule("body.2.conv"), 1.0)
     assert measured(model, clock, on(probe)).regions_ms == pytest.approx({"body.1": 4.0, "body.2": 2.0})
 
 
-def test_a_graph_within_a_node_of_another_one_counts_once(clock: FakeClock) -> None:
+def test_nested_graphs_are_counted_once(clock: FakeClock) -> None:
     class Inner(nn.Module):
         """Cannot be traced; what it calls can."""
 
@@ -201,33 +203,31 @@ class Pool(nn.Module):
         ([0.0], 0.0),
     ],
 )
-def test_what_chance_may_have_made_is_nothing(values: list[float], expected: float) -> None:
+def test_latency_within_the_noise_is_zero(values: list[float], expected: float) -> None:
     assert significant_median(values) == expected
 
 
 @pytest.mark.parametrize("probe", [node_probe, compiled_probe])
-def test_a_region_that_is_lost_in_noise_saves_nothing(
-    model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
-) -> None:
+def test_region_within_the_noise_saves_nothing(model: nn.Module, clock: FakeClock, probe: Callable[..., Any]) -> None:
     clock.slow_down(model.get_submodule("body.3.norm"), 0.0, 0.0, 0.0, 0.0, 30.0)
     latency = measured(model, clock, on(probe))
     assert latency.regions_ms["body.3"] == 0.0
     assert latency.regions_ms["body.1"] > 0
 
 
-def test_what_warms_up_does_not_count(model: nn.Module, clock: FakeClock) -> None:
+def test_latency_does_not_count_warmup(model: nn.Module, clock: FakeClock) -> None:
     clock.slow_down(model.get_submodule("body.1.norm"), *[300.0] * 4, *[0.0] * 100)  # two calls capture, two warm up
     assert measured(model, clock, rounds=2).regions_ms == pytest.approx(REGIONS)
 
 
-def test_the_floor_is_how_far_the_whole_strays_from_itself(model: nn.Module, clock: FakeClock) -> None:
+def test_floor_is_the_spread_of_the_model_against_itself(model: nn.Module, clock: FakeClock) -> None:
     steady = measured(model, clock).settings["floor"]
     clock.slow_down(model.get_submodule(""), 0.0, 2.0, 1.0, 0.0, 4.0)
     assert steady < 1e-9 < 0.02 < measured(model, clock, rounds=8).settings["floor"] < 1
 
 
 @pytest.mark.parametrize("probe", [node_probe, compiled_probe])
-def test_graphs_overwrite_what_the_model_does_while_they_are_timed(
+def test_timed_graphs_match_the_in_place_flags_of_the_model(
     model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
 ) -> None:
     seen: list[set[bool]] = []
@@ -248,7 +248,7 @@ def test_graphs_overwrite_what_the_model_does_while_they_are_timed(
 # What is left as it was ----------------------------------------------------------------------------------------------
 
 
-def test_a_twin_shares_weights_and_nothing_else() -> None:
+def test_backend_copy_shares_weights_only() -> None:
     model = build(Detector)
     twin = backend_copy(model, Backend(lambda module: setattr(module, "mark", 1), node_probe))
     pairs = zip(model.state_dict(keep_vars=True).values(), twin.state_dict(keep_vars=True).values(), strict=True)
@@ -258,7 +258,7 @@ def test_a_twin_shares_weights_and_nothing_else() -> None:
     assert not hasattr(model, "mark")
 
 
-def test_a_settled_model_stays_in_eval_mode_and_can_be_trained_again() -> None:
+def test_frozen_eval_mode_keeps_eval_and_is_undone_afterwards() -> None:
     model = tiny().train()
     with frozen_eval_mode(model):
         assert model.eval() is model
@@ -268,9 +268,7 @@ def test_a_settled_model_stays_in_eval_mode_and_can_be_trained_again() -> None:
 
 
 @pytest.mark.parametrize("probe", [node_probe, compiled_probe])
-def test_a_backend_that_fails_is_said_with_a_way_out(
-    model: nn.Module, clock: FakeClock, probe: Callable[..., Any]
-) -> None:
+def test_failing_backend_error_names_a_way_out(model: nn.Module, clock: FakeClock, probe: Callable[..., Any]) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("no C++ compiler\nfound here")
 
@@ -282,14 +280,14 @@ def test_a_backend_that_fails_is_said_with_a_way_out(
         measured(model, clock, on(probe, refuse))
 
 
-def test_progress_is_told_round_by_round(model: nn.Module, clock: FakeClock) -> None:
+def test_measure_latency_reports_progress_by_round(model: nn.Module, clock: FakeClock) -> None:
     told: list[tuple[str, int, int | None]] = []
     measured(model, clock, on(compiled_probe), tell=lambda *stage: told.append(stage), rounds=3)
     assert [step for step in told if step[0] == "compile"] == [("compile", done, 5) for done in range(6)]
     assert [done for stage, done, total in told if stage == "latency" and total == 3] == [0, 0, 0, 1, 2, 3]
 
 
-def test_the_twin_is_what_is_timed_as_a_whole(model: nn.Module, clock: FakeClock) -> None:
+def test_measure_latency_times_the_backend_copy_as_a_whole(model: nn.Module, clock: FakeClock) -> None:
     called: list[str] = []
 
     def mark(module: nn.Module) -> None:

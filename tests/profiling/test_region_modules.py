@@ -50,7 +50,7 @@ def resnet() -> nn.Module:
 
 @pytest.mark.parametrize("make", [tiny, partial(build, Detector), resnet], ids=["graph", "islands", "drops"])
 @torch.no_grad()
-def test_a_piece_computes_what_its_region_does(make: Callable[[], nn.Module]) -> None:
+def test_region_module_gives_the_outputs_of_its_region(make: Callable[[], nn.Module]) -> None:
     model = make()
     x = pixels(2, 3, 64, 64) if make is resnet else X
     with torch.enable_grad():
@@ -70,7 +70,7 @@ def test_a_piece_computes_what_its_region_does(make: Callable[[], nn.Module]) ->
 
 @pytest.mark.parametrize("make", [tiny, resnet], ids=["bypasses", "drops"])
 @torch.no_grad()
-def test_in_a_row_each_reads_the_one_before_it(make: Callable[[], nn.Module]) -> None:
+def test_repeated_region_module_feeds_each_copy_to_the_next(make: Callable[[], nn.Module]) -> None:
     with torch.enable_grad():
         pieces, _, _ = pieces_of(make(), pixels(2, 3, 64, 64))
     for piece in pieces.values():
@@ -97,7 +97,7 @@ class Twice(nn.Module):
 
 
 @torch.no_grad()
-def test_a_piece_runs_as_often_as_the_model_runs_it() -> None:
+def test_region_module_is_called_as_often_as_in_the_model() -> None:
     with torch.enable_grad():
         pieces, _, _ = pieces_of(build(Twice))
     piece = pieces["body.1"]
@@ -107,7 +107,7 @@ def test_a_piece_runs_as_often_as_the_model_runs_it() -> None:
     torch.testing.assert_close(module(*given), tuple(expected))
 
 
-def test_equal_work_is_of_one_kind() -> None:
+def test_equal_regions_have_one_kind() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -124,7 +124,7 @@ def test_equal_work_is_of_one_kind() -> None:
     assert len({kinds[name] for name in ("layers.1", "layers.4", "layers.6")}) == 3, "widths and sizes differ"
 
 
-def test_the_models_weights_stay_as_they_are() -> None:
+def test_extract_regions_keeps_the_weights_of_the_model() -> None:
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pieces, _, twin = pieces_of(model)

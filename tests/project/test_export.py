@@ -106,7 +106,7 @@ def to_onnx(model: nn.Module, x: Any, file: Path, **settings: Any) -> Exported:
 
 
 @systems("tiny", *CLASSIFIERS)
-def test_onnx_is_smaller_and_gives_the_same(case: Case, tmp_path: Path) -> None:
+def test_onnx_export_is_smaller_and_gives_the_same(case: Case, tmp_path: Path) -> None:
     free = ({0: torch.export.Dim("n")},)
     whole, pruned = (
         to_onnx(model, case.x, tmp_path / f"{index}.onnx", dynamic_shapes=free)
@@ -119,7 +119,7 @@ def test_onnx_is_smaller_and_gives_the_same(case: Case, tmp_path: Path) -> None:
 
 
 @systems("retinanet_resnet50_fpn")
-def test_the_backbone_of_a_detector_goes_to_onnx(case: Case, tmp_path: Path) -> None:
+def test_detector_backbone_is_exported_to_onnx(case: Case, tmp_path: Path) -> None:
     models = [model.get_submodule("backbone") for model in (case.model, case.pruned)]
     x = case.x[0][None]
     whole, pruned = (to_onnx(model, x, tmp_path / f"{index}.onnx") for index, model in enumerate(models))
@@ -128,7 +128,7 @@ def test_the_backbone_of_a_detector_goes_to_onnx(case: Case, tmp_path: Path) -> 
 
 
 @systems(*DETECTORS)
-def test_whole_detectors_go_to_onnx_by_the_older_exporter(case: Case, tmp_path: Path) -> None:
+def test_whole_detectors_are_exported_by_the_older_onnx_exporter(case: Case, tmp_path: Path) -> None:
     def save(model: nn.Module, file: Path) -> Exported:
         torch.onnx.export(model, (case.x,), file, dynamo=False, opset_version=18)
         return read_onnx(file)
@@ -161,7 +161,7 @@ def test_torch_export_is_smaller_and_gives_the_same(case: Case, tmp_path: Path) 
 
 
 @systems(*DETECTORS)
-def test_torch_export_says_the_same_of_a_pruned_detector(case: Case) -> None:
+def test_torch_export_treats_a_pruned_detector_like_an_unpruned_one(case: Case) -> None:
     """Of most it cannot tell which way suppression goes by the number of boxes."""
 
     def nodes(model: nn.Module) -> int | str:
@@ -187,7 +187,7 @@ def read_openvino(file: Path) -> Exported:
 
 
 @systems("mobilenet_v2")
-def test_openvino_is_smaller_and_gives_the_same(case: Case, tmp_path: Path) -> None:
+def test_openvino_export_is_smaller_and_gives_the_same(case: Case, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="pip install openvino")
 
     def save(model: nn.Module, file: Path) -> Exported:
@@ -213,7 +213,7 @@ def read_executorch(file: Path) -> Exported:
 
 
 @systems("mobilenet_v2")
-def test_executorch_is_smaller_and_gives_the_same(case: Case, tmp_path: Path) -> None:
+def test_executorch_export_is_smaller_and_gives_the_same(case: Case, tmp_path: Path) -> None:
     exir = pytest.importorskip("executorch.exir", reason="pip install executorch")
 
     def save(model: nn.Module, file: Path) -> Exported:
@@ -237,7 +237,7 @@ FORMS: dict[str, tuple[Callable[[Path], Exported], str, list[str]]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @systems("yolov8n")
-def test_yolo_exports_through_its_own_method(
+def test_yolo_is_exported_by_its_own_method(
     case: Case, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(form, reason=f"pip install {form}")  # ultralytics would try to install it

@@ -53,7 +53,7 @@ def devices_of(model: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "fisher_mended", "grad_act"])
-def test_scores_and_plans_are_those_of_the_cpu(detector: nn.Module, items: list[Any], criterion: str) -> None:
+def test_scores_and_plans_on_cuda_equal_those_on_cpu(detector: nn.Module, items: list[Any], criterion: str) -> None:
     loader = batches(detector, items)
     here = fxprune.analyze(detector, loader, criterion=criterion)
     there = fxprune.analyze(copy.deepcopy(detector).cuda(), loader, criterion=criterion)
@@ -63,7 +63,7 @@ def test_scores_and_plans_are_those_of_the_cpu(detector: nn.Module, items: list[
 
 
 @pytest.mark.parametrize("method", ["affine", "mimic"])
-def test_what_is_healed_is_what_the_cpu_heals(detector: nn.Module, items: list[Any], method: str) -> None:
+def test_heal_on_cuda_equals_heal_on_cpu(detector: nn.Module, items: list[Any], method: str) -> None:
     pictures = batches(detector, items, targets=False)
     plan = fxprune.analyze(detector, pictures).plan(0.15)
     found = {}
@@ -79,7 +79,7 @@ def test_what_is_healed_is_what_the_cpu_heals(detector: nn.Module, items: list[A
 
 
 @pytest.mark.parametrize("strategy", ["one_shot", "search"])
-def test_compile_takes_a_model_that_is_on_the_device(detector: nn.Module, items: list[Any], strategy: str) -> None:
+def test_compile_works_for_a_model_on_cuda(detector: nn.Module, items: list[Any], strategy: str) -> None:
     model = copy.deepcopy(detector).cuda()
     pruned = fxprune.compile(model, batches(model, items), strategy=strategy, heal="mimic", steps=10, tries=3)
     assert devices_of(pruned) == {"cuda"}
@@ -89,7 +89,7 @@ def test_compile_takes_a_model_that_is_on_the_device(detector: nn.Module, items:
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_milliseconds_are_measured_on_the_device(detector: nn.Module, items: list[Any], backend: str) -> None:
+def test_latency_is_measured_on_cuda(detector: nn.Module, items: list[Any], backend: str) -> None:
     model = copy.deepcopy(detector).cuda()
     analysis = fxprune.analyze(model, batches(model, items[:8]), latency_backend=backend)
     assert analysis.before.latency_ms is not None
@@ -98,7 +98,7 @@ def test_milliseconds_are_measured_on_the_device(detector: nn.Module, items: lis
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_what_is_pruned_is_compiled_for_the_device(detector: nn.Module, items: list[Any], mode: str) -> None:
+def test_pruned_model_is_compiled_for_cuda(detector: nn.Module, items: list[Any], mode: str) -> None:
     model = copy.deepcopy(detector).cuda()
     pruned = fxprune.compile(model, batches(model, items), 0.15, heal="affine")
     x = torch.rand(2, 3, 160, 160, device="cuda")
@@ -110,7 +110,7 @@ def test_what_is_pruned_is_compiled_for_the_device(detector: nn.Module, items: l
             torch.testing.assert_close(given[name], value, atol=2e-3, rtol=2e-3)
 
 
-def test_the_six_systems_are_cut_and_healed_there(case: Case) -> None:
+def test_six_systems_are_pruned_and_healed_on_cuda(case: Case) -> None:
     model = copy.deepcopy(case.model).cuda()
     pruned = fxprune.apply(model, case.plan)
     images = case.batch["img"] if isinstance(case.batch, dict) else case.x
@@ -121,7 +121,7 @@ def test_the_six_systems_are_cut_and_healed_there(case: Case) -> None:
         healed(map_tensors(case.x, torch.Tensor.cuda))
 
 
-def test_the_command_line_prunes_on_the_device(tmp_path: Path) -> None:
+def test_command_line_prunes_on_cuda(tmp_path: Path) -> None:
     arguments = ["prune", "bundled", "--device", "cuda", "--budget", "0.1", "--out", str(tmp_path / "pruned")]
     assert main(arguments) == 0
     again = fxprune.load(load_detector().cuda(), tmp_path / "pruned")

@@ -27,7 +27,7 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
     assert not any(name.startswith(("passes/", "tests/", "benchmarks/")) for name in packed)
 
 
-def test_surface() -> None:
+def test_public_names_are_those_documented() -> None:
     errors = {name for name, value in vars(fxprune.errors).items() if isinstance(value, type)}
     data = {"CocoDataset", "batches", "draw", "evaluate", "fold_norms", "heal", "load", "save"}
     values = {"Analysis", "Candidate", "Plan", "Rejection", "Report"}
@@ -38,7 +38,7 @@ def test_surface() -> None:
         assert issubclass(getattr(fxprune, name), fxprune.FxpruneError)
 
 
-def test_import_reads_no_ultralytics_no_dataset_and_no_renderer() -> None:
+def test_import_loads_no_ultralytics_no_dataset_and_no_renderer() -> None:
     late = {"ultralytics", "pycocotools", "quickjs", "resvg_py"}
     code = f"import fxprune, sys; assert not {late} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -79,14 +79,12 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-def test_the_section_shows_all_that_is_promised() -> None:
+def test_readme_section_shows_all_promised_recipes() -> None:
     assert [text for text in PROMISED if not any(text in block for block in BLOCKS)] == []
 
 
 @torch.no_grad()
-def test_every_recipe_makes_something_that_gives_what_the_pruned_model_gives(
-    started: dict[str, Any], tmp_path: Path
-) -> None:
+def test_readme_recipes_give_the_outputs_of_the_pruned_model(started: dict[str, Any], tmp_path: Path) -> None:
     torch._dynamo.reset()
     names, images, unpruned = dict(started), started["images"], started["model"](started["images"])
     known = set(runnable(names, tmp_path))

@@ -20,7 +20,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS))
-def test_clean(name: str) -> None:
+def test_linters_find_nothing(name: str) -> None:
     command, *arguments = CHECKS[name]
     done = subprocess.run(
         [str(Path(sys.executable).parent / command), *arguments], cwd=ROOT, capture_output=True, text=True, check=False

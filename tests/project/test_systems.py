@@ -106,7 +106,7 @@ def images_of(raw: Any) -> Any:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if system.slow else name for name, system in SYSTEMS.items()]
 )
-def test_a_pruned_system_is_what_it_was_only_smaller(name: str) -> None:
+def test_pruned_system_keeps_its_kind_and_is_smaller(name: str) -> None:
     system = SYSTEMS[name]
     model = system.build()
     network = unwrap(model).eval()
@@ -170,7 +170,7 @@ def check_training(network: nn.Module, raw: Any) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, trained.parameters(), strict=True))
 
 
-def test_nothing_in_the_package_names_a_model() -> None:
+def test_package_names_no_model() -> None:
     from pathlib import Path
 
     root = Path(fxprune.__file__).parent
@@ -197,7 +197,7 @@ def strip_docstrings(code: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "ssdlite320_mobilenet_v3_large", "yolov8n"])
-def test_images_alone_are_enough(name: str) -> None:
+def test_compile_works_with_images_alone(name: str) -> None:
     system = SYSTEMS[name]
     model = system.build()
     raw = system.batch(*system.sizes[0])

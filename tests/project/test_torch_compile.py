@@ -60,7 +60,7 @@ def graphs_and_breaks(model: nn.Module, x: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("call", WHOLE_GRAPH)
-def test_pruning_adds_no_graph_and_no_graph_break(case: Case, call: str) -> None:
+def test_pruned_system_has_no_more_graphs_and_breaks(case: Case, call: str) -> None:
     counts = []
     for model in map(led, (case.model, case.pruned)):
         if call == "later":
@@ -83,7 +83,7 @@ def takes(run: Callable[[], Any]) -> bool:
 
 @torch.no_grad()
 @pytest.mark.parametrize("call", WHOLE_GRAPH)
-def test_what_was_one_graph_is_one_graph(case: Case, call: str) -> None:
+def test_whole_graph_systems_stay_one_graph(case: Case, call: str) -> None:
     taken = []
     for model in map(copy.deepcopy, (case.model, case.pruned)):
         if call == "later":
@@ -133,7 +133,7 @@ def test_one_graph_serves_two_image_sizes(case: Case) -> None:
 
 
 @torch.no_grad()
-def test_whole_models_take_two_image_sizes_where_they_did(case: Case) -> None:
+def test_whole_models_accept_two_image_sizes_as_unpruned(case: Case) -> None:
     counts: list[list[int]] = [[], []]
     for count, model in zip(counts, (case.model, case.pruned), strict=True):
         twin = copy.deepcopy(model)
@@ -146,7 +146,7 @@ def test_whole_models_take_two_image_sizes_where_they_did(case: Case) -> None:
 
 
 @torch.no_grad()
-def test_inductor_gives_what_eager_gives(case: Case) -> None:
+def test_inductor_outputs_equal_eager_outputs(case: Case) -> None:
     twin = copy.deepcopy(case.pruned)
     expected = twin(case.x)  # after this first call YOLOv8 is one graph
     assert_alike(torch.compile(twin)(case.x), expected)
@@ -156,7 +156,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_training_goes_through(case: Case) -> None:
+def test_compiled_pruned_systems_can_be_trained(case: Case) -> None:
     expected, twin = trained(case, copy.deepcopy(case.pruned)), copy.deepcopy(case.pruned)
     trained(case, twin, torch.compile(twin, backend="aot_eager"))
     assert_trained_alike(twin, expected)

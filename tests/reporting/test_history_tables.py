@@ -44,7 +44,7 @@ def rows(report: Report, title: str, monkeypatch: pytest.MonkeyPatch) -> list[li
 # Step by step --------------------------------------------------------------------------------------------------------
 
 
-def test_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_table_adds_up_savings(monkeypatch: pytest.MonkeyPatch) -> None:
     report = steps(0.01, -0.002, **SEARCH)
     head, first, second, *notes = rows(report, "Step by step", monkeypatch)
     assert " ".join(head) == "step what went FLOPs so far loss"
@@ -56,25 +56,25 @@ def test_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text(report, monkeypatch).startswith("fxprune removed 2 of 4 candidates in 2 steps\n")
 
 
-def test_steps_count_the_budgets_own_cost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_table_has_a_column_for_the_budget_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [replace(plan, cost="blocks") for plan in steps(None, None).plans]
     head, first, second, *_ = rows(Report(tuple(plans)), "Step by step", monkeypatch)
     assert " ".join(head) == "step what went FLOPs so far blocks so far"
     assert (first[2:], second[2:]) == (["−25.0%", "−25.0%"], ["−50.0%", "−50.0%"])
 
 
-def test_one_step_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_table_is_left_out_for_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Step by step" not in text(steps(0.1), monkeypatch)
 
 
-def test_steps_of_different_making_are_told_apart(pruned_twice: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_table_notes_the_settings_of_each_step(pruned_twice: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     report = fxprune.report(pruned_twice)
     lines = [" ".join(row) for row in rows(report, "Step by step", monkeypatch)]
     assert any(line.startswith("1: at least 30% of the FLOPs") and "by fisher" in line for line in lines)
     assert any(line.startswith("2: at least 20% of the parameters") and "by l1" in line for line in lines)
 
 
-def test_steps_are_values_and_plain_data() -> None:
+def test_steps_are_immutable_and_plain_data() -> None:
     report = steps(0.01, None)
     assert [step.removed for step in report.steps] == [("b0",), ("b1",)]
     assert [step.after.blocks for step in report.steps] == [3, 2]
@@ -88,13 +88,15 @@ def test_steps_are_values_and_plain_data() -> None:
 
 
 @pytest.mark.parametrize(("mended", "words"), [("affine", "its loss once mended;"), ("none", "its loss;")])
-def test_a_search_says_how_many_plans_were_tried(mended: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_section_says_how_many_plans_were_tried(
+    mended: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = text(steps(0.0123, strategy="search", tried=7, mended=mended), monkeypatch)
     assert all(part in said for part in ("7 plans tried", words, "+0.0123", "of 7 plans"))
     assert "summed importance" not in said
 
 
-def test_settings_told_in_words_are_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_shown_elsewhere_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     report = steps(0.01, 0.02, heal=HEAL, **SEARCH)
     said = text(report, monkeypatch)
     assert "search: 7 plans tried" in said
@@ -106,7 +108,7 @@ def test_settings_told_in_words_are_not_told_again(monkeypatch: pytest.MonkeyPat
 # Healed --------------------------------------------------------------------------------------------------------------
 
 
-def test_healing_is_a_row_with_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healing_table_has_method_images_steps_and_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     head, row, *notes = rows(steps(None, heal=HEAL), "Healed", monkeypatch)
     assert " ".join(head) == "method images steps distance before after change"
     assert row == ["mimic", "256", "400", "0.48", "0.12", "−75.0%"]
@@ -114,15 +116,13 @@ def test_healing_is_a_row_with_what_it_did(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("share", "said"), [(1.0, False), (0.25, True), (0.0, True), ("strange", False)])
-def test_healing_says_how_far_it_went_where_that_is_not_all_the_way(
-    share: Any, said: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_healing_table_tells_a_partial_interpolation(share: Any, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     words = text(steps(None, heal=HEAL | {"share": share}), monkeypatch)
     assert ("of the way" in words) == said
     assert not said or f"It went {share:.0%} of the way" in words
 
 
-def test_healing_has_the_loss_where_it_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healing_table_has_the_loss_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = HEAL | {"loss": {"before": 1.234, "after": 0.0567}}
     head, row, *notes = rows(steps(None, heal=judged), "Healed", monkeypatch)
     assert " ".join(head[-3:]) == "loss before after"
@@ -131,21 +131,21 @@ def test_healing_has_the_loss_where_it_was_judged(monkeypatch: pytest.MonkeyPatc
     assert rows(steps(None, heal=HEAL | {"loss": {"after": None}}), "Healed", monkeypatch)[1][-2:] == ["?", "?"]
 
 
-def test_healing_without_training_has_no_steps_and_may_have_no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healing_table_without_training_has_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     note = {"method": "affine", "images": 8, "distance": {"before": None, "after": None}}
     head, row, *_ = rows(steps(None, heal=note), "Healed", monkeypatch)
     assert "steps" not in head
     assert row == ["affine", "8", "?", "?"]
 
 
-def test_a_plan_that_was_not_carried_out_was_not_healed() -> None:
+def test_report_of_a_plan_has_no_healing_table() -> None:
     plan = steps(None, heal=HEAL).plans[0]
     assert "Healed" in str(Report((plan,)))
     assert "Healed" not in str(fxprune.report(plan))
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
-def test_it_all_keeps_to_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_history_tables_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = HEAL | {"loss": {"before": 1.234, "after": 0.0567}}
     said = text(steps(0.01, 1e-9, 123.0, heal=judged, **SEARCH), monkeypatch, columns)
     assert max(map(len, said.splitlines())) <= columns
@@ -153,7 +153,7 @@ def test_it_all_keeps_to_the_terminal(columns: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("strange", [None, "much", {"before": "x"}, [1]])
-def test_strange_notes_can_be_read(strange: Any) -> None:
+def test_malformed_history_can_be_shown(strange: Any) -> None:
     report = steps(
         None, None, heal={"distance": strange, "loss": strange}, loss_increase=strange, tried=strange, strategy=strange
     )
@@ -161,14 +161,14 @@ def test_strange_notes_can_be_read(strange: Any) -> None:
     assert "Step by step" in report.to_markdown()
 
 
-def test_growth_has_a_sign() -> None:
+def test_format_signed_shows_the_sign() -> None:
     assert [format_signed(value) for value in (0.01234, -2.0, 0.0, None)] == ["+0.0123", "−2", "+0", ""]
 
 
 # Of real models ------------------------------------------------------------------------------------------------------
 
 
-def test_a_search_reports_what_it_tried(tiny_model: nn.Module) -> None:
+def test_compile_with_search_reports_its_tries(tiny_model: nn.Module) -> None:
     report = fxprune.report(fxprune.compile(tiny_model, labelled(), 0.3, strategy="search", tries=2))
     assert report.settings["tried"] == 2
     assert "search: 2 plans tried" in report.to_markdown().replace("\\", "")

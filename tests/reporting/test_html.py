@@ -77,21 +77,21 @@ def hostile() -> Report:
     )
 
 
-def test_markdown_and_html_have_the_same_cells(report: Report, hostile: Report, pruned_twice: nn.Module) -> None:
+def test_html_and_markdown_have_the_same_cells(report: Report, hostile: Report, pruned_twice: nn.Module) -> None:
     for one in (report, hostile, fxprune.report(pruned_twice)):
         page = cells(html_tables(one))
         assert page == cells(markdown_tables(one))
         assert len(page) == 4 + (len(one.plans) > 1) + ("heal" in one.settings)
 
 
-def test_names_come_out_as_they_are(hostile: Report) -> None:
+def test_html_escapes_names(hostile: Report) -> None:
     names = [" ".join(name.split()) for name in HOSTILE]
     for tables in (html_tables(hostile), markdown_tables(hostile)):
         assert [row[1] for row in cells(tables)[1][1:]] == names[::-1]
         assert {row[2] for row in cells(tables)[2][1:]} == set(names)
 
 
-def test_the_page_is_text_bars_and_tables_only(hostile: Report) -> None:
+def test_html_has_only_text_bars_and_tables(hostile: Report) -> None:
     page = html_tables(hostile)
     tags = {"div", "span", "table", "thead", "tbody", "tr", "th", "td", "wbr", "details", "summary"}
     assert set(page.tags) <= tags
@@ -100,7 +100,7 @@ def test_the_page_is_text_bars_and_tables_only(hostile: Report) -> None:
     assert set(markdown_tables(hostile).tags) == tags
 
 
-def test_the_page_folds_what_the_text_only_counts() -> None:
+def test_html_folds_rows_that_text_only_counts() -> None:
     blocks = [block(f"b{i}", float(i), removed=i == 0) for i in range(200)]
     inside = [block(f"b{i}.conv", i + 0.5, nodes=(f"b{i}",), block=False) for i in range(200)]
     reasons = {f"c{i}": f"it turns {i}x8 into {i}x4, and no piece fits" for i in range(50)}
@@ -114,19 +114,19 @@ def test_the_page_folds_what_the_text_only_counts() -> None:
     assert "160 more important blocks" in written
 
 
-def test_bars_are_as_long_as_the_scale_says(report: Report) -> None:
+def test_html_bars_have_the_length_of_the_scale(report: Report) -> None:
     widths = [float(width) for width in re.findall(r"width:([\d.]+)%;background:#", report._repr_html_())]
     scores = [region.score for region in report.regions]
     assert widths == pytest.approx([max(100 * score / max(scores), 1.25) for score in scores], abs=0.01)
 
 
-def test_bars_in_markdown_keep_their_places() -> None:
+def test_markdown_bars_keep_their_spaces() -> None:
     report = fxprune.report(plan_of([block("harms", -1.0), block("little", 1.0), block("much", 3.0)]))
     harms, little, much = (row[2] for row in markdown_tables(report).tables[1][1:])
     assert (harms, little, much) == ("█" * 6, "\u00a0" * 6 + "█" * 6, "\u00a0" * 6 + "█" * 18)
 
 
-def test_removed_ones_stand_out_by_more_than_colour(report: Report) -> None:
+def test_html_marks_removed_regions_by_more_than_colour(report: Report) -> None:
     page = report._repr_html_()
     assert page.count("✂</td>") == page.count('font-weight:600"') == 2
     assert report.to_markdown().count("| ✂ | **`blocks.") == 2

@@ -28,7 +28,7 @@ def test_bars_stay_in_the_chart_and_in_order(scores: list[float]) -> None:
 
 
 @given(SCORES)
-def test_bars_meet_at_one_axis(scores: list[float]) -> None:
+def test_bars_start_at_one_axis(scores: list[float]) -> None:
     scale = choose_scale(scores)
     axis = scale.bar(0.0)[0]
     for score in scores:
@@ -46,24 +46,24 @@ def test_bars_meet_at_one_axis(scores: list[float]) -> None:
         ([5.0], False),
     ],
 )
-def test_the_scale_is_linear_where_that_can_be_read(scores: list[float], log: bool) -> None:
+def test_scale_is_linear_where_bars_stay_readable(scores: list[float], log: bool) -> None:
     assert choose_scale(scores).log is log
 
 
-def test_linear_lengths_are_scores() -> None:
+def test_linear_bars_are_proportional_to_scores() -> None:
     scale = choose_scale([1.0, 2.0, 4.0])
     assert [scale.bar(score) for score in (1.0, 2.0, 4.0)] == [(0, 0.25), (0, 0.5), (0, 1)]
     assert (scale.end_labels, scale.description) == (("0", "4.00"), "Bars: linear scale from 0.")
 
 
-def test_log_lengths_are_decades() -> None:
+def test_log_bars_are_proportional_to_decades() -> None:
     scale = choose_scale([3e-4, 1e-3, 1e-2, 1.0, 10.0])
     assert [scale.bar(score)[1] for score in (1e-3, 1e-2, 10.0)] == pytest.approx([0.2, 0.4, 1.0])
     assert scale.end_labels == ("0.0001", "10")
     assert "log scale from 0.0001 to 10" in scale.description
 
 
-def test_negative_scores_have_a_side_of_their_own() -> None:
+def test_negative_scores_go_to_the_left() -> None:
     scale = choose_scale([-6e-3, 1.3e-2, 0.5, 34.0])
     assert scale.end_labels == ("-0.01", "100")
     begin, axis = scale.bar(-6e-3)
@@ -71,7 +71,7 @@ def test_negative_scores_have_a_side_of_their_own() -> None:
     assert choose_scale([-2.0, -1.0]).bar(-1.0) == (0.5, 1.0)
 
 
-def test_what_is_far_below_the_rest_does_not_shorten_the_others() -> None:
+def test_tiny_scores_do_not_shorten_other_bars() -> None:
     scale = choose_scale([1e-31, 1e-12, 1e-9, 1e-6])
     assert scale.end_labels[0] == "1e-18"
     assert scale.bar(1e-31) == (0, 0)
@@ -79,12 +79,12 @@ def test_what_is_far_below_the_rest_does_not_shorten_the_others() -> None:
 
 
 @pytest.mark.parametrize("score", [0.0, math.nan, math.inf, -math.inf])
-def test_no_score_no_bar(score: float) -> None:
+def test_zero_score_has_no_bar(score: float) -> None:
     for scale in (choose_scale([1.0, 2.0, score]), choose_scale([1e-9, 1e-5, 1.0, score]), choose_scale([score])):
         assert scale.bar(score)[0] == scale.bar(score)[1]
 
 
-def test_scores_of_one_chart_align() -> None:
+def test_formatted_scores_of_one_chart_align() -> None:
     fine, coarse, broad = (
         choose_scale([0.11, 0.7]),
         choose_scale([217.0, 1416.4]),

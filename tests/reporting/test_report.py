@@ -20,9 +20,7 @@ from tests.helpers.models import Detector, Tiny, build, flops_of, labelled, para
 # The value -----------------------------------------------------------------------------------------------------------
 
 
-def test_before_and_after_are_those_of_the_models(
-    tiny_model: nn.Module, pruned_tiny: nn.Module, report: Report
-) -> None:
+def test_report_totals_equal_those_of_the_models(tiny_model: nn.Module, pruned_tiny: nn.Module, report: Report) -> None:
     assert (report.before.flops, report.before.params, report.before.blocks) == (
         flops_of(tiny_model),
         params_of(tiny_model),
@@ -33,7 +31,7 @@ def test_before_and_after_are_those_of_the_models(
     assert report.after.flops <= 0.7 * report.before.flops
 
 
-def test_regions_ascend_in_score_and_say_what_went(pruned_tiny: nn.Module, report: Report) -> None:
+def test_report_regions_ascend_in_score_and_mark_removed_ones(pruned_tiny: nn.Module, report: Report) -> None:
     blocks = {f"blocks.{i}" for i in range(4)}
     assert {region.name for region in report.regions} == blocks
     scores = [region.score for region in report.regions]
@@ -44,12 +42,12 @@ def test_regions_ascend_in_score_and_say_what_went(pruned_tiny: nn.Module, repor
     assert left == blocks - {region.name for region in report.removed}
 
 
-def test_rejections_have_reasons(report: Report) -> None:
+def test_report_rejections_have_reasons(report: Report) -> None:
     assert {rejection.name for rejection in report.rejections} == {"stem", "fc"}
     assert all("it turns" in rejection.reason for rejection in report.rejections)
 
 
-def test_settings_say_how_it_was_made(report: Report) -> None:
+def test_report_settings_say_how_the_model_was_pruned(report: Report) -> None:
     expected = {
         "criterion": "fisher",
         "budget": 0.3,
@@ -73,21 +71,21 @@ def test_settings_say_how_it_was_made(report: Report) -> None:
     ],
     ids=["labels", "images", "both"],
 )
-def test_settings_say_where_targets_came_from(tiny_model: nn.Module, loader: list[Any], targets: str) -> None:
+def test_report_settings_say_where_targets_came_from(tiny_model: nn.Module, loader: list[Any], targets: str) -> None:
     assert targets in fxprune.report(fxprune.compile(tiny_model, loader, 0.1)).settings["targets"]
 
 
-def test_a_report_cannot_be_changed(report: Report) -> None:
+def test_report_is_immutable(report: Report) -> None:
     with pytest.raises(FrozenInstanceError):
         report.before = report.after  # type: ignore[misc]
 
 
-def test_reports_of_one_model_are_equal(pruned_tiny: nn.Module, report: Report) -> None:
+def test_report_of_one_model_is_always_equal(pruned_tiny: nn.Module, report: Report) -> None:
     assert fxprune.report(pruned_tiny) == report
     assert fxprune.report(pruned_tiny) is not report
 
 
-def test_to_dict_is_plain_data(report: Report) -> None:
+def test_report_to_dict_is_plain_data(report: Report) -> None:
     data = report.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert set(data) == {"applied", "before", "after", "steps", "regions", "rejections", "settings"}
@@ -104,7 +102,7 @@ def test_to_dict_is_plain_data(report: Report) -> None:
 
 @pytest.mark.parametrize("kind", [Tiny, Detector])
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_report_survives_copies(kind: type[nn.Module], times: int) -> None:
+def test_report_survives_copies(kind: type[nn.Module], times: int) -> None:
     pruned = fxprune.compile(build(kind), partly_labelled(), 0.3)
     twin = pruned
     for _ in range(times):
@@ -114,14 +112,14 @@ def test_a_report_survives_copies(kind: type[nn.Module], times: int) -> None:
     assert len(removed(twin)) == 2
 
 
-def test_a_report_survives_precision_and_mode(pruned_tiny: nn.Module, report: Report) -> None:
+def test_report_survives_precision_and_mode(pruned_tiny: nn.Module, report: Report) -> None:
     assert fxprune.report(copy.deepcopy(pruned_tiny).half().train()) == report
 
 
 # Of a plan ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_reports_what_it_will_do(tiny_model: nn.Module, plan: Plan) -> None:
+def test_report_of_a_plan_says_what_it_will_do(tiny_model: nn.Module, plan: Plan) -> None:
     before, after = fxprune.report(plan), fxprune.report(fxprune.apply(tiny_model, plan))
     assert (before.applied, after.applied) == (False, True)
     assert before != after
@@ -131,7 +129,7 @@ def test_a_plan_reports_what_it_will_do(tiny_model: nn.Module, plan: Plan) -> No
     assert str(before).splitlines()[1:] == str(after).splitlines()[1:]
 
 
-def test_the_repr_is_one_line(report: Report) -> None:
+def test_report_repr_is_one_line(report: Report) -> None:
     assert "\n" not in repr(report)
     assert repr(report).startswith("<Report: 2 of 4 candidates, −45.7% FLOPs")
 
@@ -139,7 +137,7 @@ def test_the_repr_is_one_line(report: Report) -> None:
 # Pruned more than once -----------------------------------------------------------------------------------------------
 
 
-def test_pruning_twice_adds_up(
+def test_report_of_two_prunings_adds_up(
     tiny_model: nn.Module, pruned_tiny: nn.Module, pruned_twice: nn.Module, report: Report
 ) -> None:
     total = fxprune.report(pruned_twice)
@@ -152,7 +150,7 @@ def test_pruning_twice_adds_up(
     assert [r.removed for r in total.regions].count(True) == 3
 
 
-def test_pruning_twice_names_the_last_settings(pruned_twice: nn.Module, report: Report) -> None:
+def test_report_of_two_prunings_has_the_last_settings(pruned_twice: nn.Module, report: Report) -> None:
     settings = fxprune.report(pruned_twice).settings
     assert (settings["prunings"], settings["criterion"], settings["cost"]) == (2, "l1", "params")
     assert settings["budget"] == 0.2
@@ -163,14 +161,14 @@ def test_pruning_twice_names_the_last_settings(pruned_twice: nn.Module, report: 
     json.dumps(fxprune.report(pruned_twice).to_dict(), allow_nan=False)
 
 
-def test_pruning_again_leaves_the_first_report_as_it_was(
+def test_pruning_again_does_not_change_the_first_report(
     pruned_tiny: nn.Module, pruned_twice: nn.Module, report: Report
 ) -> None:
     assert fxprune.report(pruned_twice) != report
     assert fxprune.report(pruned_tiny) == report
 
 
-def test_what_comes_back_keeps_its_name(detector: nn.Module) -> None:
+def test_second_pruning_uses_the_names_of_the_first(detector: nn.Module) -> None:
     """A second pruning sees the graph the first one left: names, scores and costs are of the same layers."""
     once = fxprune.compile(detector, partly_labelled(), 0.3)
     again = fxprune.compile(once, partly_labelled(), 0.2)
@@ -181,18 +179,18 @@ def test_what_comes_back_keeps_its_name(detector: nn.Module) -> None:
 # Refused -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_was_not_pruned(tiny_model: nn.Module) -> None:
+def test_report_refuses_an_unpruned_model(tiny_model: nn.Module) -> None:
     with pytest.raises(ModelError, match=r"Tiny .*no fxprune plan"):
         fxprune.report(tiny_model)
 
 
-def test_a_part_of_a_pruned_model_is_not_the_model(detector: nn.Module) -> None:
+def test_report_refuses_a_part_of_a_pruned_model(detector: nn.Module) -> None:
     pruned = fxprune.compile(detector, partly_labelled(), 0.3)
     with pytest.raises(ModelError, match="carries no fxprune plan"):
         fxprune.report(pruned.get_submodule("body"))
 
 
 @pytest.mark.parametrize("thing", [None, "plan.json", {}])
-def test_something_that_is_no_model(thing: Any) -> None:
+def test_report_refuses_what_is_no_model(thing: Any) -> None:
     with pytest.raises(ModelError, match=f"expected a torch.nn.Module, got {type(thing).__name__}"):
         fxprune.report(thing)

@@ -32,7 +32,7 @@ def part(report: Report, title: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("wide")
-def test_the_text_opens_with_before_and_after(report: Report) -> None:
+def test_text_starts_with_before_and_after(report: Report) -> None:
     head, flops, params, blocks = (line.split() for line in part(report, "fxprune removed 2 of 4 candidates"))
     before, after = report.before, report.after
     assert head == ["before", "after", "change"]
@@ -50,7 +50,7 @@ def test_the_text_opens_with_before_and_after(report: Report) -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_each_block_has_a_bar_its_costs_and_the_removed_ones_a_mark(report: Report) -> None:
+def test_text_shows_bar_costs_and_mark_of_each_block(report: Report) -> None:
     _, *rows = part(report, "Importance by fisher, least first")
     for region, line in zip(report.regions, rows, strict=False):
         assert line.startswith(f"{'✂' if region.removed else ' '}  {region.name} ")
@@ -63,7 +63,7 @@ def test_each_block_has_a_bar_its_costs_and_the_removed_ones_a_mark(report: Repo
 
 
 @pytest.mark.usefixtures("wide")
-def test_the_chart_says_what_its_scale_is(report: Report) -> None:
+def test_text_names_the_scale_of_the_chart(report: Report) -> None:
     assert "Bars: linear scale from 0." in part(report, "Importance")
     broad = fxprune.report(plan_of([block(f"b{i}", 10.0**-i) for i in range(8)]))
     assert any("log scale from 1e-08 to 1," in line for line in part(broad, "Importance"))
@@ -73,7 +73,7 @@ def test_the_chart_says_what_its_scale_is(report: Report) -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_negative_scores_reach_to_the_left() -> None:
+def test_text_bars_of_negative_scores_go_left() -> None:
     report = fxprune.report(plan_of([block("harms", -1.0, removed=True), block("little", 1.0), block("much", 3.0)]))
     head, harms, little, _ = part(report, "Importance")[:4]
     assert (head.split()[1:3], "reach to the left" in str(report)) == (["-1.00", "3.00"], True)
@@ -88,7 +88,7 @@ ON = {"backend": "eager", "device": "cpu", "images": 8, "threads": 2, "rounds": 
 
 
 @pytest.mark.usefixtures("wide")
-def test_milliseconds_are_shown_where_they_were_measured() -> None:
+def test_text_shows_milliseconds_when_measured() -> None:
     blocks = [block("slow", 1.0, removed=True, latency_ms=12.34), block("lost", 2.0, latency_ms=0.0)]
     blocks += [block("rest", 3.0, latency_ms=1187.66)]
     plan = replace(plan_of(blocks, settings={"latency": ON}), cost="latency", budget=0.01)
@@ -103,13 +103,13 @@ def test_milliseconds_are_shown_where_they_were_measured() -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_nothing_is_said_of_milliseconds_that_were_not_measured(report: Report) -> None:
+def test_text_without_measured_latency_has_no_milliseconds(report: Report) -> None:
     assert not re.search(r"\bms\b|latency", str(report))
 
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(("other", "shown"), [({"floor": 0.5, "rounds": 3}, True), ({"threads": 1}, False)])
-def test_milliseconds_of_two_prunings_are_compared_if_they_are_of_the_same(other: dict[str, int], shown: bool) -> None:
+def test_text_compares_milliseconds_of_equal_conditions_only(other: dict[str, int], shown: bool) -> None:
     first, second = (
         plan_of(
             [block("a", 1.0, removed=True, latency_ms=2.0), block("b", 2.0, latency_ms=8.0)], settings={"latency": on}
@@ -121,7 +121,7 @@ def test_milliseconds_of_two_prunings_are_compared_if_they_are_of_the_same(other
 
 
 @pytest.mark.usefixtures("wide")
-def test_what_overlaps_with_a_removed_one_is_marked() -> None:
+def test_text_marks_regions_that_overlap_with_a_removed_one() -> None:
     outer = block("outer", 3.0, nodes=("a", "b"))
     inner = block("inner", 1.0, removed=True, nodes=("a",), block=False)
     twin = block("twin", 2.0, nodes=("b",), block=False)
@@ -133,7 +133,7 @@ def test_what_overlaps_with_a_removed_one_is_marked() -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_a_long_chart_counts_what_it_leaves_out() -> None:
+def test_text_counts_what_a_long_chart_leaves_out() -> None:
     blocks = [block(f"b{i}", float(i), removed=i in (0, 150)) for i in range(200)]
     inside = [block(f"b{i}.conv", i + 0.5, nodes=(f"b{i}",), block=False) for i in range(0, 200, 2)]
     report = fxprune.report(plan_of([*blocks, *inside]))
@@ -146,7 +146,7 @@ def test_a_long_chart_counts_what_it_leaves_out() -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_the_text_says_what_cannot_go_and_why(report: Report) -> None:
+def test_text_lists_rejections_with_reasons(report: Report) -> None:
     _, row, *_, more = part(report, "Cannot go")
     assert row.split()[:5] == ["2", "it", "changes", "the", "shape,"]
     assert row.endswith("stem, fc")
@@ -155,7 +155,7 @@ def test_the_text_says_what_cannot_go_and_why(report: Report) -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_reasons_of_one_kind_share_a_row() -> None:
+def test_text_groups_rejections_by_kind_of_reason() -> None:
     reasons = {f"conv{i}": f"it turns {i}x8 into {i}x4, and no piece fits" for i in range(30)}
     reasons |= {"tap": "it could become 'add_5', but what lies between is also read by conv_3", "odd": "of its own"}
     refused = "\n".join(part(fxprune.report(plan_of([block("b", 1.0)], reasons)), "Cannot go"))
@@ -166,7 +166,7 @@ def test_reasons_of_one_kind_share_a_row() -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_the_text_closes_with_how_it_was_decided(report: Report) -> None:
+def test_text_ends_with_the_settings(report: Report) -> None:
     rows = dict(line.split("  ", 1) for line in part(report, "How it was decided"))
     rows = {key: value.strip() for key, value in rows.items()}
     share = 1 - report.after.flops / report.before.flops
@@ -177,7 +177,7 @@ def test_the_text_closes_with_how_it_was_decided(report: Report) -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_scores_of_two_prunings_are_not_compared(pruned_twice: nn.Module, report: Report) -> None:
+def test_text_shows_scores_of_the_last_pruning_only(pruned_twice: nn.Module, report: Report) -> None:
     total = fxprune.report(pruned_twice)
     assert "Importance by l1 before step 2" in str(total)
     now = {line.split()[1] for line in part(total, "Importance") if line.startswith("✂  ")}
@@ -189,7 +189,7 @@ def test_scores_of_two_prunings_are_not_compared(pruned_twice: nn.Module, report
 
 
 @pytest.mark.parametrize("columns", [40, 80, 160])
-def test_the_text_keeps_to_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def test_text_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     names = [name.replace("\n", " ") for name in HOSTILE]
     report = fxprune.report(
@@ -205,12 +205,12 @@ def test_the_text_keeps_to_the_terminal(monkeypatch: pytest.MonkeyPatch, columns
 
 
 @pytest.mark.usefixtures("wide")
-def test_names_are_no_markup() -> None:
+def test_text_does_not_read_names_as_markup() -> None:
     text = str(fxprune.report(plan_of([block("[red]e[/red]", 1.0)], {"[b]": "[/]"}, {"note": "[dim]"})))
     assert all(name in text for name in ("[red]e[/red]", "[b]", "[/]", "[dim]"))
 
 
-def test_a_console_prints_it_with_colour(report: Report) -> None:
+def test_console_prints_the_report_in_colour(report: Report) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=120, record=True)
     console.print(report)
     assert "\x1b[1;31m✂" in cast(io.StringIO, console.file).getvalue()
@@ -218,7 +218,7 @@ def test_a_console_prints_it_with_colour(report: Report) -> None:
 
 
 @pytest.mark.usefixtures("wide")
-def test_a_plan_with_nothing_in_its_settings_can_be_read() -> None:
+def test_text_of_a_plan_without_settings_works() -> None:
     bare = plan_of([block("a", 0.0), block("b", float("nan"), flops=0.0)], settings={"versions": None})
     assert "2 more important" not in str(fxprune.report(bare))
     assert "? images in ? batches" in str(fxprune.report(bare))
@@ -228,15 +228,15 @@ def test_a_plan_with_nothing_in_its_settings_can_be_read() -> None:
     ("value", "text"),
     [(0, "0"), (12, "12"), (999, "999"), (1_000, "1k"), (12_300_000, "12.3M"), (8.7e9, "8.7G"), (1.5e12, "1.5T")],
 )
-def test_quantities_have_prefixes(value: float, text: str) -> None:
+def test_format_quantity_uses_prefixes(value: float, text: str) -> None:
     assert format_quantity(value) == text
 
 
 @pytest.mark.parametrize("value", [999.6, 999_600, 999_999])
-def test_quantities_round_into_the_next_prefix(value: float) -> None:
+def test_format_quantity_rounds_into_the_next_prefix(value: float) -> None:
     assert format_quantity(value) in ("1k", "1M")
 
 
 @pytest.mark.parametrize(("after", "text"), [(180, "−10.0%"), (200, "0.0%"), (210, "+5.0%"), (0, "−100.0%")])
-def test_changes_have_a_sign(after: float, text: str) -> None:
+def test_format_change_shows_the_sign(after: float, text: str) -> None:
     assert format_change(200, after) == text

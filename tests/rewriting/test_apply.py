@@ -31,7 +31,7 @@ def with_identities(model: nn.Module, plan: Plan) -> nn.Module:
     return twin
 
 
-def test_a_loaded_plan_does_what_the_plan_does(tiny_model: nn.Module, plan: Plan, tmp_path: Path) -> None:
+def test_apply_of_a_loaded_plan_equals_apply_of_the_plan(tiny_model: nn.Module, plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     image, expected = pixels(3, 3, 16, 16, seed=9), with_identities(tiny_model, plan)
     for made in (plan, Plan.load(tmp_path / "plan.json")):
@@ -42,7 +42,7 @@ def test_a_loaded_plan_does_what_the_plan_does(tiny_model: nn.Module, plan: Plan
 
 
 @pytest.mark.parametrize("kind", [Tiny, Detector])
-def test_a_plan_fits_other_weights_of_the_same_structure(
+def test_apply_accepts_other_weights_of_the_same_structure(
     kind: Callable[..., nn.Module], request: pytest.FixtureRequest
 ) -> None:
     plan = request.getfixturevalue("plan" if kind is Tiny else "detector_plan")
@@ -66,7 +66,7 @@ class Around(nn.Module):
         return self.fc(self.part(self.first(x)))
 
 
-def test_a_plan_reaches_graphs_within_a_node_of_another_graph() -> None:
+def test_apply_reaches_graphs_nested_in_a_node() -> None:
     model = build(Around)
     wanted = ["first", "part.body.2", "part.head.0"]
     analysis = fxprune.analyze(model, labelled(), criterion=lambda region, _: float(region.name not in wanted))
@@ -78,14 +78,14 @@ def test_a_plan_reaches_graphs_within_a_node_of_another_graph() -> None:
     assert fxprune.compile(model, labelled(), 0.2)(image).shape == (3, 5)
 
 
-def test_the_pruned_model_shares_no_weight_with_the_original(detector: nn.Module, detector_plan: Plan) -> None:
+def test_apply_shares_no_weight_with_the_original(detector: nn.Module, detector_plan: Plan) -> None:
     pruned = fxprune.apply(detector, detector_plan)
     assert type(pruned) is Detector
     held = {value.data_ptr() for value in detector.state_dict().values()}
     assert not held & {value.data_ptr() for value in pruned.state_dict().values()}
 
 
-def test_weights_of_a_pruned_model_go_into_another(tiny_model: nn.Module, plan: Plan) -> None:
+def test_pruned_state_dict_loads_into_another_pruned_model(tiny_model: nn.Module, plan: Plan) -> None:
     """The way to ship one: plan and state_dict, and no pickle."""
     pruned, empty = fxprune.apply(tiny_model, plan), fxprune.apply(build(Tiny, seed=3), Plan.from_dict(plan.to_dict()))
     image = pixels(3, 3, 16, 16, seed=9)
@@ -94,13 +94,13 @@ def test_weights_of_a_pruned_model_go_into_another(tiny_model: nn.Module, plan: 
     assert torch.equal(empty(image), pruned(image))
 
 
-def test_mode_and_precision_are_kept(tiny_model: nn.Module, plan: Plan) -> None:
+def test_apply_keeps_mode_and_precision(tiny_model: nn.Module, plan: Plan) -> None:
     pruned = fxprune.apply(copy.deepcopy(tiny_model).train().to(torch.bfloat16), plan)
     assert pruned.training
     assert {value.dtype for value in pruned.parameters()} == {torch.bfloat16}
 
 
-def test_a_plan_that_removes_nothing_changes_no_output(tiny_model: nn.Module, plan: Plan) -> None:
+def test_apply_of_an_empty_plan_changes_no_output(tiny_model: nn.Module, plan: Plan) -> None:
     nothing = replace(plan, regions=tuple(replace(region, removed=False) for region in plan.regions))
     assert torch.equal(fxprune.apply(tiny_model, nothing)(pixels(2, 3, 16, 16)), tiny_model(pixels(2, 3, 16, 16)))
 
@@ -109,19 +109,19 @@ def test_a_plan_that_removes_nothing_changes_no_output(tiny_model: nn.Module, pl
 
 
 @pytest.mark.parametrize("thing", [None, "plan.json", {}, 0.1])
-def test_apply_wants_a_plan(tiny_model: nn.Module, thing: Any) -> None:
+def test_apply_refuses_what_is_no_plan(tiny_model: nn.Module, thing: Any) -> None:
     with pytest.raises(PlanError, match=rf"a Plan, got {type(thing).__name__}; .*Plan\.load"):
         fxprune.apply(tiny_model, thing)
 
 
-def test_another_width_is_another_structure(detector_plan: Plan) -> None:
+def test_apply_refuses_another_width(detector_plan: Plan) -> None:
     other = build(Detector, width=6)
     made_for = {island.name: island.fingerprint for island in detector_plan.islands}["body"]
     with pytest.raises(PlanError, match=rf"'body' .*\w{{16}}, .*made for {made_for}: .*new plan"):
         fxprune.apply(other, detector_plan)
 
 
-def test_only_the_island_that_differs_is_named(detector: nn.Module, detector_plan: Plan) -> None:
+def test_apply_names_the_island_that_differs_only(detector: nn.Module, detector_plan: Plan) -> None:
     other = copy.deepcopy(detector)
     other.set_submodule("head.1", nn.Conv2d(8, 6, 1))
     with pytest.raises(PlanError, match=r"'head' .*has fingerprint") as caught:
@@ -129,17 +129,17 @@ def test_only_the_island_that_differs_is_named(detector: nn.Module, detector_pla
     assert "'body'" not in str(caught.value)
 
 
-def test_a_model_that_is_one_graph_is_named_as_such(plan: Plan) -> None:
+def test_apply_names_a_whole_model_as_island(plan: Plan) -> None:
     with pytest.raises(PlanError, match=r"'<model>' .*has fingerprint"):
         fxprune.apply(build(Tiny, width=6), plan)
 
 
-def test_an_island_the_model_does_not_have(detector_plan: Plan) -> None:
+def test_apply_refuses_a_plan_with_an_island_the_model_lacks(detector_plan: Plan) -> None:
     with pytest.raises(PlanError, match=r"'head'.*does not have"):
         fxprune.apply(build(Detector, head=False), detector_plan)
 
 
-def test_an_island_that_can_no_longer_be_traced(detector: nn.Module, detector_plan: Plan) -> None:
+def test_apply_refuses_an_island_that_cannot_be_traced(detector: nn.Module, detector_plan: Plan) -> None:
     class Moody(Block):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if self.training else x
@@ -150,7 +150,7 @@ def test_an_island_that_can_no_longer_be_traced(detector: nn.Module, detector_pl
         fxprune.apply(other, detector_plan)
 
 
-def test_another_activation_is_another_structure(tiny_model: nn.Module) -> None:
+def test_apply_refuses_another_activation(tiny_model: nn.Module) -> None:
     class Other(Block):
         """Its activation is a method of the tensor."""
 
@@ -170,7 +170,7 @@ def test_another_activation_is_another_structure(tiny_model: nn.Module) -> None:
         fxprune.apply(other, plan)
 
 
-def test_a_layer_of_another_class_is_another_structure(tiny_model: nn.Module, plan: Plan) -> None:
+def test_apply_refuses_a_layer_of_another_class(tiny_model: nn.Module, plan: Plan) -> None:
     other = copy.deepcopy(tiny_model)
     other.set_submodule("blocks.2.act", nn.Sigmoid())
     with pytest.raises(PlanError, match="the structure differs"):
@@ -181,14 +181,14 @@ def test_a_layer_of_another_class_is_another_structure(tiny_model: nn.Module, pl
     ("file", "make"),
     [("detector", lambda: build(Detector)), ("shufflenet", lambda: shufflenet_v2_x0_5(weights=None))],
 )
-def test_a_plan_made_with_torch_2_11_is_carried_out(file: str, make: Callable[[], nn.Module]) -> None:
+def test_apply_accepts_plans_made_with_torch_2_11(file: str, make: Callable[[], nn.Module]) -> None:
     plan = Plan.load(DATA / f"{file}_torch_2.11.json")
     assert plan.settings["versions"]["torch"].startswith("2.11.")
     pruned = fxprune.apply(make().eval(), plan)
     assert params_of(pruned) == plan.after.params < plan.before.params
 
 
-def test_a_plan_of_other_versions_that_does_not_fit_says_so(tiny_model: nn.Module, plan: Plan) -> None:
+def test_apply_names_other_versions_of_a_plan_that_does_not_fit(tiny_model: nn.Module, plan: Plan) -> None:
     other = copy.deepcopy(tiny_model)
     other.set_submodule("blocks.2.act", nn.Sigmoid())
     versions = {"torch": "2.11.0+cpu", "torchvision": "0.26.0"}
@@ -197,35 +197,35 @@ def test_a_plan_of_other_versions_that_does_not_fit_says_so(tiny_model: nn.Modul
         fxprune.apply(other, old)
 
 
-def test_a_plan_is_carried_out_once(tiny_model: nn.Module, plan: Plan) -> None:
+def test_apply_refuses_a_plan_applied_before(tiny_model: nn.Module, plan: Plan) -> None:
     pruned = fxprune.apply(tiny_model, plan)
     with pytest.raises(PlanError, match=r"structure differs.*a new plan"):
         fxprune.apply(pruned, plan)
 
 
 @pytest.mark.parametrize("field", ["exit", "stand_in"])
-def test_a_region_whose_nodes_the_graph_does_not_have(tiny_model: nn.Module, plan: Plan, field: str) -> None:
+def test_apply_refuses_a_region_with_unknown_nodes(tiny_model: nn.Module, plan: Plan, field: str) -> None:
     index = plan.regions.index(plan.removed[0])
     edited = Plan.from_dict(changed(plan.to_dict(), f"regions[{index}].{field}", "nowhere"))
     with pytest.raises(PlanError, match=rf"{re.escape(plan.removed[0].name)}.*'nowhere'"):
         fxprune.apply(tiny_model, edited)
 
 
-def test_a_region_that_would_read_what_comes_after_it(tiny_model: nn.Module, plan: Plan) -> None:
+def test_apply_refuses_a_stand_in_after_the_region(tiny_model: nn.Module, plan: Plan) -> None:
     index = plan.regions.index(plan.removed[0])
     edited = Plan.from_dict(changed(plan.to_dict(), f"regions[{index}].stand_in", "fc"))
     with pytest.raises(PlanError, match=rf"{re.escape(plan.removed[0].name)}.*'fc'"):
         fxprune.apply(tiny_model, edited)
 
 
-def test_a_region_whose_nodes_are_still_read(tiny_model: nn.Module, plan: Plan) -> None:
+def test_apply_refuses_a_region_that_is_still_read(tiny_model: nn.Module, plan: Plan) -> None:
     index = plan.regions.index(plan.removed[0])
     edited = Plan.from_dict(changed(plan.to_dict(), f"regions[{index}].nodes", ["stem", *plan.removed[0].nodes]))
     with pytest.raises(PlanError, match=r"stem .*still reads"):
         fxprune.apply(tiny_model, edited)
 
 
-def test_a_region_in_an_island_the_plan_does_not_list(detector: nn.Module, detector_plan: Plan) -> None:
+def test_apply_refuses_a_region_in_an_unlisted_island(detector: nn.Module, detector_plan: Plan) -> None:
     """It must not be passed over: the plan would say that it is gone."""
     edited = replace(detector_plan, islands=tuple(i for i in detector_plan.islands if i.name != "head"))
     with pytest.raises(PlanError, match="head"):

@@ -37,7 +37,7 @@ CASES = [(name, region) for name, specimen in ZOO.items() for region in specimen
 
 
 @pytest.mark.parametrize(("name", "region"), CASES)
-def test_a_removed_region_is_an_identity(name: str, region: str) -> None:
+def test_removed_region_equals_an_identity(name: str, region: str) -> None:
     specimen = ZOO[name]
     model = specimen.build().eval().double()
     analysis = fxprune.analyze(model, [image_batch()], loss=mean_loss)
@@ -104,7 +104,7 @@ kinds = st.lists(st.sampled_from(["layer", "residual", "concat"]), min_size=1, m
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stages=st.lists(kinds, min_size=1, max_size=3), data=st.data())
-def test_random_graphs_lose_what_the_plan_says_and_nothing_else(stages: list[list[str]], data: st.DataObject) -> None:
+def test_apply_to_random_graphs_removes_planned_regions_only(stages: list[list[str]], data: st.DataObject) -> None:
     torch.manual_seed(len(stages))
     model = RandomNet(stages).eval()
     analysis = fxprune.analyze(model, [image_batch((16, 16))], loss=mean_loss)
@@ -126,7 +126,7 @@ def test_random_graphs_lose_what_the_plan_says_and_nothing_else(stages: list[lis
     assert set(pruned.state_dict()) == set(model.state_dict()) - gone
 
 
-def test_functional_capture_respects_values_overwritten_in_place() -> None:
+def test_removal_respects_values_overwritten_in_place() -> None:
     model = ZOO["in_place"].build().eval()
     analysis = fxprune.analyze(model, [image_batch()], loss=mean_loss)
     x = image_batch()
@@ -147,7 +147,7 @@ def chain_of(count: int) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_regions_that_follow_one_another_all_go(order: tuple[int, int]) -> None:
+def test_consecutive_regions_are_all_removed(order: tuple[int, int]) -> None:
     gm = chain_of(3)
     stand_ins = {0: ("n0", "x"), 1: ("n1", "n0")}
     result = bypass_regions(gm, dict(stand_ins[index] for index in order))
@@ -171,7 +171,7 @@ class Scaled(nn.Module):
         return x * self.scale + self.inner.shift  # type: ignore[operator]
 
 
-def test_parameters_of_the_root_and_of_containers_go_too() -> None:
+def test_parameters_of_root_and_containers_are_removed() -> None:
     gm = fx.symbolic_trace(Scaled())
     nodes = {node.name: node for node in gm.graph.nodes}
     bypass_regions(gm, {"mul": "x"})
@@ -181,7 +181,7 @@ def test_parameters_of_the_root_and_of_containers_go_too() -> None:
     assert "mul" in nodes
 
 
-def test_a_layer_that_another_graph_calls_keeps_its_weights() -> None:
+def test_layer_called_by_another_graph_keeps_its_weights() -> None:
     shared = nn.BatchNorm2d(3)
     first, second = nn.Sequential(nn.Conv2d(3, 3, 1), shared).eval(), nn.Sequential(shared).eval()
     gm, x = fx.symbolic_trace(first), image_batch()
@@ -192,7 +192,7 @@ def test_a_layer_that_another_graph_calls_keeps_its_weights() -> None:
     assert set(gm.state_dict()) == {"0.weight", "0.bias"}
 
 
-def test_nothing_but_passes_writes_graphs() -> None:
+def test_only_passes_write_graphs() -> None:
     root = Path(fxprune.__file__).parent
     writers = re.compile(r"erase_node|replace_all_uses_with|inserting_|\.replace_input_with")
     sources = [path for path in root.rglob("*.py") if "passes" not in path.relative_to(root).parts]

@@ -85,7 +85,7 @@ LEFT: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_a_norm_goes_into_the_convolution_before_it(name: str) -> None:
+def test_fold_batchnorm_folds_into_the_convolution_before(name: str) -> None:
     model = varied(FOLDED[name]())
     kept = copy.deepcopy(model.state_dict())
     gm = traced(model)
@@ -99,7 +99,7 @@ def test_a_norm_goes_into_the_convolution_before_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_other_norms_stay(name: str) -> None:
+def test_fold_norms_keeps_norms_that_cannot_be_folded(name: str) -> None:
     model = varied(LEFT[name]())
     folded = fxprune.fold_norms(fx.symbolic_trace(model))
     x = image(model)
@@ -107,7 +107,7 @@ def test_other_norms_stay(name: str) -> None:
     assert torch.equal(folded(x), model(x))
 
 
-def test_a_norm_that_two_graphs_share_goes_into_both() -> None:
+def test_fold_batchnorm_folds_a_shared_norm_in_both_graphs() -> None:
     shared = nn.BatchNorm2d(4)
     parts = [traced(nn.Sequential(nn.Conv2d(4, 4, 1), shared)) for _ in range(2)]
     model = varied(nn.Sequential(*parts))
@@ -117,13 +117,13 @@ def test_a_norm_that_two_graphs_share_goes_into_both() -> None:
     assert distance(folded(x), model(x)) < EXACT
 
 
-def test_norms_that_learn_stay_in_the_graph() -> None:
+def test_fold_batchnorm_keeps_norms_in_train_mode() -> None:
     gm = fx.symbolic_trace(varied(FOLDED["2d"]()).train())
     assert not fold_batchnorm(gm).modified
     assert fold_batchnorm(gm.eval()).modified
 
 
-def test_layers_with_hooks_stay() -> None:
+def test_fold_batchnorm_keeps_layers_with_hooks() -> None:
     for index in range(2):
         model = varied(FOLDED["2d"]())
         model[index].register_forward_hook(lambda *_: None)
@@ -131,7 +131,7 @@ def test_layers_with_hooks_stay() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 0.01), (torch.bfloat16, 0.1)])
-def test_half_precision_is_rounded_once(dtype: torch.dtype, rounding: float) -> None:
+def test_fold_batchnorm_in_half_precision_rounds_once(dtype: torch.dtype, rounding: float) -> None:
     model = varied(FOLDED["2d without bias"]()).to(dtype)
     x = image(model, dtype)
     folded: Any = fxprune.fold_norms(fx.symbolic_trace(model))
@@ -143,7 +143,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, rounding: float) -> 
     assert bool(((folded.get_parameter("0.weight").float() - exact).abs() <= step / 2 * 1.01).all())
 
 
-def test_memory_format_and_gradients_are_kept() -> None:
+def test_fold_batchnorm_keeps_memory_format_and_requires_grad() -> None:
     model = varied(FOLDED["2d"]()).to(memory_format=torch.channels_last)
     for learns in (True, False):
         model[0].requires_grad_(learns).bias = None
@@ -155,7 +155,7 @@ def test_memory_format_and_gradients_are_kept() -> None:
 # Pruned models -------------------------------------------------------------------------------------------------------
 
 
-def test_a_pruned_classifier(pruned_tiny: nn.Module, tmp_path: Path) -> None:
+def test_fold_norms_of_a_pruned_classifier_keeps_outputs(pruned_tiny: nn.Module, tmp_path: Path) -> None:
     x = pixels(3, 3, 16, 16, seed=9).double()
     pruned = copy.deepcopy(pruned_tiny).double().train()
     folded = fxprune.fold_norms(pruned)
@@ -171,7 +171,7 @@ def test_a_pruned_classifier(pruned_tiny: nn.Module, tmp_path: Path) -> None:
         fxprune.save(folded, tmp_path / "folded")
 
 
-def test_the_islands_of_a_pruned_detector(detector: nn.Module, detector_plan: Plan) -> None:
+def test_fold_norms_of_a_pruned_detector_reaches_all_islands(detector: nn.Module, detector_plan: Plan) -> None:
     pruned = fxprune.apply(detector, detector_plan).double()
     folded = fxprune.fold_norms(pruned)
     assert type(folded) is Detector
@@ -180,7 +180,7 @@ def test_the_islands_of_a_pruned_detector(detector: nn.Module, detector_plan: Pl
     assert distance(folded(x), pruned(x)) < EXACT
 
 
-def test_a_traced_network() -> None:
+def test_fold_norms_accepts_a_traced_network() -> None:
     model = varied(models.resnet18(weights=None, num_classes=5))
     folded = fxprune.fold_norms(fx.symbolic_trace(model))
     assert (norms(model), norms(folded)) == (20, 0)
@@ -188,7 +188,7 @@ def test_a_traced_network() -> None:
     assert distance(folded(x), model(x)) < 1e-12 * float(model(x).detach().abs().max().clamp(min=1))
 
 
-def test_a_model_without_a_graph_is_refused() -> None:
+def test_fold_norms_refuses_a_model_without_a_graph() -> None:
     with pytest.raises(ModelError, match=r"Detector .*no graph.*a pruned model"):
         fxprune.fold_norms(build(Detector))
 
@@ -196,7 +196,7 @@ def test_a_model_without_a_graph_is_refused() -> None:
 # Layers that know how to run without their norm -----------------------------------------------------------------------
 
 
-def test_a_yolo_is_fused_as_it_fuses_itself() -> None:
+def test_fold_norms_of_a_yolo_equals_its_own_fuse() -> None:
     ultralytics = pytest.importorskip("ultralytics")
     yolo = ultralytics.YOLO("yolov8n.yaml")
     varied(yolo.model)
@@ -213,7 +213,7 @@ def test_a_yolo_is_fused_as_it_fuses_itself() -> None:
     assert folded.model.is_fused()
 
 
-def test_a_layer_whose_fused_forward_is_another_is_left_alone() -> None:
+def test_fold_norms_keeps_layers_with_another_fused_forward() -> None:
     conv = pytest.importorskip("ultralytics.nn.modules.conv")
 
     class Other(conv.Conv):  # type: ignore[name-defined,misc]

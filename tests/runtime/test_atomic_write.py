@@ -33,7 +33,7 @@ Writer = Callable[[Path, str], None]
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_what_is_complete_replaces_its_like(write: Writer, tmp_path: Path) -> None:
+def test_atomic_write_creates_and_replaces(write: Writer, tmp_path: Path) -> None:
     for text in ("old", "new"):
         write(tmp_path / "above" / "place", text)
     write(tmp_path / "expected" / "place", "new")
@@ -49,7 +49,7 @@ STEPS: list[tuple[Writer, Any, str]] = [
 
 @pytest.mark.parametrize(("write", "owner", "name"), STEPS)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError(), OSError(28, "No space left on device")])
-def test_what_is_stopped_leaves_the_place_as_it_was(
+def test_stopped_atomic_write_leaves_the_place_unchanged(
     write: Writer, owner: Any, name: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:
@@ -66,7 +66,7 @@ def test_what_is_stopped_leaves_the_place_as_it_was(
         assert all(word in str(caught.value) for word in ("place", "No space left", "check its folder"))
 
 
-def test_a_file_and_a_folder_do_not_replace_each_other(tmp_path: Path) -> None:
+def test_atomic_write_does_not_replace_a_file_by_a_folder(tmp_path: Path) -> None:
     write_file(tmp_path / "file", "old")
     write_folder(tmp_path / "folder", "old")
     (tmp_path / "empty").mkdir()
@@ -78,7 +78,7 @@ def test_a_file_and_a_folder_do_not_replace_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_the_move_waits_for_the_disk(write: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atomic_write_syncs_before_the_move(write: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[Any] = []
     flush, move = os.fsync, Path.replace
 

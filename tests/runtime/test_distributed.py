@@ -104,13 +104,15 @@ def plain(found: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_all_get_the_same_to_the_last_bit(name: str, together: list[dict[str, Any]]) -> None:
+def test_all_ranks_get_equal_results_bit_for_bit(name: str, together: list[dict[str, Any]]) -> None:
     assert not isinstance(together[0][name], str), together[0][name]
     assert all(plain(other[name]) == plain(together[0][name]) for other in together)
 
 
 @pytest.mark.parametrize("name", ANALYSES)
-def test_analyses_are_those_of_one(name: str, together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+def test_distributed_analysis_equals_analysis_of_one_process(
+    name: str, together: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
     given, wanted = together[0][name], alone[name]
     assert (given["settings"]["batches"], given["settings"]["images"]) == (5, 19)
     for kind, number in (("regions", "score"), ("nodes", "grad_act")):
@@ -120,19 +122,19 @@ def test_analyses_are_those_of_one(name: str, together: list[dict[str, Any]], al
     assert {**given, "regions": [], "nodes": []} == {**wanted, "regions": [], "nodes": []}
 
 
-def test_where_targets_came_from_is_known_to_all(together: list[dict[str, Any]]) -> None:
+def test_target_source_is_known_to_all_ranks(together: list[dict[str, Any]]) -> None:
     words = "labels given for some batches, the model's own confident outputs for the rest"
     assert {found["some labels"]["settings"]["targets"] for found in together} == {words}
 
 
 @pytest.mark.parametrize(("name", "relative"), [("affine", 1e-6), ("affine by rows", 1e-6), ("mimic", 1e-5)])
-def test_healing_is_that_of_one(
+def test_distributed_heal_equals_heal_of_one_process(
     name: str, relative: float, together: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
     assert_close(together[0][name], alone[name], relative)
 
 
-def test_searches_find_what_one_finds(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+def test_distributed_search_equals_search_of_one_process(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     (plans, state), (wanted_plans, wanted) = together[0]["search"], alone["search"]
     assert [removed(plan) for plan in plans] == [removed(plan) for plan in wanted_plans]
     increases = [[plan["settings"]["loss_increase"] for plan in found] for found in (plans, wanted_plans)]
@@ -144,23 +146,23 @@ def removed(plan: dict[str, Any]) -> list[str]:
     return [region["name"] for region in plan["regions"] if region["removed"]]
 
 
-def test_a_training_stops_where_that_of_one_stops(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+def test_distributed_mimic_stops_like_one_process(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     (steps, state), (wanted_steps, wanted) = together[0]["stopped early"], alone["stopped early"]
     assert steps == wanted_steps == [*range(1, 13)]
     assert_close(state, wanted, 1e-6)
 
 
-def test_distances_are_those_of_one(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+def test_distributed_feature_distance_equals_one_process(together: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     assert together[0]["distance"] == pytest.approx(alone["distance"], rel=1e-6)
     assert together[0]["agreement"] == pytest.approx(alone["agreement"], rel=1e-6)
     assert alone["agreement"] > 0
 
 
-def test_milliseconds_are_the_first_ones(together: list[dict[str, Any]]) -> None:
+def test_latency_is_that_of_rank_zero(together: list[dict[str, Any]]) -> None:
     assert together[-1]["milliseconds"]["before"]["latency_ms"] > 0
 
 
-def test_records_are_joined_by_images() -> None:
+def test_merge_records_weighs_by_images() -> None:
     one, other = (
         AttributionRecord({("", "a"): 3.0}, images=1),
         AttributionRecord({("", "a"): 1.0, ("", "b"): 4.0}, images=3),
@@ -171,7 +173,7 @@ def test_records_are_joined_by_images() -> None:
 # What goes wrong ------------------------------------------------------------------------------------------------------
 
 
-def test_they_fail_together_and_go_on(tmp_path: Path) -> None:
+def test_ranks_fail_together_and_can_go_on(tmp_path: Path) -> None:
     jobs = {**{name: job for name, (job, _, _) in BAD.items()}, "all is well again": analyze}
     found = processes.run_jobs(jobs, 3, tmp_path)
     for name, (_, culprit, text) in BAD.items():
@@ -191,7 +193,7 @@ def _told(text: str, culprit: int | None) -> str:
 
 @pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")
 @pytest.mark.slow
-def test_the_recipe_in_the_readme(tmp_path: Path) -> None:
+def test_readme_recipe_for_several_processes_works(tmp_path: Path) -> None:
     (program,) = blocks_under("## Several processes", README.read_text(encoding="utf-8"))
     (tmp_path / "prune.py").write_text(program)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "prune.py"]

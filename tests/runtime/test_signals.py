@@ -30,7 +30,7 @@ class Interrupted(nn.Module):
         return interrupted(x)
 
 
-def test_it_comes_at_the_end_of_the_block() -> None:
+def test_defer_interrupts_raises_at_the_end_of_the_block() -> None:
     before, reached = signal.getsignal(signal.SIGINT), []
 
     @defer_interrupts()
@@ -45,7 +45,7 @@ def test_it_comes_at_the_end_of_the_block() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_blocks_own_error_is_not_lost() -> None:
+def test_defer_interrupts_keeps_the_error_of_the_block() -> None:
     before = signal.getsignal(signal.SIGINT)
 
     @defer_interrupts()
@@ -62,7 +62,7 @@ def test_the_blocks_own_error_is_not_lost() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_whoever_ignores_it_goes_on_ignoring_it() -> None:
+def test_defer_interrupts_respects_ignored_interrupts() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     seen = []
     try:
@@ -75,7 +75,7 @@ def test_whoever_ignores_it_goes_on_ignoring_it() -> None:
     assert seen == [signal.SIG_IGN, signal.SIG_IGN]
 
 
-def test_other_threads_go_on_without() -> None:
+def test_defer_interrupts_does_nothing_in_other_threads() -> None:
     def block() -> str:
         with defer_interrupts():
             return "done"
@@ -84,14 +84,14 @@ def test_other_threads_go_on_without() -> None:
         assert pool.submit(block).result() == "done"
 
 
-def test_a_proof_of_shapes_is_interrupted_not_refused() -> None:
+def test_interrupt_in_shape_propagation_is_raised() -> None:
     graph = fx.Graph()
     graph.output(graph.call_function(interrupted, (graph.placeholder("x"),)))
     with pytest.raises(KeyboardInterrupt):
         propagate_symbolic(fx.GraphModule(nn.Module(), graph), tensor_specs((torch.zeros(2, 3, 4, 4),)), {})
 
 
-def test_tracing_is_interrupted_not_refused() -> None:
+def test_interrupt_in_tracing_is_raised() -> None:
     with pytest.raises(KeyboardInterrupt):
         FunctionalTracer().trace(Interrupted())
     assert len(FunctionalTracer().trace(nn.Sequential(nn.ReLU())).nodes) == 3

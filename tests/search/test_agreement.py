@@ -36,7 +36,7 @@ def judged(count: int = 6) -> tuple[nn.Module, DetectionAgreement]:
     return model, judge
 
 
-def test_a_detector_agrees_with_itself_and_less_with_what_lost_blocks() -> None:
+def test_agreement_is_one_with_itself_and_less_after_pruning() -> None:
     model, judge = judged()
     assert all((boxes.scores == 1).all() for boxes in judge.truth)
     assert judge.increase(model) == 0.0
@@ -46,7 +46,7 @@ def test_a_detector_agrees_with_itself_and_less_with_what_lost_blocks() -> None:
     assert judge.to_settings(0.25) == {"agreement": 0.8}
 
 
-def test_what_finds_nothing_or_no_numbers_is_worst() -> None:
+def test_model_without_detections_or_with_nan_is_worst() -> None:
     _, judge = judged()
     broken = load_detector()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_what_finds_nothing_or_no_numbers_is_worst() -> None:
     assert judge.increase(broken) == math.inf
 
 
-def test_what_is_unsure_of_all_is_held_to_the_half_it_is_surer_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_of_unsure_detector_uses_the_surer_half(monkeypatch: pytest.MonkeyPatch) -> None:
     def boxes(*scores: float) -> Boxes:
         count = len(scores)
         ones, none = np.ones(count), np.zeros(count, dtype=bool)
@@ -69,7 +69,7 @@ def test_what_is_unsure_of_all_is_held_to_the_half_it_is_surer_of(monkeypatch: p
     assert CONFIDENCE_THRESHOLD > 0.2
 
 
-def test_the_loss_judges_what_finds_no_boxes_or_more_than_boxes() -> None:
+def test_make_plan_judge_uses_the_loss_for_models_without_plain_boxes() -> None:
     (x, y), *_ = labelled()
     original = AdaptedModel(tiny(), classifier.ADAPTER)
     assert isinstance(make_plan_judge(original, [(0, Batch(x, y, len(x)))]), LossChange)
@@ -85,7 +85,7 @@ def test_the_loss_judges_what_finds_no_boxes_or_more_than_boxes() -> None:
 
 
 @pytest.mark.parametrize(("name", "boxes_alone"), [("yolov8n", True), ("yolov8n-seg", False)])
-def test_boxes_of_a_batch_are_those_of_its_images(name: str, boxes_alone: bool) -> None:
+def test_boxes_of_a_batch_equal_boxes_of_its_images(name: str, boxes_alone: bool) -> None:
     models: Any = pytest.importorskip("ultralytics.nn.tasks")
     kind = models.DetectionModel if boxes_alone else models.SegmentationModel
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_boxes_of_a_batch_are_those_of_its_images(name: str, boxes_alone: bool) 
             assert torch.equal(one["labels"], other["labels"])
 
 
-def test_a_search_of_a_detector_says_how_much_is_still_found() -> None:
+def test_search_of_a_detector_reports_agreement() -> None:
     model = load_detector()
     loader = [images(8)[:4], images(8)[4:]]
     pruned = fxprune.compile(model, loader, 0.2, strategy="search", tries=2, heal="none")

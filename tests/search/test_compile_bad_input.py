@@ -35,7 +35,7 @@ from tests.helpers.models import labelled, pixels, tiny
         lambda model: setattr(model, "fc", copy.deepcopy(model.fc)),
     ],
 )
-def test_the_snapshot_sees_every_change(harm: Callable[[Any], Any]) -> None:
+def test_assert_unchanged_sees_every_change(harm: Callable[[Any], Any]) -> None:
     model = tiny()
     with torch.random.fork_rng(), pytest.raises(AssertionError), assert_unchanged(model):
         harm(model)
@@ -47,56 +47,54 @@ def test_the_snapshot_sees_every_change(harm: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize(
     "budget", [0, 1, 0.0, 1.0, -0.1, 1.5, 10, float("nan"), float("inf"), "0.1", True, None, [0.1]]
 )
-def test_a_budget_that_is_no_fraction(budget: Any) -> None:
+def test_budget_that_is_no_fraction_is_refused(budget: Any) -> None:
     model = tiny()
-    with assert_refused(model, BudgetError, rf"fraction between 0 and 1 .* got {re.escape(repr(budget))}"):
+    with assert_refused(model, BudgetError, rf"between 0 and 1 .*got {re.escape(repr(budget))}"):
         fxprune.compile(model, Unread(), budget)
 
 
 @pytest.mark.parametrize("budget", [np.float64(0.1), np.float32(0.1)])
-def test_a_numpy_budget_is_a_number(budget: Any) -> None:
+def test_numpy_budget_is_accepted(budget: Any) -> None:
     assert len(removed(fxprune.compile(tiny(), labelled(), budget))) == 1
 
 
-def test_an_infeasible_budget_says_how_much_could_go() -> None:
+def test_infeasible_budget_error_says_how_much_could_go() -> None:
     model = tiny()
     with assert_unchanged(model), pytest.raises(BudgetError, match="at most") as caught:
         fxprune.compile(model, labelled(), 0.999)
-    share = re.search(r"give ([\d.]+)% at most; ask for less than (0\.\d+)", str(caught.value))
+    share = re.search(r"([\d.]+)% at most; .*less than (0\.\d+)", str(caught.value))
     assert share is not None
     assert float(share[1]) == pytest.approx(100 * float(share[2]), abs=0.11)
     assert len(removed(fxprune.compile(model, labelled(), float(share[2])))) == 4
 
 
 @pytest.mark.parametrize("criterion", ["gradient", "", None, 3, ["l1"]])
-def test_an_unknown_criterion(criterion: Any) -> None:
+def test_unknown_criterion_is_refused(criterion: Any) -> None:
     model = tiny()
-    with assert_refused(
-        model, SettingError, "criterion .* is not known; known: .*fisher.*grad_delta.*l1.*random.*callable"
-    ):
+    with assert_refused(model, SettingError, "criterion .*known: .*fisher.*l1.*callable"):
         fxprune.compile(model, Unread(), 0.1, criterion=criterion)
 
 
 @pytest.mark.parametrize("cost", ["watts", None, ["flops"]])
-def test_an_unknown_cost(cost: Any) -> None:
+def test_unknown_cost_is_refused(cost: Any) -> None:
     model = tiny()
-    with assert_refused(model, SettingError, "cost .* is not known; known: .*flops.*params.*blocks"):
+    with assert_refused(model, SettingError, "cost .*known: .*flops.*params.*blocks"):
         fxprune.compile(model, labelled(), 0.1, cost=cost)
 
 
-def test_an_unknown_cost_is_refused_before_any_work() -> None:
+def test_unknown_cost_is_refused_before_any_work() -> None:
     with pytest.raises(SettingError, match="cost 'watts' is not known"):
         fxprune.compile(tiny(), Unread(), 0.1, cost="watts")
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf"), None, "low"])
-def test_a_criterion_that_gives_no_finite_number(score: Any) -> None:
+def test_criterion_without_finite_number_is_refused(score: Any) -> None:
     model = tiny()
-    with assert_refused(model, SettingError, r"gave .* for region '?blocks\.0'?.* finite"):
+    with assert_refused(model, SettingError, r"blocks\.0.* finite"):
         fxprune.compile(model, labelled(), 0.1, criterion=lambda region, modules: score)
 
 
-def test_an_error_inside_the_callers_criterion_is_the_callers() -> None:
+def test_error_in_a_custom_criterion_is_passed_on() -> None:
     model = tiny()
 
     def criterion(region: Any, modules: Any) -> float:
@@ -110,21 +108,21 @@ def test_an_error_inside_the_callers_criterion_is_the_callers() -> None:
 
 
 @pytest.mark.parametrize("empty", [[], (), iter(()), (batch for batch in list[Any]())])
-def test_a_loader_without_batches(empty: Any) -> None:
+def test_loader_without_batches_is_refused(empty: Any) -> None:
     model = tiny()
-    with assert_refused(model, BatchError, "calib_loader yielded no batch; give at least one"):
+    with assert_refused(model, BatchError, "calib_loader .*no batch"):
         fxprune.compile(model, empty, 0.1)
 
 
 @pytest.mark.parametrize("loader", [pixels(2, 3, 16, 16), {"img": pixels(2, 3, 16, 16)}, "coco.yaml", b"", None, 3])
-def test_a_loader_that_is_none(loader: Any) -> None:
+def test_object_that_is_no_loader_is_refused(loader: Any) -> None:
     model = tiny()
-    with assert_refused(model, BatchError, f"calib_loader must be an iterable of batches, got {type(loader).__name__}"):
+    with assert_refused(model, BatchError, f"calib_loader .*got {type(loader).__name__}"):
         fxprune.compile(model, loader, 0.1)
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "grad_delta", "fisher_mended"])
-def test_a_generator_is_read_once(criterion: str) -> None:
+def test_generator_is_read_once(criterion: str) -> None:
     model, yields = tiny(), [0]
 
     def batches() -> Iterator[Any]:
@@ -142,7 +140,7 @@ def test_a_generator_is_read_once(criterion: str) -> None:
     assert removed(pruned) == removed(fxprune.compile(model, labelled(batches=3), 0.1, criterion=criterion))
 
 
-def test_a_loader_that_can_be_read_again_is_read_once() -> None:
+def test_list_loader_is_read_once() -> None:
     reads = [0]
 
     class Loader:
@@ -155,14 +153,14 @@ def test_a_loader_that_can_be_read_again_is_read_once() -> None:
 
 
 @pytest.mark.parametrize("where", [0, 1])
-def test_none_among_the_batches(where: int) -> None:
+def test_none_among_the_batches_is_refused(where: int) -> None:
     model, batches = tiny(), list[Any](labelled())
     batches.insert(where, None)
     with assert_refused(model, BatchError, rf"^batch {where}: .*None"):
         fxprune.compile(model, batches, 0.1)
 
 
-def test_an_error_inside_the_loader_is_the_loaders() -> None:
+def test_error_in_the_loader_is_passed_on() -> None:
     model = tiny()
 
     def batches() -> Iterator[Any]:

@@ -19,7 +19,7 @@ from tests.helpers.models import Tiny, labelled, pixels, squared, tiny
 
 @pytest.mark.parametrize(("value", "shown"), [(float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "-inf")])
 @pytest.mark.parametrize("where", [0, 1])
-def test_a_loss_that_is_not_finite(value: float, shown: str, where: int) -> None:
+def test_loss_that_is_not_finite_is_refused(value: float, shown: str, where: int) -> None:
     model, batches = tiny(), [(*batch, 0.0) for batch in labelled()]
     batches[where] = (*batches[where][:2], value)
     with assert_refused(model, LossError, f"^batch {where}: the loss is {shown};"):
@@ -27,14 +27,14 @@ def test_a_loss_that_is_not_finite(value: float, shown: str, where: int) -> None
 
 
 @pytest.mark.parametrize("where", [0, 1])
-def test_a_gradient_that_is_not_finite(where: int) -> None:
+def test_gradient_that_is_not_finite_is_refused(where: int) -> None:
     model, batches = tiny(), [(*batch, i == where) for i, batch in enumerate(labelled())]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         value = squared(model, batch)
         return value + (value * 0).sqrt() if batch[2] else value  # finite, but its slope at 0 is not
 
-    with assert_refused(model, LossError, f"^batch {where}: the gradient at '.+' is NaN or infinite"):
+    with assert_refused(model, LossError, f"^batch {where}: .*gradient at '.+' is NaN"):
         fxprune.compile(model, batches, 0.1, loss=loss)
 
 
@@ -54,14 +54,14 @@ def _slope(model: nn.Module, batch: Any) -> Tensor:
     ],
     ids=["constant", "constant with gradient", "detached", "detached plus a leaf", "times zero", "weight decay"],
 )
-def test_a_loss_that_does_not_depend_on_the_model(loss: Any) -> None:
+def test_loss_that_does_not_depend_on_the_model_is_refused(loss: Any) -> None:
     model = tiny()
-    with assert_refused(model, LossError, "the loss does not depend on"):
+    with assert_refused(model, LossError, "does not depend on"):
         fxprune.compile(model, labelled(), 0.1, loss=loss)
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "grad_delta", "grad_act"])
-def test_a_region_whose_gradient_is_zero_throughout_is_not_taken_for_unimportant(criterion: str) -> None:
+def test_region_with_zero_gradient_is_not_taken_for_unimportant(criterion: str) -> None:
     """A loss may mask a part of the model on every batch, as detectors do with a level that no box falls on."""
 
     class Masked(Tiny):
@@ -89,38 +89,38 @@ def test_a_region_whose_gradient_is_zero_throughout_is_not_taken_for_unimportant
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda model, batch: model(batch[0]), r"^batch 0: the loss has shape \(2, 5\); return a scalar"),
-        (lambda model, batch: float(squared(model, batch)), r"^batch 0: .*returned float, not a scalar tensor"),
-        (lambda model, batch: None, r"^batch 0: .*returned NoneType, not a scalar tensor"),
-        (lambda model, batch: {"loss": squared(model, batch)}, r"^batch 0: .*returned dict, not a scalar tensor"),
+        (lambda model, batch: model(batch[0]), r"^batch 0: .*\(2, 5\); .*scalar"),
+        (lambda model, batch: float(squared(model, batch)), r"^batch 0: .*float, not a scalar"),
+        (lambda model, batch: None, r"^batch 0: .*NoneType, not a scalar"),
+        (lambda model, batch: {"loss": squared(model, batch)}, r"^batch 0: .*dict, not a scalar"),
     ],
 )
-def test_a_loss_that_is_no_scalar(loss: Any, message: str) -> None:
+def test_loss_that_is_no_scalar_is_refused(loss: Any, message: str) -> None:
     model = tiny()
     with assert_refused(model, LossError, message):
         fxprune.compile(model, labelled(), 0.1, loss=loss)
 
 
-def test_a_loss_of_one_element_is_a_scalar() -> None:
+def test_loss_of_one_element_is_accepted() -> None:
     assert removed(fxprune.compile(tiny(), labelled(), 0.1, loss=lambda m, b: squared(m, b).reshape(1))) == removed(
         fxprune.compile(tiny(), labelled(), 0.1, loss=squared)
     )
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", 3, pixels(1)])
-def test_a_loss_that_is_not_callable(loss: Any) -> None:
+def test_loss_that_is_not_callable_is_refused(loss: Any) -> None:
     model = tiny()
-    with assert_refused(model, SettingError, rf"loss must be callable\(model, batch\) .* got {type(loss).__name__}"):
+    with assert_refused(model, SettingError, rf"callable\(model, batch\) .*got {type(loss).__name__}"):
         fxprune.compile(model, labelled(), 0.1, loss=loss)
 
 
-def test_a_loss_that_fails_names_its_batch_and_its_error() -> None:
+def test_failing_loss_names_its_batch_and_error() -> None:
     model = tiny()
     with assert_refused(model, BatchError, "^batch 0: .*KeyError: 'img'"):
         fxprune.compile(model, labelled(), 0.1, loss=lambda model, batch: dict[str, Tensor]()["img"])
 
 
-def test_an_exception_of_the_callers_own_comes_through_the_loss() -> None:
+def test_exception_of_the_caller_passes_through_the_loss() -> None:
     class Stop(Exception):
         pass
 
@@ -144,7 +144,7 @@ def halfway() -> nn.Module:
     return model
 
 
-def test_an_interrupt_in_the_loader() -> None:
+def test_interrupt_in_the_loader_leaves_the_model_unchanged() -> None:
     model = halfway()
 
     def batches() -> Iterator[Any]:
@@ -157,7 +157,7 @@ def test_an_interrupt_in_the_loader() -> None:
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])
-def test_an_interrupt_in_the_loss(call: int) -> None:
+def test_interrupt_in_the_loss_leaves_the_model_unchanged(call: int) -> None:
     """Call by call: while the model is observed, held to its graphs, counted, scored, and fitted."""
     model, calls = halfway(), [0]
 
@@ -175,7 +175,7 @@ def test_an_interrupt_in_the_loss(call: int) -> None:
         assert len(fxprune.analyze(model, labelled(), loss=squared).regions) >= 4
 
 
-def test_a_run_that_succeeds_leaves_randomness_alone() -> None:
+def test_compile_leaves_random_state_unchanged() -> None:
     model = halfway()
 
     def loss(model: nn.Module, batch: Any) -> Tensor:

@@ -31,7 +31,7 @@ def test_frozen_parameters_give_the_same_plan() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_the_callers_gradient_mode_does_not_matter(mode: Any) -> None:
+def test_grad_mode_of_the_caller_does_not_matter(mode: Any) -> None:
     model, batches = tiny(), labelled()
     with mode(), assert_unchanged(model):
         pruned = fxprune.compile(model, batches, 0.1)
@@ -41,7 +41,7 @@ def test_the_callers_gradient_mode_does_not_matter(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("loss", [None, squared], ids=["cross entropy", "the caller's"])
-def test_batches_made_in_inference_mode(loss: Any) -> None:
+def test_batches_made_in_inference_mode_work(loss: Any) -> None:
     model = tiny()
     with torch.inference_mode():
         batches = [(images.clone(), labels.clone()) for images, labels in labelled()]
@@ -51,7 +51,7 @@ def test_batches_made_in_inference_mode(loss: Any) -> None:
     assert removed(pruned) == removed(fxprune.compile(model, labelled(), 0.1, loss=loss))
 
 
-def test_a_model_in_train_mode_comes_back_in_train_mode() -> None:
+def test_model_in_train_mode_is_returned_in_train_mode() -> None:
     model = tiny().train()
     model.get_submodule("blocks.1").eval()
     with assert_unchanged(model):
@@ -65,7 +65,7 @@ def test_a_model_in_train_mode_comes_back_in_train_mode() -> None:
 
 @pytest.mark.parametrize("place", ["blocks", "blocks.1", ""])
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
-def test_a_hook_on_a_container_is_named(place: str, kind: str) -> None:
+def test_hook_on_a_container_is_refused_by_name(place: str, kind: str) -> None:
     model = tiny()
     getattr(model.get_submodule(place), kind)(lambda *given: None)
     shown = f"^{place} carries hooks" if place else "^the model itself carries hooks"
@@ -76,7 +76,7 @@ def test_a_hook_on_a_container_is_named(place: str, kind: str) -> None:
     assert removed(pruned) == removed(fxprune.compile(tiny(), labelled(), 0.1))
 
 
-def test_a_hook_on_a_layer_that_stays_stays() -> None:
+def test_hook_on_a_remaining_layer_is_kept() -> None:
     model, seen = tiny(), list[tuple[int, ...]]()
     model.get_submodule("stem").register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     with assert_unchanged(model):
@@ -87,7 +87,7 @@ def test_a_hook_on_a_layer_that_stays_stays() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_the_plan_of_single_precision(dtype: torch.dtype) -> None:
+def test_half_precision_gives_the_same_plan(dtype: torch.dtype) -> None:
     model = tiny().to(dtype)
     single = copy.deepcopy(model).float()
     with assert_unchanged(model):
@@ -98,7 +98,7 @@ def test_half_precision_gives_the_plan_of_single_precision(dtype: torch.dtype) -
     assert pruned(pixels(1, 3, 16, 16).to(dtype)).dtype == dtype
 
 
-def test_a_graph_module_is_a_model_like_any_other() -> None:
+def test_graph_module_can_be_pruned() -> None:
     model = tiny()
     traced = fx.symbolic_trace(model)
     with assert_unchanged(traced), assert_unchanged(model):
@@ -110,7 +110,7 @@ def test_a_graph_module_is_a_model_like_any_other() -> None:
     assert torch.equal(pruned(image), expected(image))
 
 
-def test_a_pruned_model_can_be_pruned_again() -> None:
+def test_pruned_model_can_be_pruned_again() -> None:
     once = fxprune.compile(tiny(), labelled(), 0.1)
     with assert_unchanged(once):
         twice = fxprune.compile(once, labelled(), 0.1)
@@ -122,14 +122,14 @@ def test_a_pruned_model_can_be_pruned_again() -> None:
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (torch.compile, r"wrapped in OptimizedModule: pass model\._orig_mod and compile the result again"),
-        (nn.DataParallel, r"wrapped in DataParallel: pass model\.module and wrap the result again"),
-        (lambda model: cast(Any, torch.jit).trace(model, pixels(1, 3, 16, 16)), "wrapped in .*: pass the eager model"),
+        (torch.compile, r"OptimizedModule: pass model\._orig_mod"),
+        (nn.DataParallel, r"DataParallel: pass model\.module"),
+        (lambda model: cast(Any, torch.jit).trace(model, pixels(1, 3, 16, 16)), "pass the eager model"),
     ],
     ids=["torch.compile", "DataParallel", "TorchScript"],
 )
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_a_wrapped_model(wrap: Any, message: str) -> None:
+def test_wrapped_model_is_refused(wrap: Any, message: str) -> None:
     model = tiny()
     wrapper = wrap(model)
     plan = fxprune.analyze(model, labelled()).plan(0.1)
@@ -142,32 +142,32 @@ def test_a_wrapped_model(wrap: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("thing", ["yolov8n.pt", None, {}, Tiny, functional.relu])
-def test_something_that_is_no_module(thing: Any) -> None:
+def test_object_that_is_no_module_is_refused(thing: Any) -> None:
     with pytest.raises(ModelError, match=f"expected a torch.nn.Module, got {type(thing).__name__}"):
         fxprune.compile(thing, Unread(), 0.1)
 
 
-def test_a_model_without_values() -> None:
+def test_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         model = Tiny()
-    with assert_refused(model, ModelError, "weights are on the meta device; load them first"):
+    with assert_refused(model, ModelError, "meta device; load"):
         fxprune.compile(model, Unread(), 0.1)
 
 
-def test_a_model_whose_weights_are_only_buffers_without_values() -> None:
+def test_model_with_buffers_on_the_meta_device_is_refused() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3, affine=False, device="meta"), nn.Flatten())
     with assert_refused(model, ModelError, "meta device"):
         fxprune.compile(model, labelled(), 0.1)
 
 
-def test_a_model_that_cannot_be_copied() -> None:
+def test_model_that_cannot_be_copied_is_refused() -> None:
     model = tiny()
     model.last = model(pixels(1, 3, 16, 16))
-    with assert_refused(model, ModelError, "Tiny cannot be copied .*; fxprune works on a copy"):
+    with assert_refused(model, ModelError, "Tiny cannot be copied"):
         fxprune.compile(model, labelled(), 0.1)
 
 
-def test_a_model_with_nothing_removable() -> None:
+def test_model_without_removable_region_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     with assert_unchanged(model), pytest.raises(NoRegionError, match="nothing in Sequential") as caught:
         fxprune.compile(model, labelled(), 0.1)
@@ -176,14 +176,14 @@ def test_a_model_with_nothing_removable() -> None:
     assert all(re.search(r"it turns \w+ into \w+", line) for line in lines)
 
 
-def test_a_model_without_weights() -> None:
+def test_model_without_weights_is_refused() -> None:
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with assert_refused(model, ModelError, "no part of Sequential with weights could be traced"):
+    with assert_refused(model, ModelError, "Sequential .*could be traced"):
         fxprune.compile(model, labelled(), 0.1)
 
 
-def test_a_model_of_no_known_kind_needs_a_loss() -> None:
+def test_model_of_unknown_kind_needs_a_loss() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 5, 1))
-    with assert_refused(model, ModelError, r"returned a tensor of shape \(2, 5, 16, 16\), not logits .* give a loss"):
+    with assert_refused(model, ModelError, r"\(2, 5, 16, 16\), not logits .*give a loss"):
         fxprune.compile(model, labelled(), 0.1)
     assert len(removed(fxprune.compile(model, labelled(), 0.1, loss=squared))) == 1

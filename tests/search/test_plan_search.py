@@ -36,14 +36,14 @@ def unlabelled() -> list[torch.Tensor]:
 # Strategies ----------------------------------------------------------------------------------------------------------
 
 
-def test_one_shot_is_analyze_plan_apply() -> None:
+def test_one_shot_equals_analyze_plan_apply() -> None:
     model = tiny()
     made = fxprune.analyze(model, labelled()).plan(0.3)
     assert plans_on(fxprune.compile(model, labelled(), 0.3, heal="none")) == [made.to_dict()]
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
-def test_every_strategy_meets_every_budget_and_changes_nothing(strategy: str) -> None:
+def test_every_strategy_meets_the_budget_and_keeps_the_model(strategy: str) -> None:
     model = tiny()
     for cost in ("flops", "params", "blocks"):
         with assert_unchanged(model):
@@ -55,13 +55,13 @@ def test_every_strategy_meets_every_budget_and_changes_nothing(strategy: str) ->
         assert pruned(pixels(2, 3, 16, 16)).shape == (2, 5)
 
 
-def test_the_loader_is_read_once_and_labelled_by_the_model_as_it_was() -> None:
+def test_search_reads_the_loader_once_and_labels_by_the_original() -> None:
     batches = iter(unlabelled())
     fxprune.compile(tiny(), batches, 0.5, strategy="search", tries=2, heal="mimic", steps=2)
     assert list(batches) == []
 
 
-def test_the_judge_knows_what_the_loss_was() -> None:
+def test_loss_change_is_relative_to_the_original_loss() -> None:
     model = tiny()
     pruned = fxprune.compile(model, labelled(), 0.3)
     opened = open_calibration(model, labelled(), None)
@@ -75,7 +75,7 @@ def test_the_judge_knows_what_the_loss_was() -> None:
     assert judge.increase(pruned) == pytest.approx(losses[0] / losses[1] - 1, rel=1e-4)
 
 
-def test_plans_are_judged_on_other_images_than_they_were_mended_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_judges_on_images_not_used_for_healing(monkeypatch: pytest.MonkeyPatch) -> None:
     mended: list[list[Batch]] = []
     judged: list[list[Batch]] = []
     mend, worse = PlanSearch.heal_trial, LossChange.increase
@@ -98,7 +98,7 @@ def test_plans_are_judged_on_other_images_than_they_were_mended_on(monkeypatch: 
         assert all(one is not other for one in some for other in others)
 
 
-def test_where_it_matters_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_computes_saliency_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     fitted: list[Any] = []
 
@@ -139,7 +139,7 @@ class Brittle(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:after healing:fxprune.FxpruneWarning")
 @pytest.mark.parametrize("heal", ["none", "affine"])
-def test_a_plan_that_breaks_the_loss_is_the_worst_of_all(heal: str) -> None:
+def test_plan_with_nan_loss_is_the_worst(heal: str) -> None:
     def first(region: Any, _: object) -> float:
         return 0.0 if region.name == "positive" else 1.0
 
@@ -153,7 +153,7 @@ def test_a_plan_that_breaks_the_loss_is_the_worst_of_all(heal: str) -> None:
 # Interruption --------------------------------------------------------------------------------------------------------
 
 
-def test_interrupted_it_gives_the_best_so_far() -> None:
+def test_interrupted_search_gives_the_best_so_far() -> None:
     def stop(stage: str, done: int, total: int | None) -> None:
         if stage == "search" and done == 1:
             raise KeyboardInterrupt
@@ -163,7 +163,7 @@ def test_interrupted_it_gives_the_best_so_far() -> None:
     assert fxprune.report(pruned).removed
 
 
-def test_interrupted_before_anything_was_found_it_ends() -> None:
+def test_search_interrupted_before_the_first_plan_raises() -> None:
     def stop(stage: str, done: int, total: int | None) -> None:
         raise KeyboardInterrupt
 
@@ -178,24 +178,24 @@ def test_interrupted_before_anything_was_found_it_ends() -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"strategy": "luck"}, "strategy 'luck' is not known; known: one_shot, search"),
-        ({"strategy": "greedy"}, "strategy='greedy' is gone: 'one_shot' was never worse"),
+        ({"strategy": "luck"}, "'luck' .*known: one_shot, search"),
+        ({"strategy": "greedy"}, "strategy='greedy' is gone: 'one_shot'"),
         ({"heal": "norms"}, "heal='norms' is gone: 'affine'"),
         ({"criterion": "ablation"}, "criterion='ablation' is gone: 'fisher'"),
         ({"shapes": "sampled"}, "shapes= is gone"),
         ({"heal": "luck"}, "heal 'luck' is not known"),
-        ({"tries": 0}, "tries is 0; give a number of plans to try"),
+        ({"tries": 0}, "tries is 0; give a number"),
         ({"tries": True}, "tries is True"),
         ({"cost": "luck"}, "cost 'luck' is not known"),
     ],
 )
-def test_unknown_settings_are_refused_before_anything_is_read(setting: dict[str, Any], words: str) -> None:
+def test_unknown_settings_are_refused_before_reading_batches(setting: dict[str, Any], words: str) -> None:
     model = tiny()
     with assert_refused(model, SettingError, words):
         fxprune.compile(model, Unread(), 0.3, **setting)
 
 
-def test_plans_of_a_search_are_plans(tmp_path: Any) -> None:
+def test_plans_of_a_search_can_be_saved_and_applied(tmp_path: Any) -> None:
     model = tiny()
     pruned = fxprune.compile(model, labelled(), 0.4, strategy="search", tries=2, heal="none")
     (plan,) = fxprune.report(pruned).plans

@@ -11,7 +11,7 @@ from fxprune.healing.loss_change import LossChange
 from tests.helpers.models import Block, Tiny, build, labelled, pixels, tiny
 
 
-def test_search_takes_the_plan_of_least_loss_among_those_it_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_takes_the_plan_of_least_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[frozenset[str], float]] = []
     worse = LossChange.increase
 
@@ -42,7 +42,7 @@ class Uneven(Tiny):
         return self.fc(self.slight(self.blocks(self.stem(x)).mean((2, 3), keepdim=True)).flatten(1))
 
 
-def test_what_saves_next_to_nothing_is_not_tried_unless_it_must_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regions_of_tiny_cost_are_tried_only_if_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[set[str]] = []
     worse = LossChange.increase
 
@@ -66,7 +66,7 @@ def test_what_saves_next_to_nothing_is_not_tried_unless_it_must_go(monkeypatch: 
         assert [region.name for region in plan.regions] == list(share)
 
 
-def test_a_small_model_has_fewer_plans_than_tries() -> None:
+def test_search_stops_when_all_plans_are_tried() -> None:
     pruned = fxprune.compile(tiny(), labelled(), 0.8, strategy="search", tries=100)
     (plan,) = fxprune.report(pruned).plans
     assert plan.settings["tried"] < 20

@@ -13,12 +13,12 @@ from fxprune.search.surrogate import LinearSurrogate
 NOISE = LossChange.noise_std
 
 
-def test_the_criterion_has_the_first_word() -> None:
+def test_surrogate_starts_with_the_scores() -> None:
     beliefs = LinearSurrogate([[4.0, 1.0, -2.0]], seed=0, noise_std=NOISE)
     assert [scores.tolist() for scores in beliefs.propose()] == [[4.0, 1.0, 0.0]]
 
 
-def test_every_opinion_is_heard_before_any_is_drawn() -> None:
+def test_surrogate_proposes_each_prior_and_their_mean_before_drawing() -> None:
     beliefs = LinearSurrogate([[4.0, 1.0, 9.0], [1.0, 1.0, 0.0]], seed=0, noise_std=NOISE)
     between = [pytest.approx(2.0), 1.0, 0.0]
     assert [scores.tolist() for scores in beliefs.propose()] == [[4.0, 1.0, 9.0], [1.0, 1.0, 0.0], between]
@@ -30,7 +30,7 @@ def test_every_opinion_is_heard_before_any_is_drawn() -> None:
     assert covariance[2, 2] > 4 * covariance[1, 1]
 
 
-def test_trials_outweigh_scores() -> None:
+def test_surrogate_weighs_trials_above_scores() -> None:
     beliefs = LinearSurrogate([[1.0, 4.0, 9.0, 16.0]], seed=0, noise_std=NOISE)
     truth = np.array([0.9, 0.1, 0.2, 0.3])  # the one that scores least does most damage
     for taken in ((1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1), (1, 0, 0, 1), (0, 1, 0, 1), (1, 0, 1, 0)):
@@ -40,7 +40,7 @@ def test_trials_outweigh_scores() -> None:
     assert np.all(np.linalg.eigvalsh(covariance) > -1e-9)
 
 
-def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
+def test_surrogate_keeps_untried_regions_uncertain() -> None:
     beliefs = LinearSurrogate([[1.0, 4.0, 9.0]], seed=0, noise_std=NOISE)
     before = None
     for number in range(3):
@@ -52,7 +52,7 @@ def test_what_was_never_tried_stays_as_uncertain_as_it_was() -> None:
         assert len(beliefs.trials) == number + 1
 
 
-def test_the_longer_nothing_better_is_found_the_wilder_the_draws() -> None:
+def test_surrogate_explores_more_without_improvement() -> None:
     def spread(losses: list[float]) -> float:
         beliefs = LinearSurrogate([[1.0, 2.0, 3.0]], seed=0, noise_std=NOISE)
         for loss in losses:
@@ -65,7 +65,7 @@ def test_the_longer_nothing_better_is_found_the_wilder_the_draws() -> None:
     assert spread([2.0**-number for number in range(13)]) < 0.5 * spread([1.0] * 13)
 
 
-def test_the_same_seed_draws_the_same() -> None:
+def test_surrogate_draws_depend_on_the_seed_alone() -> None:
     def drawn(seed: int) -> list[list[float]]:
         beliefs = LinearSurrogate([[1.0, 2.0]], seed, NOISE)
         beliefs.observe((True, False), 0.3)

@@ -29,7 +29,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.mark.parametrize("suffix", sorted(FORMATS))
 @pytest.mark.parametrize("what", ["analysis", "plan", "pruned_tiny"])
-def test_all_that_can_be_drawn_is_drawn_in_every_format(
+def test_draw_writes_everything_in_every_format(
     what: str, suffix: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     path = tmp_path / "new folder" / f"tiny{suffix.upper()}"
@@ -38,7 +38,7 @@ def test_all_that_can_be_drawn_is_drawn_in_every_format(
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_file_that_is_there_is_replaced(tmp_path: Path) -> None:
+def test_draw_replaces_an_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "a.dot"
     path.write_text("old")
     write_view(residual(), path)
@@ -46,19 +46,19 @@ def test_a_file_that_is_there_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.svg.gz", ".png"])
-def test_unknown_suffix_names_the_known_ones(name: str, tmp_path: Path) -> None:
+def test_draw_with_unknown_suffix_names_known_ones(name: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"\.dot, \.html, \.mmd, \.png, \.svg"):
         write_view(residual(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", [None, 3, b"a.svg", "a\0.svg"])
-def test_what_is_no_path_is_refused_before_anything_is_done(path: Any) -> None:
+def test_draw_refuses_what_is_no_path_before_any_work(path: Any) -> None:
     with pytest.raises(SettingError, match="path of a file"):
         fxprune.draw(nn.Identity(), path)
 
 
-def test_unwritable_path_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+def test_draw_to_an_unwritable_path_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.svg").mkdir()
     for path in (tmp_path / "file" / "a.dot", tmp_path / "folder.svg"):
@@ -68,7 +68,7 @@ def test_unwritable_path_says_so_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "package"), [(".svg", "quickjs"), (".png", "resvg_py")])
-def test_missing_extra_is_named_and_text_needs_none(
+def test_draw_names_a_missing_extra_and_text_formats_need_none(
     suffix: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -79,13 +79,13 @@ def test_missing_extra_is_named_and_text_needs_none(
         write_view(residual(), tmp_path / f"a{other}")
 
 
-def test_a_picture_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_write_view_refuses_an_empty_view(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"fxprune\.analyze"):
         write_view({**residual(), "blocks": [], "nodes": [], "edges": [], "block_edges": []}, tmp_path / "a.dot")
 
 
 @pytest.mark.parametrize("suffix", sorted(FORMATS))
-def test_what_is_not_known_is_left_out(suffix: str, tmp_path: Path) -> None:
+def test_write_view_leaves_out_unknown_values(suffix: str, tmp_path: Path) -> None:
     picture = copy.deepcopy({**residual(), "initial": None, "plans": []})
     for region in picture["regions"]:
         region |= {"score": float("nan"), "flops": None, "params": None}
@@ -103,7 +103,7 @@ def test_what_is_not_known_is_left_out(suffix: str, tmp_path: Path) -> None:
 # Names that mean harm ------------------------------------------------------------------------------------------------
 
 
-def test_no_name_breaks_out_of_the_page() -> None:
+def test_page_escapes_names() -> None:
     text = render_page(PICTURES["harm"])
     assert text.count("</script>") == text.count("<script") == 2
     assert "<img" not in text
@@ -111,7 +111,7 @@ def test_no_name_breaks_out_of_the_page() -> None:
     assert json.loads(data) == PICTURES["harm"]
 
 
-def test_the_page_asks_nothing_of_any_network() -> None:
+def test_page_makes_no_network_request() -> None:
     text = render_page(PICTURES["detector"])
     addresses = set(re.findall(r"\w+://[^\s\"'`<)]*", text))
     assert addresses <= {"http://www.w3.org/2000/svg"}, "a name space is no request"
@@ -119,7 +119,7 @@ def test_the_page_asks_nothing_of_any_network() -> None:
     assert "default-src 'none'" in text
 
 
-def test_harmful_names_are_text_in_svg() -> None:
+def test_svg_escapes_names() -> None:
     root = ElementTree.fromstring(render_svg(PICTURES["harm"]))
     assert {element.tag.removeprefix(SVG) for element in root.iter()} <= {
         "svg",
@@ -138,7 +138,7 @@ def test_harmful_names_are_text_in_svg() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pydot")
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_dot_is_read_by_its_own_parsers(name: str) -> None:
+def test_dot_can_be_parsed(name: str) -> None:
     picture = PICTURES[name]
     graphs = pydot.graph_from_dot_data(render_dot(picture))
     assert len(graphs) == 1
@@ -150,7 +150,7 @@ def test_dot_is_read_by_its_own_parsers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_mermaid_has_every_block_and_edge_once(name: str) -> None:
+def test_mermaid_has_each_block_and_edge_once(name: str) -> None:
     picture = PICTURES[name]
     lines = render_mermaid(picture).splitlines()
     assert (lines[0], lines[2], lines[3]) == ("---", "---", "flowchart TB")
@@ -163,7 +163,7 @@ def test_mermaid_has_every_block_and_edge_once(name: str) -> None:
     assert lines.count("  end") == sum(line.lstrip().startswith("subgraph ") for line in lines)
 
 
-def test_both_mark_what_is_removed() -> None:
+def test_dot_and_mermaid_mark_removed_blocks() -> None:
     picture = residual()
     first, second = (f"b{picture['regions'][i]['nodes'] and _block(picture, i)}" for i in (1, 3))
     assert f"  class {first},{second} removed" in render_mermaid(picture)
@@ -179,7 +179,7 @@ def _block(picture: Row, region: int) -> int:
 
 
 @pytest.mark.parametrize("name", ["residual", "detector"])
-def test_svg_has_every_label_a_legend_and_what_was_saved(name: str) -> None:
+def test_svg_has_labels_legend_and_savings(name: str) -> None:
     picture = {**PICTURES[name], "initial": 1}
     texts = [element.text or "" for element in ElementTree.fromstring(render_svg(picture)).iter(f"{SVG}text")]
     for block in picture["blocks"]:
@@ -192,7 +192,7 @@ def test_svg_has_every_label_a_legend_and_what_was_saved(name: str) -> None:
     assert {"importance by rank", "least", "most", "removed", picture["title"]} <= set(texts)
 
 
-def test_svg_says_milliseconds_where_they_were_measured() -> None:
+def test_svg_shows_milliseconds_when_measured() -> None:
     picture = json.loads(json.dumps(PICTURES["residual"])) | {"initial": 1, "cost": "latency"}
     picture["before"]["latency_ms"] = 1234.5
     picture["plans"][1]["after"]["latency_ms"] = 987.6
@@ -206,7 +206,7 @@ def test_svg_says_milliseconds_where_they_were_measured() -> None:
     assert "latency" not in unmeasured
 
 
-def test_colours_are_cividis() -> None:
+def test_score_colours_are_cividis() -> None:
     colormaps = pytest.importorskip("matplotlib", reason="pip install matplotlib").colormaps
     shares = [0.0, 0.1, 0.33, 0.5, 0.77, 1.0]
     for share, found in zip(shares, evaluate_js("input.shares.map(fxprune.cividis)", shares=shares), strict=True):
@@ -214,7 +214,7 @@ def test_colours_are_cividis() -> None:
         assert colour == pytest.approx([255 * value for value in colormaps["cividis"](share)[:3]], abs=6)
 
 
-def test_png_shows_its_texts_and_boxes() -> None:
+def test_png_shows_texts_and_boxes() -> None:
     content = render_png(residual())
     rows, width = pixels(content)
     assert len({rows[i : i + 3] for i in range(0, len(rows), 3)}) > 20, "one colour would be a blank picture"

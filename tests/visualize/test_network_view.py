@@ -50,7 +50,7 @@ class Pyramid(nn.Module):
         return torch.stack(scores).sum(0)
 
 
-def test_links_are_seen_through_the_python_between_islands() -> None:
+def test_links_follow_python_between_islands() -> None:
     analysis = fxprune.analyze(build(Pyramid), labelled())
     assert set(analysis.links) == {
         Link(IMAGES, "body"),
@@ -61,13 +61,13 @@ def test_links_are_seen_through_the_python_between_islands() -> None:
     }
 
 
-def test_links_are_the_same_with_frozen_weights() -> None:
+def test_links_do_not_depend_on_frozen_weights() -> None:
     model = build(Pyramid)
     links = fxprune.analyze(model, labelled()).links
     assert fxprune.analyze(model.requires_grad_(False), labelled()).links == links
 
 
-def test_a_network_that_is_one_graph_is_linked_to_its_ends(analysis: Analysis) -> None:
+def test_one_graph_is_linked_to_images_and_results(analysis: Analysis) -> None:
     assert analysis.links == (Link(IMAGES, ""), Link("", RESULTS))
 
 
@@ -84,7 +84,7 @@ class Again(nn.Module):
         return self.fc(self.body(finite(self.body(finite(self.stem(x))))).mean((2, 3)))
 
 
-def test_what_reads_its_own_results_is_drawn_once_through() -> None:
+def test_island_that_reads_its_own_results_is_shown_once() -> None:
     analysis = fxprune.analyze(build(Again), labelled())
     assert Link("body", "body") in analysis.links
     picture = build_view(analysis)
@@ -96,7 +96,7 @@ def test_what_reads_its_own_results_is_drawn_once_through() -> None:
 # Blocks ---------------------------------------------------------------------------------------------------------------
 
 
-def test_blocks_and_arrows_of_a_chain(analysis: Analysis) -> None:
+def test_view_of_a_chain_has_its_blocks_and_arrows(analysis: Analysis) -> None:
     picture = build_view(analysis)
     names = ["stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "mean", "fc"]
     assert arrows(picture) == set(zip(["images", *names], [*names, "results"], strict=True))
@@ -110,7 +110,7 @@ def test_blocks_and_arrows_of_a_chain(analysis: Analysis) -> None:
     assert (stem["reason"], fc["reason"]) == (reasons["stem"], reasons["fc"])
 
 
-def test_arrows_go_from_island_to_island() -> None:
+def test_view_has_arrows_between_islands() -> None:
     picture = build_view(fxprune.analyze(build(Pyramid), labelled()))
     assert {("body.1", "down.0"), ("body.1", "head.0"), ("down.1", "head.0"), ("head.1", "results")} <= arrows(picture)
     assert ("images", "body.0") in arrows(picture)
@@ -132,7 +132,7 @@ class Shuffled(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_arithmetic_on_sizes_is_left_out() -> None:
+def test_view_leaves_out_arithmetic_on_sizes() -> None:
     picture = build_view(fxprune.analyze(build(Shuffled), labelled()))
     assert labels(picture) == ["stem", "block", "view · transpose · reshape · mean", "fc"]
     assert not {"size", "floordiv", "getitem"} & {node["op"] for node in picture["nodes"]}
@@ -146,7 +146,7 @@ def of_six(system: System) -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize(
     "system", [pytest.param(s, marks=[] if s.family == "classifier" else pytest.mark.slow, id=s.name) for s in SIX]
 )
-def test_pictures_of_the_six_hold_together(system: System) -> None:
+def test_views_of_the_six_systems_are_consistent(system: System) -> None:
     model, batch = of_six(system)
     analysis = fxprune.analyze(model, [batch], criterion="l1")
     picture = build_view(analysis)
@@ -167,7 +167,7 @@ def test_pictures_of_the_six_hold_together(system: System) -> None:
 # Plans ----------------------------------------------------------------------------------------------------------------
 
 
-def test_every_percent_has_the_plan_that_the_analysis_makes(analysis: Analysis) -> None:
+def test_view_has_the_plan_of_every_percent(analysis: Analysis) -> None:
     picture = build_view(analysis)
     assert picture["initial"] is None
     assert [row["budget"] for row in picture["plans"][:3]] == [0.01, 0.02, 0.03]
@@ -178,7 +178,7 @@ def test_every_percent_has_the_plan_that_the_analysis_makes(analysis: Analysis) 
 
 
 @pytest.mark.parametrize(("budget", "cost"), [(0.2, "flops"), (0.255, "params")])
-def test_a_plan_of_the_analysis_can_be_shown_first(analysis: Analysis, budget: float, cost: str) -> None:
+def test_view_can_start_with_a_given_plan(analysis: Analysis, budget: float, cost: str) -> None:
     plan = analysis.plan(budget, cost)
     picture = build_view(analysis, plan)
     budgets = [row["budget"] for row in picture["plans"]]
@@ -188,7 +188,7 @@ def test_a_plan_of_the_analysis_can_be_shown_first(analysis: Analysis, budget: f
     assert picture["plans"][picture["initial"]]["after"] == vars(plan.after)
 
 
-def test_budgets_of_latency_begin_above_the_noise(analysis: Analysis) -> None:
+def test_view_of_latency_budgets_starts_above_the_noise(analysis: Analysis) -> None:
     regions = tuple(replace(region, latency_ms=2.0) for region in analysis.regions)
     settings = analysis.settings.with_entries(latency={"backend": "eager", "floor": 0.0312})
     timed = replace(analysis, regions=regions, before=replace(analysis.before, latency_ms=10.0), settings=settings)
@@ -199,7 +199,7 @@ def test_budgets_of_latency_begin_above_the_noise(analysis: Analysis) -> None:
 
 
 @pytest.mark.parametrize("of", [lambda plan, pruned: plan, lambda plan, pruned: pruned], ids=["plan", "pruned"])
-def test_a_plan_and_a_pruned_model_show_what_went(
+def test_view_of_a_plan_and_of_a_pruned_model_shows_removed_regions(
     tiny_model: nn.Module, plan: Plan, analysis: Analysis, of: Callable[..., Any]
 ) -> None:
     picture = build_view(of(plan, fxprune.apply(tiny_model, plan)))
@@ -211,7 +211,7 @@ def test_a_plan_and_a_pruned_model_show_what_went(
     assert sorted(region["rank"] for region in picture["regions"]) == [1, 2, 3, 4]
 
 
-def test_a_model_pruned_in_steps_shows_all_that_went(pruned_twice: nn.Module, analysis: Analysis) -> None:
+def test_view_of_a_model_pruned_in_steps_shows_all_removed_regions(pruned_twice: nn.Module, analysis: Analysis) -> None:
     picture, report = build_view(pruned_twice), fxprune.report(pruned_twice)
     assert labels(picture) == labels(build_view(analysis))
     assert picture["initial"] == 1
@@ -221,7 +221,7 @@ def test_a_model_pruned_in_steps_shows_all_that_went(pruned_twice: nn.Module, an
     assert picture["plans"][1]["budget"] == pytest.approx(1 - report.after.flops / report.before.flops)
 
 
-def test_a_step_that_takes_what_the_first_network_lacks_is_shown_alone() -> None:
+def test_view_shows_a_step_alone_if_the_first_network_lacks_its_regions() -> None:
     network = tiny()
     once = fxprune.compile(network, labelled(), 0.1)
     twice = fxprune.compile(once, labelled(), 0.1)
@@ -236,7 +236,7 @@ BRACKETS = str.maketrans("()", "[]", ",")
 """Tuples become lists in JSON."""
 
 
-def test_it_is_json(analysis: Analysis) -> None:
+def test_view_is_json(analysis: Analysis) -> None:
     picture = build_view(analysis)
     read = json.loads(json.dumps(picture, allow_nan=False))
     assert {name: repr(read[name]).translate(BRACKETS) for name in read} == {
@@ -244,6 +244,6 @@ def test_it_is_json(analysis: Analysis) -> None:
     }
 
 
-def test_a_model_that_was_not_pruned_is_refused() -> None:
+def test_view_of_an_unpruned_model_is_refused() -> None:
     with pytest.raises(ModelError, match=r"Detector .*no fxprune plan.*give"):
         build_view(build(Detector))

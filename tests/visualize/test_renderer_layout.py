@@ -48,7 +48,7 @@ def test_boxes_do_not_overlap_and_lie_on_the_canvas(name: str, unfolded: bool, w
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_no_edge_runs_through_a_box_and_no_box_through_a_strange_frame(name: str) -> None:
+def test_edges_avoid_boxes_and_boxes_avoid_other_frames(name: str) -> None:
     plan = layout(PICTURES[name], open={"1": True, "4": True}, wrapped=True)
     for box in plan["boxes"]:
         top, bottom, side = box["y"] - box["h"] / 2, box["y"] + box["h"] / 2, box["w"] / 2
@@ -65,7 +65,7 @@ def test_no_edge_runs_through_a_box_and_no_box_through_a_strange_frame(name: str
             assert not inside or frame["key"] in own
 
 
-def test_a_tall_network_is_wrapped_into_columns_of_like_height() -> None:
+def test_tall_network_is_wrapped_into_equal_columns() -> None:
     picture = residual(4, 5)
     tall, wide = layout(picture), layout(picture, wrapped=True)
     assert tall["columns"] == 1
@@ -74,7 +74,7 @@ def test_a_tall_network_is_wrapped_into_columns_of_like_height() -> None:
     assert 0.5 < wide["width"] / wide["height"] < 2
 
 
-def test_no_plan_moves_a_box() -> None:
+def test_layout_does_not_depend_on_the_plan() -> None:
     picture = residual()
     places = [
         [(box["key"], box["x"], box["y"]) for box in layout(picture, plan=plan)["boxes"]] for plan in (None, 0, 3)
@@ -85,7 +85,7 @@ def test_no_plan_moves_a_box() -> None:
 # The way the signal takes --------------------------------------------------------------------------------------------
 
 
-def test_a_bypassed_block_is_a_wire() -> None:
+def test_bypassed_block_is_drawn_as_a_wire() -> None:
     picture = residual()
     region = picture["regions"][1]
     before, block = _block_of(picture, region["stand_in"]), _block(picture, 1)
@@ -99,7 +99,7 @@ def _block_of(picture: Row, node: int) -> int:
     return block
 
 
-def test_an_unfolded_bypass_leads_past_its_nodes() -> None:
+def test_unfolded_bypass_leads_past_its_nodes() -> None:
     picture = residual()
     region = picture["regions"][1]
     before, block = _block_of(picture, region["stand_in"]), _block(picture, 1)
@@ -109,7 +109,7 @@ def test_an_unfolded_bypass_leads_past_its_nodes() -> None:
     assert {found[pair] for pair in inner} == {"ghost"}
 
 
-def test_a_dropped_branch_is_a_ghost_and_the_other_operand_the_way() -> None:
+def test_dropped_branch_is_faded_and_the_other_operand_a_wire() -> None:
     picture = residual()
     found = styles(picture, plan=2)
     branch, down, total = 1, 2, 3
@@ -118,14 +118,14 @@ def test_a_dropped_branch_is_a_ghost_and_the_other_operand_the_way() -> None:
     assert found["b0", f"b{down}"] == "plain"
 
 
-def test_a_block_that_lost_a_part_says_so() -> None:
+def test_partly_removed_block_is_labelled() -> None:
     picture = residual()
     (partly,) = [box for box in layout(picture, plan=3)["boxes"] if box["status"] == "partly"]
     assert partly["note"].startswith("part removed")
     assert partly["block"] == _block(picture, 4)
 
 
-def test_what_an_island_is_fed_with_stands_in_for_its_first_region() -> None:
+def test_island_inputs_stand_in_for_a_removed_first_region() -> None:
     picture = detector()
     picture["regions"][6]["stand_in"] = None
     first = _block(picture, 6)
@@ -135,7 +135,7 @@ def test_what_an_island_is_fed_with_stands_in_for_its_first_region() -> None:
 
 
 @pytest.mark.parametrize("initial", [0, 1, 2, 3])
-def test_both_take_the_same_way_past_what_is_removed_as_the_picture(initial: int) -> None:
+def test_dot_edges_have_the_styles_of_the_layout(initial: int) -> None:
     picture = {**residual(), "initial": initial}
     written = {(source, target): look for source, target, look in styled_edges(picture)}
     ports = {"in": "images", "out": "outputs"}

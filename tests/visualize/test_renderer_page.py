@@ -68,7 +68,7 @@ def press(page: Any, *keys: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_it_loads_without_an_error_or_a_request(browser: Any, name: str, tmp_path: Path) -> None:
+def test_page_loads_without_error_or_request(browser: Any, name: str, tmp_path: Path) -> None:
     for kind in ("browser", "performance"):
         browser.get_log(kind)
     page = opened(browser, PICTURES[name], tmp_path)
@@ -81,7 +81,7 @@ def test_it_loads_without_an_error_or_a_request(browser: Any, name: str, tmp_pat
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
-def test_no_word_is_wider_than_its_box(page: Any) -> None:
+def test_page_labels_fit_their_boxes(page: Any) -> None:
     script = """return [...document.querySelectorAll('#picture .box')].map(function (box) {
         const width = box.querySelector('rect').width.baseVal.value;
         return Math.max(...[...box.querySelectorAll('text')].map(text => text.getComputedTextLength())) - width; })"""
@@ -89,7 +89,7 @@ def test_no_word_is_wider_than_its_box(page: Any) -> None:
     assert max(page.execute_script(script)) <= -8
 
 
-def test_the_slider_shows_what_the_plans_say(page: Any) -> None:
+def test_slider_shows_the_plans(page: Any) -> None:
     slider = page.find_element(By.ID, "plan")
     assert (slider.get_attribute("min"), slider.get_attribute("max")) == ("0", str(len(PICTURE["plans"])))
     for plan in (1, 2, 3):
@@ -105,14 +105,14 @@ def test_the_slider_shows_what_the_plans_say(page: Any) -> None:
     assert page.find_elements(By.CSS_SELECTOR, '.edge:not([data-style="plain"])') == []
 
 
-def test_one_plan_alone_is_a_switch(browser: Any, tmp_path: Path) -> None:
+def test_single_plan_is_shown_by_a_switch(browser: Any, tmp_path: Path) -> None:
     page = opened(browser, {**PICTURE, "plans": PICTURE["plans"][:1], "initial": 0}, tmp_path)
     assert page.execute_script(f"return {REMOVED}") == blocks_of(0)
     page.find_element(By.ID, "plan").click()
     assert page.execute_script(f"return {REMOVED}") == []
 
 
-def test_search_finds_layers_and_enter_goes_from_hit_to_hit(page: Any) -> None:
+def test_search_finds_layers_and_enter_goes_to_the_next(page: Any) -> None:
     query = page.find_element(By.ID, "query")
     query.send_keys("LAYER2.2")
     (hit,) = page.find_elements(By.CSS_SELECTOR, ".box.hit")
@@ -128,7 +128,7 @@ def test_search_finds_layers_and_enter_goes_from_hit_to_hit(page: Any) -> None:
     assert page.find_element(By.ID, "hits").text == "2 of 3"
 
 
-def test_a_click_unfolds_in_place_and_another_folds(page: Any) -> None:
+def test_click_unfolds_and_folds_a_block(page: Any) -> None:
     block = blocks_of(1)[0]
     before = box(page, f"b{block}").rect
     webdriver.ActionChains(page).move_to_element(box(page, f"b{block}")).click().perform()
@@ -142,7 +142,7 @@ def test_a_click_unfolds_in_place_and_another_folds(page: Any) -> None:
     assert box(page, f"b{block}").rect == pytest.approx(before, abs=2)
 
 
-def test_the_keyboard_walks_the_network(page: Any) -> None:
+def test_keyboard_moves_through_the_network(page: Any) -> None:
     page.find_element(By.ID, "theme").click()
     page.find_element(By.ID, "theme").send_keys(Keys.TAB)
     assert focused(page) == "in"
@@ -163,7 +163,7 @@ def test_the_keyboard_walks_the_network(page: Any) -> None:
     assert {side, focused(page)} <= {"b1", "b2"}
 
 
-def test_zoom_by_key_wheel_and_button(page: Any) -> None:
+def test_zoom_works_by_key_wheel_and_button(page: Any) -> None:
     def scale() -> float:
         found: float = page.execute_script("return document.getElementById('drawing').getCTM().a")
         return found
@@ -184,7 +184,7 @@ def test_zoom_by_key_wheel_and_button(page: Any) -> None:
     assert min(page.execute_script(sight)) >= 0
 
 
-def test_dragging_pans_and_unfolds_nothing(page: Any) -> None:
+def test_drag_pans_without_unfolding(page: Any) -> None:
     target = box(page, "b0").find_element(By.TAG_NAME, "rect")
     before = target.rect
     webdriver.ActionChains(page).click_and_hold(target).move_by_offset(60, 40).release().perform()
@@ -192,7 +192,7 @@ def test_dragging_pans_and_unfolds_nothing(page: Any) -> None:
     assert page.find_elements(By.CSS_SELECTOR, ".box.node") == []
 
 
-def test_the_table_holds_every_block_with_layers(page: Any) -> None:
+def test_table_has_every_block_with_layers(page: Any) -> None:
     page.find_element(By.ID, "view").click()
     rows = page.find_elements(By.CSS_SELECTOR, "#table tbody tr")
     assert len(rows) == sum(not block["glue"] for block in PICTURE["blocks"])
@@ -202,7 +202,7 @@ def test_the_table_holds_every_block_with_layers(page: Any) -> None:
     assert focused(page).startswith("b")
 
 
-def test_the_picture_is_the_same_after_the_table_was_shown(page: Any) -> None:
+def test_picture_is_unchanged_after_showing_the_table(page: Any) -> None:
     before = box(page, "out").rect
     page.find_element(By.ID, "view").click()
     page.find_element(By.ID, "plan").send_keys(Keys.ARROW_RIGHT)
@@ -211,7 +211,7 @@ def test_the_picture_is_the_same_after_the_table_was_shown(page: Any) -> None:
     assert box(page, "out").rect == pytest.approx(before, abs=1)
 
 
-def test_a_narrow_screen_has_one_column_and_nothing_to_scroll_sideways(page: Any) -> None:
+def test_narrow_screen_has_one_column_without_sideways_scrolling(page: Any) -> None:
     metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     page.refresh()
@@ -222,7 +222,7 @@ def test_a_narrow_screen_has_one_column_and_nothing_to_scroll_sideways(page: Any
     assert lowest > 800, "the last box of one column lies below the window"
 
 
-def test_dark_is_another_picture_and_neither_is_blank(page: Any) -> None:
+def test_dark_and_light_pictures_differ_and_are_not_blank(page: Any) -> None:
     light = page.get_screenshot_as_png()
     page.find_element(By.ID, "theme").click()
     dark = page.get_screenshot_as_png()
@@ -236,7 +236,7 @@ def test_dark_is_another_picture_and_neither_is_blank(page: Any) -> None:
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_on_paper_the_whole_picture_is_there(page: Any) -> None:
+def test_print_shows_the_whole_picture(page: Any) -> None:
     page.execute_script("window.dispatchEvent(new Event('beforeprint'))")
     assert page.find_element(By.ID, "picture").get_dom_attribute("viewBox").startswith("0 0 ")
     page.execute_script("window.dispatchEvent(new Event('afterprint'))")
@@ -244,7 +244,7 @@ def test_on_paper_the_whole_picture_is_there(page: Any) -> None:
     assert page.find_element(By.ID, "drawing").get_dom_attribute("transform")
 
 
-def test_the_footer_tells_how_it_was_healed(browser: Any, tmp_path: Path) -> None:
+def test_footer_shows_the_healing(browser: Any, tmp_path: Path) -> None:
     heal = {"method": "mimic", "images": 256, "distance": {"before": 0.4812, "after": 0.12}, "seconds": 93.0}
     page = opened(browser, {**PICTURE, "settings": {"criterion": "fisher", "heal": heal}}, tmp_path)
     said = page.find_element(By.ID, "settings").text
