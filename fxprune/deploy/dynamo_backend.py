@@ -79,6 +79,7 @@ def pruning_backend(
 
     Examples
     --------
+    >>> import fxprune
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 4, 1)).eval()
     >>> images = torch.rand(2, 3, 8, 8)
     >>> analysis = fxprune.analyze(model, [images], loss=lambda model, batch: model(batch).square().mean())
