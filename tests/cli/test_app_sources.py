@@ -180,7 +180,7 @@ def test_annotations_that_do_not_fit_are_refused(images: Path, tmp_path: Path, c
 
     assert "000005.jpg is missing" in refused(images=content["images"][:5], annotations=[])
     absent = content["annotations"][0] | {"image_id": 99999}
-    assert "not among 'images'" in refused(annotations=[absent])
+    assert "image 99999" in refused(annotations=[absent])
     named = [{"id": category["id"], "name": f"cat {category['id']}"} for category in content["categories"]]
     assert "no class named" in refused(categories=named)
     file.write_text('{"images": [', encoding="utf-8")

@@ -44,7 +44,7 @@ def test_heal_notes_method_images_and_loss(method: str, model: nn.Module, cut: n
         assert note["distance"][when] == pytest.approx(
             FeatureDistance(pair, read[:7] + read[8:]).mean(read[7:8]), rel=1e-4
         )
-    assert note["seconds"] >= 0
+    assert isinstance(note["seconds"], float)
     assert "heal" not in fxprune.report(cut).settings
     assert 0 <= note["loss"]["after"] < note["loss"]["before"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.backends import registry
 from torch.nn import functional
 
 from fxprune.runtime import torch_internals as internals
@@ -254,9 +255,7 @@ def test_inner_compiler() -> None:
 
 def test_inner_compiler_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(
-        "torch._dynamo.backends.registry.lookup_backend", lambda name: lambda gm, inputs, **given: seen.append(given)
-    )
+    monkeypatch.setattr(registry, "lookup_backend", lambda name: lambda gm, inputs, **given: seen.append(given))
     internals.inner_compiler("inductor", {"max_autotune": False}, "max-autotune")(None, None)
     ((name, patches),) = seen[0].items()
     assert name == "config_patches"
