@@ -39,7 +39,7 @@ def tiny_plan(model: nn.Module, budget: float = 0.2) -> Plan:
 @pytest.mark.parametrize(
     ("name", "region"), [(name, region) for name, specimen in ZOO.items() for region in specimen.swaps]
 )
-def test_every_region_of_the_zoo(name: str, region: str) -> None:
+def test_backend_equals_apply_for_every_region_of_the_zoo(name: str, region: str) -> None:
     model = ZOO[name].build().eval().double()
     plan = plan_for(fxprune.analyze(model, [image_batch()], loss=mean_loss), {region})
     compiled, pruned, x = compiled_by(model, plan), fxprune.apply(model, plan), image_batch().double()
@@ -48,7 +48,7 @@ def test_every_region_of_the_zoo(name: str, region: str) -> None:
         torch.testing.assert_close(compiled(x), pruned(x), rtol=0, atol=rounding)
 
 
-def test_the_inner_backend_never_sees_what_was_removed() -> None:
+def test_inner_backend_gets_the_graph_without_removed_regions() -> None:
     model = tiny()
     plan = tiny_plan(model, 0.4)
     seen: list[int] = []
@@ -63,7 +63,7 @@ def test_the_inner_backend_never_sees_what_was_removed() -> None:
     assert left == 5 - len(plan.removed)
 
 
-def test_it_is_found_by_name_and_compiles_with_inductor() -> None:
+def test_backend_is_found_by_name_and_uses_inductor() -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     plan = tiny_plan(model)
     options: Any = {"plan": plan}
@@ -72,7 +72,7 @@ def test_it_is_found_by_name_and_compiles_with_inductor() -> None:
         torch.testing.assert_close(compiled(x), fxprune.apply(model, plan)(x), rtol=1e-4, atol=1e-5)
 
 
-def test_training_goes_through() -> None:
+def test_backend_gradients_equal_those_of_apply() -> None:
     model, x = tiny().train(), pixels(4, 3, 16, 16)
     plan = tiny_plan(model)
     pruned = fxprune.apply(model, plan).train()
@@ -90,7 +90,7 @@ def test_training_goes_through() -> None:
     assert all(torch.equal(dict(twin.named_buffers())[name], value) for name, value in statistics.items())
 
 
-def test_dynamic_shapes_compile_once() -> None:
+def test_backend_with_dynamic_shapes_compiles_once() -> None:
     model = tiny()
     plan = tiny_plan(model)
     graphs: list[Any] = []
@@ -120,7 +120,7 @@ class Overwriting(nn.Module):
         return self.head(y) * x
 
 
-def test_an_overwritten_stand_in_is_not_seen_by_others() -> None:
+def test_overwritten_stand_in_is_not_seen_by_other_readers() -> None:
     torch.manual_seed(0)
     model = Overwriting().eval()
     plan = plan_for(fxprune.analyze(model, [image_batch()], loss=mean_loss), {"layer"})
@@ -139,7 +139,7 @@ class Levels(nn.Module):
         return [self.head(level) for level in levels]
 
 
-def test_an_island_that_runs_several_times() -> None:
+def test_island_called_several_times_is_pruned_each_time() -> None:
     torch.manual_seed(0)
     model, levels = Levels().eval(), [image_batch((8, 8)), image_batch((4, 4))]
     analysis = fxprune.analyze(model, [levels], loss=lambda net, batch: sum(y.square().mean() for y in net(batch)))
@@ -149,7 +149,7 @@ def test_an_island_that_runs_several_times() -> None:
         torch.testing.assert_close(compiled(levels), pruned(levels), rtol=0, atol=0)
 
 
-def test_compiled_in_place() -> None:
+def test_module_compile_in_place_is_pruned() -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     plan = tiny_plan(model)
     expected = fxprune.apply(model, plan)(x)
@@ -173,7 +173,7 @@ class Outer(nn.Module):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_model_inside_one_that_another_backend_compiles(in_place: bool) -> None:
+def test_compiled_model_inside_another_compiled_model_is_pruned(in_place: bool) -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     plan = tiny_plan(model)
     expected = fxprune.apply(model, plan)(x)
@@ -191,7 +191,7 @@ def unseen_inside(gm: torch.fx.GraphModule, inputs: Any) -> Any:
     return gm
 
 
-def test_two_models_of_one_class_and_one_plan() -> None:
+def test_two_models_of_one_class_keep_their_own_weights() -> None:
     first, x = tiny(), pixels(2, 3, 16, 16)
     plan = tiny_plan(first)
     second = copy.deepcopy(first)
@@ -201,13 +201,13 @@ def test_two_models_of_one_class_and_one_plan() -> None:
         torch.testing.assert_close(compiled_by(model, plan)(x), fxprune.apply(model, plan)(x))
 
 
-def test_a_region_cut_by_a_graph_break_is_refused() -> None:
+def test_region_cut_by_a_graph_break_is_refused() -> None:
     compiled = compiled_by(Broken("inside").eval(), broken_plan())
-    with pytest.raises(BackendCompilerFailed, match=r"only a part of region 'blocks.0'.*graph break"):
+    with pytest.raises(BackendCompilerFailed, match=r"part of region 'blocks.0'.*graph break"):
         compiled(pixels(2, 3, 16, 16))
 
 
-def test_a_region_met_in_no_graph_is_an_error_from_the_second_call_on() -> None:
+def test_region_met_in_no_graph_raises_at_the_second_call() -> None:
     compiled = compiled_by(Broken("around").eval(), broken_plan())
     compiled(pixels(2, 3, 16, 16))
     for _ in range(2):
@@ -215,7 +215,7 @@ def test_a_region_met_in_no_graph_is_an_error_from_the_second_call_on() -> None:
             compiled(pixels(2, 3, 16, 16))
 
 
-def test_a_region_met_in_no_graph_is_warned_of_at_the_end() -> None:
+def test_region_met_in_no_graph_warns_at_exit() -> None:
     code = (
         "from tests.helpers.graph_breaks import Broken, broken_plan, compiled_by;"
         "from tests.helpers.models import pixels;"
@@ -235,22 +235,22 @@ def failing(options: Any) -> str:
     return str(inner)
 
 
-def test_mistakes_in_the_options(tmp_path: Path) -> None:
+def test_bad_options_are_refused(tmp_path: Path) -> None:
     plan = tiny_plan(tiny())
     assert "needs a plan" in failing(None)
     assert "needs a plan" in failing({"inner": "eager"})
     assert "no option 'plam'" in failing({"plan": plan, "plam": 1})
     assert "'plan' is a int" in failing({"plan": 3})
     assert "'inner' is 'fxprune'" in failing({"plan": plan, "inner": "fxprune"})
-    assert "'inner' is 'nope', which is no backend" in failing({"plan": plan, "inner": "nope"})
-    assert "cannot be read: No such file" in failing({"plan": str(tmp_path / "absent.json")})
+    assert "'inner' is 'nope'" in failing({"plan": plan, "inner": "nope"})
+    assert "No such file" in failing({"plan": str(tmp_path / "absent.json")})
     (tmp_path / "bad.json").write_text("{")
     assert "bad.json" in failing({"plan": tmp_path / "bad.json"})
     other = plan_for(fxprune.analyze(ZOO["residual"].build(), [image_batch()], loss=mean_loss), {"a..b"})
     assert "the structure differs" in failing({"plan": other})
 
 
-def test_a_function_is_refused() -> None:
+def test_function_is_refused() -> None:
     model = tiny()
     options: Any = {"plan": tiny_plan(model), "inner": "eager"}
     compiled = torch.compile(lambda x: model(x), backend=fxprune_backend, options=options)
@@ -258,7 +258,7 @@ def test_a_function_is_refused() -> None:
         compiled(pixels(1, 3, 16, 16))
 
 
-def test_code_of_an_old_plan_is_not_served(tmp_path: Path) -> None:
+def test_plan_file_changed_after_compiling_is_refused_until_reset(tmp_path: Path) -> None:
     model, x, file = tiny(), pixels(2, 3, 16, 16), tmp_path / "plan.json"
     plans = [tiny_plan(model, budget) for budget in (0.1, 0.5)]
     plans[0].save(file)
@@ -272,7 +272,7 @@ def test_code_of_an_old_plan_is_not_served(tmp_path: Path) -> None:
     torch.testing.assert_close(compiled_by(model, file)(x), fxprune.apply(model, plans[1])(x), rtol=0, atol=0)
 
 
-def test_a_plan_file_that_is_gone_later_is_not_missed(tmp_path: Path) -> None:
+def test_plan_file_may_be_deleted_after_compiling(tmp_path: Path) -> None:
     model, x, file = tiny(), pixels(2, 3, 16, 16), tmp_path / "plan.json"
     tiny_plan(model).save(file)
     compiled = compiled_by(model, file)
@@ -281,7 +281,7 @@ def test_a_plan_file_that_is_gone_later_is_not_missed(tmp_path: Path) -> None:
     torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
 
 
-def test_the_inductor_cache_tells_plans_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_cache_distinguishes_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, x = tiny(), pixels(2, 3, 16, 16)
     for plan in (tiny_plan(model, 0.1), tiny_plan(model, 0.5)):

@@ -56,7 +56,7 @@ def tiny_plan() -> Plan:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_compiling_is_pruned(form: Form, tiny_plan: Plan) -> None:
+def test_pruning_backend_works_in_every_form_of_compile(form: Form, tiny_plan: Plan) -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     expected = fxprune.apply(model, tiny_plan)(x)
     compiled = form(model, fxprune.pruning_backend(model, tiny_plan, inner="eager"))
@@ -65,7 +65,7 @@ def test_every_form_of_compiling_is_pruned(form: Form, tiny_plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("name", ["residual", "split_concat"])
-def test_models_of_the_zoo(name: str) -> None:
+def test_pruning_backend_equals_apply_on_the_zoo(name: str) -> None:
     model = ZOO[name].build().eval().double()
     plan = plan_for(fxprune.analyze(model, [image_batch()], loss=mean_loss), set(list(ZOO[name].swaps)[:1]))
     compiled = torch.compile(model, backend=fxprune.pruning_backend(model, plan, inner="eager"))
@@ -94,7 +94,7 @@ def test_options_reach_another_inner_backend(tiny_plan: Plan) -> None:
     assert seen == [{"mode": "reduce-overhead", "options": {"level": 3}}]
 
 
-def test_new_shapes_are_pruned_too(tiny_plan: Plan) -> None:
+def test_new_shapes_are_pruned(tiny_plan: Plan) -> None:
     model = tiny()
     pruned = fxprune.apply(model, tiny_plan)
     compiled = torch.compile(model, backend=fxprune.pruning_backend(model, tiny_plan, inner="eager"), dynamic=False)
@@ -103,7 +103,7 @@ def test_new_shapes_are_pruned_too(tiny_plan: Plan) -> None:
         torch.testing.assert_close(compiled(x), pruned(x))
 
 
-def test_a_hook_of_the_model_is_no_part_of_it(tiny_plan: Plan) -> None:
+def test_forward_hook_of_the_model_is_no_part_of_the_plan(tiny_plan: Plan) -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     expected = fxprune.apply(model, tiny_plan)(x + 1)
     model.register_forward_pre_hook(lambda module, args: (args[0] + 1,))  # an addition, as in every block
@@ -192,7 +192,7 @@ class Repeated(nn.Module):
         return self.tail(x)
 
 
-def test_a_graph_that_runs_twice_in_a_call_is_no_second_call() -> None:
+def test_graph_that_runs_twice_in_one_call_counts_as_one_call() -> None:
     model, x = Repeated().eval(), torch.rand(2, 8, 4, 4)
     model.broken = False
     plan = plan_for(fxprune.analyze(model, [x], loss=mean_loss), {"tail"})
@@ -203,15 +203,15 @@ def test_a_graph_that_runs_twice_in_a_call_is_no_second_call() -> None:
         torch.testing.assert_close(compiled(x), expected)
 
 
-def test_a_region_cut_by_a_graph_break_is_refused() -> None:
+def test_region_cut_by_a_graph_break_is_refused() -> None:
     model = Broken("inside").eval()
     compiled = torch.compile(model, backend=fxprune.pruning_backend(model, broken_plan(), "eager"))
-    with pytest.raises(BackendCompilerFailed, match=r"only a part of region 'blocks.0'.*graph break"):
+    with pytest.raises(BackendCompilerFailed, match=r"part of region 'blocks.0'.*graph break"):
         compiled(pixels(2, 3, 16, 16))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_region_met_in_no_graph_is_an_error_from_the_second_call_on(form: Form) -> None:
+def test_region_met_in_no_graph_raises_at_the_second_call(form: Form) -> None:
     model, x = Broken("around").eval(), pixels(2, 3, 16, 16)
     compiled = form(model, fxprune.pruning_backend(model, broken_plan(), "eager"))
     compiled(x)
@@ -222,7 +222,7 @@ def test_a_region_met_in_no_graph_is_an_error_from_the_second_call_on(form: Form
             compiled(x)
 
 
-def test_a_region_met_in_no_graph_is_warned_of_when_the_model_is_deleted() -> None:
+def test_region_met_in_no_graph_warns_when_the_model_is_deleted() -> None:
     plan = broken_plan()
 
     def call_once() -> None:
@@ -235,11 +235,11 @@ def test_a_region_met_in_no_graph_is_warned_of_when_the_model_is_deleted() -> No
         call_once()
 
 
-def test_another_model_is_not_pruned(tiny_plan: Plan) -> None:
+def test_other_model_is_not_pruned_and_refused_at_the_second_call(tiny_plan: Plan) -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     compiled = torch.compile(copy.deepcopy(model), backend=fxprune.pruning_backend(model, tiny_plan, "eager"))
     torch.testing.assert_close(compiled(x), model(x))
-    with pytest.raises(fxprune.PlanError, match="the model that the backend was made for"):
+    with pytest.raises(fxprune.PlanError, match="backend was made for"):
         compiled(x)
 
 
@@ -255,7 +255,7 @@ def attributes(model: nn.Module) -> dict[str, dict[str, int | None]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_copies_of_the_model_are_as_if_it_were_compiled_by_another_backend(form: Form) -> None:
+def test_copies_of_the_model_have_no_extra_attributes(form: Form) -> None:
     model, twin, x = Broken("around").eval(), Broken("around").eval(), pixels(2, 3, 16, 16)
     form(twin, "eager")(x)
     compiled = form(model, fxprune.pruning_backend(model, broken_plan(), "eager"))
@@ -265,7 +265,7 @@ def test_copies_of_the_model_are_as_if_it_were_compiled_by_another_backend(form:
         compiled(x)
 
 
-def test_a_compiled_model_is_pickled_without_the_backend(tiny_plan: Plan) -> None:
+def test_compiled_model_is_pickled_without_the_backend(tiny_plan: Plan) -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     expected = model(x)
     in_place(model, fxprune.pruning_backend(model, tiny_plan, "eager"))(x)
@@ -274,7 +274,7 @@ def test_a_compiled_model_is_pickled_without_the_backend(tiny_plan: Plan) -> Non
     torch.testing.assert_close(pickle.loads(data)(x), expected)
 
 
-def test_the_backend_does_not_keep_the_model_alive(tiny_plan: Plan) -> None:
+def test_backend_does_not_keep_the_model_alive(tiny_plan: Plan) -> None:
     model = tiny()
     backend = fxprune.pruning_backend(model, tiny_plan, "eager")
     compiled = torch.compile(model, backend=backend)
@@ -288,7 +288,7 @@ def test_the_backend_does_not_keep_the_model_alive(tiny_plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda compiled: pickle.loads(pickle.dumps(compiled))])
-def test_a_copy_of_the_compiled_model_is_pruned(copied: Callable[[Any], Any], tiny_plan: Plan) -> None:
+def test_copy_of_the_compiled_model_is_pruned(copied: Callable[[Any], Any], tiny_plan: Plan) -> None:
     model, x = tiny(), pixels(2, 3, 16, 16)
     expected = fxprune.apply(model, tiny_plan)(x)
     compiled = torch.compile(model, backend=fxprune.pruning_backend(model, tiny_plan, "eager"))
@@ -300,7 +300,7 @@ def test_a_copy_of_the_compiled_model_is_pruned(copied: Callable[[Any], Any], ti
         torch.testing.assert_close(twin(x), expected)
 
 
-def test_reset_starts_again() -> None:
+def test_reset_restarts_the_count_of_calls() -> None:
     model, x = Broken("around").eval(), pixels(2, 3, 16, 16)
     compiled = torch.compile(model, backend=fxprune.pruning_backend(model, broken_plan(), "eager"))
     compiled(x)
@@ -313,21 +313,21 @@ def test_reset_starts_again() -> None:
 # Mistakes ------------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_errors_at_once(tiny_plan: Plan) -> None:
+def test_bad_arguments_are_refused_at_once(tiny_plan: Plan) -> None:
     model = tiny()
     other = ZOO["residual"].build()
     with pytest.raises(fxprune.PlanError, match="the structure differs"):
         fxprune.pruning_backend(other, tiny_plan)
-    with pytest.raises(fxprune.PlanError, match=r"expected a Plan, got str; read a file with Plan\.load"):
+    with pytest.raises(fxprune.PlanError, match=r"a Plan, got str; .*Plan\.load"):
         fxprune.pruning_backend(model, "plan.json")  # type: ignore[arg-type]
     with pytest.raises(fxprune.ModelError, match=r"expected a torch\.nn\.Module, got int"):
         fxprune.pruning_backend(3, tiny_plan)  # type: ignore[arg-type]
     with pytest.raises(fxprune.ModelError, match="wrapped in OptimizedModule"):
         fxprune.pruning_backend(torch.compile(model), tiny_plan)  # type: ignore[arg-type]
     for inner in ("fxprune", 3):
-        with pytest.raises(fxprune.SettingError, match=r"'inner' is .* give another backend's name"):
+        with pytest.raises(fxprune.SettingError, match=r"'inner' is .*another backend"):
             fxprune.pruning_backend(model, tiny_plan, inner)  # type: ignore[arg-type]
-    with pytest.raises(fxprune.SettingError, match="'inner' is 'nope', which is no backend"):
+    with pytest.raises(fxprune.SettingError, match="'inner' is 'nope'"):
         fxprune.pruning_backend(model, tiny_plan, "nope")
 
 
