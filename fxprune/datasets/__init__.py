@@ -1,5 +1,5 @@
-"""Images and labels: reading them, making calibration batches of them, and measuring average precision on them.
+"""Reads images and labels, makes calibration batches from them, and measures average precision on them.
 
-Files in COCO's or YOLO's format or folders of images come in; batches and mAP go out. A new file format goes into a
-module of its own that gives the rows `CocoDataset` gives.
+The inputs are files in COCO or YOLO format, or folders of images. The outputs are batches and mAP. A new file format
+belongs in a module of its own, with items like those of `CocoDataset`.
 """

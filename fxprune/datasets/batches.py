@@ -1,4 +1,4 @@
-"""Calibration batches from a data set, in the form a detector takes them."""
+"""Makes calibration batches from a data set, in the input format of a detector."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ def batches(
     model : Module
         A detector of torchvision's convention, an ultralytics model or a `YOLO` object.
     dataset : map-style dataset
-        Items are ``(image, target)`` as `fxprune.CocoDataset` gives them: a Tensor of shape (3, H, W) in [0, 1], and a
+        Items are ``(image, target)`` as of `fxprune.CocoDataset`: a Tensor of shape (3, H, W) in [0, 1], and a
         dict of ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels and ``labels`` (n,). Boxes with ``iscrowd`` are left out.
     batch_size : int
-        Images a batch; the last one may have fewer.
+        Images per batch; the last batch may have fewer.
     labels : mapping of int to int, optional
-        The model's class numbers to the data set's labels; by default as `fxprune.evaluate` finds them.
+        The label in the data set for each class number of the model; by default as in `fxprune.evaluate`.
     image_size : int, optional
         As for `fxprune.evaluate`.
     targets : bool
-        Whether to give boxes and classes. Without them the model's own confident outputs will be the targets.
+        Whether batches have boxes and classes. If not, the model's own confident outputs are the targets.
 
     Returns
     -------
     Batches
-        A sequence whose batches are made when they are read. One is, for torchvision's convention, ``(list of images,
-        list of dict)``, or a list of images alone; for ultralytics ``dict(img, cls, bboxes, batch_idx)`` or
-        ``dict(img)``, with images letterboxed to one square and the boxes moved along.
+        A sequence whose batches are made when they are read. For torchvision's convention, a batch is ``(list of
+        images, list of dict)``, or a list of images without targets. For ultralytics, it is ``dict(img, cls, bboxes,
+        batch_idx)`` or ``dict(img)``, with images letterboxed to one square size and boxes moved accordingly.
 
     Raises
     ------
     BatchError
-        `batch_size` is less than 1 or the data set is empty; reading a batch, if an item is malformed.
+        `batch_size` is less than 1 or the data set is empty. Reading a batch raises it if an item is malformed.
     SettingError
-        `labels` or `image_size` is wrong, or the names do not say which class a label is.
+        `labels` or `image_size` is wrong, or labels and classes cannot be matched by name.
     ModelError
-        The model is no detector.
+        The model is not a detector.
 
     Examples
     --------
@@ -77,20 +77,20 @@ def batches(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Batches(Sequence[Any]):
-    """Batches of a data set, each made anew when it is read.
+    """Batches of a data set. A batch is made again each time it is read.
 
     Attributes
     ----------
     network, adapter
-        The model they are for, and how it takes them.
+        The model, and its adapter.
     dataset : map-style dataset
-        Where images and targets come from.
+        The images and targets.
     batch_size : int
-        Images a batch.
+        Images per batch.
     classes : mapping of int to int, or None
-        The data set's labels to the model's class numbers; None where they mean the same.
+        The model's class number for each label of the data set; None if the two are equal.
     image_size : int or None
-        Side of the square for models that take one; None: as the model was trained.
+        Side in pixels of square inputs, for models that need them; None: as in the training of the model.
     targets : bool
         Whether batches have boxes and classes.
     """
@@ -128,7 +128,7 @@ class Batches(Sequence[Any]):
 
 
 def _drop_crowds(target: Mapping[str, Any], position: int, classes: Mapping[int, int] | None) -> dict[str, Any]:
-    """A target's boxes that are of one object each, with the model's class numbers, and what else it has of them."""
+    """Return a target without its crowd boxes, with the model's class numbers as labels."""
     try:
         count = len(target["boxes"])
         crowd = torch.as_tensor(target.get("iscrowd", torch.zeros(count))).bool().reshape(count)
@@ -153,7 +153,7 @@ def _class_of(label: int, classes: Mapping[int, int] | None, position: int) -> i
         return label
     if label not in classes:
         raise SettingError(
-            f"item {position} of the data set has a box of label {label}, which no class of the model stands for;"
-            " add it to labels={class number: label}, or leave such boxes out of the calibration data"
+            f"item {position} of the data set has a box of label {label}, but no class of the model has this label;"
+            " add it to labels={class number: label}, or remove such boxes from the calibration data"
         )
     return classes[label]

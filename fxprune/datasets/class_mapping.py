@@ -1,4 +1,4 @@
-"""Which class of a model is which label of a data set."""
+"""Matches the classes of a model with the labels of a data set."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from fxprune.errors import SettingError
 
 
 def match_classes(model: nn.Module, dataset: Any, labels: Mapping[int, int] | None) -> dict[int, int] | None:
-    """Find the label of a data set that each class of a model stands for.
+    """Find the label in a data set for each class of a model.
 
     Parameters
     ----------
     model : Module
-        Its ``names``, if it has such, are its classes: a list or a dict of class number to name.
+        Its ``names``, if it has any, are its classes: a list, or a dict of class number to name.
     dataset : map-style dataset
-        Its ``categories``, if it has such, are its labels: a dict of label to name. A `torch.utils.data.Subset` is
-        looked through.
+        Its ``categories``, if it has any, are its labels: a dict of label to name. A `torch.utils.data.Subset` has
+        those of its data set.
     labels : mapping of int to int, optional
-        The caller's own: the model's class numbers to the data set's labels.
+        The mapping, if the caller has one: class number of the model to label in the data set.
 
     Returns
     -------
     dict of int to int, or None
-        Class number to label. None where nothing is known to tell them apart: the numbers mean the same.
+        Class number to label. None if names or categories are not known: labels are then class numbers.
 
     Raises
     ------
     SettingError
-        `labels` is no such mapping or names what is not there, or the names do not say which class a label is.
+        `labels` is not such a mapping, has an unknown class or label, or the names do not match.
     """
     names, categories = model_class_names(model), dataset_categories(dataset)
     if labels is not None:
@@ -42,7 +42,7 @@ def match_classes(model: nn.Module, dataset: Any, labels: Mapping[int, int] | No
 
 
 def model_class_names(model: nn.Module) -> dict[int, str] | None:
-    """Names of a model's classes by number; None where it has none."""
+    """Return the names of a model's classes by number; None if it has none."""
     names = getattr(model, "names", None)
     if isinstance(names, (list, tuple)):
         names = dict(enumerate(names))
@@ -50,7 +50,7 @@ def model_class_names(model: nn.Module) -> dict[int, str] | None:
 
 
 def dataset_categories(dataset: Any) -> dict[int, str] | None:
-    """Names of a data set's labels; None where it, and the data set it is a subset of, have none."""
+    """Return the names of a data set's labels; None if neither it nor the data set that it is a subset of has any."""
     while not hasattr(dataset, "categories") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     categories = getattr(dataset, "categories", None)
@@ -89,28 +89,28 @@ def _match_names(names: Mapping[int, str], categories: Mapping[int, str]) -> dic
     by_name = {name: label for label, name in categories.items()}
     if len(by_name) < len(categories):
         raise SettingError(
-            f"two categories of the data set have one name: {_format_names(categories)};"
-            " say which class is which with labels={class number: label}"
+            f"two categories of the data set have the same name: {_format_names(categories)};"
+            " give the mapping with labels={class number: label}"
         )
     known = set(names.values())
     unknown = {label: name for label, name in categories.items() if name not in known}
     if unknown:
         raise SettingError(
-            f"the model has no class named like the data set's {_format_names(unknown)}; its classes are"
+            f"the model has no class with the name of the data set's {_format_names(unknown)}; its classes are"
             f" {_format_names(names)};"
-            " say which class is which with labels={class number: label}"
+            " give the mapping with labels={class number: label}"
         )
     return {number: by_name[name] for number, name in names.items() if name in by_name}
 
 
 def _format_names(names: Mapping[int, str]) -> str:
-    """At most six of the names, for a message."""
+    """Return at most six of the names, for a message."""
     shown = ", ".join(f"{number}: {name!r}" for number, name in list(names.items())[:6])
     return f"{{{shown}{f', ... {len(names)} in all' if len(names) > 6 else ''}}}"
 
 
 def map_labels(found: Mapping[str, Tensor], labels: Mapping[int, int] | None) -> dict[str, Tensor]:
-    """Put a data set's labels for the classes of detections (n,); those of classes it does not have are dropped."""
+    """Replace the classes of detections (n,) by labels. Detections of classes without a label are removed."""
     if labels is None:
         return dict(found)
     classes = found["labels"].tolist()
@@ -120,7 +120,7 @@ def map_labels(found: Mapping[str, Tensor], labels: Mapping[int, int] | None) ->
 
 
 def invert_mapping(labels: Mapping[int, int] | None) -> dict[int, int] | None:
-    """Label to class number.
+    """Return the inverse mapping, label to class number.
 
     Raises
     ------
@@ -133,8 +133,8 @@ def invert_mapping(labels: Mapping[int, int] | None) -> dict[int, int] | None:
     for number, label in labels.items():
         if label in inverse:
             raise SettingError(
-                f"classes {inverse[label]} and {number} both stand for label {label}, so its boxes could be of either;"
-                " give labels={class number: label} with one class a label"
+                f"classes {inverse[label]} and {number} both have label {label}: the class of its boxes is unknown;"
+                " give labels={class number: label} with one class per label"
             )
         inverse[label] = number
     return inverse

@@ -1,4 +1,4 @@
-"""Images with boxes in COCO's format."""
+"""Reads images with boxes in COCO format."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     annotations : str or Traversable
         The JSON file, with ``images``, ``annotations`` and ``categories``.
     limit : int, optional
-        Take only so many images, the first ones of the file.
+        Maximum number of images; the first ones in the file are used.
 
     Attributes
     ----------
@@ -50,26 +50,27 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     Raises
     ------
     DatasetError
-        A file is missing or broken, or the annotations contradict themselves; names the file and the entry. That an
-        image file is missing or unreadable shows when the item is read.
+        A file is missing or malformed, or the annotations are inconsistent; the message names the file and the entry.
+        A missing or unreadable image file raises it when the item is read.
 
     Warns
     -----
     FxpruneWarning
-        If boxes have no positive width and height (COCO's train set has some): they are left out, and counted.
+        If boxes have no positive width and height (COCO's train set has some). They are left out; the warning says how
+        many.
 
     Notes
     -----
     An item is ``(image, target)``: a float32 RGB Tensor of shape (3, H, W) in [0, 1], and a dict of
 
     - ``boxes`` (n, 4) float32: x1, y1, x2, y2 in pixels,
-    - ``labels`` (n,) int64: category ids as they stand in the file,
-    - ``area`` (n,) float32: area of the object in pixels (COCO's is that of its outline, not of its box),
-    - ``iscrowd`` (n,) int64: 1 where a box stands for a crowd; evaluation ignores it, `fxprune.batches` leaves it out,
+    - ``labels`` (n,) int64: category ids of the file,
+    - ``area`` (n,) float32: area of the object in pixels (in COCO, of its outline, not of its box),
+    - ``iscrowd`` (n,) int64: 1 if the box is of a crowd; evaluation ignores it, `fxprune.batches` leaves it out,
     - ``image_id`` int.
 
-    The annotations are read and indexed once, and images decoded when an item is read. Orientation tags (EXIF) are not
-    applied; an image whose size is not the one in the file is an error.
+    The annotations are read and indexed once. Images are decoded when an item is read. Orientation tags (EXIF) are not
+    applied. An image whose size differs from that in the annotations is an error.
 
     Examples
     --------
@@ -87,7 +88,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         file = _path(annotations)
         self.images = _path(images)
         if not self.images.is_dir():
-            raise DatasetError(f"{self.images} is no folder; give the folder the images of {file} are in")
+            raise DatasetError(f"{self.images} is no folder; give the folder with the images of {file}")
         parts = _read_parts(file)
         self.categories = _read_categories(parts["categories"], file)
         records = _read_images(parts["images"], file)
@@ -96,7 +97,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
 
     @classmethod
     def from_folder(cls, folder: str | Traversable, *, limit: int | None = None) -> CocoDataset:
-        """Open a folder that holds ``images/`` and ``annotations.json``.
+        """Open a folder with ``images/`` and ``annotations.json``.
 
         Examples
         --------
@@ -132,7 +133,7 @@ def _path(place: str | Traversable) -> Traversable:
 
 
 def _read_parts(file: Traversable) -> dict[str, list[Any]]:
-    """The three lists of an annotations file."""
+    """Return the three lists of an annotations file."""
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError as error:
@@ -154,19 +155,19 @@ def _read_categories(entries: Iterable[Any], file: Traversable) -> dict[int, str
         if not isinstance(entry, Mapping) or not isinstance(entry.get("id"), int) or "name" not in entry:
             raise DatasetError(f"{file}: category {number} is {entry!r}; it needs an integer 'id' and a 'name'")
         if entry["id"] in categories:
-            raise DatasetError(f"{file}: two categories have the id {entry['id']}; give each its own")
+            raise DatasetError(f"{file}: two categories have the id {entry['id']}; ids must be unique")
         categories[entry["id"]] = str(entry["name"])
     return categories
 
 
 def _read_images(entries: Iterable[Any], file: Traversable) -> dict[int, dict[str, Any]]:
-    """Id, file name and size (where given) of every image, by id."""
+    """Return the id, file name and size (if known) of every image, by id."""
     records: dict[int, dict[str, Any]] = {}
     for number, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or not {"id", "file_name"} <= set(entry):
             raise DatasetError(f"{file}: image {number} is {str(entry)[:200]}; it needs an 'id' and a 'file_name'")
         if entry["id"] in records:
-            raise DatasetError(f"{file}: two images have the id {entry['id']}; give each its own")
+            raise DatasetError(f"{file}: two images have the id {entry['id']}; ids must be unique")
         records[entry["id"]] = {key: entry.get(key) for key in ("id", "file_name", "width", "height")}
     return records
 
@@ -174,7 +175,7 @@ def _read_images(entries: Iterable[Any], file: Traversable) -> dict[int, dict[st
 def _read_boxes(
     entries: Iterable[Any], images: Mapping[int, Any], categories: Mapping[int, str], file: Traversable
 ) -> dict[int, list[Box]]:
-    """The boxes of every image that has some, by the image's id."""
+    """Return the boxes of every image with boxes, by the id of the image."""
     boxes: dict[int, list[Box]] = {}
     dropped: list[str] = []
     for number, entry in enumerate(entries):
@@ -182,12 +183,12 @@ def _read_boxes(
         box = _read_box(entry, f"{file}: {name}")
         if entry["image_id"] not in images:
             raise DatasetError(
-                f"{file}: {name} is of image {entry['image_id']}, not among 'images'; remove it or add the image"
+                f"{file}: {name} has image {entry['image_id']}, which is not in 'images'; remove it or add the image"
             )
         if box.category not in categories:
             raise DatasetError(
-                f"{file}: {name} has the category {box.category}, which is not among 'categories'"
-                f" ({sorted(categories)[:10]}...); mend it or add the category"
+                f"{file}: {name} has the category {box.category}, which is not in 'categories'"
+                f" ({sorted(categories)[:10]}...); correct it or add the category"
             )
         if min(box.xywh[2:]) > 0:
             boxes.setdefault(entry["image_id"], []).append(box)
@@ -209,28 +210,30 @@ def _read_box(entry: Any, name: str) -> Box:
         area = float(entry.get("area", width * height))
         box = Box((x, y, width, height), int(entry["category_id"]), area, int(entry.get("iscrowd", 0)))
     except (TypeError, ValueError) as error:
-        raise DatasetError(f"{name} is not numbers ({error}); bbox is [left, top, width, height] in pixels") from error
+        raise DatasetError(
+            f"{name} has a wrong number ({error}); bbox is [left, top, width, height] in pixels"
+        ) from error
     if not all(map(math.isfinite, (*box.xywh, area))):
-        raise DatasetError(f"{name} holds NaN or infinity: bbox {entry['bbox']}, area {area}; mend or remove it")
+        raise DatasetError(f"{name} contains NaN or infinity: bbox {entry['bbox']}, area {area}; correct or remove it")
     return box
 
 
 def read_image(file: Traversable, record: Mapping[str, Any]) -> Tensor:
-    """Pixels as float32 of shape (3, H, W) in [0, 1]."""
+    """Return the pixels as float32 of shape (3, H, W) in [0, 1]."""
     try:
         with Image.open(io.BytesIO(file.read_bytes())) as image:
             pixels: Tensor = pil_to_tensor(image.convert("RGB"))
     except FileNotFoundError as error:
         raise DatasetError(
-            f"{file} is missing: image {record['id']} of the annotations; give the folder that holds it"
+            f"{file} is missing: image {record['id']} of the annotations; give the folder that contains it"
         ) from error
     except (OSError, ValueError, SyntaxError, ImportError) as error:  # ultralytics' Image.open asks for a plugin
-        said = "its format is not known" if isinstance(error, (UnidentifiedImageError, ImportError)) else error
-        raise DatasetError(f"{file}, image {record['id']}, cannot be read as an image: {said}; replace it") from error
+        reason = "its format is not known" if isinstance(error, (UnidentifiedImageError, ImportError)) else error
+        raise DatasetError(f"{file}, image {record['id']}, cannot be read as an image: {reason}; replace it") from error
     height, width = pixels.shape[-2:]
     if record["width"] not in (None, width) or record["height"] not in (None, height):
         raise DatasetError(
             f"{file} is {width} x {height} pixels, but the annotations say {record['width']} x {record['height']} of"
-            f" image {record['id']}: its boxes would be misplaced (resized, or turned by an EXIF tag?); mend either"
+            f" image {record['id']}: its boxes would be misplaced (resized, or rotated by an EXIF tag?); correct either"
         )
     return pixels.float() / 255

@@ -1,7 +1,7 @@
 """COCO evaluation of a detector: average precision over a data set, by pycocotools.
 
-An ultralytics model is fed and read as its own ``val(rect=False)`` does it: letterboxed (query decoders: stretched),
-score from .001, overlap at most .7, 300 boxes an image.
+Inputs and outputs of an ultralytics model are processed as by its own ``val(rect=False)``: images are letterboxed
+(stretched for query decoders), scores are at least .001, overlaps at most .7, and there are up to 300 boxes per image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxprune.adapters.registry import detector_adapter, unwrap
 from fxprune.datasets.class_mapping import map_labels, match_classes
 from fxprune.errors import BatchError
 
-# Where each figure stands in COCOeval.stats.
+# Index of each figure in COCOeval.stats.
 STATS = {"mAP": 0, "mAP50": 1, "mAP75": 2, "mAP_small": 3, "mAP_medium": 4, "mAP_large": 5, "mAR": 8}
 
 
@@ -36,11 +36,11 @@ class Boxes:
     labels : ndarray
         Category ids, int64 of shape (n,).
     scores : ndarray
-        Confidence in [0, 1], float64 of shape (n,); ones where the boxes are the truth.
+        Confidence in [0, 1], float64 of shape (n,); 1 for true boxes.
     areas : ndarray
-        Area of the objects in pixels, float64 of shape (n,); decides what is small, medium, large.
+        Area of the objects in pixels, float64 of shape (n,); determines which objects are small, medium and large.
     crowd : ndarray
-        Bool of shape (n,): the box stands for many objects, and detections inside it count neither way.
+        Bool of shape (n,): the box is of many objects; detections in it count neither as correct nor as wrong.
     """
 
     xywh: NDArray[np.float64]
@@ -59,44 +59,44 @@ def evaluate(
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
-    """Average precision of a detector on a data set, as COCO measures it (by pycocotools).
+    """Measure the average precision of a detector on a data set by COCO's rules (with pycocotools).
 
     Parameters
     ----------
     model : Module
-        A detector of torchvision's convention (a list of image Tensors in; in eval mode a list of dicts of ``boxes``,
-        ``labels``, ``scores`` out), an ultralytics model, or a `YOLO` object. Modes are restored. What ultralytics'
-        own ``val(rect=False)`` reports differs slightly: it interpolates precision in another way than COCO.
+        A detector of torchvision's convention (input: a list of image Tensors; output in eval mode: a list of dicts of
+        ``boxes``, ``labels``, ``scores``), an ultralytics model, or a `YOLO` object. Train and eval modes are restored.
+        Ultralytics' own ``val(rect=False)`` reports slightly different figures: it interpolates precision differently.
     dataset : map-style dataset
-        Items are ``(image, target)``, as `fxprune.CocoDataset` gives them: a Tensor of shape (3, H, W) in [0, 1], and a
-        dict of ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels and ``labels`` (n,); n may be 0. If there are ``area`` (n,)
-        and ``iscrowd`` (n,), they are used; else areas are the boxes' and none is a crowd.
+        Items are ``(image, target)``, as of `fxprune.CocoDataset`: a Tensor of shape (3, H, W) in [0, 1], and a
+        dict of ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels and ``labels`` (n,); n may be 0. ``area`` (n,) and
+        ``iscrowd`` (n,) are optional: by default, areas are those of the boxes, and there are no crowds.
     labels : mapping of int to int, optional
-        The model's class numbers to the data set's labels. Detections of other classes are dropped; true boxes of
-        other labels count as missed. By default, if the model has ``names`` and the data set ``categories``, they are
-        matched by name, and a category the model does not have is an error; else the numbers mean the same.
+        The label in the data set for each class number of the model. Detections of other classes are ignored; true
+        boxes of other labels count as missed. By default, the model's ``names`` are matched with the data set's
+        ``categories``, and a category without a class is an error. If either does not exist, labels are class numbers.
     image_size : int, optional
-        Side in pixels of the square an ultralytics model is fed, rounded up to a multiple of its stride; by default
-        what it was trained on. Torchvision's detectors size images themselves and take no notice.
+        Side in pixels of the square inputs of an ultralytics model, rounded up to a multiple of its stride; by default
+        the size in its training. Torchvision's detectors resize images themselves and ignore this.
     batch_size : int
         Images per forward pass.
     progress : callable, optional
-        Called with the number of images done, after every batch.
+        Called after every batch with the number of evaluated images.
 
     Returns
     -------
     dict of str to float
         ``mAP`` (mean over IoU .50 to .95), ``mAP50``, ``mAP75``, ``mAP_small``, ``mAP_medium``, ``mAP_large`` (COCO's
-        box areas) and ``mAR`` (100 detections per image), in [0, 1]; NaN for a size the data set has no box of.
+        box areas) and ``mAR`` (100 detections per image), in [0, 1]; NaN for a size without boxes.
 
     Raises
     ------
     BatchError
-        `batch_size` is less than 1, an item is malformed, or the data set has no box but of crowds.
+        `batch_size` is less than 1, an item is malformed, or all boxes of the data set are of crowds.
     SettingError
-        `labels` or `image_size` is wrong, or the names do not say which class a label is.
+        `labels` or `image_size` is wrong, or labels and classes cannot be matched by name.
     ModelError
-        The model is no detector.
+        The model is not a detector.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def collect_boxes(
     batch_size: int = 16,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Boxes], list[Boxes]]:
-    """True and detected boxes of every image of a data set; parameters and errors as of `evaluate`."""
+    """Return the true and the detected boxes of every image; parameters and errors are those of `evaluate`."""
     network = unwrap(model)
     detect = _make_detect(network, dataset, labels, image_size)
     with _eval_mode(network), torch.inference_mode(False), torch.no_grad():
@@ -128,7 +128,7 @@ def collect_boxes(
 def _make_detect(
     network: nn.Module, dataset: Any, labels: Mapping[int, int] | None, image_size: int | None
 ) -> Callable[[list[Tensor]], list[Boxes]]:
-    """What finds the boxes of a batch, labelled as in the data set."""
+    """Return a function that finds the boxes of a batch, with the labels of the data set."""
     adapter, classes = detector_adapter(network), match_classes(network, dataset, labels)
 
     def detect(images: list[Tensor]) -> list[Boxes]:
@@ -143,7 +143,7 @@ def _run_detector(
     batch_size: int,
     progress: Callable[[int], object] | None,
 ) -> tuple[list[Boxes], list[Boxes]]:
-    """True and detected boxes of every image."""
+    """Return the true and the detected boxes of every image."""
     if batch_size < 1:
         raise BatchError(f"batch_size is {batch_size}; give 1 or more.")
     truth: list[Boxes] = []
@@ -158,12 +158,12 @@ def _run_detector(
 
 
 def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes]) -> dict[str, float]:
-    """COCO figures of the detections `found`, image by image against `truth`; keys as in `evaluate`.
+    """Return the COCO figures of the detections `found` for the true boxes `truth`; keys as in `evaluate`.
 
     Raises
     ------
     BatchError
-        The two differ in length, or `truth` has no box but of crowds.
+        The two differ in length, or all boxes of `truth` are of crowds.
     """
     if len(truth) != len(found):
         raise BatchError(f"{len(truth)} images have true boxes but {len(found)} have detections; give one per image.")
@@ -185,7 +185,7 @@ def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes]) -> dict[st
 
 
 def _make_coco(images: Sequence[Boxes], categories: list[int]) -> Any:
-    """A COCO index over `images`; written out because ``COCO.loadRes`` fails when there is no detection."""
+    """Return a COCO index of `images`. ``COCO.loadRes`` is not used, because it fails if there are no detections."""
     from pycocotools.coco import COCO
 
     rows = [(image_id, row) for image_id, boxes in enumerate(images, 1) for row in _iterate_rows(boxes)]
@@ -208,7 +208,7 @@ def _iterate_rows(boxes: Boxes) -> Iterator[dict[str, Any]]:
 def make_boxes(
     boxes: Tensor, labels: Tensor, scores: Tensor, area: Tensor | None = None, iscrowd: Tensor | None = None
 ) -> Boxes:
-    """Boxes of one image from tensors: (n, 4) as x1, y1, x2, y2, and (n,) of everything else."""
+    """Return the boxes of one image. `boxes` is (n, 4), x1, y1, x2, y2; the other tensors are (n,)."""
     xywh = boxes.detach().to("cpu", torch.float64).reshape(-1, 4).clone()
     xywh[:, 2:] -= xywh[:, :2]
     areas = xywh[:, 2] * xywh[:, 3] if area is None else area.detach().to("cpu", torch.float64)
@@ -223,7 +223,7 @@ def make_boxes(
 
 
 def _read_target(item: Any, index: int) -> Boxes:
-    """The true boxes of data set item `index`, checked."""
+    """Return the true boxes of the data set item `index`; raise `BatchError` if it is malformed."""
     try:
         _, target = item
         corners, labels = torch.as_tensor(target["boxes"]), torch.as_tensor(target["labels"])
@@ -249,7 +249,7 @@ def _read_target(item: Any, index: int) -> Boxes:
 
 @contextlib.contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, and every submodule back into its own mode at the end."""
+    """Set `model` to eval mode; restore the mode of every submodule at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

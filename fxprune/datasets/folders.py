@@ -1,4 +1,4 @@
-"""Folders of images: without labels, or with the text files of labels that ultralytics trains on."""
+"""Reads folders of images, without labels or with the text files of labels in ultralytics' format."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Item = tuple[Tensor, dict[str, Any]]
 
 
 class ImageFolder(Dataset[Item]):
-    """Images of a folder, sorted by name, without labels; items as `fxprune.CocoDataset` gives them, with no box.
+    """Images of a folder, sorted by name, without labels. Items are as of `fxprune.CocoDataset`, without boxes.
 
     Raises
     ------
     DatasetError
-        If the folder is none, or holds no image. That a file is unreadable shows when the item is read.
+        The folder does not exist or contains no image. An unreadable file raises it when the item is read.
 
     Warns
     -----
     FxpruneWarning
-        If it holds files that are no images by their name: they are left out, and counted.
+        If file names have no suffix of an image format. These files are left out; the warning says how many.
 
     Examples
     --------
@@ -50,14 +50,14 @@ class ImageFolder(Dataset[Item]):
 
 
 class YoloDataset(Dataset[Item]):
-    """Images with labels in ultralytics' form, as one of its YAML files describes them; nothing is downloaded.
+    """Images with labels in ultralytics' format, described by one of its YAML files. Nothing is downloaded.
 
     Parameters
     ----------
     file : Path
         The YAML: ``path``, ``train``, ``val``, ``names``.
     split : str
-        ``"train"`` or ``"val"``: a folder, a ``.txt`` list of images, or a list of such.
+        ``"train"`` or ``"val"``: a folder, a ``.txt`` list of images, or a list of these.
 
     Attributes
     ----------
@@ -67,13 +67,13 @@ class YoloDataset(Dataset[Item]):
     Raises
     ------
     DatasetError
-        If a file is missing or broken; names the file and the line. Labels are read with their image.
+        A file is missing or malformed; the message names the file and the line. Labels are read with their image.
 
     Notes
     -----
-    Items are as `fxprune.CocoDataset` gives them. The labels of ``.../images/x.jpg`` are in ``.../labels/x.txt``, an
-    object a line: class number, then centre, width and height, or a polygon, divided by the image's width and height.
-    An image without such a file has no object. Lines that are there twice count once.
+    Items are as of `fxprune.CocoDataset`. The labels of ``.../images/x.jpg`` are in ``.../labels/x.txt``, one object
+    per line: class number, then centre, width and height, or a polygon, divided by the image's width and height. An
+    image without such a file has no objects. Repeated lines count once.
 
     Examples
     --------
@@ -104,16 +104,16 @@ class YoloDataset(Dataset[Item]):
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files of a folder, sorted by name; see `ImageFolder` for what it raises."""
+    """Return the image files of a folder, sorted by name; errors and warnings are those of `ImageFolder`."""
     if not folder.is_dir():
-        raise DatasetError(f"{folder} is no folder; give the folder the images are in")
+        raise DatasetError(f"{folder} is no folder; give the folder with the images")
     suffixes = Image.registered_extensions()
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     images = [path for path in files if path.suffix.lower() in suffixes]
     if not images:
         raise DatasetError(f"{folder} holds no image among its {len(files)} files")
     if others := [path.name for path in files if path not in set(images)]:
-        text = f"{folder}: {len(others)} file(s) that are no images by their name are left out, first {others[0]}"
+        text = f"{folder}: {len(others)} file(s) without the suffix of images are left out, first {others[0]}"
         warn_user(text)
     return images
 
@@ -123,7 +123,7 @@ def _read(file: Path) -> Tensor:
 
 
 def _target(file: Path, rows: Iterable[tuple[float, ...]], size: Tensor | None = None) -> dict[str, Any]:
-    """Boxes in pixels and labels, of rows (class, x1, y1, x2, y2) in [0, 1]."""
+    """Return boxes in pixels and labels, from rows (class, x1, y1, x2, y2) in [0, 1]."""
     table = torch.tensor(list(rows), dtype=torch.float32).reshape(-1, 5)
     boxes = table[:, 1:] if size is None else table[:, 1:] * size
     return {"boxes": boxes, "labels": table[:, 0].long(), "image_id": file.name}
@@ -140,7 +140,7 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise DatasetError(f"{file} cannot be read ({error.strerror}); give the data set's .yaml") from error
     if not isinstance(content, Mapping):
-        raise DatasetError(f"{file} is no data set of ultralytics' form: it has no 'train', 'val' and 'names'")
+        raise DatasetError(f"{file} is not a data set in ultralytics' format: it has no 'train', 'val' and 'names'")
     return content
 
 
@@ -154,9 +154,9 @@ def _read_names(content: Mapping[str, Any], file: Path) -> dict[int, str]:
 
 
 def _roots(file: Path, content: Mapping[str, Any]) -> list[Path]:
-    """Folders that the paths of the splits may be relative to."""
-    given = Path(str(content.get("path") or "."))
-    return [file.parent / given, Path.cwd() / given]
+    """Return the folders that paths of splits may be relative to."""
+    root = Path(str(content.get("path") or "."))
+    return [file.parent / root, Path.cwd() / root]
 
 
 def _find(part: str, roots: list[Path], file: Path) -> Path:
@@ -164,7 +164,7 @@ def _find(part: str, roots: list[Path], file: Path) -> Path:
         for root in roots:
             if (root / spelled).exists():
                 return root / spelled
-    raise DatasetError(f"{file}: {roots[0] / part} is missing; mend the path (nothing is downloaded)")
+    raise DatasetError(f"{file}: {roots[0] / part} is missing; correct the path (nothing is downloaded)")
 
 
 def _images_of(place: Path) -> list[Path]:
@@ -178,7 +178,7 @@ def _images_of(place: Path) -> list[Path]:
 
 
 def _labels_of(image: Path) -> Path:
-    """The last folder named images becomes labels."""
+    """Return the file of an image's labels: the last folder named images is replaced by labels."""
     parts = list(image.parts)
     if "images" in parts[:-1]:
         parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
@@ -186,7 +186,7 @@ def _labels_of(image: Path) -> Path:
 
 
 def _read_labels(file: Path, classes: int) -> list[tuple[float, ...]]:
-    """Rows (class, x1, y1, x2, y2) in [0, 1], each once."""
+    """Return rows (class, x1, y1, x2, y2) in [0, 1], without duplicates."""
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -202,9 +202,9 @@ def _read_row(line: str, where: str, classes: int) -> tuple[float, ...]:
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
         raise DatasetError(f"{where}: {len(values) + 1} numbers; a line is class, x, y, width, height, or a polygon")
     if number not in range(classes):
-        raise DatasetError(f"{where}: class {number:g}, but the names are of 0 to {classes - 1}")
+        raise DatasetError(f"{where}: class {number:g}, but the classes are 0 to {classes - 1}")
     if not all(math.isfinite(value) and -0.01 <= value <= 1.01 for value in values):
-        raise DatasetError(f"{where}: leaves [0, 1]; coordinates are divided by the image's width and height")
+        raise DatasetError(f"{where}: a coordinate is not in [0, 1]; divide by the image's width and height")
     if len(values) > 4:
         corners = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
     else:

@@ -1,7 +1,7 @@
-"""A small trained detector and the images to judge it by, carried inside the package.
+"""Loads a small trained detector and images for its evaluation, which are part of the package.
 
-The detector finds handwritten digits on photographs ("composed digits"; `fxprune/demo/data/README.md` says where the
-pixels come from, `benchmarks/training/train_demo.py` made the files). Nothing here needs a network connection.
+The detector finds handwritten digits on photographs ("composed digits"). `fxprune/demo/data/README.md` lists the
+sources of the images, and `benchmarks/training/train_demo.py` made the files. No network connection is needed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ IMAGE_SIZE = 160
 CLASS_NAMES = ("background", *"0123456789")
 WEIGHTS_FILE = "detector.safetensors"
 
-# Index of the MobileNetV2 block each feature map is taken from, with its channels: strides 8, 16 and 32.
+# Index of the MobileNetV2 block of each feature map, and its channels. The strides are 8, 16 and 32.
 TAP_CHANNELS = {6: 32, 13: 96, 17: 320}
-EXTRA_CHANNELS = 128  # channels of one map more, of stride 64
+EXTRA_CHANNELS = 128  # channels of an additional map of stride 64
 PYRAMID_CHANNELS = 64
-# Side of the square default boxes of each map in pixels, and one more for the square between the last two.
+# Side in pixels of the square default boxes of each map. The last number only sets boxes between two sizes.
 ANCHOR_SIDES = (16, 28, 44, 70, 100)
 
 
 class PyramidBackbone(nn.Module):
-    """MobileNetV2 features with a small top-down path; torch.fx traces it whole.
+    """MobileNetV2 features with a small top-down path; torch.fx can trace all of it.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ class PyramidBackbone(nn.Module):
 
 
 def build_detector() -> SSD:
-    """Build the bundled detector's architecture with random weights; downloads nothing.
+    """Build the architecture of the bundled detector, with random weights. Nothing is downloaded.
 
     Returns
     -------
@@ -115,7 +115,7 @@ def build_detector() -> SSD:
 
 
 def load_detector() -> SSD:
-    """Load the bundled detector: trained weights, stored as float16, as a float32 model on the CPU in eval mode.
+    """Load the bundled detector with trained weights, as a float32 model on the CPU, in eval mode.
 
     Raises
     ------
@@ -133,7 +133,7 @@ def load_detector() -> SSD:
 
 
 def load_dataset(split: Split) -> CocoDataset:
-    """Load bundled images: 200 to validate on ("val"), 64 others to calibrate on ("calibration").
+    """Load bundled images: 200 for validation ("val") or 64 others for calibration ("calibration").
 
     The two share no digit and no part of a photograph.
 

@@ -1,4 +1,4 @@
-"""The main job on the bundled detector: prune it by several criteria and show what each keeps."""
+"""Runs the demo: prunes the bundled detector by several criteria and compares the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TIMED_IMAGES = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the demo's table: a model, what it scores, and the plan that made it (None: unpruned)."""
+    """One row of the table of the demo: a model, its COCO figures, and its plan (None: unpruned)."""
 
     name: str
     model: nn.Module
@@ -40,12 +40,12 @@ class Row:
 
 
 def run_demo(out: Console, err: Console, budget: float = 0.1, criteria: Sequence[str] = DEMO_CRITERIA) -> list[Row]:
-    """Prune the bundled detector by each criterion, evaluate and time every result, print one table.
+    """Prune the bundled detector by each criterion, evaluate and time all results, and print a table.
 
     Parameters
     ----------
     out, err : Console
-        Where the table goes, and the progress bars.
+        Consoles for the table and for the progress bars.
     budget : float
         Fraction of FLOPs to remove.
     criteria : sequence of str
@@ -54,12 +54,12 @@ def run_demo(out: Console, err: Console, budget: float = 0.1, criteria: Sequence
     Returns
     -------
     list of Row
-        The unpruned detector first.
+        The unpruned detector, then one row per criterion.
 
     Raises
     ------
     BudgetError
-        If the budget is no fraction, or too much.
+        If the budget is not between 0 and 1, or is too large.
     """
     check_budget(budget)
     model, val = load_detector(), load_dataset("val")
@@ -96,13 +96,13 @@ def _progress(err: Console) -> Iterator[Progress]:
 
 
 def _make_advance(progress: Progress, task: TaskID) -> Callable[[int], None]:
-    """Return what moves a bar on from where it is now to so many images further."""
+    """Return a function that sets a bar to its present position plus a number of images."""
     start = progress.tasks[task].completed
     return lambda images: progress.update(task, completed=start + images)
 
 
 def _time(models: Mapping[str, nn.Module], images: list[torch.Tensor]) -> dict[str, Timing]:
-    """Time all models in turn on one batch; the unpruned one stands there twice, to show how far chance goes."""
+    """Time all models in turn on one batch. The unpruned model is timed twice, to measure the noise."""
 
     def run(model: nn.Module) -> object:
         with torch.inference_mode():
@@ -156,7 +156,7 @@ def _explain(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
     within = floor.low <= speed.median <= floor.high
     pace = "its speed did not change beyond the noise" if within else f"it runs at {speed.median:.2f}× the speed"
     return (
-        f"{ours.name} took out {cut:.1%} of the FLOPs for {change}, without any training"
+        f"{ours.name} removed {cut:.1%} of the FLOPs with {change}, without any training"
         f"{f' ({others})' if others else ''}; {pace}. Speed is the median of {ROUNDS} interleaved rounds, with its"
-        f" quartiles; the unpruned model against itself gives {floor.low:.2f}–{floor.high:.2f}×."
+        f" quartiles; for two timings of the unpruned model it is {floor.low:.2f}–{floor.high:.2f}×."
     )

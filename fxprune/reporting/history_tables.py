@@ -1,4 +1,4 @@
-"""How a pruning came about: step by step, by which strategy, healed how."""
+"""Sections about the history of a pruned model: its steps, its healing and its settings."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
 
 JUDGEMENT_SETTINGS = ("loss_increase", "agreement")
 DESCRIBED_SETTINGS = ("images", "batches", "targets", "strategy", "tried", "mended", *JUDGEMENT_SETTINGS, "heal")
-"""Settings that are told in words."""
+"""Settings that the report describes in sentences."""
 METHOD_NOTES = {
-    "affine": "affine: what layers hold was fitted, one after the other, to give what they gave.",
-    "mimic": "mimic: what layers hold was fitted to give what they gave, then trained to, for at most so many steps.",
+    "affine": "affine: the layers were fitted, one after the other, to the outputs of the original model.",
+    "mimic": "mimic: fitted as by affine, then trained on the features of the original for at most the steps shown.",
 }
 LOSS_NOTE = (
-    "loss: how much it has grown on the calibration images, part by part and each relative to its own size: 0 is not at"
-    " all, 1 is as if one part had doubled."
+    "loss: its increase on the calibration images, summed over its parts, each divided by its original size. 0: no"
+    " increase; 1: as if one part had doubled."
 )
 DEVIATION_NOTE = (
-    "Loss: how far it is off on images that were held out, part by part and each relative to its own size (to 1 at"
-    " least if there is a single one): 1 is as if one part had doubled."
+    "Loss: its absolute change on held-out images, summed over its parts, each divided by its original size (at least"
+    " by 1 if there is only one part). 0: no change; 1: as if one part had doubled."
 )
 DISTANCE_NOTE = (
-    "Distance: how far features are from the unpruned model's, on an eighth of these images; 0 is the same, 0.69 is off"
-    " by as much as they vary."
+    "Distance: mean of log(1 + e) over features, on one eighth of these images; e is the mean squared error, divided by"
+    " the variance. 0: equal to the original; 0.69: the error is as large as the variance."
 )
 
 
 @dataclass(frozen=True)
 class Step:
-    """One of several prunings.
+    """One pruning of a model that was pruned several times.
 
     Attributes
     ----------
     removed : tuple of str
-        Names of the regions that went, least important first.
+        Names of the removed regions, least important first.
     after : Totals
-        The model after it; `blocks` are those left of the model as first given.
+        Totals after this step; `blocks` counts the remaining blocks of the original model.
     loss_increase : float or None
-        How much the loss had grown then, where a search measured it.
+        Increase of the loss after this step; None if no search measured it.
     """
 
     removed: tuple[str, ...]
@@ -66,7 +66,7 @@ class Step:
 
 
 def build_steps(plans: Sequence[Plan]) -> tuple[Step, ...]:
-    """Add up plans, oldest first."""
+    """Return one step per plan, oldest first, with running totals."""
     steps, blocks = [], plans[0].before.blocks
     for plan in plans:
         blocks -= plan.before.blocks - plan.after.blocks
@@ -76,18 +76,18 @@ def build_steps(plans: Sequence[Plan]) -> tuple[Step, ...]:
 
 
 def steps_section(plans: Sequence[Plan], after: Totals) -> Section:
-    """What went in which step, and what was gone by then; `after` is the model after the last."""
+    """Build the table of steps: removed regions and total savings; `after` holds the totals after the last step."""
     *steps, last = build_steps(plans)
     steps, before, cost = [*steps, replace(last, after=after)], plans[0].before, plans[-1].cost
     costs = {"flops": "FLOPs", cost: COST_NAMES.get(cost, cost)}
     measured = any(step.loss_increase is not None for step in steps)
     rows = []
     for number, step in enumerate(steps, 1):
-        gone = [_format_saving(before, step.after, name) for name in costs]
+        savings = [_format_saving(before, step.after, name) for name in costs]
         loss = [format_signed(step.loss_increase)] if measured else []
-        rows.append(Row((str(number), first_few(step.removed, MAX_NAMES), *gone, *loss)))
+        rows.append(Row((str(number), first_few(step.removed, MAX_NAMES), *savings, *loss)))
     heads = [f"{name} so far" for name in costs.values()] + (["loss"] if measured else [])
-    columns = (Column("step", "number"), Column("what went", "words"), *(Column(head, "number") for head in heads))
+    columns = (Column("step", "number"), Column("removed", "words"), *(Column(head, "number") for head in heads))
     notes = (*_describe_ways(plans), *([LOSS_NOTE] if measured else []))
     return Section("Step by step", columns, tuple(rows), notes, _removed_section(plans))
 
@@ -98,14 +98,14 @@ def _format_saving(before: Totals, after: Totals, cost: str) -> str:
 
 
 def _describe_ways(plans: Sequence[Plan]) -> Iterator[str]:
-    """What was asked for, by which criterion and on which images: a line for all steps in which that was the same."""
+    """Yield the budget, criterion and calibration: one line per run of steps with the same ones."""
 
     def way(numbered: tuple[int, Plan]) -> str:
         plan = numbered[1]
         return f"{_describe_budget(plan)}; by {plan.settings.criterion}; {_describe_calibration(plan)}"
 
-    for text, some in groupby(enumerate(plans, 1), way):
-        numbers = [number for number, _ in some]
+    for text, group in groupby(enumerate(plans, 1), way):
+        numbers = [number for number, _ in group]
         yield f"{numbers[0]}{f' to {numbers[-1]}' if len(numbers) > 1 else ''}: {text}"
 
 
@@ -125,7 +125,7 @@ def _removed_section(plans: Sequence[Plan]) -> Section:
 
 
 def healing_section(plans: Sequence[Plan]) -> Section | None:
-    """How a model was healed, and what that did to its features; None if it was not."""
+    """Build the table of healings, with feature distances before and after; None if the model was not healed."""
     known = [plan.settings.healing for plan in plans if plan.settings.healing]
     if not known:
         return None
@@ -136,16 +136,16 @@ def healing_section(plans: Sequence[Plan]) -> Section | None:
     rows = tuple(_healing_row(note, trained, judged) for note in known)
     methods = dict.fromkeys(note.get("method") for note in known)
     words = [METHOD_NOTES[name] for name in methods if name in METHOD_NOTES]
-    said = (*words, *filter(None, map(_describe_share, known)), DISTANCE_NOTE, *([DEVIATION_NOTE] if judged else []))
-    return Section("Healed", columns, rows, said)
+    notes = (*words, *filter(None, map(_describe_share, known)), DISTANCE_NOTE, *([DEVIATION_NOTE] if judged else []))
+    return Section("Healed", columns, rows, notes)
 
 
 def _describe_share(note: Mapping[str, Any]) -> str:
-    """Say how far a healing went, where that was not all the way."""
+    """Return a sentence on the share of the weight change that was applied; empty if it was all of it."""
     share = as_number(note.get("share"))
     if share is None or share == 1:
         return ""
-    return f"It went {share:.0%} of the way: there the loss on images that were held out is nearest to what it was."
+    return f"{share:.0%} of the weight change was applied, for the least change of the loss on held-out images."
 
 
 def _healing_row(note: Mapping[str, Any], trained: bool, judged: bool) -> Row:
@@ -159,14 +159,14 @@ def _healing_row(note: Mapping[str, Any], trained: bool, judged: bool) -> Row:
 
 
 def _before_and_after(note: Mapping[str, Any], what: str) -> tuple[float | None, float | None]:
-    """What it was before and after a healing, where that is known."""
+    """Return a quantity before and after a healing; None where it is not known."""
     found = note.get(what)
     known = found if isinstance(found, Mapping) else {}
     return as_number(known.get("before")), as_number(known.get("after"))
 
 
 def decision_section(plans: Sequence[Plan]) -> Section:
-    """What the last of some plans was made by."""
+    """Build the table of the settings of the last plan."""
     plan = plans[-1]
     settings = {key: value for key, value in plan.settings.items() if key not in DESCRIBED_SETTINGS}
     settings.pop("versions", None)
@@ -189,25 +189,23 @@ def decision_section(plans: Sequence[Plan]) -> Section:
 
 def _describe_strategy(plan: Plan) -> str:
     name, tried = plan.settings["strategy"], plan.settings.get("tried")
-    mended = " once mended" if plan.settings.get("mended", "none") != "none" else ""
+    healed = " after healing" if plan.settings.get("mended", "none") != "none" else ""
     agreement = plan.settings.agreement
     if name == "search" and agreement is not None:
-        judged = f"by what it still finds{mended}, as mAP of what was found before; that of the best: {agreement:.3f}"
-        return f"search: {count_noun(tried, 'plan')} tried, each judged {judged}"
+        judged = f"its mAP{healed}, with the boxes of the original model as truth; mAP of the best: {agreement:.3f}"
+        return f"search: {count_noun(tried, 'plan')} tried, each judged by {judged}"
     if name == "search":
-        grown = format_signed(plan.settings.loss_increase)
-        return (
-            f"search: {count_noun(tried, 'plan')} tried, each judged by its loss{mended}; growth of the best: {grown}"
-        )
+        judged = f"its loss{healed}; increase of the best: {format_signed(plan.settings.loss_increase)}"
+        return f"search: {count_noun(tried, 'plan')} tried, each judged by {judged}"
     return str(name)
 
 
 def _describe_budget(plan: Plan) -> str:
-    """Say what was asked for, and what came of it."""
+    """Return the budget in words, with the share that the plan removes."""
     before, after = cost_of(plan.before, plan.cost), cost_of(plan.after, plan.cost)
-    what = COST_NAMES.get(plan.cost, plan.cost)
-    got = f", {format_share(before - after, before)} went" if before is not None and after is not None else ""
-    return f"at least {100 * plan.budget:.3g}% of the {what}{got}"
+    cost = COST_NAMES.get(plan.cost, plan.cost)
+    removed = f", {format_share(before - after, before)} removed" if before is not None and after is not None else ""
+    return f"at least {100 * plan.budget:.3g}% of the {cost}{removed}"
 
 
 def _describe_calibration(plan: Plan) -> str:
@@ -216,17 +214,17 @@ def _describe_calibration(plan: Plan) -> str:
 
 
 def latency_conditions(plan: Plan) -> dict[str, Any]:
-    """What the plan's milliseconds are of; figures that differ in it do not compare."""
+    """Return the conditions of the plan's latencies. Only latencies with equal conditions can be compared."""
     return {key: plan.settings.latency.get(key, "?") for key in ("backend", "device", "images", "threads")}
 
 
 def _describe_latency(plan: Plan) -> str:
     backend, device, images, threads = latency_conditions(plan).values()
     floor = plan.settings.latency_floor
-    noise = f"; the model strays from itself by {floor:.1%}" if floor else ""
-    return f"{backend} on {device}, {count_noun(threads, 'thread')}, {count_noun(images, 'image')} a call{noise}"
+    noise = f"; repeated timings of the model differ by {floor:.1%}" if floor else ""
+    return f"{backend} on {device}, {count_noun(threads, 'thread')}, {count_noun(images, 'image')} per call{noise}"
 
 
 def format_signed(value: float | None) -> str:
-    """Write a growth with its sign: ``format_signed(-0.0123) == "−0.0123"``."""
+    """Format an increase with its sign: ``format_signed(-0.0123) == "−0.0123"``."""
     return "" if value is None else f"{'−' if value < 0 else '+'}{abs(value):.3g}"

@@ -1,4 +1,4 @@
-"""A report's sections as HTML: one element with its styles inside, in whatever colours the page around it has."""
+"""Writes the sections of a report as one HTML element with inline styles. Text has the colours of the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEPT_COLOR, REMOVED_COLOR, TRACK_COLOR, LINE_COLOR = (
     "rgba(128,128,128,.16)",
     "rgba(128,128,128,.35)",
 )
-"""Colours that stand out from white and from black; all else has the page's own."""
+"""Colours that are visible on white and on black. Everything else has the colours of the page."""
 
 PAGE = "max-width:72em;font-family:system-ui,sans-serif;font-size:13px;line-height:1.4;color:inherit"
 TABLE = "border-collapse:collapse;width:100%;margin:.2em 0 .4em;font-size:inherit;table-layout:auto"
@@ -43,7 +43,7 @@ def render_html(sections: Iterable[Section]) -> str:
     Returns
     -------
     str
-        Safe to put into a page: every text is escaped, and nothing is fetched or run.
+        Safe to embed in a page: all text is escaped, and there are no scripts and no external resources.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def _cell(column: Column, cell: str | Bar, removed: bool) -> str:
     text = escape(cell) if isinstance(cell, str) else _bar(cell, REMOVED_COLOR if removed else KEPT_COLOR)
     style = f"{CELL};{CELL_STYLES[column.kind]}"
     if column.kind == "name":
-        text = text.replace(".", ".<wbr>")  # where a long path may break
+        text = text.replace(".", ".<wbr>")  # a long path may break here
     if removed:
         style += REMOVED_STYLES.get(column.kind, "")
     return f'<td style="{style}">{text}</td>'

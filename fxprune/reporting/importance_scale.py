@@ -1,4 +1,4 @@
-"""How long the bar of a score is: one scale for all bars of a chart, and what it is in words."""
+"""Scales of bar charts: the length of the bar of each score, and a description of the scale."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_DECADES = 12
-"""How far down a log scale goes."""
+"""Maximum number of powers of ten on a log scale."""
 MAX_READABLE_RATIO = 20
-"""A bar shorter than this part of the longest cannot be compared."""
+"""Bars are too short to compare if the longest is more than this many times as long."""
 MIN_BAR_WIDTH = 1 / 80
-"""Least length of the bar of a score that has one: the eighth of a character in ten."""
+"""Minimum length of the bar of a nonzero score: one eighth of a character if the chart has ten characters."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Where bars begin and end.
+    """Scale of a bar chart: computes the begin and end of bars.
 
     Attributes
     ----------
     left, right : float
-        Lengths of the two sides of a chart, for negative scores and others: decades if `log`, else as the scores.
+        Lengths of the left side, for negative scores, and of the right side: in powers of ten if `log`, else in units
+        of the scores.
     log : bool
-        Whether a length stands for a factor.
+        Whether the scale is logarithmic.
     min_exponent : int
-        Exponent of the power of ten at which a log scale's bars have no length.
+        Exponent of the power of ten at which the bars of a log scale have length 0.
 
     Examples
     --------
@@ -41,7 +42,7 @@ class Scale:
     min_exponent: int = 0
 
     def bar(self, score: float) -> tuple[float, float]:
-        """Return where the bar of a score begins and ends, as fractions of the chart's width."""
+        """Return the begin and end of the bar of a score, as fractions of the width of the chart."""
         whole = self.left + self.right
         origin = self.left / whole
         reach = self._length(abs(score)) / whole
@@ -55,7 +56,7 @@ class Scale:
 
     @property
     def end_labels(self) -> tuple[str, str]:
-        """What stands at the left and the right end of the chart."""
+        """Labels of the left and the right end of the chart."""
         return (f"-{self._value(self.left)}" if self.left else self._value(0.0)), self._value(self.right)
 
     def _value(self, length: float) -> str:
@@ -63,7 +64,7 @@ class Scale:
 
     @property
     def description(self) -> str:
-        """What a length means."""
+        """Description of the scale, for the reader of a chart."""
         least, most = self._value(0.0), self._value(max(self.left, self.right))
         kind = (
             f"log scale from {least} to {most}, equal lengths are equal factors" if self.log else "linear scale from 0"
@@ -71,7 +72,7 @@ class Scale:
         return f"Bars: {kind}{'; negative scores reach to the left' if self.left else ''}."
 
     def format_score(self, score: float) -> str:
-        """Write a score so that those of one chart align."""
+        """Format a score; the scores of one chart have the same number of decimals."""
         if self.log:
             return f"{score:.2e}" if score else "0"
         decimals = 2 - math.floor(math.log10(max(self.left, self.right)))
@@ -79,7 +80,7 @@ class Scale:
 
 
 def choose_scale(scores: Iterable[float]) -> Scale:
-    """Choose the scale for some scores: linear, unless half of the bars would be too short to compare.
+    """Choose the scale for scores: linear, or logarithmic if half of the bars would be too short to compare.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What was removed, what stayed and why, before and after: as a value that prints."""
+"""Reports of prunings: removed and remaining regions, rejections, and costs before and after."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from fxprune.rewriting.history import SAVINGS_ATTRIBUTE, applied_plans
 
 @dataclass(frozen=True)
 class Report:
-    """What fxprune did to a model, or would do.
+    """Report of the prunings of a model, or of a plan.
 
-    It prints as tables in the terminal's width, and shows itself in a notebook.
+    `print` shows it as tables of the terminal's width; a notebook shows it as HTML.
 
     Attributes
     ----------
     plans : tuple of Plan
-        What was carried out, oldest first.
+        The applied plans, oldest first, or the plan that is reported.
     applied : bool
-        Whether it was; False for the report of a plan.
+        Whether the plans were applied; False for the report of a plan.
     spared : mapping of str to float
-        ``flops`` and ``params`` that layers save which became narrower since they read one tensor twice.
+        ``flops`` and ``params`` saved by layers that read one tensor twice and were therefore made narrower.
 
     Examples
     --------
@@ -53,44 +53,44 @@ class Report:
 
     @property
     def before(self) -> Totals:
-        """FLOPs per calibration image, parameters and blocks of the model as first given."""
+        """FLOPs per calibration image, parameters and blocks of the original model."""
         return self.plans[0].before
 
     @property
     def after(self) -> Totals:
-        """The same of the model as it is now."""
+        """The same of the pruned model."""
         return self.steps[-1].after
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What went one after the other, what the model cost then, and how much its loss had grown."""
+        """One step per plan: removed regions, totals after it, and increase of the loss."""
         *others, last = build_steps(self.plans)
         less = {name: getattr(last.after, name) - count for name, count in self.spared.items()}
         return (*others, replace(last, after=replace(last.after, **less)))
 
     @property
     def regions(self) -> tuple[Candidate, ...]:
-        """Every candidate by ascending score, with `removed`; scores of several prunings do not compare."""
+        """All candidates by ascending score. Scores of different prunings cannot be compared."""
         *earlier, last = self.plans
         regions = [*last.regions, *(region for plan in earlier for region in plan.removed)]
         return tuple(sorted(regions, key=lambda region: region.score))
 
     @property
     def removed(self) -> tuple[Candidate, ...]:
-        """The regions that went."""
+        """The removed regions."""
         return tuple(region for region in self.regions if region.removed)
 
     @property
     def rejections(self) -> tuple[Rejection, ...]:
-        """What could not go, and why."""
+        """The layers and regions that cannot be removed, with reasons."""
         return self.plans[-1].rejections
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """Criterion, images, targets, seed, versions, `budget` and `cost` of the last pruning.
 
-        Also `prunings`, how many there were, and, if there was more than one, `earlier`: the settings of the others,
-        each with the names of what it `removed`.
+        Also `prunings`, their number, and, if there is more than one, `earlier`: the settings of the others, each with
+        `removed`, the names of the removed regions.
         """
         *others, last = self.plans
         earlier = [{**_settings(plan), "removed": [region.name for region in plan.removed]} for plan in others]
@@ -136,13 +136,13 @@ class Report:
 
 
 def report(pruned: nn.Module | Plan) -> Report:
-    """Say what was removed from a model, or what a plan would remove.
+    """Report which regions were removed from a model, or which ones a plan removes.
 
     Parameters
     ----------
     pruned : Module or Plan
-        What `fxprune.compile` or `fxprune.apply` returned; if it was pruned more than once, the report adds up. Or a
-        plan that was not carried out.
+        Output of `fxprune.compile` or `fxprune.apply`, or a plan. If the model was pruned more than once, the report
+        covers all prunings.
 
     Returns
     -------

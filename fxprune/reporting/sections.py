@@ -1,4 +1,4 @@
-"""What a report says, as sections of rows: the terminal, Markdown and HTML draw these and say nothing else."""
+"""Builds the sections of a report. The terminal, Markdown and HTML show the same sections."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fxprune.reporting.table_model import (
 from fxprune.runtime.json_text import first_few
 
 MAX_BLOCKS = 40
-"""Blocks in a chart, unless more than these were removed."""
+"""Number of blocks in a chart; more if more were removed."""
 REMOVED_MARK, RIVAL_MARK = "✂", "~"
 
-# What differs between two reasons of one kind.
+# Patterns of reasons that differ only in names and shapes, with the text for the whole group.
 REASON_PATTERNS = {
     r"^it turns \S+ into \S+,": "it changes the shape,",
     r"^it could become '.*', but what lies between is also read by .*": (
@@ -37,16 +37,16 @@ REASON_PATTERNS = {
 
 
 def build_sections(plans: Sequence[Plan], applied: bool, before: Totals, after: Totals) -> tuple[Section, ...]:
-    """Say everything of one or more prunings.
+    """Build all sections about one or more prunings.
 
     Parameters
     ----------
     plans : sequence of Plan
         Oldest first.
     applied : bool
-        Whether they were carried out.
+        Whether the plans were applied.
     before, after : Totals
-        The model before the first, and after the last.
+        Totals before the first plan and after the last.
 
     Returns
     -------
@@ -126,7 +126,7 @@ def _chart(plan: Plan, whole: Totals, when: str) -> Section:
 
 
 def _marks(regions: tuple[Candidate, ...]) -> list[str]:
-    """Mark what goes, and what cannot go with it."""
+    """Return a mark per region: removed, overlapping with a removed one, or none."""
     gone = {index for index, region in enumerate(regions) if region.removed}
     rivals = {index for some in exclusive_sets(regions) if some & gone for index in some}
     return [REMOVED_MARK if index in gone else RIVAL_MARK if index in rivals else "" for index in range(len(regions))]
@@ -141,22 +141,22 @@ def _row(region: Candidate, mark: str, scale: Scale, whole: Totals, timed: bool 
 
 
 def _legend(plan: Plan, scale: Scale, rows: Sequence[Row]) -> Iterator[str]:
-    choice = "of all choices that meet the budget, the one with the least summed importance."
+    choice = "of all choices that meet the budget, this one has the least summed importance."
     tried = plan.settings.get("tried", 1)
     if tried != 1:
-        best = "that finds most of what was found" if "agreement" in plan.settings else "whose loss grew least"
-        choice = f"of {tried} plans that meet the budget, proposed by importance, the one {best}."
-    yield f"{REMOVED_MARK} goes: {choice}"
+        best = "has the highest mAP" if "agreement" in plan.settings else "increases the loss least"
+        choice = f"of {tried} plans that meet the budget, proposed by importance, this one {best}."
+    yield f"{REMOVED_MARK} is removed: {choice}"
     if any(row.cells[0] == RIVAL_MARK for row in rows):
-        yield f"{RIVAL_MARK} overlaps with one that goes; only one of them can."
+        yield f"{RIVAL_MARK} overlaps with a removed one; only one of them can be removed."
     if any(str(row.cells[1]).endswith(" (drop)") for row in rows):
-        yield "(drop): the sum that it feeds keeps the other operand."
+        yield "(drop): one operand of an addition; readers of the sum read the other operand."
     yield scale.description
 
 
 def _hidden_section(columns: tuple[Column, ...], rows: Sequence[Row], blocks: int, every: int) -> Section | None:
     inside = len(rows) - blocks
-    parts = [f"{count_noun(inside, 'candidate')} inside of blocks"] if inside else []
+    parts = [f"{count_noun(inside, 'candidate')} inside blocks"] if inside else []
     parts += [count_noun(blocks, "more important block")] if blocks else []
     if not parts:
         return None
@@ -177,13 +177,13 @@ def _rejections_section(rejections: Sequence[Rejection]) -> Section:
         )
         for kind, some in groups.items()
     ]
-    columns = (Column("", "number"), Column("why", "words"), Column("layers", "words"))
+    columns = (Column("", "number"), Column("reason", "words"), Column("layers", "words"))
     each = Section(
         f"Each of the {len(rejections)} with its reason: report.rejections",
-        (Column("layer", "name"), Column("why", "words")),
+        (Column("layer", "name"), Column("reason", "words")),
         tuple(Row((rejection.name, rejection.reason)) for rejection in rejections),
     )
-    return Section("Cannot go", columns, tuple(rows), more=each if len(groups) < len(rejections) else None)
+    return Section("Cannot be removed", columns, tuple(rows), more=each if len(groups) < len(rejections) else None)
 
 
 def _kind_of(reason: str) -> str:

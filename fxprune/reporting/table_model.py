@@ -1,4 +1,4 @@
-"""What a report is made of: sections of rows, and numbers in words."""
+"""Data model of a report: sections, columns and rows; and the formats of its numbers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 Bar = tuple[float, float]
-"""Begin and end as fractions of the width."""
+"""Begin and end of a bar, as fractions of the width."""
 Kind = Literal["mark", "name", "words", "number", "bar"]
 
 MAX_NAMES = 6
-"""Names in one cell."""
+"""Maximum number of names in one cell."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Heading and kind of the cells below it; `end_labels` are the labels of a bar's scale."""
+    """Heading of a column and kind of its cells; `end_labels` are the labels of the scale of bars."""
 
     title: str
     kind: Kind
@@ -24,7 +24,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; `removed` ones stand out."""
+    """One row of a table; rows of `removed` regions are highlighted."""
 
     cells: tuple[str | Bar, ...]
     removed: bool = False
@@ -39,10 +39,10 @@ class Section:
     title : str
     columns : tuple of Column
     rows : tuple of Row
-        A cell for each column; a `Bar` where the column is one.
+        One cell per column; a `Bar` if the kind of the column is ``"bar"``.
     notes : tuple of str
     more : Section or None
-        What is too long for a page. Its title says how much that is, and where all of it is.
+        Rows that are too many to show. The title says how many there are and which attribute holds all.
     """
 
     title: str
@@ -53,21 +53,21 @@ class Section:
 
 
 def format_quantity(value: float) -> str:
-    """Write a count with an SI prefix: ``format_quantity(12_300_000) == "12.3M"``."""
+    """Format a count with an SI prefix: ``format_quantity(12_300_000) == "12.3M"``."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor * 0.9995:  # what rounds to 1000 of the smaller unit is 1 of this one
+        if value >= factor * 0.9995:  # values that round to 1000 have the next prefix
             return f"{value / factor:.3g}{prefix}"
     return f"{value:.0f}"
 
 
 def format_change(before: float, after: float) -> str:
-    """Write what became less, or more, as a signed share: ``format_change(200, 180) == "−10.0%"``."""
+    """Format a relative change with its sign: ``format_change(200, 180) == "−10.0%"``."""
     share = format_share(abs(before - after), before)
     return f"{'−' if after < before else '+'}{share}" if before != after else share
 
 
 def format_milliseconds(value: float) -> str:
-    """Write a latency with three digits: ``format_milliseconds(57.123) == "57.1"``."""
+    """Format a latency with three digits: ``format_milliseconds(57.123) == "57.1"``."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 

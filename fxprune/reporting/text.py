@@ -1,4 +1,4 @@
-"""A report's sections in the terminal's width, and as Markdown."""
+"""Writes the sections of a report to the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxprune.reporting.table_model import Column, Row, Section
 
 MAX_WIDTH, NARROW_WIDTH = 120, 90
 NUMBERS = 23
-"""Columns that the mark, the score and the costs of a block take."""
+"""Width in characters of the mark, the score and the costs of a block."""
 MARKDOWN_BAR = 24
 
 
@@ -28,7 +28,7 @@ def render_terminal(sections: Iterable[Section], width: int) -> Iterator[Rendera
     ----------
     sections : iterable of Section
     width : int
-        Columns of the terminal.
+        Width of the terminal in characters.
 
     Yields
     ------
@@ -125,14 +125,14 @@ def _markdown_cells(columns: tuple[Column, ...], row: Row) -> list[str]:
 
 
 def _bar_text(bar: tuple[float, float]) -> str:
-    """Draw a bar in characters; spaces that do not collapse keep negative ones apart from others."""
+    """Draw a bar in characters, with no-break spaces, so that the bars of negative scores stay in place."""
     console = Console(file=io.StringIO(), width=MARKDOWN_BAR, color_system=None)
     line = "".join(segment.text for segment in console.render(Bar(1.0, *bar))).rstrip()
     return line.replace(" ", "\u00a0")
 
 
 def _code_span(text: str) -> str:
-    """Put a name in a code span, whatever is in it; an empty one stays empty."""
+    """Return a name, with any characters, as a code span; empty if the name is empty."""
     if not text:
         return ""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))

@@ -47,19 +47,19 @@ def rows(report: Report, title: str, monkeypatch: pytest.MonkeyPatch) -> list[li
 def test_step_table_adds_up_savings(monkeypatch: pytest.MonkeyPatch) -> None:
     report = steps(0.01, -0.002, **SEARCH)
     head, first, second, *notes = rows(report, "Step by step", monkeypatch)
-    assert " ".join(head) == "step what went FLOPs so far loss"
+    assert " ".join(head) == "step removed FLOPs so far loss"
     assert first == ["1", "b0", "−25.0%", "+0.01"]
     assert second == ["2", "b1", "−50.0%", "−0.002"]
-    assert " ".join(notes[0]).startswith("1: at least 10% of the FLOPs, 25.0% went; by fisher; ")
+    assert " ".join(notes[0]).startswith("1: at least 10% of the FLOPs, 25.0% removed; by fisher; ")
     assert " ".join(notes[1]).startswith("2: at least 10% of the FLOPs")
-    assert " ".join(notes[2]).startswith("loss: how much it has grown")
+    assert " ".join(notes[2]).startswith("loss: its increase")
     assert text(report, monkeypatch).startswith("fxprune removed 2 of 4 candidates in 2 steps\n")
 
 
 def test_step_table_has_a_column_for_the_budget_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [replace(plan, cost="blocks") for plan in steps(None, None).plans]
     head, first, second, *_ = rows(Report(tuple(plans)), "Step by step", monkeypatch)
-    assert " ".join(head) == "step what went FLOPs so far blocks so far"
+    assert " ".join(head) == "step removed FLOPs so far blocks so far"
     assert (first[2:], second[2:]) == (["−25.0%", "−25.0%"], ["−50.0%", "−50.0%"])
 
 
@@ -87,7 +87,7 @@ def test_steps_are_immutable_and_plain_data() -> None:
 # Found by a search ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mended", "words"), [("affine", "its loss once mended;"), ("none", "its loss;")])
+@pytest.mark.parametrize(("mended", "words"), [("affine", "its loss after healing;"), ("none", "its loss;")])
 def test_search_section_says_how_many_plans_were_tried(
     mended: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,8 +118,8 @@ def test_healing_table_has_method_images_steps_and_distance(monkeypatch: pytest.
 @pytest.mark.parametrize(("share", "said"), [(1.0, False), (0.25, True), (0.0, True), ("strange", False)])
 def test_healing_table_tells_a_partial_interpolation(share: Any, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     words = text(steps(None, heal=HEAL | {"share": share}), monkeypatch)
-    assert ("of the way" in words) == said
-    assert not said or f"It went {share:.0%} of the way" in words
+    assert ("of the weight change" in words) == said
+    assert not said or f"{share:.0%} of the weight change was applied" in words
 
 
 def test_healing_table_has_the_loss_when_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_healing_table_has_the_loss_when_measured(monkeypatch: pytest.MonkeyPatc
     head, row, *notes = rows(steps(None, heal=judged), "Healed", monkeypatch)
     assert " ".join(head[-3:]) == "loss before after"
     assert row[-3:] == ["−75.0%", "1.2", "0.057"]
-    assert any(" ".join(note).startswith("Loss: how far it is off") for note in notes)
+    assert any(" ".join(note).startswith("Loss: its absolute change") for note in notes)
     assert rows(steps(None, heal=HEAL | {"loss": {"after": None}}), "Healed", monkeypatch)[1][-2:] == ["?", "?"]
 
 
