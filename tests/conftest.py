@@ -1,4 +1,4 @@
-"""Shared fixtures: ultralytics offline and out of the user's home, one seed for every test, models and plans."""
+"""Shared fixtures: an offline ultralytics, one seed for every test, models and plans."""
 
 import shutil
 import signal

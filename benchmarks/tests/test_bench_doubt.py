@@ -1,4 +1,4 @@
-"""Standard errors of what deeper cuts lose."""
+"""Tests of `bench_doubt`: standard errors of the accuracy that deeper cuts lose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healed blocks against fine-tuned channels: who gets how long, and what counts."""
+"""Tests of `bench_healed_peers`: healed blocks compared with fine-tuned channels at equal time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows and table of predicted and measured cuts of latency."""
+"""Tests of `bench_latency`: rows and table of predicted and measured latency cuts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What criteria keep: the table, COCO mode, and what is said of missing weights and images."""
+"""Tests of `bench_paper`: table, COCO mode, and errors for missing weights and images."""
 
 from __future__ import annotations
 

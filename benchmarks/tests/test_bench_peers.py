@@ -1,4 +1,4 @@
-"""Blocks against channels: the peer's ways, the search for its ratio, fine-tuning, the tables."""
+"""Tests of `bench_peers`: channel pruning, the search for its ratio, fine-tuning, and the tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of realized latency, and the table made of them."""
+"""Tests of `bench_speed`: the rows of measured latency, and the table made of them."""
 
 from __future__ import annotations
 

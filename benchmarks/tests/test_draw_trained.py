@@ -1,4 +1,4 @@
-"""Pictures of trained detectors."""
+"""Tests of `draw_trained`: drawings of trained detectors."""
 
 from __future__ import annotations
 

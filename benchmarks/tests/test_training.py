@@ -1,4 +1,4 @@
-"""Composed digits, and training on them: the same data from a seed, the same weights after an interruption."""
+"""Tests of the digits data and of training: the same data from a seed, the same weights after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile batches of torchvision detectors and of ultralytics models."""
+"""Invalid batches for torchvision detectors and ultralytics models are refused."""
 
 from __future__ import annotations
 

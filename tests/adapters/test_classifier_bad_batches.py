@@ -1,4 +1,4 @@
-"""Hostile batches of classifiers."""
+"""Invalid batches for classifiers are refused."""
 
 from __future__ import annotations
 

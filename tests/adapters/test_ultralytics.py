@@ -1,4 +1,4 @@
-"""A pruned YOLO is a YOLO: predict, val, fuse, save and reload."""
+"""A pruned YOLO keeps its kind: predict, val, fuse, save and reload work."""
 
 from __future__ import annotations
 

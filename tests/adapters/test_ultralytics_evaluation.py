@@ -1,4 +1,4 @@
-"""Detections of ultralytics models against ultralytics' own `val`: the same boxes, nearly the same mAP."""
+"""Detections of ultralytics models compared with those of ultralytics' own `val`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The instrumented interpreter against hooks on the eager model, and the criteria against their formulas."""
+"""The recorder compared with hooks on the eager model, and the criteria compared with their formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in for a region once it is mended: maps against least squares, and who can take them in."""
+"""Linear maps that replace a region: compared with least squares, and which layers can absorb them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands in process, on the bundled detector and few of its images: what they give, and what they refuse."""
+"""The commands in process, on the bundled detector and few of its images: results and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strategies and healing on the command line: what they write, what they say, and what Ctrl-C leaves."""
+"""Search and healing on the command line: files, messages, and Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the command line gets models and images from, and how it says that something is wrong with them."""
+"""Models and images that the command line opens, and its errors for invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of ultralytics' form: read as the COCO file of the same images is, and refused line by line."""
+"""Data sets in ultralytics' format: the same items as from the COCO file, and errors that name the line."""
 
 from __future__ import annotations
 

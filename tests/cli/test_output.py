@@ -1,4 +1,4 @@
-"""What the commands write: nothing is replaced unasked, and whatever goes wrong, what was there stays."""
+"""Output of the commands: nothing is replaced without --force, and errors keep earlier files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO-format data: what an item holds, what is refused, and calibration batches of both families."""
+"""COCO-format data: items, errors, and calibration batches for torchvision and ultralytics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo, end to end on the bundled detector and images; and the bundled files themselves."""
+"""The demo on the bundled detector and images, and the bundled files themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backend "fxprune" on the six systems: its result is that of `fxprune.apply`, at inference and in training."""
+"""The backend "fxprune" on the six systems equals `fxprune.apply`, at inference and in training."""
 
 from __future__ import annotations
 

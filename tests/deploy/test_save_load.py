@@ -1,4 +1,4 @@
-"""A saved model comes back bit for bit: every kind of model, dtype and mode, here and in a fresh process."""
+"""A saved model is loaded bit for bit: every kind of model, dtype and mode, also in a fresh process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged folders, folders of others, models that do not fit: refused by name, with nothing changed or left behind."""
+"""`load` refuses damaged folders and models that do not fit, and changes nothing."""
 
 from __future__ import annotations
 

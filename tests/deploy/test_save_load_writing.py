@@ -1,4 +1,4 @@
-"""What save refuses to write or to replace, and what an interruption leaves behind: nothing."""
+"""`save` refuses what it cannot write or must not replace, and an interruption leaves no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Islands: which submodules become graphs, what stays opaque, and that graphs are held to what modules gave."""
+"""Capture: which submodules become graphs, which stay opaque, and that graphs give the outputs of their modules."""
 
 from __future__ import annotations
 

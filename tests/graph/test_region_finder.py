@@ -1,4 +1,4 @@
-"""Regions against what was written down by hand, and against a brute-force reading of their definition."""
+"""Regions compared with a table written by hand and with a brute-force version of their definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healing by training: how fast it goes and what decides."""
+"""Healing by training: step size, order of images, optimizer, and when it stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healing: what it gives back, and that it harms nobody."""
+"""`fxprune.heal`: the healed model, what it leaves unchanged, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What healing notes of itself on the plan of what it gives back."""
+"""The note that `heal` writes to the plan of the healed model, and its warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Healing of the six systems, from images without labels: nearer to what they were, and still what pruning left."""
+"""Healing of the six systems, from images without labels: outputs get closer to the original."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fits of layers that are called several times, once on every level of a pyramid."""
+"""Fits of layers, among them layers that are called several times, as on every level of a pyramid."""
 
 from __future__ import annotations
 

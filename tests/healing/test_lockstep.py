@@ -1,4 +1,4 @@
-"""Runs that wait for each other."""
+"""`run_lockstep`: several runs that wait for each other."""
 
 from __future__ import annotations
 

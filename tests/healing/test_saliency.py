@@ -1,4 +1,4 @@
-"""Where a deviation matters: what the maps say, and that fits and distances mind them."""
+"""Saliency maps, and that fits and feature distances use them."""
 
 from __future__ import annotations
 

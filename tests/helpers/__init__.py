@@ -1,1 +1,1 @@
-"""What tests of the product and of the benchmarks share: models, batches, comparisons."""
+"""Code that tests of the package and of the benchmarks share: models, batches, comparisons."""

@@ -1,4 +1,4 @@
-"""A clock that moves only when something says so, and models whose layers take a given time on it."""
+"""A fake clock, and models whose layers take a given time on it."""
 
 from __future__ import annotations
 

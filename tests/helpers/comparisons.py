@@ -1,4 +1,4 @@
-"""Outputs, boxes and gradients of two models held against each other."""
+"""Comparisons of the outputs, boxes and gradients of two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny graphs with concatenations, and what is told of them before and after a clean-up."""
+"""Small graphs with concatenations, and the steps that tests of their clean-up share."""
 
 from __future__ import annotations
 

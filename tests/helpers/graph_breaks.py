@@ -1,4 +1,4 @@
-"""A model with code that Dynamo does not see, and a plan for it."""
+"""A model with code that Dynamo cannot capture, and a plan for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models to heal, images to heal them by, and how far two models are apart."""
+"""Models and images for healing, and the distance between two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile input, and the proof that a caller's model is left bit for bit as it was."""
+"""Checks that an error leaves the model unchanged, and helpers for invalid input."""
 
 from __future__ import annotations
 

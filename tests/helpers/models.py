@@ -1,4 +1,4 @@
-"""Tiny models with removable blocks, images and labels for them, and what they cost by torch's own count."""
+"""Small models with removable blocks, images and labels for them, and their FLOPs and parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures made by hand: a residual network, a detector of two islands, names that mean harm."""
+"""Network views made by hand: a residual network, a detector of two islands, names that need escaping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans made by hand: scores, names and reasons that no model of the tests would give."""
+"""Plans made by hand, with scores, names and reasons that no model of the tests would give."""
 
 from __future__ import annotations
 

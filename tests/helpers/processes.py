@@ -1,4 +1,4 @@
-"""Work for several processes: what each of them does, and how they are started on this machine."""
+"""Work for tests with several processes, and how the processes are started."""
 
 from __future__ import annotations
 

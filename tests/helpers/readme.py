@@ -1,4 +1,4 @@
-"""The README's python blocks."""
+"""Python blocks of the README."""
 
 from __future__ import annotations
 

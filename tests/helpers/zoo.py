@@ -1,4 +1,4 @@
-"""Tiny models whose regions were written down by hand: one table that every graph property runs over."""
+"""Small models with a table, written by hand, of their regions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A value that is concatenated twice is read once: the same outputs before and after, on tiny graphs."""
+"""Values that are concatenated twice are read once, and outputs stay the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not narrowed, for it would not be exact."""
+"""Layers that are not narrowed, because the result would not be exact."""
 
 from __future__ import annotations
 

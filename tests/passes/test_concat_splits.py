@@ -1,4 +1,4 @@
-"""A value put together from its own parts is the value."""
+"""A concatenation of all parts of a value becomes the value."""
 
 from __future__ import annotations
 

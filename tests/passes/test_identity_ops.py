@@ -1,4 +1,4 @@
-"""Layers that do nothing go, and no others."""
+"""Layers that change nothing are removed, others are kept."""
 
 from __future__ import annotations
 

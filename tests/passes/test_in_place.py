@@ -1,4 +1,4 @@
-"""In-place layers of a pruned model: they overwrite what nothing else reads, and nothing more."""
+"""In-place layers of a pruned model overwrite only values that nothing else reads."""
 
 from __future__ import annotations
 

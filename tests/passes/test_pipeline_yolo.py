@@ -1,4 +1,4 @@
-"""Clean-ups from end to end: a YOLOv8n that loses bottlenecks has narrower convolutions and is a YOLOv8n."""
+"""All clean-ups on YOLOv8n: convolutions get narrower, and the model stays a YOLOv8n."""
 
 from __future__ import annotations
 

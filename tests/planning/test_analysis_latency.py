@@ -1,4 +1,4 @@
-"""Budgets of milliseconds: what analyses and plans make of figures, given or measured."""
+"""Latency budgets: analyses and plans from given or measured milliseconds."""
 
 from __future__ import annotations
 

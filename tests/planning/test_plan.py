@@ -1,4 +1,4 @@
-"""Plans as values: to JSON and back, and totals that are those of the models."""
+"""Plans as values: JSON and back, and totals that equal those of the models."""
 
 from __future__ import annotations
 

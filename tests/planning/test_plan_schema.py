@@ -1,4 +1,4 @@
-"""Plans that are not as the schema says: each is refused with the field that is wrong."""
+"""Plan files that do not fit the schema are refused with the name of the field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing, on a clock that moves only when a function says so."""
+"""Interleaved timing, on a fake clock."""
 
 from __future__ import annotations
 

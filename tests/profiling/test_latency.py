@@ -1,4 +1,4 @@
-"""Latency of regions, on a clock that moves only where a layer says so; and plans by given figures."""
+"""Latency of regions, on a fake clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regions cut out of a captured model, once and several times in a row."""
+"""Regions extracted from a captured model as modules, single and repeated."""
 
 from __future__ import annotations
 

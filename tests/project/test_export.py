@@ -1,4 +1,4 @@
-"""Pruned models through torch.export, ONNX, OpenVINO and ExecuTorch: what exports unpruned exports pruned, smaller."""
+"""Pruned models through torch.export, ONNX, OpenVINO and ExecuTorch: smaller, and with the same outputs."""
 
 from __future__ import annotations
 

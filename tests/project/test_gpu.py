@@ -1,6 +1,6 @@
-"""On a CUDA device: what analyses find, cuts keep and healing mends there, beside the same on the CPU.
+"""Analysis, pruning and healing on a CUDA device give the results of the CPU.
 
-The loaders stay where they are: images of the CPU go to where the model is.
+The loaders give images on the CPU; fxprune moves them to the device of the model.
 """
 
 from __future__ import annotations

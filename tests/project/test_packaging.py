@@ -1,4 +1,4 @@
-"""The wheel holds what the tree holds, and the package's surface is what the documentation says."""
+"""The wheel holds all modules and data, and the public names are those documented."""
 
 from __future__ import annotations
 

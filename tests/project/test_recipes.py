@@ -1,4 +1,4 @@
-"""The README's recipes for saving, compiling and exporting run as they stand and give what the pruned model gives."""
+"""The README's recipes for saving, compiling and exporting run and give the outputs of the pruned model."""
 
 from __future__ import annotations
 

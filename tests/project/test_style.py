@@ -1,4 +1,4 @@
-"""Linters, types and layers are part of the test command."""
+"""Linters, type checks and import layers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Pruned models under torch.compile, for the six systems: what worked unpruned works pruned and gives what eager does.
+"""Pruned models under torch.compile, for the six systems: what works unpruned works pruned, with the outputs of eager.
 
-Dynamo goes the way a model's values take it: a detector that finds nothing has fewer graphs than one that does. Where
-graphs are counted, both models are led the same way; and all of them are counted: past eight versions of a function
-Dynamo leaves it alone, and an unpruned YOLO has one ``Conv.forward`` where a pruned one has a graph for every block.
+Dynamo follows the values of a call: a detector that finds no boxes has fewer graphs than one that finds some. Where a
+test counts graphs, both models are made to follow the same path. All graphs are counted: Dynamo compiles at most eight
+versions of a function by default, and a pruned YOLO has a graph for every block where an unpruned one has a single
+``Conv.forward``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a pruning came about: step by step, by a search, healed; the same in every form of the report."""
+"""Tables of steps, search and healing, in every form of the report."""
 
 from __future__ import annotations
 

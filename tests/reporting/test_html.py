@@ -1,4 +1,4 @@
-"""A report as HTML and as Markdown: the same cells, escaped, and nothing from elsewhere."""
+"""A report as HTML and as Markdown: the same cells, escaped, without external files."""
 
 from __future__ import annotations
 

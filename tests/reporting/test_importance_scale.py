@@ -1,4 +1,4 @@
-"""The scale of a chart: linear where that can be read, else in decades; both ways from nothing."""
+"""The scale of the importance chart: linear where bars stay readable, else logarithmic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report says of a pruned model, as a value and as JSON."""
+"""The report of a pruned model or a plan, as a value and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report as text: in the terminal's width, with colour on a console, as Markdown."""
+"""A report as text: in the width of the terminal, and in colour on a console."""
 
 from __future__ import annotations
 

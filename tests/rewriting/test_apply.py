@@ -1,4 +1,4 @@
-"""Plans carried out: on the structure they were made for, and refused on any other."""
+"""`fxprune.apply` on the structure a plan was made for, and its errors on any other."""
 
 from __future__ import annotations
 

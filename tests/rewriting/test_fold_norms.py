@@ -1,4 +1,4 @@
-"""Norms folded into convolutions: the same outputs, and no norm left where one can go."""
+"""Norms folded into convolutions: the same outputs, and no foldable norm is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drafts: whatever stops the writing or the move, the place is as it was, and nothing lies beside it."""
+"""`atomic_write`: whatever stops the writing or the move, the earlier file stays and no other is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes: what they get is what one gets, all of them the same; and what one fails at, all fail at."""
+"""Several processes: all get the result of one process, and an error in one is raised in all."""
 
 from __future__ import annotations
 

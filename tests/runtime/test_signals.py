@@ -1,4 +1,4 @@
-"""Ctrl-C is never taken for something else: it waits where torch would make another error of it."""
+"""Ctrl-C is raised as KeyboardInterrupt, also where torch would turn it into another error."""
 
 from __future__ import annotations
 

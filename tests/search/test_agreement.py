@@ -1,4 +1,4 @@
-"""Who judges plans: the boxes that are still found, or the loss."""
+"""Judges of plans: the share of boxes that are still found, or the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile budgets, settings and loaders: each has its own clear error, and the caller's model stays as it was."""
+"""Invalid budgets, settings and loaders: a clear error for each, and the model is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile losses, and runs that are interrupted."""
+"""Invalid losses, and runs that are interrupted."""
 
 from __future__ import annotations
 

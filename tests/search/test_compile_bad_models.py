@@ -1,4 +1,4 @@
-"""Models that cannot be analyzed as they are given, and odd ones that can."""
+"""Models that cannot be analyzed as given, and unusual models that can."""
 
 from __future__ import annotations
 

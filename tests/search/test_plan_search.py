@@ -1,4 +1,4 @@
-"""Strategies: what they ask for, what they find, and that they can be stopped."""
+"""Strategies: budgets, images, healing of trials, and interruption."""
 
 from __future__ import annotations
 

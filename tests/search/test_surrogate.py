@@ -1,4 +1,4 @@
-"""What a search believes of regions: scores first, then what trials have shown."""
+"""The surrogate model of the search: scores first, then the results of trials."""
 
 from __future__ import annotations
 

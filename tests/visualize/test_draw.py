@@ -1,4 +1,4 @@
-"""Files that `fxprune.draw` writes: formats, refusals, names that mean harm, and where boxes and lines lie."""
+"""Files that `fxprune.draw` writes: formats, errors, and escaped names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture shows: what flows where, which blocks there are, what goes at each budget."""
+"""The data of a drawing: links between islands, blocks, and the plan of each budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where boxes, frames and edges of a picture lie, and the way the signal takes past what was removed."""
+"""The layout of a drawing: boxes, frames, edges, and the path past removed blocks."""
 
 from __future__ import annotations
 
