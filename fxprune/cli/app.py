@@ -44,7 +44,7 @@ app = typer.Typer(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status.
+    """Run a command and return the exit status.
 
     Examples
     --------
@@ -73,8 +73,8 @@ def command(panel: str) -> Callable[[Command], Command]:
     return register
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(version_line())
         raise typer.Exit
 
@@ -88,20 +88,22 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Find the blocks a detector does not need, and remove them."""
+    """Find the blocks that a detector does not need, and remove them."""
 
 
 @command("Try it")
 def demo(
     terminal: Terminal,
     budget: Annotated[float, typer.Option(help="Fraction of the FLOPs to remove.")] = 0.1,
-    criterion: Annotated[list[str], o.choice("Options", "May be given more than once", CRITERIA)] = _DEMO,
+    criterion: Annotated[
+        list[str], o.choice("Options", "Criterion to compare; repeat the option for several", CRITERIA)
+    ] = _DEMO,
 ) -> None:
-    """Prune the bundled detector by several criteria, and compare."""
+    """Prune the bundled detector by several criteria, and compare the results."""
     run_demo(terminal.out, terminal.err, budget, tuple(criterion))
 
 
-@command("Look")
+@command("Inspect")
 def analyze(
     terminal: Terminal,
     model: ModelOptions,
@@ -110,7 +112,7 @@ def analyze(
     budget: BudgetOptions,
     out: OutputOptions,
 ) -> Result:
-    """Score every block that could go; mark those a budget takes."""
+    """Score every block that can be removed; mark the blocks that a budget removes."""
     with terminal.progress() as tell:
         network = steps.load_checked_model(model, data, budget, out, tell)
         analysis = steps.run_analysis(network, steps.open_calibration_images(network, data, tell), scores, budget.cost)
@@ -124,9 +126,9 @@ def analyze(
     return Result(plan.to_dict(), report(plan), remark)
 
 
-@command("Look")
+@command("Inspect")
 def eval_(terminal: Terminal, model: ModelOptions, data: DataOptions, json: o.JsonFlag = False) -> Result:
-    """Measure average precision, as COCO does."""
+    """Measure the average precision, as defined by COCO."""
     check_data(model, data, boxes=True)
     with terminal.progress() as tell:
         network = steps.load_model(model, data.device, tell)
@@ -136,18 +138,18 @@ def eval_(terminal: Terminal, model: ModelOptions, data: DataOptions, json: o.Js
     return Result({"model": model.model, "images": images, **scores}, tables.scores_view(scores, images))
 
 
-@command("Look")
+@command("Inspect")
 def sweep(
     terminal: Terminal,
     model: ModelOptions,
     data: DataOptions,
     scores: ScoreOptions,
     out: OutputOptions,
-    budgets: Annotated[str, o.option(o.SCORES_PANEL, "Fractions of the cost, with commas between.")] = "0.1,0.2,0.3",
+    budgets: Annotated[str, o.option(o.SCORES_PANEL, "Fractions of the cost, separated by commas.")] = "0.1,0.2,0.3",
     cost: o.CostName = "flops",
     heal: o.HealName = "affine",
 ) -> Result:
-    """Prune by several budgets; show mAP and cost of each."""
+    """Prune by several budgets; show the mAP and the cost of each."""
     check_data(model, data, boxes=True)
     fractions = [check_budget(fraction) for fraction in o.read_numbers(budgets)]
     output.check_folder(out.out, out.force)
@@ -171,7 +173,7 @@ def sweep(
     return Result(document, tables.sweep_view(points, terminal.out.width, cost, heal), remark)
 
 
-@command("Look")
+@command("Inspect")
 def draw(
     terminal: Terminal,
     model: ModelOptions,
@@ -179,12 +181,12 @@ def draw(
     data: DataOptions,
     scores: ScoreOptions,
     plan: Annotated[
-        Path | None, o.option(o.SCORES_PANEL, "Draw this plan; nothing is analyzed.", metavar="FILE")
+        Path | None, o.option(o.SCORES_PANEL, "Draw this plan, without an analysis.", metavar="FILE")
     ] = None,
     force: o.ForceFlag = False,
     json: o.JsonFlag = False,
 ) -> Result:
-    """Draw what could go, or what went."""
+    """Draw the blocks that can be removed, or those that were removed."""
     if plan is None and model.pruned is None:
         check_data(model, data)
     output.check_file(picture, force)
@@ -198,12 +200,12 @@ def draw(
             network = steps.load_model(model, data.device, tell)
             what = steps.run_analysis(network, steps.open_calibration_images(network, data, tell), scores)
         tell("draw", 0, 1)
-        output.check_file(picture, force)  # again: it may have appeared meanwhile
+        output.check_file(picture, force)  # again: the file may have been created meanwhile
         drawing.draw(what, picture)
     return Result({"picture": str(picture)}, None, f"wrote {picture}")
 
 
-@command("Cut")
+@command("Prune")
 def prune(
     terminal: Terminal,
     model: ModelOptions,
@@ -213,7 +215,7 @@ def prune(
     search: PruneOptions,
     out: OutputOptions,
 ) -> Result:
-    """Analyze, remove, mend if asked to, and save the smaller model."""
+    """Analyze, remove blocks, heal (unless --heal none), and save the pruned model."""
     with terminal.progress() as tell:
         network = steps.load_checked_model(model, data, budget, out, tell)
         images = steps.open_calibration_images(network, data, tell, search.heal)
@@ -224,14 +226,14 @@ def prune(
         return steps.save_result(pruning.model, pruning.analysis, shown, out, tell)
 
 
-@command("Cut")
+@command("Prune")
 def apply(
     terminal: Terminal,
     model: ModelOptions,
-    plan: Annotated[Path, typer.Argument(help="What analyze --json or --out wrote.", show_default=False)],
+    plan: Annotated[Path, typer.Argument(help="Plan file that analyze --json or --out wrote.", show_default=False)],
     out: OutputOptions,
 ) -> Result:
-    """Carry out a plan that analyze made."""
+    """Apply a plan that analyze made."""
     output.check_folder(out.out, out.force)
     made = Plan.load(plan)
     with terminal.progress() as tell:

@@ -1,4 +1,4 @@
-"""Where images come from, and whether the model and they belong together."""
+"""Opens the images, and checks that the model fits them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from fxprune.graph.fx_utils import class_names
 
 Split = Literal["calibration", "val"]
 CALIBRATION_IMAGES, HEALING_IMAGES = 64, 256
-"""How many images are enough to score by, and to heal by, unless --limit says otherwise."""
+"""Default numbers of images for scoring and for healing; --limit replaces them."""
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and deviation of the pixels that torchvision's classifiers were trained on."""
+"""Mean and standard deviation of the pixels in the training data of torchvision's classifiers."""
 _CLASS_COUNTS = (
     "head.classification_head.num_classes",
     "head.classification_head.num_columns",
     "roi_heads.box_predictor.cls_score.out_features",
 )
-"""Where torchvision's detectors have their number of classes."""
+"""Attributes of torchvision's detectors that hold their number of classes."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class EvaluationImages:
     Attributes
     ----------
     dataset : map-style dataset
-        Items as `fxprune.CocoDataset` gives them.
+        Its items have the format of `fxprune.CocoDataset`.
     labelled : bool
-        Whether they have boxes.
+        Whether the images have true boxes.
     labels : mapping of int to int, or None
-        The model's class numbers to the data set's labels, as `fxprune.evaluate` takes it.
+        Maps the model's class numbers to the data set's labels; an argument of `fxprune.evaluate`.
     """
 
     dataset: Any
@@ -57,21 +57,21 @@ class EvaluationImages:
 
 
 def check_data(model: ModelOptions, data: DataOptions, boxes: bool = False) -> None:
-    """Refuse options of data that do not go together, before anything is loaded.
+    """Reject data options that exclude each other or are missing, before anything is loaded.
 
     Raises
     ------
     typer.BadParameter
-        Says what to give instead.
+        If there are such options; the message names the right ones.
     """
     if data.data is not None and (data.images or data.annotations):
-        raise typer.BadParameter("--data goes without --images and --annotations")
+        raise typer.BadParameter("--data cannot be combined with --images or --annotations")
     if data.annotations is not None and data.images is None:
-        raise typer.BadParameter("--annotations needs the --images they are of")
+        raise typer.BadParameter("--annotations needs the --images folder as well")
     if data.data is None and data.images is None and model.model != "bundled":
         raise typer.BadParameter(
             f"{model.model} needs images: --images FOLDER, with --annotations FILE.json if there are any, or"
-            " --data FILE.yaml (only the bundled model brings its own)"
+            " --data FILE.yaml (only the bundled model has its own)"
         )
     if boxes and data.images is not None and data.annotations is None:
         raise typer.BadParameter(
@@ -80,14 +80,14 @@ def check_data(model: ModelOptions, data: DataOptions, boxes: bool = False) -> N
 
 
 def open_images(model: nn.Module, options: DataOptions, split: Split, heal: str = "none") -> EvaluationImages:
-    """Open the images that the options name, and hold the model's classes to theirs.
+    """Open the images that the options name, and check that the classes of the model match.
 
     Raises
     ------
     DatasetError
-        If they cannot be read.
+        If the images cannot be read.
     SettingError
-        If the model's classes are not the data set's.
+        If the model's classes differ from the data set's.
     """
     network = unwrap(model)
     dataset: Any
@@ -107,13 +107,13 @@ def open_images(model: nn.Module, options: DataOptions, split: Split, heal: str 
 
 
 def _pick_evenly(dataset: Any, most: int) -> Any:
-    """At most so many items, evenly spread."""
+    """Return at most `most` items, evenly spread."""
     count = len(dataset)
     return dataset if count <= most else Subset(dataset, [index * count // most for index in range(most)])
 
 
 def _match_numbers(network: nn.Module, dataset: YoloDataset) -> dict[int, int] | None:
-    """Match classes by number where the model has no names for them: ultralytics counts from 0, torchvision from 1."""
+    """Match classes by number if the model has no class names: ultralytics counts from 0, torchvision from 1."""
     names = model_class_names(network)
     if names is not None and any(name != str(number) for number, name in names.items()):
         return None
@@ -122,7 +122,10 @@ def _match_numbers(network: nn.Module, dataset: YoloDataset) -> dict[int, int] |
 
 
 def _check_classes(network: nn.Module, dataset: Any, shift: int) -> None:
-    """Refuse labels that a torchvision detector without class names cannot know; names are compared elsewhere."""
+    """Reject labels above the number of classes of a torchvision detector without class names.
+
+    Class names are compared elsewhere.
+    """
     categories = dataset_categories(dataset)
     if categories is None or model_class_names(network) is not None:
         return
@@ -134,9 +137,9 @@ def _check_classes(network: nn.Module, dataset: Any, shift: int) -> None:
         highest = max(categories, default=0) + shift
         if highest >= count:
             raise SettingError(
-                f"this {type(network).__name__} is wrong for the data: it knows classes 1 to {count - 1} (0 is the"
-                f" background), the data set goes up to {highest}; build it with --classes {highest + 1} and weights"
-                " trained for that"
+                f"this {type(network).__name__} does not fit the data: it has classes 1 to {count - 1} (0 is the"
+                f" background), the labels of the data set go up to {highest}; build it with --classes {highest + 1}"
+                " and weights trained for that number"
             )
 
 
@@ -144,7 +147,7 @@ def _check_classes(network: nn.Module, dataset: Any, shift: int) -> None:
 
 
 def calibration_batches(model: nn.Module, pictures: EvaluationImages, options: DataOptions) -> Sequence[Any]:
-    """Make the batches `fxprune.analyze` takes, whatever the kind of model."""
+    """Make the batches for `fxprune.analyze`, for any kind of model."""
     network = unwrap(model)
     check_size(network, options.size)
     if _is_classifier(network):
@@ -160,13 +163,13 @@ def calibration_batches(model: nn.Module, pictures: EvaluationImages, options: D
 
 
 def check_size(network: nn.Module, size: int | None) -> None:
-    """Refuse --size where it would not be heeded."""
+    """Reject --size for a model that would ignore it."""
     if size is not None and not ultralytics.ADAPTER.matches(network, None) and not _is_classifier(network):
-        raise SettingError(f"--size does not go with {type(network).__name__}, which sizes its images itself")
+        raise SettingError(f"--size cannot be used with {type(network).__name__}, which sizes its images itself")
 
 
 def _is_classifier(network: nn.Module) -> bool:
-    """Whether a model is one of torchvision's classifiers."""
+    """Return whether a model is one of torchvision's classifiers."""
     names = class_names(network)
     others = tuple(f"torchvision.models.{part}." for part in ("detection", "segmentation", "video", "optical_flow"))
     return any(name.startswith("torchvision.models.") and not name.startswith(others) for name in names)
@@ -174,7 +177,7 @@ def _is_classifier(network: nn.Module) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _ClassifierBatches(Sequence[Tensor]):
-    """Squares without labels, prepared as torchvision's classifiers were trained."""
+    """Square images without labels, with the preprocessing of torchvision's classifiers."""
 
     dataset: Any
     batch_size: int

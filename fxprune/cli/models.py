@@ -1,4 +1,4 @@
-"""Where a model comes from: its name on the command line, the weights put into it, the pruning done to it."""
+"""Opens a model: builds it by its name on the command line, loads its weights, and applies its pruning."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ from fxprune.runtime.json_text import first_few
 
 
 def open_model(options: ModelOptions, device: str) -> nn.Module:
-    """Build the model that the options name, with its weights, pruned if asked for, in eval mode on the device.
+    """Build the model that the options name, in eval mode on the device.
+
+    Weights are loaded, and a pruning is applied, if the options name them.
 
     Raises
     ------
     ModelError
-        If it cannot be had; says why.
+        If the model cannot be built or loaded; the message says why.
     StorageError
-        If the weights do not fit, or the pruned folder does not.
+        If the weights or the pruned folder do not fit the model.
     SettingError
-        If an option does not go with it.
+        If an option cannot be used with the model.
     """
-    place = _device(device)
+    torch_device = _device(device)
     torch.manual_seed(0)
     kind = options.model.partition(":")[0]
     model = BUILDERS.get(kind, _call_builder)(options)
@@ -49,7 +51,7 @@ def open_model(options: ModelOptions, device: str) -> nn.Module:
     unwrap(model).eval()
     if options.pruned is not None:
         model = load(model, options.pruned)
-    unwrap(model).to(place)
+    unwrap(model).to(torch_device)
     return model
 
 
@@ -58,14 +60,14 @@ def _device(name: str) -> torch.device:
         torch.zeros(1, device=name).cpu()
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = str(error).split("\n")[0]
-        raise SettingError(f"device {name!r} cannot be used here ({said}); cpu always can") from error
+        reason = str(error).split("\n")[0]
+        raise SettingError(f"device {name!r} cannot be used here ({reason}); cpu always works") from error
 
 
 def _is_name(options: ModelOptions) -> bool:
-    """Whether --weights names weights that torchvision knows, and no file."""
-    torchvisions = options.model.startswith("torchvision:")
-    return torchvisions and not Path(str(options.weights)).suffix and not Path(str(options.weights)).exists()
+    """Return whether --weights is the name of torchvision weights, not of a file."""
+    is_torchvision = options.model.startswith("torchvision:")
+    return is_torchvision and not Path(str(options.weights)).suffix and not Path(str(options.weights)).exists()
 
 
 # Builders ------------------------------------------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def _is_name(options: ModelOptions) -> bool:
 
 def _bundled(options: ModelOptions) -> nn.Module:
     if options.classes not in (None, len(CLASS_NAMES)):
-        raise SettingError(f"the bundled detector has {len(CLASS_NAMES)} classes; leave --classes out")
+        raise SettingError(f"the bundled detector has {len(CLASS_NAMES)} classes; omit --classes")
     model: nn.Module = load_detector()
     cast(Any, model).names = list(CLASS_NAMES)
     return model
@@ -82,19 +84,19 @@ def _bundled(options: ModelOptions) -> nn.Module:
 def _torchvision(options: ModelOptions) -> nn.Module:
     name = options.model.partition(":")[2]
     if name not in torchvision.models.list_models():
-        raise ModelError(f"torchvision knows no model {name!r}{_suggest(name, torchvision.models.list_models())}")
-    given: dict[str, Any] = {} if options.classes is None else {"num_classes": options.classes}
+        raise ModelError(f"torchvision has no model {name!r}{_suggest(name, torchvision.models.list_models())}")
+    arguments: dict[str, Any] = {} if options.classes is None else {"num_classes": options.classes}
     weights = _pretrained(name, str(options.weights)) if options.weights and _is_name(options) else None
     if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(name)).parameters:
-        given["weights_backbone"] = None
+        arguments["weights_backbone"] = None
     try:
-        model = cast(nn.Module, torchvision.models.get_model(name, weights=weights, **given))
+        model = cast(nn.Module, torchvision.models.get_model(name, weights=weights, **arguments))
     except OSError as error:
         raise ModelError(
-            f"the weights {weights} of {name} cannot be had ({error}): no connection? Give a file, --weights FILE"
+            f"the weights {weights} of {name} cannot be downloaded ({error}): no connection? Use a file: --weights FILE"
         ) from error
     except ValueError as error:
-        raise SettingError(f"{name} cannot be built as asked: {error}; see --classes and --weights") from error
+        raise SettingError(f"{name} cannot be built: {error}; see --classes and --weights") from error
     if weights is not None:
         cast(Any, model).names = list(weights.meta["categories"])
     return model
@@ -116,15 +118,15 @@ def _ultralytics(options: ModelOptions) -> nn.Module:
 
     name = options.model.partition(":")[2]
     if not name.endswith((".pt", ".yaml", ".yml")):
-        raise ModelError(f"ultralytics:{name} is neither a .pt nor a .yaml; give the name of such a file")
+        raise ModelError(f"ultralytics:{name} is not the name of a .pt or .yaml file")
     try:
         model = YOLO(name)
-    except Exception as error:  # whatever ultralytics makes of a file that is missing or is none of its own
-        said = " ".join(str(error).replace("❌", "").split())
-        raise ModelError(f"ultralytics cannot load {name} ({type(error).__name__}: {said})") from error
+    except Exception as error:  # ultralytics raises many types for a missing or unknown file
+        reason = " ".join(str(error).replace("❌", "").split())
+        raise ModelError(f"ultralytics cannot load {name} ({type(error).__name__}: {reason})") from error
     if options.classes is not None:
         if name.endswith(".pt"):
-            raise SettingError(f"{name} has its own classes; --classes goes with a .yaml")
+            raise SettingError(f"{name} has its own classes; --classes needs a .yaml")
         old: Any = unwrap(model)
         new = type(old)(old.yaml, nc=options.classes, verbose=False)
         new.args, new.task, model.model = old.args, old.task, new
@@ -132,16 +134,16 @@ def _ultralytics(options: ModelOptions) -> nn.Module:
 
 
 def _call_builder(options: ModelOptions) -> nn.Module:
-    """Call the user's own function; the current directory is importable."""
+    """Call the user's own function; modules in the current directory can be imported."""
     module_name, _, function_name = options.model.partition(":")
     if not function_name:
         known = torchvision.models.list_models()
         hint = f"did you mean torchvision:{options.model}" if options.model in known else "see --help"
         raise ModelError(
-            f"model {options.model!r} is none of bundled, torchvision:NAME, ultralytics:FILE, module:function; {hint}"
+            f"model {options.model!r} is not bundled, torchvision:NAME, ultralytics:FILE or module:function; {hint}"
         )
     if options.classes is not None:
-        raise SettingError(f"--classes does not go with {options.model}; let the function build what you need")
+        raise SettingError(f"--classes cannot be used with {options.model}; set the number of classes in the function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     function = getattr(_import(module_name), function_name, None)
@@ -152,7 +154,7 @@ def _call_builder(options: ModelOptions) -> nn.Module:
     except (Exception, SystemExit) as error:
         raise ModelError(f"{options.model} failed: {_failure(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{options.model} gave {type(model).__name__}; it should give a torch.nn.Module")
+        raise ModelError(f"{options.model} returned {type(model).__name__}; it must return a torch.nn.Module")
     return model
 
 
@@ -161,7 +163,7 @@ BUILDERS: dict[str, Callable[[ModelOptions], nn.Module]] = {
     "torchvision": _torchvision,
     "ultralytics": _ultralytics,
 }
-"""By what stands before the colon; anything else is a module of the user's."""
+"""Builders by the text before the colon; any other text is the name of a module of the user."""
 
 
 def _import(name: str) -> Any:
@@ -176,7 +178,7 @@ def _import(name: str) -> Any:
 
 
 def _failure(error: BaseException) -> str:
-    """What went wrong in the user's code, and where."""
+    """Describe an error in the user's code, with its place."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -194,19 +196,19 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def fill_weights(network: nn.Module, path: Path) -> None:
-    """Load weights of a file into a network: all of them, and no other.
+    """Load the weights of a file into a network; the keys must be the same.
 
     Parameters
     ----------
     network : Module
-        It is changed.
+        The network; its weights are replaced.
     path : Path
-        Safetensors, or what ``torch.save(model.state_dict(), path)`` wrote; read without running any code in it.
+        A safetensors file, or a file of ``torch.save(model.state_dict(), path)``. No code in it is run.
 
     Raises
     ------
     StorageError
-        If the file is no such, or keys or shapes differ; names them.
+        If the file has another format, or if keys or shapes differ; the message names them.
     """
     values, state = _read(path), network.state_dict()
     lines = [f"{key!r} is missing in the file" for key in state if key not in values]
@@ -226,8 +228,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise StorageError(
-            f"{path} holds no plain weights ({type(error).__name__}); give .safetensors, or what"
-            " torch.save(model.state_dict(), file) wrote: pickled models are not opened"
+            f"{path} holds no plain weights ({type(error).__name__}); use a .safetensors file, or a file of"
+            " torch.save(model.state_dict(), file); pickled models are not opened"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

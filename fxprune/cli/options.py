@@ -69,8 +69,8 @@ class ModelOptions:
         str,
         typer.Argument(
             metavar="MODEL",
-            help="bundled, torchvision:NAME, ultralytics:FILE (.yaml, or .pt: a pickle, so trust its source), or"
-            " your own module:function.",
+            help="bundled, torchvision:NAME, ultralytics:FILE (.yaml or .pt), or your own module:function. A .pt file"
+            " is a pickle and can run code; use only files that you trust.",
             show_default=False,
             autocompletion=_known_models,
         ),
@@ -104,7 +104,11 @@ class DataOptions:
 
     images: Annotated[
         Path | None,
-        option(DATA_PANEL, "Folder of images; without --annotations, the model labels them itself.", metavar="FOLDER"),
+        option(
+            DATA_PANEL,
+            "Folder of images; without --annotations, the model's own outputs are the labels.",
+            metavar="FOLDER",
+        ),
     ] = None
     annotations: Annotated[Path | None, option(DATA_PANEL, "COCO annotations of --images.", metavar="FILE.json")] = None
     data: Annotated[
@@ -114,7 +118,8 @@ class DataOptions:
         int | None,
         option(
             DATA_PANEL,
-            "Most images to use, evenly spread; default: 64 to calibrate, 256 with --heal, and all to evaluate.",
+            "Maximum number of images, evenly spread; default: 64 to calibrate, 256 to calibrate with healing, all to"
+            " evaluate.",
             min=1,
             metavar="N",
         ),
@@ -133,10 +138,12 @@ class ScoreOptions:
 
     criterion: Annotated[str, choice(SCORES_PANEL, "Criterion of importance", CRITERIA)] = "fisher"
     shapes: Annotated[str | None, removed("shapes")] = None
-    seed: Annotated[int, option(SCORES_PANEL, "Seed of samplers in the loss and of random scores.", metavar="N")] = 0
+    seed: Annotated[
+        int, option(SCORES_PANEL, "Seed of the samplers in the loss and of random scores.", metavar="N")
+    ] = 0
     latency_backend: Annotated[
         str | None,
-        choice(SCORES_PANEL, "Measure milliseconds on this backend; default with --cost latency: eager", BACKENDS),
+        choice(SCORES_PANEL, "Measure milliseconds on this backend (with --cost latency, default eager)", BACKENDS),
     ] = None
 
     def for_analysis(self, cost: str, progress: Progress) -> AnalysisOptions:
@@ -167,14 +174,17 @@ class PruneOptions:
 
     strategy: Annotated[
         str,
-        choice(SCORES_PANEL, "One plan by scores, or the best of many plans by trials", STRATEGIES),
+        choice(SCORES_PANEL, "One plan by scores, or the best of several plans by trial", STRATEGIES),
     ] = "one_shot"
-    tries: Annotated[int, option(SCORES_PANEL, "Most plans that --strategy search tries.", min=1, metavar="N")] = (
-        DEFAULT_TRIES
-    )
+    tries: Annotated[
+        int, option(SCORES_PANEL, "Maximum number of plans that --strategy search tries.", min=1, metavar="N")
+    ] = DEFAULT_TRIES
     heal: HealName = "affine"
     steps: Annotated[
-        int, option(SCORES_PANEL, "Most training steps of --heal mimic, of 4 images each.", min=1, metavar="N")
+        int,
+        option(
+            SCORES_PANEL, "Maximum number of training steps of --heal mimic; 4 images per step.", min=1, metavar="N"
+        ),
     ] = 400
 
 
@@ -205,7 +215,7 @@ def read_numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no list of numbers such as 0.1,0.2,0.3") from error
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 0.1,0.2,0.3") from error
 
 
 def spread_signature(function: Callable[..., Any], given: Iterable[type]) -> inspect.Signature:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and replace nothing unasked."""
+"""Writes output files and folders completely or not at all; earlier ones are replaced only with --force."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _WRITTEN_NAMES = re.compile(r"(plan(-[0-9.]+)?|manifest|sweep)\.json|weights\.sa
 
 
 def check_folder(folder: Path | None, force: bool) -> None:
-    """Refuse a folder that cannot be written, before the work.
+    """Reject a folder that cannot be written, before the work starts.
 
     Raises
     ------
     StorageError
-        If it is there and `force` is not given, or it is a file, or holds anything that fxprune did not write.
+        If the folder exists and `force` is False; if it is a file, or holds anything that fxprune did not write.
     """
     if folder is None or not os.path.lexists(folder):
         return
@@ -32,33 +32,33 @@ def check_folder(folder: Path | None, force: bool) -> None:
     if strangers := [name for name in names if not _WRITTEN_NAMES.fullmatch(name)]:
         raise StorageError(f"{folder} holds {first_few(strangers)}, which fxprune did not write; name another folder")
     if names and not force:
-        raise StorageError(f"{folder} is there already; --force replaces it")
+        raise StorageError(f"{folder} exists already; --force replaces it")
 
 
 def check_file(path: Path, force: bool) -> None:
-    """Refuse a file that is there, unless `force` is given, and a folder in its place."""
+    """Reject a path that is a folder, or a file that exists if `force` is False."""
     if path.is_dir():
         raise StorageError(f"{path} is a folder; name a file")
     if os.path.lexists(path) and not force:
-        raise StorageError(f"{path} is there already; --force replaces it")
+        raise StorageError(f"{path} exists already; --force replaces it")
 
 
 def write_folder(folder: Path, force: bool, fill: Callable[[Path], None]) -> None:
-    """Have a folder filled beside its place, and move it there.
+    """Fill a temporary folder, then move it to its final path.
 
     Parameters
     ----------
     folder : Path
-        Its place; folders above it are made.
+        The final path; missing parent folders are created.
     force : bool
-        Whether to replace what an earlier run wrote there.
+        Whether to replace the output of an earlier run.
     fill : callable
         ``fill(draft)`` writes the files into an empty folder.
 
     Raises
     ------
     StorageError
-        As `check_folder`; or if it cannot be written. Whatever goes wrong, its place is as it was.
+        As in `check_folder`, or if the folder cannot be written. After any error, the path is unchanged.
     """
     check_folder(folder, force)
     with atomic_write(Path(os.path.realpath(folder))) as draft:

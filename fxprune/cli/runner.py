@@ -1,4 +1,4 @@
-"""Running a command: its options gathered, its result shown, its errors told in one paragraph and an exit status."""
+"""Runs a command: gathers its options, shows its result, and turns errors into one paragraph and an exit status."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fxprune.errors import FxpruneError, FxpruneWarning
 from fxprune.version import __version__
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-EXIT_STATUS = {0: "fine", EXIT_FAILED: "it failed", EXIT_USAGE: "wrong usage", EXIT_INTERRUPTED: "Ctrl-C"}
-"""What the exit statuses mean. A reader that closes the pipe early is fine."""
+EXIT_STATUS = {0: "success", EXIT_FAILED: "failure", EXIT_USAGE: "wrong usage", EXIT_INTERRUPTED: "Ctrl-C"}
+"""The meaning of each exit status. It is 0 too if the reader of a pipe closes it early."""
 
 Command = Callable[..., Result | None]
 
 
 def typer_command(command: Command) -> Callable[..., None]:
-    """Make what `typer` calls of a command that takes groups of options and returns a `Result`.
+    """Make a function for `typer` from a command that takes groups of options and returns a `Result`.
 
     Parameters
     ----------
     command : callable
-        A parameter of type `Terminal` gets the terminal; the others are groups of options or single ones. It may print
-        to stdout: that goes to stderr, and only its result to stdout.
+        A parameter of type `Terminal` gets the terminal; the others are groups of options or single options. Text
+        that the command prints goes to stderr; only its result goes to stdout.
     """
 
     def run(**values: Any) -> None:
@@ -49,7 +49,7 @@ def typer_command(command: Command) -> Callable[..., None]:
 
 
 def keep_stdout() -> None:
-    """Keep this process's stdout for Python: what libraries in C print there (HiGHS does) now goes to stderr."""
+    """Keep the stdout of the process for Python: the output of C libraries such as HiGHS goes to stderr."""
     try:
         kept = os.dup(1)
         os.dup2(2, 1)
@@ -60,14 +60,16 @@ def keep_stdout() -> None:
 
 @contextlib.contextmanager
 def report_errors(terminal: Terminal, debug: bool) -> Iterator[None]:
-    """Turn errors into a paragraph on stderr and `typer.Exit`; warnings of fxprune into remarks, others into nothing.
+    """Turn errors into a paragraph on stderr and `typer.Exit`.
+
+    Warnings of fxprune become remarks; other warnings are hidden.
 
     Parameters
     ----------
     terminal : Terminal
-        Where to.
+        The terminal to write to.
     debug : bool
-        Whether to print tracebacks, and every warning.
+        Whether to print tracebacks and all warnings.
     """
     try:
         with warnings.catch_warnings():
@@ -94,13 +96,13 @@ def report_errors(terminal: Terminal, debug: bool) -> Iterator[None]:
 
 
 def _drop_output(terminal: Terminal) -> None:
-    """Let go of what stdout did not take, or Python would try again at its end."""
+    """Discard the output that could not be written to stdout; otherwise Python would try again at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.out.file.fileno())
 
 
 def describe_error(error: Exception) -> str:
-    """Say what happened in one paragraph.
+    """Describe an error in one paragraph.
 
     Examples
     --------
@@ -111,8 +113,8 @@ def describe_error(error: Exception) -> str:
         return f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'stdout'}: {error.strerror}"
-    said = " ".join(str(error).split())
-    return f"unexpected {type(error).__name__}{f': {said}' if said else ''}. --debug shows where"
+    message = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}{f': {message}' if message else ''}. --debug shows the traceback"
 
 
 def _make_showwarning(terminal: Terminal) -> Callable[..., None]:

@@ -111,7 +111,7 @@ def describe_effort(images: int, search: PruneOptions) -> str:
             f"{healed} forward passes over {min(images, HEALING_IMAGES)} of them and {judged} over"
             f" {min(images, JUDGING_IMAGES)}"
         )
-    passes += ", at most. Ctrl-C takes the best so far"
+    passes += ", at most. Ctrl-C stops and returns the best plan so far"
     return f"scores {images} images{' twice' * bool(saliency)}, then tries up to {tries} plans: {passes}"
 
 

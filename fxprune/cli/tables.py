@@ -1,4 +1,4 @@
-"""What the commands print: tables, and a curve of characters."""
+"""The output of the commands: tables, and a curve drawn with characters."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Point:
     Attributes
     ----------
     budget : float
-        What was asked for; 0 is the unpruned model.
+        The budget; 0 is the original model.
     cost : Totals or None
-        What the model costs then; None if the budget cannot be met.
+        Costs of the pruned model; None if the budget cannot be met.
     removed : tuple of str
-        Names of the regions that went.
+        Names of the removed regions.
     scores : mapping
-        As `fxprune.evaluate` gives them.
+        The output of `fxprune.evaluate`.
     refusal : str
-        Why the budget cannot be met; empty if it can.
+        The reason why the budget cannot be met; empty if it can be met.
     """
 
     budget: float
@@ -48,7 +48,7 @@ class Point:
 
 
 def scores_view(scores: Mapping[str, float], images: int) -> RenderableType:
-    """Average precision, a figure a line."""
+    """Return a table of average precision, one figure per row."""
     table = _table("", f"on {images} images")
     for name, value in scores.items():
         table.add_row(name, _score(value))
@@ -56,7 +56,10 @@ def scores_view(scores: Mapping[str, float], images: int) -> RenderableType:
 
 
 def sweep_view(points: Sequence[Point], width: int, cost: str, heal: str) -> RenderableType:
-    """A line a budget, and the curve of mAP over the FLOPs that are left, or over the latency if that is the cost."""
+    """Return a table with one row per budget, and the curve of mAP over the remaining FLOPs or latency.
+
+    The curve is over latency if `cost` is ``"latency"``.
+    """
     timed = points[0].cost is not None and points[0].cost.latency_ms is not None
     table = _table("budget", "mAP", "mAP50", "FLOPs", "params", *(["ms predicted"] if timed else []), "removed")
     table.columns[-1].justify, table.columns[-1].overflow, table.columns[-1].no_wrap = "left", "fold", False
@@ -73,13 +76,13 @@ def sweep_view(points: Sequence[Point], width: int, cost: str, heal: str) -> Ren
         table.add_row(budget, *scores, *costs, ", ".join(point.removed))
     field, what = ("latency_ms", "latency") if cost == "latency" else ("flops", "FLOPs")
     spots = [(getattr(p.cost, field) / getattr(before, field), p.scores["mAP"]) for p in points if p.cost and p.scores]
-    said = [] if heal == "none" else [Text(f"Every cut was mended: --heal {heal}.")]
-    drawn: list[RenderableType] = ["", draw_curve(spots, min(width, 100), what)] if len(spots) > 1 else []
-    return Group(table, *said, *drawn)
+    healed = [] if heal == "none" else [Text(f"Every pruned model was healed: --heal {heal}.")]
+    curve: list[RenderableType] = ["", draw_curve(spots, min(width, 100), what)] if len(spots) > 1 else []
+    return Group(table, *healed, *curve)
 
 
 def draw_curve(spots: Sequence[tuple[float, float]], width: int, what: str = "FLOPs") -> Text:
-    """Draw (share of the cost that is left, mAP) as dots joined by lines, mAP upwards from 0.
+    """Draw the pairs (remaining share of the cost, mAP) as dots joined by lines; the mAP axis starts at 0.
 
     Examples
     --------

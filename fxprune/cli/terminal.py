@@ -26,15 +26,15 @@ from rich.text import Text
 from fxprune.runtime.json_text import replace_nonfinite
 
 Tell = Callable[[str, int, int | None], None]
-"""``tell(stage, done, total)``, as `fxprune.analyze` takes it; `total` is None where it is not known."""
+"""Type of `progress` in `fxprune.analyze`: ``tell(stage, done, total)``; `total` is None if it is not known."""
 STAGE_UNITS = {"capture": "steps", "stand-ins": "batches", "compile": "regions", "latency": "rounds"}
 STAGE_UNITS |= {"search": "plans", "affine": "layers", "mimic": "steps"}
-"""What a stage counts, if not images."""
+"""The unit of a stage's count, if it is not images."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found: as plain data, as something to look at, and a remark that is no part of either."""
+    """The result of a command: plain data for JSON, a view for the terminal, and a remark for stderr."""
 
     data: Any
     view: RenderableType | None
@@ -43,14 +43,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Terminal:
-    """The console of the results, and the one of everything else."""
+    """The consoles: `out` for results, `err` for everything else."""
 
     out: Console
     err: Console
 
     @contextmanager
     def progress(self) -> Iterator[Tell]:
-        """Show a bar for every stage that is told of; nothing where stderr is no terminal."""
+        """Show one progress bar per stage; show nothing if stderr is not a terminal."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description:<12}"),
@@ -87,7 +87,7 @@ class Terminal:
 
 @dataclass
 class _Stage:
-    """A bar; of a stage that comes several times, it counts all of them."""
+    """The progress bar of a stage. If the stage runs several times, the bar counts all runs together."""
 
     bars: Progress
     task: TaskID
@@ -96,7 +96,7 @@ class _Stage:
     endless: bool = True
 
     def tell(self, done: int, total: int | None) -> None:
-        """Move on; less than before means that the stage has begun again."""
+        """Update the bar; if `done` is less than before, the stage has started again."""
         if done < self.done:
             self.before += self.done
         self.done = done
@@ -105,32 +105,32 @@ class _Stage:
         self.bars.update(self.task, completed=self.before + done, total=None if (done, whole) == (0, 1) else whole)
 
     def end(self) -> None:
-        """Fill the bar of a stage that does not know how much there is to do: another one has begun."""
+        """Fill the bar if its total is not known; called when the next stage starts."""
         if self.endless:
             self.bars.update(self.task, total=self.done)
 
 
 def open_terminal() -> Terminal:
-    """Look at stdout and stderr as they are now; what stdout cannot spell becomes a question mark."""
+    """Open the current stdout and stderr; characters that stdout cannot encode become question marks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     return Terminal(_ResultConsole(file=sys.stdout), Console(stderr=True, file=sys.stderr))
 
 
 def to_json(data: Any) -> str:
-    """Write plain data as strict JSON, numbers that are none as null."""
+    """Return plain data as strict JSON text; NaN and infinity become null."""
     return json.dumps(replace_nonfinite(data), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 class _ResultConsole(Console):
     def on_broken_pipe(self) -> None:
-        """Leave a closed pipe to `fxprune.cli.runner`, where rich would end the process with status 1."""
+        """Raise the error for `fxprune.cli.runner`; rich would end the process with status 1."""
         raise
 
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        """How much of how much, and how fast on the whole; nothing for a stage of one step."""
+        """Return the count, the total and the mean rate; empty for a stage of one step."""
         if task.total is None or task.total <= 1:
             return Text("")
         seconds, unit = task.finished_time or task.elapsed, STAGE_UNITS.get(task.description.split()[0], "img")

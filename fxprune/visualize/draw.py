@@ -24,28 +24,28 @@ FORMATS: dict[str, Callable[[Picture], str | bytes]] = {
     ".dot": render_dot,
     ".mmd": render_mermaid,
 }
-"""What each suffix is written by."""
+"""The function that writes each suffix."""
 
 
 def draw(what: Drawable, path: str | PathLike[str], *, plan: Plan | None = None) -> None:
-    """Draw a network with its blocks, their importance, and what was removed.
+    """Draw a network with its blocks, their importance, and the removed regions.
 
     Parameters
     ----------
     what : Analysis, Plan or Module
-        An analysis shows what would go at every budget; a plan, or what `fxprune.compile` or `fxprune.apply`
-        returned, shows what goes or went.
+        For an analysis, the picture shows the removals at every budget; for a plan, its removals; for a model that
+        `fxprune.compile` or `fxprune.apply` returned, the removals that were applied.
     path : path
-        Where to. Its suffix says what is written: ``.html`` is a page to explore, one file that asks nothing of any
-        network; ``.svg`` and ``.png`` are still pictures (``pip install "fxprune[draw]"``); ``.dot`` (Graphviz) and
-        ``.mmd`` (Mermaid) are texts. A file that is there is replaced.
+        The output file; an existing file is replaced. The suffix sets the format: ``.html`` is an interactive page,
+        one file that loads nothing from the internet; ``.svg`` and ``.png`` are static pictures
+        (``pip install "fxprune[draw]"``); ``.dot`` (Graphviz) and ``.mmd`` (Mermaid) are text.
     plan : Plan, optional
-        Of an analysis: the plan to show first. Without it nothing is removed at first.
+        For an analysis: the plan to show first. By default, nothing is removed at first.
 
     Raises
     ------
     SettingError
-        If `path` is no path or ends in no format that is known, or if a package that the format takes is missing.
+        If `path` is not a path, if its suffix is not known, or if a package that the format needs is missing.
     StorageError
         If the file cannot be written.
     ModelError
@@ -63,10 +63,10 @@ def draw(what: Drawable, path: str | PathLike[str], *, plan: Plan | None = None)
 
 
 def write_view(picture: Picture, path: str | PathLike[str]) -> None:
-    """Write what `fxprune.visualize.network_view.build_view` returned in the format that the path's suffix says."""
+    """Write the output of `fxprune.visualize.network_view.build_view`; the suffix of the path sets the format."""
     target = _check_path(path)
     if not picture["blocks"]:
-        raise PlanError("the plan holds no graph to draw; make it anew with fxprune.analyze and Analysis.plan")
+        raise PlanError("the plan holds no graph to draw; make a new plan with fxprune.analyze and Analysis.plan")
     content = FORMATS[target.suffix.lower()](picture)
     with atomic_write(target) as draft:
         draft.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
@@ -75,10 +75,8 @@ def write_view(picture: Picture, path: str | PathLike[str]) -> None:
 def _check_path(path: Any) -> Path:
     text = os.fspath(path) if isinstance(path, (str, PathLike)) else None
     if not isinstance(text, str) or "\0" in text:
-        raise SettingError(f"path is {path!r}; give the path of a file")
+        raise SettingError(f"path is {path!r}; it must be the path of a file")
     target = Path(os.path.realpath(text))
     if target.suffix.lower() not in FORMATS:
-        raise SettingError(
-            f"{path} ends in no format that can be drawn; the known ones are {', '.join(sorted(FORMATS))}"
-        )
+        raise SettingError(f"{path} has no suffix of a known format; known: {', '.join(sorted(FORMATS))}")
     return target

@@ -1,4 +1,4 @@
-"""The blocks of a network as text for Graphviz and for Mermaid; removed ones dashed, the way around them bold."""
+"""The blocks of a network as Graphviz and Mermaid text; removed blocks are dashed, edges around them are bold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PORTS = {IMAGES_NODE: "images", RESULTS_NODE: "outputs"}
 
 @dataclass(frozen=True)
 class Box:
-    """One block: identifier, lines of its label, island, and whether it is `kept`, `partly` or `removed`."""
+    """One block: identifier, label lines, island, and status (`kept`, `partly` removed, or `removed`)."""
 
     name: str
     lines: tuple[str, ...]
@@ -69,7 +69,7 @@ def render_mermaid(picture: Picture) -> str:
 
 
 def make_caption(picture: Picture) -> str:
-    """What the plan that is shown first does, in one line."""
+    """Describe the plan that is shown first, in one line."""
     title = str(picture["title"])
     if picture["initial"] is None:
         return title
@@ -78,7 +78,7 @@ def make_caption(picture: Picture) -> str:
 
 
 def group_by_island(picture: Picture) -> Iterator[tuple[str, list[Box]]]:
-    """Boxes by island, an empty name for those that stand alone."""
+    """Yield the boxes of each island; the name is empty for a box that is alone in its island."""
     gone = _removed_nodes(picture)
     groups: dict[str, list[Box]] = {}
     for block in picture["blocks"]:
@@ -90,7 +90,7 @@ def group_by_island(picture: Picture) -> Iterator[tuple[str, list[Box]]]:
 
 
 def styled_edges(picture: Picture) -> Iterator[tuple[str, str, str]]:
-    """Pairs of box names and how the edge between them looks: `plain`, `ghost` (gone) or `wire` (past what is gone)."""
+    """Yield pairs of box names with the edge style: `plain`, `ghost` (removed) or `wire` (past a removed block)."""
     gone = _removed_nodes(picture)
     removed = {block["id"] for block in picture["blocks"] if _status(block, gone) == "removed"}
     pairs = [(source, target) for source, target in picture["block_edges"]]
@@ -112,7 +112,7 @@ def styled_edges(picture: Picture) -> Iterator[tuple[str, str, str]]:
 
 
 def _stand_ins(picture: Picture, removed: set[int], pairs: list[tuple[int, int]]) -> dict[int, set[int]]:
-    """For every removed block the blocks whose values stand in for its own."""
+    """Return, for each removed block, the blocks whose values are read instead of its own."""
     found: dict[int, set[int]] = {}
     for region in _removed_regions(picture):
         block = picture["nodes"][region["exit"]]["block"]
@@ -166,7 +166,7 @@ def _dot_look(box: Box) -> str:
 
 
 def quote(*lines: str) -> str:
-    """A Graphviz string of some lines."""
+    """Return lines as one Graphviz string."""
     escaped = [CONTROL.sub(" ", line).replace("\\", "\\\\").replace('"', '\\"') for line in lines]
     return '"' + "\\n".join(escaped) + '"'
 
@@ -176,5 +176,5 @@ def _escape_box(box: Box) -> str:
 
 
 def escape_entities(text: str) -> str:
-    """A text with every sign that could mean something to Mermaid written as a number."""
+    """Return a text in which every character that Mermaid could interpret is a numeric entity."""
     return re.sub(r"[^\w .,:()+·…-]", lambda found: f"#{ord(found[0])};", CONTROL.sub(" ", text))

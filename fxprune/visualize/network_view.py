@@ -1,4 +1,4 @@
-"""What a picture of a network shows, as plain data: blocks, what flows between them, and what goes at each budget."""
+"""The content of a picture of a network, as plain data: blocks, edges between them, and removals at each budget."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from fxprune.planning.plan import Candidate, NodeRecord, Plan, cost_of
 from fxprune.rewriting.history import applied_plans
 
 IMAGES_NODE, RESULTS_NODE = -1, -2
-"""Stand for the images and the results among blocks."""
+"""Positions that mean the input images and the results of the model."""
 SIZE_OPERATIONS = {"size", "getattr", "dim"}
-"""Operations that give sizes if they give no tensor; what is computed of them alone is left out of pictures."""
+"""Operations that return sizes if they return no tensor. Values computed from sizes only are not in pictures."""
 
 Drawable = Analysis | Plan | nn.Module
 
 
 def build_view(what: Drawable, shown: Plan | None = None) -> dict[str, Any]:
-    """Gather what a picture of a network shows.
+    """Gather the content of a picture of a network.
 
     Parameters
     ----------
     what : Analysis, Plan or Module
-        An analysis has plans for every budget in whole percents, a model that was pruned in steps one for each step,
-        with all that went by then.
+        An analysis has one plan per budget in whole percents. A model that was pruned in steps has one plan per step,
+        with all regions removed up to that step.
     shown : Plan, optional
-        A plan of the analysis to show first; the others are by its cost.
+        A plan of the analysis to show first. Its cost is the cost of the other plans too.
 
     Returns
     -------
     dict
-        Plain data, ready for JSON: ``nodes`` and ``edges``, ``blocks`` and ``block_edges`` (`IMAGES_NODE` and
-        `RESULTS_NODE` stand for images and results), ``regions``, ``rejections``, ``plans``, ``initial`` (the plan
+        Plain data for JSON: ``nodes`` and ``edges``, ``blocks`` and ``block_edges`` (`IMAGES_NODE` means the images,
+        `RESULTS_NODE` the results), ``regions``, ``rejections``, ``plans``, ``initial`` (the plan
         shown first, or None).
 
     Raises
@@ -93,7 +93,10 @@ def _plans(what: Drawable, shown: Plan | None) -> list[Plan]:
 
 
 def _accumulate_plans(plans: Sequence[Plan]) -> list[Plan]:
-    """Plans of the first network, each with all that went by then; the last one alone if that network lacks a block."""
+    """Return plans of the first network; each also removes the regions of the plans before it.
+
+    If a removed region is not in the first network, only the last plan is returned, without change.
+    """
     first, gone, found, blocks = plans[0], set[str](), [], plans[0].before.blocks
     for plan in plans if len(plans) > 1 else ():
         gone |= {region.name for region in plan.removed}
@@ -138,7 +141,7 @@ def _node_positions(region: Candidate, names: dict[tuple[str, str], int]) -> lis
 
 
 def _visible_nodes(nodes: Sequence[NodeRecord]) -> Iterator[NodeRecord]:
-    """Leave out inputs and outputs of islands, and arithmetic on sizes."""
+    """Omit inputs and outputs of islands, and arithmetic on sizes."""
     sizes: set[tuple[str, str]] = set()
     for node in nodes:
         of_sizes = bool(node.reads) and all((node.island, name) in sizes for name in node.reads)
@@ -150,14 +153,14 @@ def _visible_nodes(nodes: Sequence[NodeRecord]) -> Iterator[NodeRecord]:
 
 @dataclass(frozen=True)
 class Dataflow:
-    """Nodes of a whole model, what flows between them, and the blocks that they make.
+    """Nodes of a whole model, the edges between them, and their blocks.
 
     Attributes
     ----------
     nodes : tuple of NodeRecord
-        Those that do something; inputs and outputs of islands are left out, their neighbours joined.
+        Nodes without the inputs and outputs of islands; edges connect their neighbours directly.
     network : Analysis or Plan
-        What they are from.
+        The source of the nodes.
     """
 
     nodes: tuple[NodeRecord, ...]
@@ -165,12 +168,12 @@ class Dataflow:
 
     @cached_property
     def names(self) -> dict[tuple[str, str], int]:
-        """Position of every node."""
+        """Return the position of every node."""
         return {(node.island, node.node): index for index, node in enumerate(self.nodes)}
 
     @cached_property
     def edges(self) -> list[tuple[int, int]]:
-        """Pairs of positions, `IMAGES_NODE` and `RESULTS_NODE` among them."""
+        """Return pairs of positions, also of `IMAGES_NODE` and `RESULTS_NODE`."""
         found: dict[tuple[int, int], None] = {}
         for index, node in enumerate(self.nodes):
             for name in node.reads:
@@ -182,7 +185,7 @@ class Dataflow:
 
     @cached_property
     def islands(self) -> nx.DiGraph:
-        """What flows from island to island; a shared head that reads its own results does so once."""
+        """Return the graph of values between islands; without links that close a cycle (shared heads)."""
         graph: nx.DiGraph = nx.DiGraph()
         for link in self.network.links:
             if not (graph.has_node(link.target) and graph.has_node(link.source)) or not nx.has_path(
@@ -192,14 +195,17 @@ class Dataflow:
         return graph
 
     def _island_inputs(self, island: str) -> list[int]:
-        """Positions of the nodes whose values an island is given."""
+        """Return the positions of the nodes whose values are the inputs of an island."""
         found: dict[int, None] = {}
         for source in self.islands.predecessors(island) if island in self.islands else [IMAGES]:
             found |= dict.fromkeys([IMAGES_NODE] if source == IMAGES else self._island_outputs(source))
         return list(found)
 
     def _island_outputs(self, island: str) -> list[int]:
-        """Positions of the nodes whose values an island gives; what it hands through is its givers'."""
+        """Return the positions of the nodes whose values an island outputs.
+
+        If an output is an input of the island, the positions are those of the nodes before the island.
+        """
         outputs = [node for node in self.network.nodes if node.island == island and node.op == "output"]
         found: dict[int, None] = {}
         for name in (name for node in outputs for name in node.reads):
@@ -207,19 +213,19 @@ class Dataflow:
         return list(found)
 
     def _value_sources(self, island: str, name: str) -> list[int]:
-        """Positions of what gives a value that is read in an island: a node, another island, or nothing shown."""
+        """Return the positions of the visible nodes, in any island, that produce a value read in this island."""
         if (island, name) in self.names:
             return [self.names[island, name]]
         return self._island_inputs(island) if (island, name) in self.inputs else []
 
     @cached_property
     def inputs(self) -> set[tuple[str, str]]:
-        """What the islands are given."""
+        """Return the input nodes of all islands."""
         return {(node.island, node.node) for node in self.network.nodes if node.op == "input"}
 
     @cached_property
     def owners(self) -> dict[int, Candidate]:
-        """The outermost region of every node that is in one; of two that overlap the first."""
+        """Return the outermost region of every node that is in one; of two that overlap, the first."""
         found: dict[int, Candidate] = {}
         for region in self.network.regions:
             inside = _node_positions(region, self.names)
@@ -229,10 +235,10 @@ class Dataflow:
 
     @cached_property
     def blocks(self) -> list[int]:
-        """Block of every node.
+        """Return the block of every node.
 
-        An outermost region is a block. Of what is left, a layer that works begins one, and whatever else reads
-        values of one block only belongs to that; what brings several together begins one too.
+        An outermost region is a block. A node without FLOPs belongs to the block that it reads, if it reads one block
+        only, and that block is in the same island and is not a region. Every other node starts a block.
         """
         sources: dict[int, set[int]] = {index: set() for index in range(len(self.nodes))}
         for source, target in self.edges:
@@ -280,7 +286,7 @@ def _block_rows(flow: Dataflow) -> Iterator[dict[str, Any]]:
 
 
 def _layer(node: NodeRecord, flow: Dataflow) -> str:
-    """Name the layer that a node is; one that was captured by itself is a graph of one function."""
+    """Return the layer name of a node; a layer that is an island by itself has the name of the island."""
     alone = sum(bool(other.flops) for other in flow.nodes if other.island == node.island) == 1
     return node.island if alone and node.name == f"{node.island}.{node.node}" else node.name
 
@@ -291,7 +297,7 @@ def _summary(nodes: Sequence[NodeRecord]) -> str:
 
 
 def _block_edges(flow: Dataflow) -> list[tuple[int, int]]:
-    """What flows between blocks, each pair once."""
+    """Return the pairs of connected blocks, each once."""
     of = {IMAGES_NODE: IMAGES_NODE, RESULTS_NODE: RESULTS_NODE, **dict(enumerate(flow.blocks))}
     pairs = dict.fromkeys((of[source], of[target]) for source, target in flow.edges)
     return [pair for pair in pairs if pair[0] != pair[1]]

@@ -1,4 +1,4 @@
-"""Pages and still pictures: one renderer in JavaScript, which a browser runs in the page and QuickJS runs here."""
+"""Pages and static pictures by one JavaScript renderer: a browser runs it in the page, QuickJS runs it here."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ RENDERER = (
 )
 PAGE = (*RENDERER, "panel.js", "walk.js", "view.js", "page.js")
 FONTS = {400: "Inter-Regular.ttf", 600: "Inter-SemiBold.ttf"}
-"""By weight; the renderer sizes boxes by their advance widths."""
+"""Fonts by weight; the renderer computes the sizes of boxes from their advance widths."""
 
 STILL_SIZE = {"width": 1200, "height": 1200, "most": 1}
-"""The proportions that a still picture is wrapped to, in pixels."""
+"""Width and height in pixels that the columns of a static picture fill; `most` is the maximum scale."""
 PNG_SCALE = 2
 """Pixels of a PNG per pixel of the SVG."""
 JS_STACK_BYTES = 64 * 1024 * 1024
 
 
 def render_page(picture: Picture) -> str:
-    """A page to explore, in one file: the renderer, the font and the data are in it."""
+    """Return an interactive page as one file that contains the renderer, the font and the data."""
     parts = {
         "title": escape(str(picture["title"])),
         "style": _font_style() + _read("page.css"),
@@ -51,7 +51,7 @@ def render_page(picture: Picture) -> str:
 
 
 def render_svg(picture: Picture) -> str:
-    """A still picture in the light theme with legend and caption, of the plan that is shown first."""
+    """Return a static picture of the plan that is shown first, in the light theme, with legend and caption."""
     state = {"open": {}, "plan": picture["initial"], "theme": "light"}
     call = "fxprune.figure(input.picture, input.state, input.sheet, input.style)"
     text: str = evaluate_js(call, picture=picture, state=state, sheet=STILL_SIZE, style=_font_style())
@@ -59,7 +59,7 @@ def render_svg(picture: Picture) -> str:
 
 
 def render_png(picture: Picture) -> bytes:
-    """The still picture as PNG, its texts in the font that is shipped with it."""
+    """Return the static picture as PNG; its text is in the font that is part of fxprune."""
     resvg = _module("resvg_py", "resvg-py", ".png")
     folder = files("fxprune.visualize") / "web"
     with as_file(folder / FONTS[400]) as regular, as_file(folder / FONTS[600]) as bold:
@@ -74,7 +74,7 @@ def render_png(picture: Picture) -> bytes:
 
 
 def evaluate_js(expression: str, **values: Any) -> Any:
-    """Evaluate a JavaScript expression of the renderer; `values` are the properties of ``input``.
+    """Evaluate a JavaScript expression in the renderer; `values` are the properties of ``input``.
 
     Examples
     --------
@@ -108,5 +108,5 @@ def _module(name: str, package: str, formats: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise SettingError(
-            f'{formats} takes the package {package}: pip install "fxprune[draw]"; .html, .dot and .mmd take none'
+            f'{formats} needs the package {package}: pip install "fxprune[draw]"; .html, .dot and .mmd need no package'
         ) from error

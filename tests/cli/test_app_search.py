@@ -78,8 +78,8 @@ def test_sweep_heals_its_points(capsys: Captured) -> None:
 @pytest.mark.parametrize(("chosen", "said"), [([], "--heal affine."), (["--heal", "none"], None)])
 def test_sweep_names_the_healing_of_its_points(chosen: list[str], said: str | None, capsys: Captured) -> None:
     assert main(["sweep", "bundled", *FEW, "--budgets", "0.1", *chosen]) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if "mended" in line] == (
-        [f"Every cut was mended: {said}"] if said else []
+    assert [line for line in capsys.readouterr().out.splitlines() if "healed" in line] == (
+        [f"Every pruned model was healed: {said}"] if said else []
     )
 
 

@@ -63,7 +63,7 @@ def test_unknown_models_are_refused(name: str, text: str) -> None:
         ("import nothere_at_all\n", r"ModuleNotFoundError.*mine.py, line 1"),
         ("def build(:\n", r"SyntaxError.*mine.py, line 1"),
         ("import sys\nsys.exit(3)\n", r"mine .*SystemExit.*line 2"),
-        ("def build():\n    return 'a string'\n", "gave str"),
+        ("def build():\n    return 'a string'\n", "returned str"),
         ("other = 1\n", "has no 'build'"),
     ],
 )
@@ -130,7 +130,7 @@ def test_open_model_sets_the_number_of_classes() -> None:
     assert not detector.training
     yolo: Any = open_model(ModelOptions("ultralytics:yolov8n.yaml", classes=7), "cpu")
     assert len(yolo.model.names) == yolo.model.model[-1].nc == 7
-    with pytest.raises(SettingError, match="let the function build"):
+    with pytest.raises(SettingError, match="number of classes in the function"):
         open_model(ModelOptions("mine:build", classes=5), "cpu")
 
 
@@ -182,7 +182,7 @@ def test_annotations_that_do_not_fit_are_refused(images: Path, tmp_path: Path, c
     absent = content["annotations"][0] | {"image_id": 99999}
     assert "image 99999" in refused(annotations=[absent])
     named = [{"id": category["id"], "name": f"cat {category['id']}"} for category in content["categories"]]
-    assert "no class named" in refused(categories=named)
+    assert "no class with the name" in refused(categories=named)
     file.write_text('{"images": [', encoding="utf-8")
     text = refusal(capsys, "analyze", "bundled", "--images", images, "--annotations", file)
     assert "cannot be read as JSON" in text

@@ -18,7 +18,7 @@ from tests.helpers.commands import Captured, refusal
 def test_output_is_not_overwritten_without_force(pruned_folder: Path, tmp_path: Path, capsys: Captured) -> None:
     before = {path: path.read_bytes() for path in pruned_folder.iterdir()}
     assert "--force replaces it" in refusal(capsys, "prune", "bundled", "--out", pruned_folder)
-    assert "is there already" in refusal(capsys, "apply", "bundled", pruned_folder / "plan.json", "-o", pruned_folder)
+    assert "exists already" in refusal(capsys, "apply", "bundled", pruned_folder / "plan.json", "-o", pruned_folder)
     (tmp_path / "letter.txt").write_text("mine", encoding="utf-8")
     assert "letter.txt" in refusal(capsys, "prune", "bundled", "--out", tmp_path, "--force")
     assert "is a file" in refusal(capsys, "prune", "bundled", "--out", tmp_path / "letter.txt", "--force")

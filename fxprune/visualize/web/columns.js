@@ -1,9 +1,9 @@
-// A tall stack is cut between its rows and set in columns; edges lead from the foot of one to the head of the next.
+// Splits a tall picture between rows into columns. Edges lead from the end of one column to the start of the next.
 (function (api) {
   "use strict";
 
   const MARGIN = 18;
-  const TRACK = 9; // between edges that run side by side from one column to the next
+  const TRACK = 9; // distance of parallel edges between two columns
 
   function crossing(stops, y) {
     for (let i = 0; i + 1 < stops.length; i += 1) {
@@ -12,7 +12,7 @@
     return -1;
   }
 
-  /** The gaps between rows, with what it costs to cut there. */
+  /** The gaps between rows, with the cost of a cut in each. */
   function gapsOf(plan) {
     const gaps = [];
     for (let i = 0; i + 1 < plan.rows.length; i += 1) {
@@ -39,7 +39,7 @@
     return cuts;
   }
 
-  /** Cuts that leave every block in the column where it was, as far as that goes. */
+  /** Cuts that keep every block in its column, if possible. */
   function cutsKept(gaps, boxes, kept) {
     const cuts = [];
     const known = boxes.filter((box) => kept[box.block] !== undefined);
@@ -70,7 +70,7 @@
     return { left: left, right: right, high: high, low: low };
   }
 
-  /** Columns from the left: where each begins and ends in the stack, and how far it moves. */
+  /** Columns from the left, each with its start and end in the picture, and its shift. */
   function columnsOf(plan, cuts) {
     const bounds = [-Infinity].concat(cuts, [Infinity]);
     const columns = [];
@@ -100,7 +100,7 @@
     return columns.findIndex((column) => y >= column.from && y < column.to);
   }
 
-  /** The corners of an edge's way from the foot of one column over to the head of the next. */
+  /** The corners of an edge from the end of one column to the start of the next. */
   function turn(columns, index, lane, from, to) {
     const [here, next] = [columns[index], columns[index + 1]];
     const foot = here.low + here.dy + 6 + TRACK * lane;
@@ -142,7 +142,7 @@
     plan.frames = [].concat(...plan.frames.map((frame) => slices(frame, columns)));
   }
 
-  /** The pieces of a frame, one in each column that it reaches into. */
+  /** The pieces of a frame, one per column that it overlaps. */
   function slices(frame, columns) {
     const reached = columns.filter((column) => frame.top < column.to && frame.bottom > column.from);
     return reached.map(function (column, piece) {
@@ -156,7 +156,7 @@
     });
   }
 
-  /** The columns in which the whole is shown largest in a window of this width and height. */
+  /** The columns with which the picture is largest in a window of the width and height of `fit`. */
   function bestColumns(plan, fit) {
     const all = extent(plan, -Infinity, Infinity);
     const gaps = gapsOf(plan);
@@ -177,7 +177,7 @@
     return best;
   }
 
-  /** Set what was laid out in columns: those that fill a window best, or those that the blocks were `kept` in. */
+  /** Arrange a layout in columns: the columns of `kept`, or the columns that fit the window best. */
   api.wrap = function (plan, fit, kept) {
     const columns = kept ? columnsOf(plan, cutsKept(gapsOf(plan), plan.boxes, kept)) : bestColumns(plan, fit);
     wrapEdges(plan, columns);

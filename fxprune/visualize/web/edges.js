@@ -1,5 +1,5 @@
-// Which box feeds which, and the way the signal takes once regions are gone:
-// "plain" as ever, "ghost" no longer there, "wire" carries the signal past what was removed.
+// The edges between boxes, before and after the removal of regions. Styles: "plain" is unchanged, "ghost" is removed,
+// "wire" leads past a removed region.
 (function (api) {
   "use strict";
 
@@ -16,13 +16,13 @@
     const read = new Set(inside.map((edge) => edge[0]));
     const fed = new Set(inside.map((edge) => edge[1]));
 
-    /** The box that shows a node: its block, or itself where the block is unfolded. */
+    /** The box that shows a node: its block, or its own box if the block is unfolded. */
     function shown(node) {
       if (node < 0) return node === -1 ? "in" : "out";
       return state.open[blockOf(node)] ? "n" + node : "b" + blockOf(node);
     }
 
-    /** How a removed region shows: "removed" or "partly" with the one folded block that holds it, else "open". */
+    /** The status of the one folded block that contains a removed region ("removed" or "partly"), else "open". */
     function look(index) {
       const keys = new Set(regions[index].nodes.map(shown));
       const block = blockOf(regions[index].exit);
@@ -35,7 +35,7 @@
       if (!found[key] || RANKS[found[key].style] < RANKS[style]) found[key] = { from: from, to: to, style: style };
     }
 
-    /** Nodes that stand in for a region; without one of its own these are what its island is fed with. */
+    /** The nodes of a region's stand-in; if it has none, the nodes whose values its island reads. */
     function standIns(index) {
       const { nodes, stand_in: one } = regions[index];
       if (one !== null && one !== undefined) return [one];
@@ -44,7 +44,7 @@
       return picture.edges.filter(([from, to]) => nodes.indexOf(to) >= 0 && foreign(from)).map((edge) => edge[0]);
     }
 
-    /** Whether the signal runs through the one box that a removed region shows as: what stands in for it feeds it. */
+    /** Whether a removed region is shown as one box that reads its stand-in; the wire is then drawn through the box. */
     function isThrough(index) {
       if (look(index) !== "removed") return false;
       const own = standIns(index);
@@ -54,14 +54,14 @@
       );
     }
 
-    /** The boxes from which a reader of `node` gets its value now. */
+    /** The boxes whose values are read instead of `node` after the removal. */
     function sources(node) {
       const index = removal.taker[node];
       if (index === undefined || look(index) === "partly" || isThrough(index)) return [shown(node)];
       return [].concat(...standIns(index).map(sources));
     }
 
-    /** Where eager code takes hold of a block: the block itself, or those of its nodes that are not in `used`. */
+    /** Ends of an edge from or to eager code: the block itself, or its nodes that are not in `used`. */
     function ends(block, used) {
       if (block < 0) return [{ key: block === -1 ? "in" : "out" }];
       if (!state.open[block]) return [{ key: "b" + block }];
@@ -70,7 +70,7 @@
         .map((node) => ({ key: "n" + node, node: node }));
     }
 
-    /** The style of an edge out of a removed region (`from` absent), or from a node into one. */
+    /** The style of an edge from a removed region (without `from`), or from the node `from` into one. */
     function styleAt(index, from) {
       if (look(index) === "partly") return "plain";
       return isThrough(index) && (from === undefined || standIns(index).indexOf(from) >= 0) ? "wire" : "ghost";
@@ -88,7 +88,7 @@
       return undefined;
     }
 
-    /** The wire to a reader of what was removed, where it does not run through a folded block. */
+    /** The wires to a reader of a removed region, if they do not lead through a folded block. */
     function detour(index, to) {
       if (look(index) === "partly" || isThrough(index)) return;
       for (const node of standIns(index)) sources(node).forEach((from) => add(from, to, "wire"));
@@ -118,6 +118,6 @@
     };
   }
 
-  /** The edges between the boxes that are shown. */
+  /** The edges between the visible boxes. */
   api.edgesOf = (picture, state, removal) => new Edges(picture, state, removal).all();
 })(fxprune);

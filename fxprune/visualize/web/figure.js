@@ -1,4 +1,4 @@
-// A still picture fit for print: the drawing, a legend under it, and a line that says what was done.
+// A static picture for print: the drawing, the legend below it, and one line that describes the plan.
 (function (api) {
   "use strict";
 
@@ -14,7 +14,7 @@
 
   api.costName = (picture) => ({ flops: "FLOPs", params: "parameters" })[picture.cost] || picture.cost;
 
-  /** What a plan does to the network, in one line. */
+  /** The removals and costs of a plan, in one line. */
   api.caption = function (picture, index) {
     const { before, settings } = picture;
     if (index === null || index === undefined) {
@@ -35,7 +35,7 @@
     );
   };
 
-  /** The scores at the least, the middle and the most important ranks. */
+  /** The scores at the least important, the middle and the most important rank. */
   api.quantiles = function (picture) {
     const sorted = picture.regions.slice().sort((a, b) => a.rank - b.rank);
     if (!sorted.length) return [];
@@ -121,7 +121,7 @@
     ["still", "cannot be removed as a whole"],
   ];
 
-  /** The signs the picture uses, in columns of so many rows. */
+  /** The signs in the picture, in columns of `rows` rows. */
   api.signs = function (themeName, x, y, signs, rows) {
     const theme = api.theme(themeName);
     return signs
@@ -132,7 +132,7 @@
       .join("");
   };
 
-  /** The colour scale above all signs, as it stands beside the page's picture. */
+  /** The colour scale and all signs: the legend of the page. */
   api.legend = function (picture, themeName) {
     const scale = picture.regions.length ? api.scale(picture, themeName, 4, 0, 280) : "";
     return scale + api.signs(themeName, 4, 66, SIGNS, 5);
@@ -154,7 +154,7 @@
     return lines;
   }
 
-  /** A whole SVG file. `style` is what goes into its style element, such as the font. */
+  /** The content of an SVG file. `style` is the text of its style element, such as the font. */
   api.figure = function (picture, state, fit, style) {
     const plan = api.layout(picture, state, fit);
     const theme = api.theme(state.theme);

@@ -1,9 +1,9 @@
-// Places for the boxes, frames and edges of a scene: dagre stacks them from the top to the bottom.
+// Positions of the boxes, frames and edges of a scene: dagre arranges them from top to bottom.
 (function (api) {
   "use strict";
 
   const GAP = 34;
-  const NAME = 12; // what a frame's name needs above the first row
+  const NAME = 12; // space for a frame's name above the first row
 
   function build(dagre, scene) {
     const graph = new dagre.graphlib.Graph({ compound: true });
@@ -18,7 +18,7 @@
     return graph;
   }
 
-  /** The rows of boxes, from the top: edges bend between rows only, so they never cross a box. */
+  /** The rows of boxes, from the top. Edges bend only between rows, so they never cross a box. */
   function rowsOf(boxes) {
     const rows = {};
     for (const box of boxes) {
@@ -30,7 +30,7 @@
     return rows;
   }
 
-  /** The verticals of an edge, one for each row that it passes. */
+  /** The vertical lines of an edge, one per row that it passes. */
   function stopsOf(edge, points, boxes, rows) {
     const [a, b] = [boxes[edge.from], boxes[edge.to]];
     const stops = [{ x: a.x, top: a.y + a.h / 2, bottom: rows[Math.round(a.y)].bottom }];
@@ -42,7 +42,7 @@
     return stops;
   }
 
-  /** Draws frames in to what they hold: boxes, inner frames, and edges that begin and end inside. */
+  /** Shrinks frames to their contents: boxes, inner frames, and edges that begin and end inside. */
   function tighten(frames, boxes, edges, graph) {
     const parents = {};
     for (const item of frames.concat(boxes)) parents[item.key] = item.parent;
@@ -65,7 +65,7 @@
     return parents[key] === frame ? 1 : 1 + depthOf(frame, parents[key], parents);
   }
 
-  /** Moves the frames' contents down by the height of their names; returns what moves everything else along. */
+  /** Moves the contents of frames down by the height of their names; returns the function that moves the rest. */
   function roomForNames(frames) {
     const tops = Array.from(new Set(frames.map((frame) => frame.top)));
     const lower = (y) => y + NAME * tops.filter((top) => top < y).length;
@@ -103,9 +103,9 @@
   }
 
   /**
-   * Lay a picture out. `fit` {width, height} is the window to be filled by columns; null: a single column.
-   * `kept` says of blocks in which column they are to stay.
-   * Boxes have their centre in x, y; frames left, right, top, bottom; edges the verticals they run along.
+   * Compute the layout of a picture. `fit` {width, height} is the window that the columns fill; null: a single column.
+   * `kept` maps blocks to the columns in which they stay.
+   * Boxes get their centre x, y; frames left, right, top, bottom; edges their vertical lines.
    */
   api.layout = function (picture, state, fit, kept) {
     const plan = place(globalThis.dagre, api.scene(picture, state));

@@ -1,4 +1,4 @@
-// Colours, texts and tags of a picture.
+// Colours, text and tags of a picture.
 (function (api) {
   "use strict";
 
@@ -49,7 +49,7 @@
 
   const round = (value) => Math.round(value * 10) / 10;
 
-  /** A text that is safe between tags and in attributes. */
+  /** Escape a text for use between tags and in attributes. */
   api.escape = function (text) {
     const known = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
     // eslint-disable-next-line no-control-regex
@@ -75,7 +75,7 @@
     return Math.round(value).toString(16).padStart(2, "0");
   }
 
-  /** The colour of an importance between 0 (least) and 1. */
+  /** The colour of an importance between 0 (least) and 1 (most). */
   api.cividis = function (share) {
     const at = Math.min(Math.max(share, 0), 1) * (CIVIDIS.length - 1);
     const low = Math.min(Math.floor(at), CIVIDIS.length - 2);

@@ -1,4 +1,4 @@
-// The page: unfolding, keys, search, budgets, themes.
+// The page: unfolding of blocks, keys, search, budgets, themes.
 (function (api) {
   "use strict";
 
@@ -9,15 +9,15 @@
   const state = { open: {}, plan: picture.initial, theme: prefersDark.matches ? "dark" : "light", live: true };
   const view = api.makeView(svg, drawing, canvas);
   let plan = null;
-  let columns = {}; // in which every block is, folded; it stays there while blocks unfold
+  let columns = {}; // the column of every block while all are folded; blocks stay there when they unfold
   let window_ = null;
   let chosen = null;
   let hits = [];
-  let hit = -1; // which of them was gone to
+  let hit = -1; // index of the hit that is in focus
 
   // The drawing ------------------------------------------------------------------------------------------------------
 
-  /** The window that columns are to fill, as it was when last seen; none on a narrow screen. */
+  /** The size of the window that columns fill, when it was last visible; null on a narrow screen. */
   function room() {
     if (!canvas.hidden) window_ = { width: canvas.clientWidth, height: canvas.clientHeight, most: 1 };
     return window_.width < 600 ? null : window_;
@@ -45,7 +45,7 @@
     if (focused) focusOn(focused);
   }
 
-  /** The focus stays on a block when it turns into a frame, and back. */
+  /** Keep the focus on a block when it becomes a frame or a box again. */
   function focusOn(key) {
     const other = key.charAt(0) === "b" ? "g:" + key.slice(1) : "b" + key.slice(2);
     const group = groupOf(key) || groupOf(other);
@@ -62,7 +62,7 @@
     }
   }
 
-  /** Where a block is shown now, folded or not: the middle of its upper edge. */
+  /** The position of a block, folded or not: the middle of its upper edge. */
   function anchor(block) {
     const box = boxOf("b" + block);
     if (box) return { x: box.x, y: box.y - box.h / 2 };
@@ -263,7 +263,7 @@
     window.addEventListener("afterprint", () => print(false));
     let width = window.innerWidth;
     window.addEventListener("resize", function () {
-      if (window.innerWidth === width || canvas.hidden) return; // a phone's bars come and go
+      if (window.innerWidth === width || canvas.hidden) return; // a phone shows or hides its bars
       width = window.innerWidth;
       draw();
       view.fit(true);

@@ -1,8 +1,8 @@
-// The words beside the picture: details of a box, the budget, the table of blocks. Texts go in as text, never as markup.
+// The text beside the picture: details of a box, the budget, the table of blocks. Text is never inserted as markup.
 (function (api) {
   "use strict";
 
-  /** An element with attributes and children; a string is a text. */
+  /** Make an element with attributes and children; a string becomes a text node. */
   function make(name, attributes, children) {
     const element = document.createElement(name);
     for (const [key, value] of Object.entries(attributes || {})) {
@@ -40,8 +40,8 @@
   }
 
   const KINDS = {
-    bypass: "bypass: its readers take what stands in for it",
-    drop: "drop: this branch of an addition is left out",
+    bypass: "bypass: its readers read the stand-in",
+    drop: "drop: this branch of an addition is removed",
   };
 
   function regionRows(picture, region) {
@@ -90,7 +90,7 @@
     ];
   }
 
-  /** Candidates inside of a block. */
+  /** The candidates inside a block. */
   function innerRegions(picture, state, block) {
     const nodes = new Set(block.nodes);
     const gone = new Set(state.plan === null ? [] : picture.plans[state.plan].removed);
@@ -127,7 +127,7 @@
     return box.kind === "node" ? nodeDetails(picture, state, box) : blockDetails(picture, state, box);
   };
 
-  /** Before and after, row by row. */
+  /** Rows of the table of costs before and after. */
   api.changeRows = function (picture, index) {
     const after = index === null ? picture.before : picture.plans[index].after;
     const head = make(
@@ -153,7 +153,7 @@
     return `${api.percent(plan.budget)} of ${api.costName(picture)}: ${count} removed`;
   };
 
-  /** What chooses among the plans: a slider, or a switch where there is but one. */
+  /** The input that selects a plan: a slider, or a switch if there is only one plan. */
   api.budgetInput = function (picture, index) {
     const one = picture.plans.length === 1;
     const kind = one
@@ -166,7 +166,7 @@
     return { input: input, shown: one ? make("label", {}, [input, words]) : input };
   };
 
-  /** The regions that a plan takes, each leading to its block. */
+  /** The regions that a plan removes, each with a link to its block. */
   api.removedItems = function (picture, index) {
     const gone = index === null ? [] : picture.plans[index].removed.map((one) => picture.regions[one]);
     return gone
@@ -196,10 +196,10 @@
     ]);
   }
 
-  /** All blocks that hold layers, as a table. */
+  /** A table of all blocks with layers. */
   api.table = function (picture, state) {
     const { status } = api.removal(picture, state.plan);
-    const heads = ["block", "made of", "rank", "score", "FLOPs", "parameters", "now", "why it cannot go"];
+    const heads = ["block", "made of", "rank", "score", "FLOPs", "parameters", "now", "why it cannot be removed"];
     const head = make(
       "tr",
       {},
@@ -215,7 +215,7 @@
     ]);
   };
 
-  /** A plain value, or how a pair of numbers went. */
+  /** A value as text; a pair of numbers as "before -> after". */
   function told(value) {
     if (typeof value !== "object" || value === null) return value;
     return Object.values(value)

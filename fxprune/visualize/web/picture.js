@@ -1,4 +1,4 @@
-// A picture as SVG markup. Colours are attributes, so that every program that reads SVG draws the same.
+// A picture as SVG markup. Colours are attributes, so that all SVG programs draw the same.
 (function (api) {
   "use strict";
 
@@ -75,7 +75,7 @@
     return tag("rect", Object.assign(at, attributes));
   }
 
-  /** What is drawn of a removed box: nothing but its dashed outline, crossed out, with the wire through it. */
+  /** A removed box: a dashed outline, crossed out, with the wire through it if `wired`. */
   function ghost(picture, box, theme, wired) {
     const [left, right, top, bottom] = [box.x - box.w / 2, box.x + box.w / 2, box.y - box.h / 2, box.y + box.h / 2];
     const rim = { fill: theme.paper, stroke: theme.soft, "stroke-width": 1.3, "stroke-dasharray": "5 3" };
@@ -156,7 +156,7 @@
     return outline(box, rim) + (box.status === "partly" ? hatch(box, ink) : "") + words(box, ink, soft, theme);
   }
 
-  /** What a box is, in one sentence. */
+  /** Describe a box in one sentence. */
   api.sentence = function (picture, box) {
     if (box.kind === "port") return box.label;
     const state = { kept: "", removed: ", removed", partly: ", partly removed" }[box.status];
@@ -228,14 +228,14 @@
     );
   }
 
-  /** Boxes through which the signal runs on a wire. */
+  /** The boxes with a wire through them. */
   function wiredBoxes(plan) {
     const wires = plan.edges.filter((edge) => edge.style === "wire");
     const [into, out] = [new Set(wires.map((edge) => edge.to)), new Set(wires.map((edge) => edge.from))];
     return (box) => box.status === "removed" && into.has(box.key) && out.has(box.key);
   }
 
-  /** The drawing itself, without a canvas around it. */
+  /** The drawing, without the svg element around it. */
   api.drawing = function (picture, plan, state) {
     const theme = api.theme(state.theme);
     const wired = wiredBoxes(plan);

@@ -1,5 +1,5 @@
-// What a picture shows, before it has a place: boxes, frames around them, edges, and what the shown plan did to each.
-// A state is {open: {blockId: true}, plan: index or null}. Nothing here touches a document.
+// The content of a picture, without positions: boxes, frames around them, edges, and their status in the shown plan.
+// A state is {open: {blockId: true}, plan: index or null}. Nothing here uses a document.
 var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
 
 (function (api) {
@@ -9,7 +9,7 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
   const OUTPUT = -2;
   const SIGNS = { add: "+", iadd: "+", sub: "\u2212", mul: "\u00d7", cat: "cat", concat: "cat" };
   const ADVANCES = {
-    // of Inter, in thousandths of the font size, from the space on
+    // advance widths of Inter in thousandths of the font size, from the space character on
     400: [
       281, 288, 466, 633, 642, 982, 644, 300, 365, 365, 501, 662, 288, 460, 288, 360, 631, 407, 610, 618, 646, 593, 620,
       566, 619, 620, 288, 302, 662, 662, 662, 511, 966, 690, 654, 730, 722, 601, 590, 746, 743, 269, 571, 672, 565, 903,
@@ -26,7 +26,7 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     ],
   };
 
-  /** The width of a text in Inter; a sign that is not ASCII counts as a wide one. */
+  /** The width of a text in Inter; a character that is not ASCII counts as a wide one. */
   api.textWidth = function (text, size, weight) {
     let sum = 0;
     for (const sign of text) {
@@ -36,7 +36,7 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     return (sum * size) / 1000;
   };
 
-  /** Shorten a text in its middle until it is no wider than `most`. */
+  /** Shorten a text in its middle to a width of at most `most`. */
   api.shorten = function (text, most, size, weight) {
     const signs = Array.from(text);
     let kept = signs.length;
@@ -51,7 +51,7 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
 
   api.milliseconds = (value) => String(Number(value.toPrecision(3)));
 
-  /** What a whole network costs: keys of before and after, names, how they are written. */
+  /** The costs of a network: key in before and after, name, and function that formats it. */
   api.costs = (picture) =>
     [
       ["flops", "FLOPs", api.quantity],
@@ -65,7 +65,7 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     return (100 * share).toFixed(1).replace(/\.0$/, "") + " %";
   };
 
-  /** Which part of the network's FLOPs these are; nothing where that is not known. */
+  /** The share of the network's FLOPs as text; empty if it is not known. */
   api.shareText = function (picture, flops) {
     const known = typeof flops === "number" && picture.before.flops;
     return known ? api.percent(flops / picture.before.flops) + " FLOPs" : "";
@@ -88,7 +88,7 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     return plan === null || plan === undefined ? [] : picture.plans[plan].removed;
   }
 
-  /** Which region took each node away, and which blocks went in part or as a whole. */
+  /** The region that removes each node, and the blocks that are removed in part or as a whole. */
   api.removal = function (picture, plan) {
     const taker = {};
     for (const index of removedRegions(picture, plan)) {
@@ -102,7 +102,7 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     return { taker: taker, status: status };
   };
 
-  /** The regions that the plan takes out of the inside of a block. */
+  /** The regions inside a block that the plan removes. */
   api.removedInside = function (picture, plan, block) {
     const nodes = new Set(block.nodes);
     return removedRegions(picture, plan)
@@ -142,12 +142,12 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     }
     const label = api.shorten(parent ? relative(block.label, block.island) : block.label, 230, 13, 600);
     const note = noteOf(picture, block, status);
-    const widest = noteOf(picture, block, "partly"); // a box keeps its size whatever the plan
+    const widest = noteOf(picture, block, "partly"); // the size of a box does not depend on the plan
     const w = Math.max(112, api.textWidth(label, 13, 600) + 26, api.textWidth(widest, 10.5, 400) + 22);
     return Object.assign(common, { kind: "block", label: label, note: note, w: w, h: 44 });
   }
 
-  /** The dotted path that the layers of a block share. */
+  /** The common prefix of the dotted names of a block's layers. */
   function sharedPath(picture, block) {
     const paths = block.nodes.map((id) => picture.nodes[id].name.split(".").slice(0, -1)).filter((path) => path.length);
     if (!paths.length) return "";
@@ -225,7 +225,7 @@ var fxprune = globalThis.fxprune || (globalThis.fxprune = {});
     return made;
   }
 
-  /** Everything to be laid out and drawn. */
+  /** All boxes, frames and edges to lay out and draw. */
   api.scene = function (picture, state) {
     const removal = api.removal(picture, state.plan);
     const frames = framed(picture);

@@ -1,8 +1,8 @@
-// What of the drawing is in sight: pan, zoom, pinch, and bringing a box into sight.
+// The visible part of the drawing: pan, zoom, pinch, and moving to a box.
 (function (api) {
   "use strict";
 
-  const READABLE = 0.72; // at this scale the smallest words can still be read
+  const READABLE = 0.72; // the least scale at which the smallest text can be read
 
   api.makeView = function (svg, drawing, canvas) {
     const view = { x: 0, y: 0, scale: 1, plan: null };
@@ -18,14 +18,14 @@
       view.move();
     };
 
-    /** Show all of it; or, to begin with, no smaller than can be read. */
+    /** Show the whole drawing; if `readable`, not smaller than can be read. */
     view.fit = function (readable) {
       const { width, height } = area();
       const { plan } = view;
       const whole = Math.min(1, width / plan.width, height / plan.height);
       view.scale = readable ? Math.max(whole, Math.min(READABLE, 1)) : whole;
       const [w, h] = [plan.width * view.scale, plan.height * view.scale];
-      const centred = width / 2 - plan.boxes[0].x * view.scale; // the first box in the middle
+      const centred = width / 2 - plan.boxes[0].x * view.scale; // puts the first box in the middle
       view.x = w <= width ? (width - w) / 2 : Math.min(0, Math.max(centred, width - w));
       view.y = Math.max(0, (height - h) / 2);
       view.move();
@@ -48,7 +48,7 @@
       view.move();
     };
 
-    /** Pan no further than it takes to see a box. */
+    /** Pan just far enough to show a box. */
     view.reveal = function (box) {
       const { width, height } = area();
       const [x, y] = [box.x * view.scale + view.x, box.y * view.scale + view.y];
@@ -76,7 +76,7 @@
 
   function watchPointers(view, svg, canvas) {
     const down = new Map();
-    view.dragged = 0; // how far the pointers went since the first came down: a click does not drag
+    view.dragged = 0; // distance of the pointers since the first went down: a click does not drag
     const place = (event) => ({ x: event.clientX, y: event.clientY });
     svg.addEventListener("pointerdown", function (event) {
       if (!down.size) view.dragged = 0;

@@ -1,10 +1,10 @@
-// Ways through the boxes for the keyboard and the search.
+// Movement between boxes with the keyboard, and the match of a search.
 (function (api) {
   "use strict";
 
   const FIRST = { wire: 0, plain: 1, ghost: 2 };
 
-  /** The box at the other end of an edge; from a frame, of an edge that leaves it. */
+  /** The box at the other end of an edge of a box, or of an edge that leaves a frame. */
   function along(picture, plan, key, mine, other) {
     const inside = key.charAt(0) === "g" ? picture.blocks[key.slice(2)].nodes.map((node) => "n" + node) : [key];
     const edges = plan.edges.filter((edge) => inside.indexOf(edge[mine]) >= 0 && inside.indexOf(edge[other]) < 0);
@@ -12,7 +12,7 @@
     return edges.length ? edges[0][other] : null;
   }
 
-  /** The nearest box at one side, in about the same row. */
+  /** The nearest box on one side, in about the same row. */
   function beside(plan, key, step) {
     const box = plan.boxes.find((one) => one.key === key);
     if (!box) return null;
@@ -23,14 +23,14 @@
     return near.length ? near[0].key : null;
   }
 
-  /** Where an arrow key leads: down and up along the edges, left and right to what stands beside. */
+  /** The target of an arrow key: down and up follow the edges, left and right go to the box beside. */
   api.neighbour = function (picture, plan, key, arrow) {
     if (arrow === "ArrowDown") return along(picture, plan, key, "from", "to");
     if (arrow === "ArrowUp") return along(picture, plan, key, "to", "from");
     return beside(plan, key, arrow === "ArrowRight" ? 1 : -1);
   };
 
-  /** Whether a box, or for a folded block one of its nodes, has the query in its name. */
+  /** Whether the name of a box, or of a node in a folded block, contains the query. */
   api.matches = function (picture, box, query) {
     if (box.kind === "port") return false;
     const inside = box.kind === "node" ? [] : picture.blocks[box.block].nodes.map((id) => picture.nodes[id].name);
