@@ -26,6 +26,7 @@ from fxprune.graph.fx_utils import (
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
 from fxprune.graph.records import Region, Rejection
 from fxprune.graph.symbolic_shapes import SymbolicShapes
+from fxprune.runtime.json_text import first_few
 
 
 def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tuple[list[Region], list[Rejection]]:
@@ -216,7 +217,8 @@ class _Finder:
                 readers = {reader for member in between for reader in self.flow.successors(member)}
                 outside = sorted("the output" if reader == SINK else reader for reader in readers - between - {name})
                 if outside:
-                    return f"it could become {entry!r}, but what lies between is also read by {', '.join(outside[:3])}"
+                    others = first_few(outside)
+                    return f"{entry!r} could be its stand-in, but values between them are also read by {others}"
         sources = [source.name for source in self.nodes[name].all_input_nodes if source.name in self.shapes.values]
         before = "x".join(map(str, self.shapes.observed_shape(sources[0])[1:])) if sources else "nothing"
         after = "x".join(map(str, self.shapes.observed_shape(name)[1:]))

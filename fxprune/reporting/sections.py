@@ -30,8 +30,8 @@ REMOVED_MARK, RIVAL_MARK = "✂", "~"
 # Patterns of reasons that differ only in names and shapes, with the text for the whole group.
 REASON_PATTERNS = {
     r"^it turns \S+ into \S+,": "it changes the shape,",
-    r"^it could become '.*', but what lies between is also read by .*": (
-        "it could become an earlier value, but what lies between is also read elsewhere"
+    r"^'.*' could be its stand-in, but values between them are also read by .*": (
+        "an earlier value could be its stand-in, but values between them are also read elsewhere"
     ),
 }
 

@@ -159,7 +159,10 @@ def test_text_lists_rejections_with_reasons(report: Report) -> None:
 @pytest.mark.usefixtures("wide")
 def test_text_groups_rejections_by_kind_of_reason() -> None:
     reasons = {f"conv{i}": f"it turns {i}x8 into {i}x4, and no piece fits" for i in range(30)}
-    reasons |= {"tap": "it could become 'add_5', but what lies between is also read by conv_3", "odd": "of its own"}
+    reasons |= {
+        "tap": "'add_5' could be its stand-in, but values between them are also read by conv_3",
+        "odd": "of its own",
+    }
     refused = "\n".join(part(fxprune.report(plan_of([block("b", 1.0)], reasons)), "Cannot be removed"))
     assert "30  it changes the shape" in refused
     assert "conv5 and 24 more" in refused
