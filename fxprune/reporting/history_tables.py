@@ -33,12 +33,12 @@ METHOD_NOTES = {
     "mimic": "mimic: fitted as by affine, then trained on the features of the original for at most the steps shown.",
 }
 LOSS_NOTE = (
-    "loss: its increase on the calibration images, summed over its parts, each divided by its original size. 0: no"
-    " increase; 1: as if one part had doubled."
+    "loss: its increase on the calibration images. The increase of each part is divided by the part's original size,"
+    " then the parts are added. 0: no increase; 1: as if one part had doubled."
 )
 DEVIATION_NOTE = (
-    "Loss: its absolute change on held-out images, summed over its parts, each divided by its original size (at least"
-    " by 1 if there is only one part). 0: no change; 1: as if one part had doubled."
+    "Loss: its absolute change on held-out images. The change of each part is divided by the part's original size (a"
+    " single part: by at least 1), then the parts are added. 0: no change; 1: as if one part had doubled."
 )
 DISTANCE_NOTE = (
     "Distance: mean of log(1 + e) over features, on one eighth of these images; e is the mean squared error, divided by"
@@ -145,7 +145,7 @@ def _describe_share(note: Mapping[str, Any]) -> str:
     share = as_number(note.get("share"))
     if share is None or share == 1:
         return ""
-    return f"{share:.0%} of the weight change was applied, for the least change of the loss on held-out images."
+    return f"{share:.0%} of the weight change was applied: this share changes the loss on held-out images least."
 
 
 def _healing_row(note: Mapping[str, Any], trained: bool, judged: bool) -> Row:
