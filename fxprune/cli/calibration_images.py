@@ -70,8 +70,8 @@ def check_data(model: ModelOptions, data: DataOptions, boxes: bool = False) -> N
         raise typer.BadParameter("--annotations needs the --images folder as well")
     if data.data is None and data.images is None and model.model != "bundled":
         raise typer.BadParameter(
-            f"{model.model} needs images: --images FOLDER, with --annotations FILE.json if there are any, or"
-            " --data FILE.yaml (only the bundled model has its own)"
+            f"the model {model.model} needs images: --images FOLDER, with --annotations FILE.json if they have labels,"
+            " or --data FILE.yaml (only the bundled model has its own images)"
         )
     if boxes and data.images is not None and data.annotations is None:
         raise typer.BadParameter(

@@ -120,7 +120,7 @@ def _table(*columns: str) -> Table:
 
 
 def _score(value: float) -> str:
-    return f"{value:.3f}" if value == value else "no such box"
+    return f"{value:.3f}" if value == value else "no true box"
 
 
 def _cost(after: float, before: float) -> str:

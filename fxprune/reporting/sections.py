@@ -144,7 +144,9 @@ def _legend(plan: Plan, scale: Scale, rows: Sequence[Row]) -> Iterator[str]:
     choice = "of all choices that meet the budget, this one has the least summed importance."
     tried = plan.settings.get("tried", 1)
     if tried != 1:
-        best = "has the highest mAP" if "agreement" in plan.settings else "increases the loss least"
+        best = "increases the loss least"
+        if "agreement" in plan.settings:
+            best = "has the highest mAP, with the boxes of the original model as truth"
         choice = f"of {tried} plans that meet the budget, proposed by importance, this one {best}."
     yield f"{REMOVED_MARK} is removed: {choice}"
     if any(row.cells[0] == RIVAL_MARK for row in rows):

@@ -85,7 +85,7 @@ def test_eval_prints_json_of_the_pruned_model(pruned_folder: Path, capsys: Captu
     assert main(["eval", "bundled", "--limit", "16"]) == 0
     captured = capsys.readouterr()
     assert f"{whole['mAP']:.3f}" in captured.out
-    assert "no such box" in captured.out
+    assert "no true box" in captured.out
     assert captured.err == ""
 
 
