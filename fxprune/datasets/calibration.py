@@ -45,7 +45,7 @@ class CalibrationSet:
 
     Examples
     --------
-    >>> calibration = CalibrationSet.read(adapted, loader)         # doctest: +SKIP
+    >>> calibration = open_calibration(model, loader, None).keep()  # doctest: +SKIP
     >>> some, others = calibration.split(64, 192)                  # doctest: +SKIP
     """
 
@@ -54,8 +54,8 @@ class CalibrationSet:
     targets: str
 
     @classmethod
-    def read(cls, adapted: AdaptedModel, raws: Iterable[Any]) -> CalibrationSet:
-        """Read all batches of a loader. Batches without labels get the model's own confident outputs as targets.
+    def read(cls, adapted: AdaptedModel, first: Batch, rest: Iterable[Any]) -> CalibrationSet:
+        """Read the batches of a loader. Batches without labels get the model's own confident outputs as targets.
 
         Every process labels its share of the batches and receives the targets of the others.
 
@@ -63,23 +63,26 @@ class CalibrationSet:
         ----------
         adapted : AdaptedModel
             The model with its adapter.
-        raws : iterable
-            The batches of the loader.
+        first : Batch
+            The first batch, read already.
+        rest : iterable
+            The other batches of the loader.
 
         Raises
         ------
         BatchError
             If a batch cannot be read, or the processes read different numbers of batches.
         """
-        read: dict[int, Batch] = {}
-        own: dict[int, tuple[Any, bool]] = {}
+        read = {0: first}
         with raise_on_all_ranks():
-            for index, raw in enumerate(raws):
-                is_own = belongs_to_rank(index)
-                read[index] = (adapted.read if is_own or not index else adapted.normalize)(index, raw)
-                if is_own:
-                    own[index] = map_tensors(read[index].targets, Tensor.cpu), read[index].own_targets
+            for index, raw in enumerate(rest, 1):
+                read[index] = (adapted.read if belongs_to_rank(index) else adapted.normalize)(index, raw)
         check_same_count(len(read))
+        own = {
+            index: (map_tensors(batch.targets, Tensor.cpu), batch.own_targets)
+            for index, batch in read.items()
+            if belongs_to_rank(index)
+        }
         device = device_of(adapted.module)
         for part in all_gather(own):
             for index, (targets, own_targets) in part.items():
@@ -142,7 +145,7 @@ class OpenCalibration:
     adapted : AdaptedModel
         The private copy.
     source : CalibrationSet or iterator
-        The kept batches, or all batches of the loader including the first. An iterator can be used only once.
+        The kept batches, or the batches of the loader after the first. An iterator can be used only once.
     first_raw
         The first batch of the loader, before it is read; None for a `CalibrationSet`.
     """
@@ -162,13 +165,16 @@ class OpenCalibration:
         """Read all batches now and keep them."""
         if isinstance(self.source, CalibrationSet):
             return self.source
-        return CalibrationSet.read(self.adapted, self.source)
+        with raise_on_all_ranks():
+            first = self.first
+        return CalibrationSet.read(self.adapted, first, self.source)
 
     def image_batches(self) -> list[Batch]:
         """Read all batches without targets; no targets are computed."""
         if isinstance(self.source, CalibrationSet):
             return self.source.image_batches
-        batches = (self.adapted.normalize(index, raw) for index, raw in enumerate(self.source))
+        raws = chain([self.first_raw], self.source)
+        batches = (self.adapted.normalize(index, raw) for index, raw in enumerate(raws))
         return [replace(batch, targets=None) for batch in batches]
 
     def own_batches(self, adapted: AdaptedModel) -> Iterator[Batch | None]:
@@ -187,13 +193,11 @@ class OpenCalibration:
         if isinstance(self.source, CalibrationSet):
             yield from self.source.own_batches()
             return
-        count = 0
-        for index, raw in enumerate(self.source):
+        yield self.first if belongs_to_rank(0) else None
+        count = 1
+        for index, raw in enumerate(self.source, 1):
             count += 1
-            if not belongs_to_rank(index):
-                yield None
-            else:
-                yield adapted.read(index, raw) if index else self.first
+            yield adapted.read(index, raw) if belongs_to_rank(index) else None
         check_enough_batches(count)
 
 
@@ -227,7 +231,7 @@ def open_calibration(model: nn.Module, loader: Any, loss: Loss | None, seed: int
     if first_raw is _END:
         raise BatchError("calib_loader yielded no batch; give at least one")
     adapter = choose_adapter(unwrap(model), first_raw, loss)
-    return OpenCalibration(AdaptedModel.copy_of(model, adapter, seed), chain([first_raw], batches), first_raw)
+    return OpenCalibration(AdaptedModel.copy_of(model, adapter, seed), batches, first_raw)
 
 
 def describe_targets(sources: Collection[bool]) -> str:

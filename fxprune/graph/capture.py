@@ -21,8 +21,6 @@ from fxprune.graph.symbolic_shapes import tensor_specs
 from fxprune.graph.tracer import FunctionalTracer
 from fxprune.runtime.torch_internals import keep_when_copied, tree_flatten
 
-_MAX_TRACE_ATTEMPTS = 64
-
 
 def capture_islands(
     model: nn.Module, run: Callable[[nn.Module], Any], whole_model_is_graph: bool
@@ -263,25 +261,20 @@ def trace_module(module: nn.Module, opaque: Collection[str], fixed_opaque: bool 
         `Untraced` if the module's own forward cannot be traced, or no layer with weights was captured.
     """
     reasons = dict.fromkeys(opaque, "")
-    for _ in range(1 if fixed_opaque else _MAX_TRACE_ATTEMPTS):
+    while True:  # every failure makes one more class opaque
         try:
             gm = _trace_both_modes(module, frozenset(reasons))
         except _TraceFailure as failure:
-            if failure.path == "" or failure.path in reasons:
+            if failure.path == "":
                 return Untraced(failure.reason)
+            if fixed_opaque or failure.path in reasons:
+                return Untraced(f"its part {failure.path!r} is not one graph: {failure.reason}")
             kind = type(module.get_submodule(failure.path))
             same = [path for path, part in module.named_modules() if path and type(part) is kind]
             reasons |= {path: failure.reason for path in same if path not in reasons}
         else:
             weighted = any(is_weighted(gm, node) for node in gm.graph.nodes if node.target not in reasons)
             return Traced(gm, reasons) if weighted else Untraced("")
-    return Untraced(f"too many of its parts could not be traced; the last one: {failure_text(reasons)}")
-
-
-def failure_text(reasons: Mapping[str, str]) -> str:
-    """Return the last part and its reason, in words."""
-    path, reason = list(reasons.items())[-1]
-    return f"{path}: {reason}"
 
 
 class _TraceFailure(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from fxprune.adapters.protocol import Batch
 from fxprune.adapters.registry import unwrap
 from fxprune.attribution.captured_model import capture_model
 from fxprune.attribution.criteria import RegionScore, ScoringInputs, get_criterion
+from fxprune.attribution.linear_recovery import LinearMap
 from fxprune.attribution.scoring import fit_recovery_maps, record_attribution
 from fxprune.datasets.calibration import (
     check_same_batches,
@@ -102,13 +103,13 @@ class Analyzer:
     def score(self, criterion: str | RegionScore) -> Analysis:
         """Score every region by a criterion, see `analyze`."""
         name, chosen = get_criterion(criterion)
-        captured, opened, say = self.captured, self.opened, self.options.progress
+        captured, say = self.captured, self.options.progress
+        maps: Mapping[str, LinearMap] = {}
         if chosen.linear_recovery:
-            opened = replace(opened, source=opened.keep())
-            maps = fit_recovery_maps(captured, opened.own_batches(captured.adapted), say)
-        else:
-            maps = {}
-        record, links, count = record_attribution(captured, chosen, opened.own_batches(captured.adapted), maps, say)
+            self.opened = replace(self.opened, source=self.opened.keep())
+            maps = fit_recovery_maps(captured, self.opened.own_batches(captured.adapted), say)
+        batches = self.opened.own_batches(captured.adapted)
+        record, links, count = record_attribution(captured, chosen, batches, maps, say)
         check_same_count(count)
         inputs = ScoringInputs(
             captured.regions, record, dict(captured.adapted.module.named_modules()), captured.adapted.seed

@@ -58,7 +58,7 @@ class Provenance(Mapping[str, Any]):
 
     @property
     def strategy(self) -> str | None:
-        """Strategy that value the plan; None if it was value by scores alone."""
+        """Strategy of the search; None if the plan was chosen by scores alone."""
         value = self._entries.get("strategy")
         return value if isinstance(value, str) else None
 
