@@ -89,6 +89,12 @@ def test_capture_of_an_untraceable_part_gives_the_reason_in_the_rejections(part:
     assert any(re.search(f"only its parts .*{words}", reason) for reason in reasons)
 
 
+def test_trace_module_with_fixed_opaque_parts_names_the_part_that_fails() -> None:
+    traced = trace_module(Holder(Branching()), frozenset(), fixed_opaque=True)
+    assert isinstance(traced, Untraced)
+    assert "its part 'part' is not one graph: its forward could not be traced" in traced.reason
+
+
 def test_capture_of_an_untraceable_model_gives_the_reason_in_the_error() -> None:
     class Eager(nn.Module):
         def __init__(self) -> None:
