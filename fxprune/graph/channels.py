@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.graph.capture import Traced, trace_module
 from fxprune.graph.fx_utils import class_names
+from fxprune.graph.module_trace import Traced, trace_module
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
 from fxprune.graph.tracer import LEAF_MODULES, static_length
 

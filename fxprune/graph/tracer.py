@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from fxprune.graph.fx_utils import INPLACE_ORIGIN, class_names
 from fxprune.runtime.signals import defer_interrupts
+from fxprune.runtime.torch_internals import tree_map_only
 
 LEAF_MODULES: dict[str, str] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": "one normalization, not seven arithmetic nodes",
@@ -81,6 +83,29 @@ for _written in AUGMENTED_ASSIGNMENTS:
     setattr(StaticLengthProxy, f"__{_written.__name__}__", _make_augmented_assignment(_written))
 
 
+@dataclass
+class TracedCall:
+    """One call of a module whose forward was traced.
+
+    Attributes
+    ----------
+    path : str
+        Path of the module below the traced one; "" is the traced module itself.
+    args, kwargs
+        Its arguments, with graph nodes in place of tensors.
+    steps : list
+        What its forward does, in order: the nodes that it makes itself, and the `TracedCall` of each module it calls.
+    result
+        What it returns, with graph nodes in place of tensors.
+    """
+
+    path: str
+    args: Any = ()
+    kwargs: Any = field(default_factory=dict)
+    steps: list[fx.Node | TracedCall] = field(default_factory=list)
+    result: Any = None
+
+
 class FunctionalTracer(fx.Tracer):
     """Trace a module to a functional graph.
 
@@ -100,6 +125,8 @@ class FunctionalTracer(fx.Tracer):
         Path of the module whose forward created the node, by node name.
     traced_modules : dict
         Paths of all modules that were traced into, in order.
+    call : TracedCall
+        What the traced module did, with all calls below it.
 
     Examples
     --------
@@ -117,7 +144,8 @@ class FunctionalTracer(fx.Tracer):
         self.failed_module: str | None = None
         self.owners: dict[str, str] = {}
         self.traced_modules: dict[str, None] = {}
-        self._active = [""]
+        self.call = TracedCall("")
+        self._active = [self.call]
         self._overwritten: dict[fx.Node, fx.Node] = {}
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -137,14 +165,22 @@ class FunctionalTracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self.traced_modules[path] = None
-        self._active.append(path)
+        call = TracedCall(path, self._nodes_of(args), self._nodes_of(kwargs))
+        self._active[-1].steps.append(call)
+        self._active.append(call)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            call.result = self._nodes_of(result)
+            return result
         except Exception:
             self.failed_module = path if self.failed_module is None else self.failed_module
             raise
         finally:
             self._active.pop()
+
+    def _nodes_of(self, values: Any) -> Any:
+        """Replace each proxy in nested containers by the node that holds its latest value."""
+        return tree_map_only(fx.Proxy, lambda proxy: self._latest_value(proxy.node), values)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a proxy that supports `len`."""
@@ -182,7 +218,8 @@ class FunctionalTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind == "call_function" and written in INPLACE_TO_FUNCTIONAL:
             node.meta[INPLACE_ORIGIN] = written
-        self.owners[node.name] = self._active[-1]
+        self.owners[node.name] = self._active[-1].path
+        self._active[-1].steps.append(node)
         overwritten = args[0] if args else kwargs.get("input")
         if overwrites and isinstance(overwritten, fx.Node):
             self._overwritten[overwritten] = node

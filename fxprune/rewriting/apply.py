@@ -10,9 +10,10 @@ from torch import fx, nn
 
 from fxprune.adapters.registry import rewrap_like, unwrap
 from fxprune.errors import PlanError, warn_user
-from fxprune.graph.capture import Traced, Untraced, replace_module, trace_module
+from fxprune.graph.capture import replace_module
 from fxprune.graph.channels import channels_of
 from fxprune.graph.fx_utils import fingerprint, join_path
+from fxprune.graph.module_trace import Traced, Untraced, trace_module
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.concat import NARROWED_WEIGHTS
 from fxprune.passes.pipeline import run_pipeline

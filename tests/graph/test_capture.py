@@ -13,8 +13,9 @@ from torch.nn import functional
 
 import fxprune
 from fxprune.errors import ModelError
-from fxprune.graph.capture import Traced, Untraced, capture_islands, trace_module
+from fxprune.graph.capture import capture_islands
 from fxprune.graph.fx_utils import fingerprint
+from fxprune.graph.module_trace import Traced, Untraced, trace_module
 from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
 from tests.helpers.zoo import ZOO, conv, image_batch, mean_loss
 

@@ -12,8 +12,8 @@ from torch import fx
 
 import fxprune
 from fxprune.errors import NoRegionError
-from fxprune.graph.capture import Traced, trace_module
 from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, value_graph
+from fxprune.graph.module_trace import Traced, trace_module
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import SymbolicShapes, propagate_symbolic, tensor_specs
 from tests.helpers.zoo import ZOO, image_batch, mean_loss
