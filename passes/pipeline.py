@@ -10,20 +10,19 @@ from torch.fx.passes.infra.pass_base import PassResult
 from fxprune.passes.concat import collapse_split_concat, deduplicate_concat
 from fxprune.passes.dead_code import remove_dead_code
 from fxprune.passes.identity_ops import remove_identity_ops
-from fxprune.passes.in_place import reinplace
 
 
-def run_pipeline(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module) -> PassResult:
+def simplify(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module) -> PassResult:
     """Replaces a graph by an equivalent graph with fewer operations and parameters.
 
     Parameters
     ----------
     gm : GraphModule
-        Rewritten in place.
+        Functional; rewritten in place.
     channels : mapping of str to int
         Number of channels of the values, by node name; see `fxprune.graph.channels.channels_of`.
     model : Module
-        The model that contains the graph.
+        The model that contains the graph. Weights shared with other parts of it stay.
 
     Returns
     -------
@@ -33,7 +32,7 @@ def run_pipeline(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Modu
     Examples
     --------
     >>> gm = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.Conv2d(3, 8, 1)))
-    >>> run_pipeline(gm, {}, gm).modified
+    >>> simplify(gm, {}, gm).modified
     True
     """
     results = (
@@ -42,6 +41,5 @@ def run_pipeline(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Modu
         deduplicate_concat(gm, channels, model),
         collapse_split_concat(gm),
         remove_dead_code(gm),
-        reinplace(gm),
     )
     return PassResult(gm, any(result.modified for result in results))

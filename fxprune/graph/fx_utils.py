@@ -18,6 +18,8 @@ TRACED_MODULES = "fxprune_called"
 """Key of a captured graph's meta: paths of the modules that were traced into."""
 INPLACE_ORIGIN = "fxprune_written"
 """Key of a node's meta: the in-place function that the traced program calls there."""
+OVERWRITES = "fxprune_overwrites"
+"""Key of a node's meta: whether the traced program overwrites the node's first input there."""
 
 
 def qualified_name(target: Any) -> str:
@@ -75,7 +77,22 @@ def value_graph(graph: fx.Graph) -> nx.DiGraph:
 
 def has_effect(node: fx.Node) -> bool:
     """Whether a node must run even if no node reads its value. Assertions need not: they check removed values."""
-    return node.target is not ASSERTION and node.is_impure(impure_random=False)
+    return node.target is check_constant or (node.target is not ASSERTION and node.is_impure(impure_random=False))
+
+
+def check_constant(value: Any, expected: Any, name: str) -> None:
+    """Raise `TypeError` unless an argument has the value with which a module was traced.
+
+    Examples
+    --------
+    >>> check_constant(None, None, "mask")
+    """
+    if value is not expected and (isinstance(value, torch.Tensor) or value != expected):
+        found = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+        raise TypeError(
+            f"this pruned module was traced with {name}={expected!r} and got {found}; prune the model with calibration"
+            f" calls that give {name}"
+        )
 
 
 def node_parameters(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:

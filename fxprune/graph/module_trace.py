@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.graph.fx_utils import TRACED_MODULES, graph_structure, is_weighted
-from fxprune.graph.tracer import FunctionalTracer
+from fxprune.graph.tracer import TRACED_CALL, FunctionalTracer
 from fxprune.runtime.torch_internals import keep_when_copied
 
 
@@ -126,6 +126,7 @@ def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModu
         raise _TraceFailure(owner, f"its graph is not the same in train and in eval mode (from node {node!r} on)")
     gm = _make_graph_module(module, evaluated)
     gm.meta[TRACED_MODULES] = list(second.traced_modules)
+    gm.meta[TRACED_CALL] = second.call
     return gm
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from fxprune.graph.fx_utils import INPLACE_ORIGIN, class_names
+from fxprune.graph.fx_utils import INPLACE_ORIGIN, OVERWRITES, class_names
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import tree_map_only
 
@@ -81,6 +81,10 @@ def _make_augmented_assignment(written: Callable[..., Any]) -> Callable[..., Any
 
 for _written in AUGMENTED_ASSIGNMENTS:
     setattr(StaticLengthProxy, f"__{_written.__name__}__", _make_augmented_assignment(_written))
+
+
+TRACED_CALL = "fxprune_call"
+"""Key of a captured graph's meta: the `TracedCall` of the module."""
 
 
 @dataclass
@@ -151,7 +155,10 @@ class FunctionalTracer(fx.Tracer):
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; Ctrl-C takes effect after the trace."""
         with defer_interrupts():
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+        self.call.args = tuple(node for node in graph.nodes if node.op == "placeholder")
+        self.call.result = graph.output_node().args[0]
+        return graph
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node: opaque, in `LEAF_MODULES`, or a layer of torch.nn itself."""
@@ -216,6 +223,8 @@ class FunctionalTracer(fx.Tracer):
         if overwrites:
             target, args, kwargs = functional_form(kind, target, args, kwargs)
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if overwrites and kind != "call_module":
+            node.meta[OVERWRITES] = True
         if kind == "call_function" and written in INPLACE_TO_FUNCTIONAL:
             node.meta[INPLACE_ORIGIN] = written
         self.owners[node.name] = self._active[-1].path

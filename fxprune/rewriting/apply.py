@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,16 +11,14 @@ from torch import fx, nn
 
 from fxprune.adapters.registry import rewrap_like, unwrap
 from fxprune.errors import PlanError, warn_user
-from fxprune.graph.capture import replace_module
-from fxprune.graph.channels import channels_of
-from fxprune.graph.fx_utils import fingerprint, join_path
+from fxprune.graph.fx_utils import fingerprint, is_within, join_path
 from fxprune.graph.module_trace import Traced, Untraced, trace_module
-from fxprune.passes.bypass import bypass_regions
-from fxprune.passes.concat import NARROWED_WEIGHTS
-from fxprune.passes.pipeline import run_pipeline
-from fxprune.planning.plan import Candidate, IslandRecord, Plan
+from fxprune.planning.plan import IslandRecord, Plan
 from fxprune.rewriting.history import attach_history, narrowing_savings, raw_plans, structural_changes
-from fxprune.rewriting.verification import verify_graph, verify_weights
+from fxprune.rewriting.placement import remove_regions
+from fxprune.rewriting.pruned_module import PrunedModule, called_paths
+from fxprune.rewriting.verification import verify_weights
+from fxprune.rewriting.whole_graph import IslandRewriter, check_nodes
 from fxprune.runtime.private_copy import private_copy
 from fxprune.runtime.torch_internals import has_backward_hooks, has_forward_hooks
 
@@ -64,9 +63,10 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     with torch.inference_mode(False):
         shell = nn.Module()
         shell.add_module("root", private_copy(network, keep_precision=True))
+        graphs = [trace_checked(shell.get_submodule("root"), record, plan) for record in plan.islands]
         narrowed: dict[str, tuple[int, ...]] = {}
-        for record in plan.islands:
-            narrowed |= _rewrite_island(shell, record, plan)
+        for record, gm in zip(plan.islands, graphs, strict=True):
+            narrowed |= _rewrite_island(shell, record, gm, plan)
         pruned = shell.get_submodule("root")
     verify_weights(network, pruned, plan, narrowed)
     saved = narrowing_savings({node.name: node.flops for node in plan.nodes}, network.state_dict(), narrowed)
@@ -110,39 +110,30 @@ def _describe_version_changes(plan: Plan) -> str:
     return f" (it was made with {' and '.join(others)})" if others else ""
 
 
-def _rewrite_island(shell: nn.Module, record: IslandRecord, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Remove the plan's regions from one island and simplify its graph. Return the new shapes of narrowed weights."""
-    path = ".".join(filter(None, ("root", record.name)))
-    gm = trace_checked(shell.get_submodule("root"), record, plan)
-    _warn_of_hooks(record.name, shell.get_submodule(path), gm)
-    removed = [region for region in plan.removed if region.island == record.name]
-    _check_nodes(removed, gm)
-    arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-    channels = channels_of(gm)
-    bypass_regions(gm, {region.exit: region.stand_in for region in removed})
-    run_pipeline(gm, channels, shell)
-    verify_graph(record.name, arguments, gm, {node for region in removed for node in region.nodes})
-    replace_module(shell, path, gm, functional=False)
-    return {join_path(record.name, key): shape for key, shape in gm.meta[NARROWED_WEIGHTS].items()}
+def _rewrite_island(
+    shell: nn.Module, record: IslandRecord, gm: fx.GraphModule, plan: Plan
+) -> dict[str, tuple[int, ...]]:
+    """Remove the plan's regions from one island. Return the new shapes of narrowed weights."""
+    path = join_path("root", record.name)
+    removed = [candidate.region for candidate in plan.removed if candidate.island == record.name]
+    if not removed:
+        return {}
+    check_nodes(removed, gm)
+    originals = dict(shell.get_submodule(path).named_modules())
+    done = remove_regions(shell, path, IslandRewriter(record.name, gm, record.opaque, shell), removed)
+    _warn_of_hooks(record.name, originals, shell.get_submodule(path))
+    return {join_path(record.name, key): shape for key, shape in done.narrowed.items()}
 
 
-def _check_nodes(removed: list[Candidate], gm: fx.GraphModule) -> None:
-    """Raise `PlanError` if a region names a node that the graph does not have, or a stand-in after its exit."""
-    order = {node.name: index for index, node in enumerate(gm.graph.nodes)}
-    for region in removed:
-        for name in (region.exit, region.stand_in):
-            if name not in order:
-                raise PlanError(f"region {region.name!r} names {name!r}, which is no node of its island's graph")
-        if order[region.stand_in] >= order[region.exit]:
-            raise PlanError(f"region {region.name!r} reads {region.stand_in!r}, which comes after {region.exit!r}")
-
-
-def _warn_of_hooks(island: str, module: nn.Module, gm: fx.GraphModule) -> None:
-    called = tuple(f"{node.target}." for node in gm.graph.nodes if node.op == "call_module")
-    for name, part in module.named_modules():
-        if (has_forward_hooks(part) or has_backward_hooks(part)) and not f"{name}.".startswith(called):
-            shown = ".".join(filter(None, (island, name))) or "the model itself"
+def _warn_of_hooks(island: str, originals: Mapping[str, nn.Module], pruned: nn.Module) -> None:
+    """Warn of hooks on modules that stay, but are no longer called: a graph runs their operations."""
+    kept = dict(pruned.named_modules())
+    graphs = {path: part for path, part in kept.items() if isinstance(part, PrunedModule)}
+    called = {join_path(path, target) for path, part in graphs.items() for target in called_paths(part)}
+    for name, part in originals.items():
+        inlined = name in kept and name not in graphs and is_within(name, graphs) and not is_within(name, called)
+        if inlined and (has_forward_hooks(part) or has_backward_hooks(part)):
             warn_user(
-                f"{shown} carries hooks; it becomes part of a graph, so the pruned model does not have them."
+                f"{join_path(island, name)} carries hooks; it becomes part of a graph, so they no longer run."
                 " Register them on the result, or on a layer that stays"
             )

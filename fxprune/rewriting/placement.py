@@ -1,0 +1,282 @@
+"""Removes regions from the module tree at the smallest place each, and checks the result against the whole graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxprune.graph.fx_utils import INPLACE_ORIGIN, OVERWRITES, graph_structure, is_within, join_path
+from fxprune.graph.operators import may_be_overwritten
+from fxprune.graph.records import Region
+from fxprune.graph.tracer import TracedCall
+from fxprune.passes.bypass import bypass_regions
+from fxprune.passes.concat import NARROWED_WEIGHTS
+from fxprune.passes.in_place import reinplace
+from fxprune.passes.pipeline import simplify
+from fxprune.rewriting.body_graph import BodyError, build_body, produced_values
+from fxprune.rewriting.places import Place, PlaceFinder
+from fxprune.rewriting.pruned_module import PrunedModule
+from fxprune.rewriting.whole_graph import IslandRewriter, SimplifiedGraph
+
+MAX_ROUNDS = 12
+"""Places are made larger at most this often before the whole island becomes one graph."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a rewrite of an island changed.
+
+    Attributes
+    ----------
+    identities : tuple of str
+        Paths, below the island, of the parts that became identities.
+    graphs : tuple of str
+        Paths, below the island, of the modules whose forward became a graph.
+    narrowed : mapping of str to tuple of int
+        New shapes of the weights that became narrower, by path below the island.
+    """
+
+    identities: tuple[str, ...]
+    graphs: tuple[str, ...]
+    narrowed: Mapping[str, tuple[int, ...]]
+
+
+def remove_regions(shell: nn.Module, path: str, rewriter: IslandRewriter, regions: Sequence[Region]) -> Placement:
+    """Remove regions from an island, each at the smallest place that computes what the whole rewritten graph computes.
+
+    Parameters
+    ----------
+    shell : Module
+        The model, as a part of an outer module; changed.
+    path : str
+        Path of the island in it.
+    rewriter : IslandRewriter
+        Rewrites the island's graph as a whole.
+    regions : sequence of Region
+        Regions to remove; not empty.
+
+    Returns
+    -------
+    Placement
+
+    Raises
+    ------
+    PlanError
+        If a removed node is still read.
+    """
+    wanted = rewriter.rewrite(regions)
+    places = PlaceFinder(shell.get_submodule(path), rewriter.traced).find(regions)
+    chosen = [0] * len(regions)
+    for _ in range(MAX_ROUNDS):
+        if not any(places[i][k] == places[i][-1] for i, k in enumerate(chosen)):
+            done = _attempt(shell, path, rewriter, regions, [places[i][k] for i, k in enumerate(chosen)], wanted)
+            if done is not None:
+                return done
+        else:
+            break
+        failing = _failing_alone(shell, path, rewriter, regions, places, chosen) or range(len(regions))
+        for index in failing:
+            chosen[index] = min(chosen[index] + 1, len(places[index]) - 1)
+    whole = _Edits(shell, path, rewriter)
+    return whole.make(regions, [places[0][-1]] * len(regions), wanted)
+
+
+def _failing_alone(
+    shell: nn.Module,
+    path: str,
+    rewriter: IslandRewriter,
+    regions: Sequence[Region],
+    places: Sequence[Sequence[Place]],
+    chosen: Sequence[int],
+) -> list[int]:
+    """Return the regions whose chosen place is wrong even if nothing else is removed."""
+    if len(regions) == 1:
+        return [0]
+    failing = []
+    for index, region in enumerate(regions):
+        edits = _Edits(shell, path, rewriter)
+        wanted = rewriter.rewrite([region])
+        if not edits.succeed([region], [places[index][chosen[index]]], wanted):
+            failing.append(index)
+        edits.undo()
+    return failing
+
+
+def _attempt(
+    shell: nn.Module,
+    path: str,
+    rewriter: IslandRewriter,
+    regions: Sequence[Region],
+    places: Sequence[Place],
+    wanted: SimplifiedGraph,
+) -> Placement | None:
+    edits = _Edits(shell, path, rewriter)
+    if edits.succeed(regions, places, wanted):
+        return edits.placement
+    edits.undo()
+    return None
+
+
+class _Edits:
+    """Changes of one island, which can be undone."""
+
+    def __init__(self, shell: nn.Module, path: str, rewriter: IslandRewriter) -> None:
+        self.shell, self.path, self.rewriter = shell, path, rewriter
+        self.undos: list[Callable[[], object]] = []
+        self.placement = Placement((), (), {})
+
+    @property
+    def module(self) -> nn.Module:
+        """The island's module, with the changes so far."""
+        return self.shell.get_submodule(self.path)
+
+    def undo(self) -> None:
+        """Take all changes back."""
+        while self.undos:
+            self.undos.pop()()
+
+    def succeed(self, regions: Sequence[Region], places: Sequence[Place], wanted: SimplifiedGraph) -> bool:
+        """Make the changes. Returns whether the module then computes what the whole rewritten graph computes."""
+        try:
+            self.make(regions, places, wanted)
+        except BodyError:
+            return False
+        if not self.rewriter.agrees(self.module, self.placement.identities, wanted):
+            return False
+        state, expected = self.module.state_dict(), wanted.gm.state_dict()
+        return all(key in state and state[key].shape == value.shape for key, value in expected.items())
+
+    def make(self, regions: Sequence[Region], places: Sequence[Place], wanted: SimplifiedGraph) -> Placement:
+        """Replace parts by identities and modules by graphs, inner ones first."""
+        inlined = [place.path for place in places if place.inline]
+        identities: dict[str, nn.Module] = {}
+        graphs: dict[str, bool] = {}
+        groups: dict[str, list[Region]] = {}
+        for region, place in zip(regions, places, strict=True):
+            paths = [path for path, _ in place.identities] or [place.path]
+            around = [path for path in inlined if all(is_within(inner, path) for inner in paths)]
+            if around or not place.identities:
+                path = min(around, key=len) if around else place.path
+                graphs[path] = bool(around)
+                groups.setdefault(path, []).append(region)
+            else:
+                identities |= dict(place.identities)
+        for path, new in identities.items():
+            self._replace(path, new)
+        narrowed: dict[str, tuple[int, ...]] = {}
+        for path in sorted(graphs, key=lambda path: (-path.count(".") if path else 1, path)):
+            narrowed |= self._make_graph(path, graphs[path], groups[path])
+        self._clear_flags(wanted, graphs)
+        self.placement = Placement(tuple(identities), tuple(graphs), narrowed)
+        return self.placement
+
+    def _replace(self, path: str, new: nn.Module) -> None:
+        """Replace a part of the island, under every path of it."""
+        full = join_path(self.path, path)
+        old = self.shell.get_submodule(full)
+        new.training = old.training
+        paths = [name for name, part in self.shell.named_modules(remove_duplicate=False) if name and part is old]
+        outside = [name for name in paths if not is_within(name, self.path)]
+        if path and outside:
+            raise BodyError(f"{path!r} is also a part of {outside[0]!r}")
+        for name in paths:
+            self.shell.set_submodule(name, new)
+            self.undos.append(lambda name=name: self.shell.set_submodule(name, old))  # type: ignore[misc]
+
+    def _make_graph(self, path: str, inline: bool, regions: Sequence[Region]) -> dict[str, tuple[int, ...]]:
+        """Replace a module of the island by a `PrunedModule`. Returns the new shapes of narrowed weights."""
+        module = self.module.get_submodule(path)
+        graphs = [self._body(call, module, inline, regions) for call in self.rewriter.calls_of(path)]
+        first = graphs[0]
+        if any(graph_structure(other[1].graph) != graph_structure(first[1].graph) for other in graphs[1:]):
+            raise BodyError(f"{path!r} is called in several ways")
+        before, gm = first
+        new = PrunedModule(module, gm.graph, ())
+        self._prune_parts(new, before, gm)
+        self._replace(path, new)
+        return {join_path(path, key): shape for key, shape in gm.meta[NARROWED_WEIGHTS].items()}
+
+    def _body(
+        self, call: TracedCall, module: nn.Module, inline: bool, regions: Sequence[Region]
+    ) -> tuple[set[str], fx.GraphModule]:
+        """Return the targets of a module's own graph before the removal, and the graph after it."""
+        body = build_body(self.module, call, inline)
+        before = {str(node.target) for node in body.graph.nodes if node.op in ("call_module", "get_attr")}
+        gm = fx.GraphModule(module, body.graph)
+        gm.training = module.training
+        names = {name: node.name for name, node in body.nodes.items()}
+        produced = produced_values(call, inline)
+        here = [region for region in regions if region.exit in produced and region.stand_in in names]
+        bypass_regions(gm, {names[region.exit]: names[region.stand_in] for region in here})
+        channels = {names[name]: width for name, width in self.rewriter.channels.items() if name in names}
+        simplify(gm, channels, self.shell)
+        reinplace(gm)
+        return before, gm
+
+    def _prune_parts(self, new: PrunedModule, before: set[str], gm: fx.GraphModule) -> None:
+        """Remove from a module what its new graph no longer reads, and put narrowed layers in."""
+        after = {str(node.target) for node in gm.graph.nodes if node.op in ("call_module", "get_attr")}
+        narrowed = {target for target in after if any(is_within(key, target) for key in gm.meta[NARROWED_WEIGHTS])}
+        gone = {target for target in before - after if not any(is_within(other, target) for other in after)}
+        for target in narrowed:
+            self._set(new, target, gm.get_submodule(target))
+        tops = {_outermost_dead(target, gone, new) for target in gone}
+        for target in tops:
+            self._delete(new, target)
+        names = {path.partition(".")[0] for path in narrowed | tops}
+        vars(new)["changed_names"] = new.changed_names | names
+
+    def _set(self, new: nn.Module, target: str, layer: nn.Module) -> None:
+        old = new.get_submodule(target)
+        new.set_submodule(target, layer)
+        self.undos.append(lambda: new.set_submodule(target, old))
+
+    def _delete(self, new: nn.Module, target: str) -> None:
+        """Remove a part or a tensor. An entry of a container becomes an identity: the others keep their index."""
+        owner_path, _, name = target.rpartition(".")
+        owner = new.get_submodule(owner_path)
+        if isinstance(owner, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) and name in dict(owner.named_children()):
+            self._set(new, target, nn.Identity())
+            return
+        old, persistent = getattr(owner, name), name in owner.state_dict()
+        delattr(owner, name)
+        if isinstance(old, (nn.Module, nn.Parameter)):
+            self.undos.append(lambda: setattr(owner, name, old))
+        else:
+            self.undos.append(lambda: owner.register_buffer(name, old, persistent=persistent))
+
+    def _clear_flags(self, wanted: SimplifiedGraph, graphs: Mapping[str, bool]) -> None:
+        """Clear the in-place flag of layers that would overwrite a value that is still needed.
+
+        Raises `BodyError` if code that stays Python would do so.
+        """
+        originals = {node.name: node for node in self.rewriter.traced.graph.nodes}
+        for node in wanted.gm.graph.nodes:
+            layer = wanted.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+            written = node.meta.get(OVERWRITES) or INPLACE_ORIGIN in node.meta or getattr(layer, "inplace", False)
+            if written is False or not node.all_input_nodes:
+                continue
+            source, before = node.all_input_nodes[0], originals[node.name].all_input_nodes[0]
+            owner = self.rewriter.owners.get(node.name, "")
+            in_graph = any(owner == path or (inline and is_within(owner, path)) for path, inline in graphs.items())
+            if may_be_overwritten(wanted.gm, source) or not (in_graph or before.name != source.name):
+                continue
+            if layer is not None:
+                layer.inplace = False  # type: ignore[assignment]
+                self.undos.append(lambda layer=layer: setattr(layer, "inplace", True))  # type: ignore[misc]
+            elif not in_graph:
+                raise BodyError(f"{node.name!r} overwrites a value that others read")
+
+
+def _outermost_dead(target: str, gone: set[str], new: nn.Module) -> str:
+    """Return the outermost path around a removed target of which all tensors are removed, but no list of modules."""
+    atoms = target.split(".")
+    for length in range(1, len(atoms)):
+        outer = ".".join(atoms[:length])
+        part = new.get_submodule(outer)
+        tensors = [join_path(outer, key) for key, _ in (*part.named_parameters(), *part.named_buffers())]
+        if not isinstance(part, (nn.ModuleList, nn.ModuleDict)) and all(is_within(key, gone) for key in tensors):
+            return outer
+    return target
