@@ -16,7 +16,7 @@ from fxprune.graph.module_trace import Traced, Untraced, trace_module
 from fxprune.planning.plan import IslandRecord, Plan
 from fxprune.rewriting.history import attach_history, narrowing_savings, raw_plans, structural_changes
 from fxprune.rewriting.placement import remove_regions
-from fxprune.rewriting.pruned_module import PrunedModule, called_paths
+from fxprune.rewriting.pruned_module import PrunedModule, called_layers
 from fxprune.rewriting.verification import verify_weights
 from fxprune.rewriting.whole_graph import IslandRewriter, check_nodes
 from fxprune.runtime.private_copy import private_copy
@@ -129,7 +129,7 @@ def _warn_of_hooks(island: str, originals: Mapping[str, nn.Module], pruned: nn.M
     """Warn of hooks on modules that stay, but are no longer called: a graph runs their operations."""
     kept = dict(pruned.named_modules())
     graphs = {path: part for path, part in kept.items() if isinstance(part, PrunedModule)}
-    called = {join_path(path, target) for path, part in graphs.items() for target in called_paths(part)}
+    called = {join_path(path, target) for path, part in graphs.items() for target in called_layers(part)}
     for name, part in originals.items():
         inlined = name in kept and name not in graphs and is_within(name, graphs) and not is_within(name, called)
         if inlined and (has_forward_hooks(part) or has_backward_hooks(part)):

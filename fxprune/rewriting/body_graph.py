@@ -172,7 +172,7 @@ class _Builder:
                 self._add_call(step)
 
     def _copy_node(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
+        if node.op in ("placeholder", "output"):
             return
         args, kwargs = self._translate(node.args), self._translate(node.kwargs)
         target = node.target

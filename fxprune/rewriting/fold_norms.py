@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import fx, nn
@@ -12,6 +13,8 @@ from fxprune.graph.channels import trace_leaf
 from fxprune.graph.fx_utils import graph_structure
 from fxprune.graph.tracer import FunctionalTracer
 from fxprune.passes.fold_batchnorm import fold_batchnorm, foldable_pairs, folded_convolution
+from fxprune.rewriting.history import traced_islands
+from fxprune.rewriting.pruned_module import PrunedModule, called_layers
 from fxprune.runtime.private_copy import private_copy
 
 FUSED_FORWARD = "forward_fuse"
@@ -21,9 +24,9 @@ FUSED_FORWARD = "forward_fuse"
 def fold_norms(model: nn.Module) -> nn.Module:
     """Fold batch norms into the convolutions before them, in a copy of the model for inference.
 
-    Works on the graphs of a pruned model, on any other `torch.fx.GraphModule`, and on modules with their own fused
-    forward (ultralytics' ``Conv``). Other parts keep their norms, such as parts of a detector where nothing was
-    removed. A norm also stays if its convolution is called twice or has other readers.
+    Works on a pruned model, on any `torch.fx.GraphModule`, and on modules with their own fused forward (ultralytics'
+    ``Conv``). In a pruned model it folds the norms of all parts that were analyzed as graphs. A norm stays if its
+    convolution is called twice or has other readers, or if the norm or the convolution is used in two places.
 
     Parameters
     ----------
@@ -33,13 +36,13 @@ def fold_norms(model: nn.Module) -> nn.Module:
     Returns
     -------
     Module
-        The same kind of model, in eval mode. Its outputs are equal except for rounding. Training no longer updates any
-        statistics. Save the model before folding: `fxprune.save` refuses a folded model.
+        The same kind of model, in eval mode. A folded norm is an `Identity`. The outputs are equal except for rounding.
+        Training no longer updates any statistics. Save the model before folding: `fxprune.save` refuses a folded model.
 
     Raises
     ------
     ModelError
-        If the model has no graph in which norms can be folded.
+        If the model was not pruned and has no graph in which norms can be folded.
 
     Examples
     --------
@@ -48,15 +51,31 @@ def fold_norms(model: nn.Module) -> nn.Module:
     network = unwrap(model)
     twin = private_copy(network, keep_precision=True).eval()
     graphs = [module for module in twin.modules() if isinstance(module, fx.GraphModule)]
+    islands = list(traced_islands(twin))
     folded = [_fold_leaf(module) for module in list(twin.modules())]
-    if not graphs and not any(folded):
+    if not graphs and not islands and not any(folded):
         raise ModelError(
-            f"{type(network).__name__} holds no graph to fold norms in; give a pruned model, or torch.fx.symbolic_trace"
-            " of one"
+            f"{type(network).__name__} was not pruned and holds no graph to fold norms in; give a pruned model, or"
+            " torch.fx.symbolic_trace of one"
         )
     for gm in graphs:
-        fold_batchnorm(gm)
+        if not isinstance(gm, PrunedModule):
+            fold_batchnorm(gm)
+    for name, gm in islands:
+        _fold_part(twin, name, gm)
     return rewrap_like(model, twin)
+
+
+def _fold_part(model: nn.Module, name: str, gm: fx.GraphModule) -> None:
+    """Fold the norms of one part of a model: convolutions are replaced, and norms become identities."""
+    part = model.get_submodule(name)
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    uses += Counter(id(gm.get_submodule(path)) for path in called_layers(gm))
+    for nodes in foldable_pairs(gm):
+        convolution, norm = (gm.get_submodule(str(node.target)) for node in nodes)
+        if uses[id(convolution)] == uses[id(norm)] == 2:  # one path and one call each
+            part.set_submodule(str(nodes[0].target), folded_convolution(convolution, norm))
+            part.set_submodule(str(nodes[1].target), nn.Identity().eval())
 
 
 def _fold_leaf(layer: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxprune.adapters.registry import unwrap
 from fxprune.errors import ModelError
 from fxprune.graph.fx_utils import graph_structure, is_within
+from fxprune.graph.module_trace import Traced, trace_module
 from fxprune.planning.plan import Plan
 from fxprune.runtime.torch_internals import BatchNormBase, keep_when_copied
 
@@ -44,6 +45,20 @@ def applied_plans(model: nn.Module) -> tuple[Plan, ...]:
             " output of fxprune.analyze, Analysis.plan or fxprune.compile"
         )
     return plans
+
+
+def traced_islands(network: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
+    """Yield the path and the graph of each part of a pruned network that its plans describe as one graph.
+
+    Parts that are gone or are no graph any more are left out. A network that was not pruned has none.
+    """
+    plans = applied_plans(network) if raw_plans(network) else ()
+    parts = dict(network.named_modules())
+    for record in {record.name: record for plan in plans for record in plan.islands}.values():
+        if record.name in parts:
+            traced = trace_module(parts[record.name], frozenset(record.opaque), fixed_opaque=True)
+            if isinstance(traced, Traced):
+                yield record.name, traced.gm
 
 
 def structural_changes(network: nn.Module) -> list[str]:

@@ -234,9 +234,9 @@ def _names_in(attribute: Any) -> set[str]:
     return names
 
 
-def called_paths(module: fx.GraphModule) -> set[str]:
-    """Return the paths of the modules that a graph calls."""
-    return {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+def called_layers(gm: fx.GraphModule) -> list[str]:
+    """Return the path of the module in each module call of a graph."""
+    return [str(node.target) for node in gm.graph.nodes if node.op == "call_module"]
 
 
 Row = tuple[str, str, Any, Any, Any, Any]

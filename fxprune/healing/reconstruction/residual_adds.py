@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxprune.graph.fx_utils import join_path
 from fxprune.graph.operators import ADDITIONS, is_norm
+from fxprune.rewriting.history import traced_islands
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ResidualOperand:
 
 
 def find_residual_operands(model: nn.Module) -> dict[str, ResidualOperand]:
-    """Find the layers of a model's graphs whose output is read only by one sum, directly or through a norm.
+    """Find the layers of a pruned model whose output is read only by one sum, directly or through a norm.
 
     Returns
     -------
@@ -43,8 +44,7 @@ def find_residual_operands(model: nn.Module) -> dict[str, ResidualOperand]:
         join_path(island, path): ResidualOperand(
             join_path(island, term.observed_at), term.is_input, join_path(island, term.norm) if term.norm else None
         )
-        for island, gm in model.named_modules()
-        if isinstance(gm, fx.GraphModule)
+        for island, gm in traced_islands(model)
         for path, term in _graph_operands(gm)
     }
 
