@@ -71,8 +71,12 @@ def produced_values(call: TracedCall, inline: bool) -> set[str]:
     nodes = list(nodes_below(call)) if inline else []
     for step in call.steps:
         nodes += [step] if isinstance(step, fx.Node) else nodes_in(step.result)
-    received = {node.name for node in nodes_in(call.args) + nodes_in(call.kwargs)}
-    return {node.name for node in nodes} - received
+    return {node.name for node in nodes} - received_values(call)
+
+
+def received_values(call: TracedCall) -> set[str]:
+    """Return the names of the values that a call receives as arguments."""
+    return {node.name for node in nodes_in(call.args) + nodes_in(call.kwargs)}
 
 
 def build_body(root: nn.Module, call: TracedCall, inline: bool) -> Body:
@@ -198,8 +202,7 @@ class _Builder:
         name = results[0].name if isinstance(call.result, fx.Node) else None
         args, kwargs = self._translate(call.args), self._translate(call.kwargs)
         node = self.graph.create_node("call_module", path, args, kwargs, name)
-        received = {value.name for value in nodes_in(call.args) + nodes_in(call.kwargs)}
-        self._bind_result(node, call.result, received)
+        self._bind_result(node, call.result, received_values(call))
 
     def _bind_result(self, node: fx.Node, value: Any, received: set[str]) -> None:
         if isinstance(value, fx.Node):

@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxprune.graph.fx_utils import value_graph
 from fxprune.graph.records import Region
 from fxprune.graph.tracer import TRACED_CALL, TracedCall
-from fxprune.rewriting.body_graph import nested_calls, nodes_below, nodes_in, produced_values
+from fxprune.rewriting.body_graph import nested_calls, nodes_below, nodes_in, produced_values, received_values
 from fxprune.rewriting.pruned_module import PassThrough
 
 
@@ -76,27 +76,23 @@ class PlaceFinder:
         identities = self._find_identities(regions)
         found = []
         for index, region in enumerate(regions):
-            bodies = [Place(path, inline) for path in self._bodies(region) for inline in (False, True)]
-            found.append([*identities.get(index, []), *bodies])
+            found.append([*identities.get(index, []), *self._bodies(region)])
         return found
 
-    def _bodies(self, region: Region) -> Iterator[str]:
-        """Yield the path of the innermost module whose forward sees the region's exit and stand-in, and its parents."""
+    def _bodies(self, region: Region) -> Iterator[Place]:
+        """Yield the innermost module that computes the region's exit from its stand-in, then the modules around it."""
         inside = self._working(region.nodes)
-        sizes: dict[int, tuple[int, TracedCall]] = {}
-        for call in nested_calls(self.call):
-            received = {node.name for node in nodes_in(call.args) + nodes_in(call.kwargs)}
-            produced = produced_values(call, inline=False)
-            if region.exit in produced and region.stand_in in produced | received:
-                names = {node.name for node in nodes_below(call)}
-                if inside <= names:
-                    sizes[id(call)] = (len(names), call)
-        call = min(sizes.values(), key=lambda found: found[0])[1] if sizes else self.call
-        seen = []
+        fitting = [call for call in nested_calls(self.call) if inside <= {node.name for node in nodes_below(call)}]
+        fitting = [call for call in fitting if region.stand_in in produced_values(call, True) | received_values(call)]
+        call = min(fitting, key=lambda call: len(list(nodes_below(call))), default=self.call)
+        seen = set()
         while True:
             if call.path not in seen:
-                seen.append(call.path)
-                yield call.path
+                seen.add(call.path)
+                produced = produced_values(call, inline=False)
+                if region.exit in produced and region.stand_in in produced | received_values(call):
+                    yield Place(call.path, inline=False)
+                yield Place(call.path, inline=True)
             if call is self.call:
                 return
             call = self.parents[id(call)]
