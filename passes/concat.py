@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def deduplicate_concat(gm: fx.GraphModule, channels: Mapping[str, int], model: n
     return PassResult(gm, bool(narrowed))
 
 
-def collapse_split_concat(gm: fx.GraphModule) -> PassResult:
+def collapse_split_concat(gm: fx.GraphModule, contiguous: Collection[str] = ()) -> PassResult:
     """Replaces the concatenation of all parts of a value, in order, by the value. Exact bit for bit.
 
     Only if all readers of the concatenation are convolutions, or if the value has the memory layout of the
@@ -86,6 +86,8 @@ def collapse_split_concat(gm: fx.GraphModule) -> PassResult:
     ----------
     gm : GraphModule
         Rewritten in place.
+    contiguous : collection of str
+        Names of values that are contiguous for reasons outside this graph, such as inputs.
 
     Returns
     -------
@@ -109,7 +111,7 @@ def collapse_split_concat(gm: fx.GraphModule) -> PassResult:
     modified = False
     for node in gm.graph.nodes:
         whole = _split_source(concatenated_values(node))
-        if whole is not None and _is_replaceable(gm, node, whole):
+        if whole is not None and _is_replaceable(gm, node, whole, whole.name in contiguous):
             modified |= bool(node.replace_all_uses_with(whole))
     gm.graph.lint()
     gm.recompile()
@@ -170,16 +172,26 @@ def _split_source(values: Sequence[fx.Node]) -> fx.Node | None:
     return split.all_input_nodes[0] if [(value.target, value.args) for value in values] == parts else None
 
 
+def contiguous_values(gm: fx.GraphModule) -> set[str]:
+    """Return the names of the values that the program itself makes contiguous.
+
+    Examples
+    --------
+    >>> contiguous_values(fx.symbolic_trace(lambda x: x.contiguous().view(-1)))
+    {'contiguous', 'view'}
+    """
+    return {node.name for node in gm.graph.nodes if _is_contiguous(node)}
+
+
 def _is_contiguous(node: fx.Node) -> bool:
-    """Whether the program itself makes a value contiguous."""
     while node.target == "view":
         node = node.all_input_nodes[0]
     return node.target == "contiguous" and len(node.args) == 1 and not node.kwargs
 
 
-def _is_replaceable(gm: fx.GraphModule, node: fx.Node, value: fx.Node) -> bool:
-    """Whether all readers of a concatenation compute the same from `value`, whatever its memory layout."""
+def _is_replaceable(gm: fx.GraphModule, node: fx.Node, value: fx.Node, contiguous: bool) -> bool:
+    """Whether all readers of a concatenation compute the same from `value`."""
     layers = [gm.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
     if len(layers) == len(node.users) and all(input_convolutions(layer) for layer in layers):
         return True
-    return _is_contiguous(value) and not any(user.op == "output" for user in node.users)
+    return (contiguous or _is_contiguous(value)) and not any(user.op == "output" for user in node.users)

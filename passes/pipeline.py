@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
@@ -12,7 +12,9 @@ from fxprune.passes.dead_code import remove_dead_code
 from fxprune.passes.identity_ops import remove_identity_ops
 
 
-def simplify(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module) -> PassResult:
+def simplify(
+    gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module, contiguous: Collection[str] = ()
+) -> PassResult:
     """Replaces a graph by an equivalent graph with fewer operations and parameters.
 
     Parameters
@@ -23,6 +25,8 @@ def simplify(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module) 
         Number of channels of the values, by node name; see `fxprune.graph.channels.channels_of`.
     model : Module
         The model that contains the graph. Weights shared with other parts of it stay.
+    contiguous : collection of str
+        Names of values that are contiguous for reasons outside this graph, such as inputs.
 
     Returns
     -------
@@ -39,7 +43,7 @@ def simplify(gm: fx.GraphModule, channels: Mapping[str, int], model: nn.Module) 
         remove_dead_code(gm),
         remove_identity_ops(gm),
         deduplicate_concat(gm, channels, model),
-        collapse_split_concat(gm),
+        collapse_split_concat(gm, contiguous),
         remove_dead_code(gm),
     )
     return PassResult(gm, any(result.modified for result in results))

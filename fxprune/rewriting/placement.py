@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx, nn
 
@@ -36,11 +36,14 @@ class Placement:
         Paths, below the island, of the modules whose forward became a graph.
     narrowed : mapping of str to tuple of int
         New shapes of the weights that became narrower, by path below the island.
+    undo : callable
+        Takes the changes back.
     """
 
     identities: tuple[str, ...]
     graphs: tuple[str, ...]
     narrowed: Mapping[str, tuple[int, ...]]
+    undo: Callable[[], None] = field(repr=False)
 
 
 def remove_regions(shell: nn.Module, path: str, rewriter: IslandRewriter, regions: Sequence[Region]) -> Placement:
@@ -66,57 +69,39 @@ def remove_regions(shell: nn.Module, path: str, rewriter: IslandRewriter, region
     PlanError
         If a removed node is still read.
     """
-    wanted = rewriter.rewrite(regions)
     places = PlaceFinder(shell.get_submodule(path), rewriter.traced).find(regions)
+    whole = places[0][-1]
     chosen = [0] * len(regions)
-    for _ in range(MAX_ROUNDS):
-        if not any(places[i][k] == places[i][-1] for i, k in enumerate(chosen)):
-            done = _attempt(shell, path, rewriter, regions, [places[i][k] for i, k in enumerate(chosen)], wanted)
-            if done is not None:
-                return done
-        else:
-            break
-        failing = _failing_alone(shell, path, rewriter, regions, places, chosen) or range(len(regions))
-        for index in failing:
-            chosen[index] = min(chosen[index] + 1, len(places[index]) - 1)
-    whole = _Edits(shell, path, rewriter)
-    return whole.make(regions, [places[0][-1]] * len(regions), wanted)
 
-
-def _failing_alone(
-    shell: nn.Module,
-    path: str,
-    rewriter: IslandRewriter,
-    regions: Sequence[Region],
-    places: Sequence[Sequence[Place]],
-    chosen: Sequence[int],
-) -> list[int]:
-    """Return the regions whose chosen place is wrong even if nothing else is removed."""
-    if len(regions) == 1:
-        return [0]
-    failing = []
-    for index, region in enumerate(regions):
+    def works(indices: Sequence[int]) -> Placement | None:
         edits = _Edits(shell, path, rewriter)
-        wanted = rewriter.rewrite([region])
-        if not edits.succeed([region], [places[index][chosen[index]]], wanted):
-            failing.append(index)
+        some = [regions[index] for index in indices]
+        if edits.succeed(some, [places[index][chosen[index]] for index in indices], rewriter.rewrite(some)):
+            return edits.placement
         edits.undo()
-    return failing
+        return None
 
+    def works_alone(indices: Sequence[int]) -> bool:
+        placement = works(indices)
+        if placement is not None:
+            placement.undo()
+        return placement is not None
 
-def _attempt(
-    shell: nn.Module,
-    path: str,
-    rewriter: IslandRewriter,
-    regions: Sequence[Region],
-    places: Sequence[Place],
-    wanted: SimplifiedGraph,
-) -> Placement | None:
-    edits = _Edits(shell, path, rewriter)
-    if edits.succeed(regions, places, wanted):
-        return edits.placement
-    edits.undo()
-    return None
+    everything = range(len(regions))
+    for _ in range(MAX_ROUNDS):
+        if any(places[index][chosen[index]] == whole for index in everything):
+            break
+        placement = works(everything)
+        if placement is not None:
+            return placement
+        groups: dict[str, list[int]] = {}
+        for index in everything:
+            groups.setdefault(places[index][chosen[index] + 1].path, []).append(index)
+        failing = [index for index in everything if not works_alone([index])] if len(regions) > 1 else []
+        failing = failing or [index for group in groups.values() if not works_alone(group) for index in group]
+        for index in failing or everything:
+            chosen[index] += 1
+    return _Edits(shell, path, rewriter).make(regions, [whole] * len(regions), rewriter.rewrite(regions))
 
 
 class _Edits:
@@ -125,7 +110,7 @@ class _Edits:
     def __init__(self, shell: nn.Module, path: str, rewriter: IslandRewriter) -> None:
         self.shell, self.path, self.rewriter = shell, path, rewriter
         self.undos: list[Callable[[], object]] = []
-        self.placement = Placement((), (), {})
+        self.placement = Placement((), (), {}, self.undo)
 
     @property
     def module(self) -> nn.Module:
@@ -169,7 +154,7 @@ class _Edits:
         for path in sorted(graphs, key=lambda path: (-path.count(".") if path else 1, path)):
             narrowed |= self._make_graph(path, graphs[path], groups[path])
         self._clear_flags(wanted, graphs)
-        self.placement = Placement(tuple(identities), tuple(graphs), narrowed)
+        self.placement = Placement(tuple(identities), tuple(graphs), narrowed, self.undo)
         return self.placement
 
     def _replace(self, path: str, new: nn.Module) -> None:
@@ -211,7 +196,8 @@ class _Edits:
         here = [region for region in regions if region.exit in produced and region.stand_in in names]
         bypass_regions(gm, {names[region.exit]: names[region.stand_in] for region in here})
         channels = {names[name]: width for name, width in self.rewriter.channels.items() if name in names}
-        simplify(gm, channels, self.shell)
+        contiguous = {names[name] for name in self.rewriter.contiguous if name in names}
+        simplify(gm, channels, self.shell, contiguous)
         reinplace(gm)
         return before, gm
 

@@ -13,7 +13,7 @@ from fxprune.graph.fx_utils import graph_structure
 from fxprune.graph.records import Region
 from fxprune.graph.tracer import TRACED_CALL, FunctionalTracer, TracedCall
 from fxprune.passes.bypass import bypass_regions
-from fxprune.passes.concat import NARROWED_WEIGHTS
+from fxprune.passes.concat import NARROWED_WEIGHTS, contiguous_values
 from fxprune.passes.dead_code import remove_dead_code
 from fxprune.passes.pipeline import simplify
 from fxprune.rewriting.body_graph import nested_calls
@@ -74,6 +74,8 @@ class IslandRewriter:
     ----------
     channels : mapping of str to int
         Number of channels of the values, by node name.
+    contiguous : set of str
+        Names of the values that the program itself makes contiguous.
     owners : mapping of str to str
         Path of the module whose forward makes a node, by node name.
     """
@@ -81,6 +83,7 @@ class IslandRewriter:
     def __init__(self, name: str, traced: fx.GraphModule, opaque: Collection[str], model: nn.Module) -> None:
         self.name, self.traced, self.opaque, self.model = name, traced, frozenset(opaque), model
         self.channels = channels_of(traced)
+        self.contiguous = contiguous_values(traced)
         self._calls: dict[str, list[TracedCall]] = {}
         self.owners: dict[str, str] = {}
         for call in nested_calls(traced.meta[TRACED_CALL]):
