@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from fxprune.graph.fx_utils import check_constant, is_within, join_path
+from fxprune.graph.records import Region
 from fxprune.graph.tracer import TracedCall
 
 
@@ -63,15 +64,45 @@ def nodes_in(values: Any) -> list[fx.Node]:
     return [node for value in values for node in nodes_in(value)]
 
 
-def produced_values(call: TracedCall, inline: bool) -> set[str]:
+def produced_values(call: TracedCall, inlined: Collection[str] = ()) -> set[str]:
     """Return the names of the values that a module's own forward computes or gets from its children.
 
-    If `inline`, also of those that its children compute inside.
+    The forwards of the `inlined` children count as parts of its own.
     """
-    nodes = list(nodes_below(call)) if inline else []
+    names: set[str] = set()
     for step in call.steps:
-        nodes += [step] if isinstance(step, fx.Node) else nodes_in(step.result)
-    return {node.name for node in nodes} - received_values(call)
+        if isinstance(step, fx.Node):
+            names.add(step.name)
+        else:
+            names |= {node.name for node in nodes_in(step.result)}
+            names |= produced_values(step, inlined) if step.path in inlined else set()
+    return names - received_values(call)
+
+
+def children_to_inline(call: TracedCall, regions: Sequence[Region], working: Collection[str]) -> set[str]:
+    """Return the paths of the modules below a call whose forwards must become part of its graph to remove regions.
+
+    A child is one of them if it computes a region's exit or stand-in without returning it, or if a part of it is
+    removed and a part is not.
+
+    Parameters
+    ----------
+    call : TracedCall
+        The call whose module becomes a graph.
+    regions : sequence of Region
+        The regions to remove.
+    working : collection of str
+        Names of the nodes that compute a value.
+    """
+    found = set()
+    for inner in nested_calls(call):
+        below = {node.name for node in nodes_below(inner)}
+        hidden = below - {node.name for node in nodes_in(inner.result)}
+        for region in regions:
+            some = below & set(region.nodes) & set(working)
+            if {region.exit, region.stand_in} & hidden or (some and not below & set(working) <= set(region.nodes)):
+                found.add(inner.path)
+    return found - {call.path}
 
 
 def received_values(call: TracedCall) -> set[str]:
@@ -79,7 +110,7 @@ def received_values(call: TracedCall) -> set[str]:
     return {node.name for node in nodes_in(call.args) + nodes_in(call.kwargs)}
 
 
-def build_body(root: nn.Module, call: TracedCall, inline: bool) -> Body:
+def build_body(root: nn.Module, call: TracedCall, inlined: Collection[str] = ()) -> Body:
     """Build the graph of one module's own forward.
 
     Parameters
@@ -88,8 +119,8 @@ def build_body(root: nn.Module, call: TracedCall, inline: bool) -> Body:
         The module that was traced.
     call : TracedCall
         A call of a module below it, or of itself.
-    inline : bool
-        Whether the forwards of its children become part of the graph. If False, each child is one node.
+    inlined : collection of str
+        Paths of modules below it whose forwards become part of the graph. Other children are one node each.
 
     Returns
     -------
@@ -101,15 +132,15 @@ def build_body(root: nn.Module, call: TracedCall, inline: bool) -> Body:
         If the forward reads a value that it neither receives nor computes, or takes or returns a container of a class
         that a graph cannot hold.
     """
-    return _Builder(root, call, inline).build()
+    return _Builder(root, call, inlined).build()
 
 
 _STARS: Mapping[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 class _Builder:
-    def __init__(self, root: nn.Module, call: TracedCall, inline: bool) -> None:
-        self.root, self.call, self.inline = root, call, inline
+    def __init__(self, root: nn.Module, call: TracedCall, inlined: Collection[str]) -> None:
+        self.root, self.call, self.inlined = root, call, inlined
         self.module = root.get_submodule(call.path)
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
@@ -170,7 +201,7 @@ class _Builder:
         for step in call.steps:
             if isinstance(step, fx.Node):
                 self._copy_node(step)
-            elif self.inline or step.path == call.path:
+            elif step.path in self.inlined:
                 self._add_steps(step)
             else:
                 self._add_call(step)

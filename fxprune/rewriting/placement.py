@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -15,12 +15,12 @@ from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.concat import NARROWED_WEIGHTS
 from fxprune.passes.in_place import reinplace
 from fxprune.passes.pipeline import simplify
-from fxprune.rewriting.body_graph import BodyError, build_body, produced_values
+from fxprune.rewriting.body_graph import BodyError, build_body, children_to_inline, nested_calls, produced_values
 from fxprune.rewriting.places import Place, PlaceFinder
 from fxprune.rewriting.pruned_module import PrunedModule
 from fxprune.rewriting.whole_graph import IslandRewriter, SimplifiedGraph
 
-MAX_ROUNDS = 12
+MAX_ROUNDS = 20
 """Places are made larger at most this often before the whole island becomes one graph."""
 
 
@@ -134,28 +134,67 @@ class _Edits:
         return all(key in state and state[key].shape == value.shape for key, value in expected.items())
 
     def make(self, regions: Sequence[Region], places: Sequence[Place], wanted: SimplifiedGraph) -> Placement:
-        """Replace parts by identities and modules by graphs, inner ones first."""
-        inlined = [place.path for place in places if place.inline]
-        identities: dict[str, nn.Module] = {}
-        graphs: dict[str, bool] = {}
+        """Replace parts by identities and modules by graphs, inner ones first; then narrow layers."""
+        identities, groups = self._group(regions, places)
+        for path, new in identities.items():
+            if new is None:
+                self._leave_out(path)
+            else:
+                self._replace(path, new)
+        for path in sorted(groups, key=lambda path: (-path.count(".") if path else 1, path)):
+            self._make_graph(path, *groups[path])
+        self._narrow(wanted)
+        self._clear_flags(wanted, {inner for path, (inlined, _) in groups.items() for inner in {path, *inlined}})
+        self.placement = Placement(tuple(identities), tuple(groups), wanted.narrowed, self.undo)
+        return self.placement
+
+    def _group(
+        self, regions: Sequence[Region], places: Sequence[Place]
+    ) -> tuple[dict[str, nn.Module | None], dict[str, tuple[set[str], list[Region]]]]:
+        """Return the parts to replace, and for each module that becomes a graph its inlined children and regions."""
+        everything = [place.path for place in places if place.inlined == "all"]
+        identities: dict[str, nn.Module | None] = {}
         groups: dict[str, list[Region]] = {}
+        levels: dict[str, str] = {}
         for region, place in zip(regions, places, strict=True):
             paths = [path for path, _ in place.identities] or [place.path]
-            around = [path for path in inlined if all(is_within(inner, path) for inner in paths)]
-            if around or not place.identities:
-                path = min(around, key=len) if around else place.path
-                graphs[path] = bool(around)
-                groups.setdefault(path, []).append(region)
-            else:
+            around = [path for path in everything if all(is_within(inner, path) for inner in paths)]
+            if place.identities and not around:
                 identities |= dict(place.identities)
-        for path, new in identities.items():
-            self._replace(path, new)
-        narrowed: dict[str, tuple[int, ...]] = {}
-        for path in sorted(graphs, key=lambda path: (-path.count(".") if path else 1, path)):
-            narrowed |= self._make_graph(path, graphs[path], groups[path])
-        self._clear_flags(wanted, graphs)
-        self.placement = Placement(tuple(identities), tuple(graphs), narrowed, self.undo)
-        return self.placement
+                continue
+            path = min(around, key=len, default=place.path)
+            groups.setdefault(path, []).append(region)
+            touched = "touched" in (place.inlined, levels.get(path))
+            levels[path] = "all" if around else "touched" if touched else "none"
+        inlined = {path: self._inlined(path, groups[path], levels[path]) for path in groups}
+        while inner := [(path, other) for path in groups for other in inlined[path] & set(groups)]:
+            path, other = inner[0]
+            groups[path] += groups.pop(other)
+            inlined[path] = self._inlined(path, groups[path], levels[path]) | inlined.pop(other)
+        return identities, {path: (inlined[path], groups[path]) for path in groups}
+
+    def _inlined(self, path: str, regions: Sequence[Region], level: str) -> set[str]:
+        """Return the paths of the modules below a module whose forwards become part of its graph."""
+        if level == "none":
+            return set()
+        calls = self.rewriter.calls_of(path)
+        if level == "all":
+            return {inner.path for call in calls for inner in nested_calls(call)} - {path}
+        return {found for call in calls for found in children_to_inline(call, regions, self.rewriter.working)}
+
+    def _leave_out(self, path: str) -> None:
+        """Remove an entry of a list of modules; the others keep their keys."""
+        owner_path, _, name = path.rpartition(".")
+        owner = self.module.get_submodule(owner_path)
+        entries = dict(owner.named_children())
+        delattr(owner, name)
+        self.undos.append(lambda: _restore_children(owner, entries))
+
+    def _narrow(self, wanted: SimplifiedGraph) -> None:
+        """Put the narrower layers of the whole rewritten graph in place."""
+        called = {str(node.target) for node in wanted.gm.graph.nodes if node.op == "call_module"}
+        for target in {target for target in called if any(is_within(key, target) for key in wanted.narrowed)}:
+            self._replace(target, wanted.gm.get_submodule(target))
 
     def _replace(self, path: str, new: nn.Module) -> None:
         """Replace a part of the island, under every path of it."""
@@ -170,10 +209,10 @@ class _Edits:
             self.shell.set_submodule(name, new)
             self.undos.append(lambda name=name: self.shell.set_submodule(name, old))  # type: ignore[misc]
 
-    def _make_graph(self, path: str, inline: bool, regions: Sequence[Region]) -> dict[str, tuple[int, ...]]:
-        """Replace a module of the island by a `PrunedModule`. Returns the new shapes of narrowed weights."""
+    def _make_graph(self, path: str, inlined: set[str], regions: Sequence[Region]) -> None:
+        """Replace a module of the island by a `PrunedModule`."""
         module = self.module.get_submodule(path)
-        graphs = [self._body(call, module, inline, regions) for call in self.rewriter.calls_of(path)]
+        graphs = [self._body(call, module, inlined, regions) for call in self.rewriter.calls_of(path)]
         first = graphs[0]
         if any(graph_structure(other[1].graph) != graph_structure(first[1].graph) for other in graphs[1:]):
             raise BodyError(f"{path!r} is called in several ways")
@@ -181,19 +220,20 @@ class _Edits:
         new = PrunedModule(module, gm.graph, ())
         self._prune_parts(new, before, gm)
         self._replace(path, new)
-        return {join_path(path, key): shape for key, shape in gm.meta[NARROWED_WEIGHTS].items()}
 
     def _body(
-        self, call: TracedCall, module: nn.Module, inline: bool, regions: Sequence[Region]
+        self, call: TracedCall, module: nn.Module, inlined: set[str], regions: Sequence[Region]
     ) -> tuple[set[str], fx.GraphModule]:
         """Return the targets of a module's own graph before the removal, and the graph after it."""
-        body = build_body(self.module, call, inline)
+        body = build_body(self.module, call, inlined)
         before = {str(node.target) for node in body.graph.nodes if node.op in ("call_module", "get_attr")}
         gm = fx.GraphModule(module, body.graph)
         gm.training = module.training
         names = {name: node.name for name, node in body.nodes.items()}
-        produced = produced_values(call, inline)
+        produced = produced_values(call, inlined)
         here = [region for region in regions if region.exit in produced and region.stand_in in names]
+        if not here:
+            raise BodyError("nothing in it is removed")
         bypass_regions(gm, {names[region.exit]: names[region.stand_in] for region in here})
         channels = {names[name]: width for name, width in self.rewriter.channels.items() if name in names}
         contiguous = {names[name] for name in self.rewriter.contiguous if name in names}
@@ -233,10 +273,11 @@ class _Edits:
         else:
             self.undos.append(lambda: owner.register_buffer(name, old, persistent=persistent))
 
-    def _clear_flags(self, wanted: SimplifiedGraph, graphs: Mapping[str, bool]) -> None:
+    def _clear_flags(self, wanted: SimplifiedGraph, in_graphs: Collection[str]) -> None:
         """Clear the in-place flag of layers that would overwrite a value that is still needed.
 
-        Raises `BodyError` if code that stays Python would do so.
+        `in_graphs` are the paths of the modules whose forward is part of a graph. Raises `BodyError` if code that stays
+        Python would overwrite such a value.
         """
         originals = {node.name: node for node in self.rewriter.traced.graph.nodes}
         for node in wanted.gm.graph.nodes:
@@ -246,7 +287,7 @@ class _Edits:
                 continue
             source, before = node.all_input_nodes[0], originals[node.name].all_input_nodes[0]
             owner = self.rewriter.owners.get(node.name, "")
-            in_graph = any(owner == path or (inline and is_within(owner, path)) for path, inline in graphs.items())
+            in_graph = owner in in_graphs
             if may_be_overwritten(wanted.gm, source) or not (in_graph or before.name != source.name):
                 continue
             if layer is not None:
@@ -254,6 +295,14 @@ class _Edits:
                 self.undos.append(lambda layer=layer: setattr(layer, "inplace", True))  # type: ignore[misc]
             elif not in_graph:
                 raise BodyError(f"{node.name!r} overwrites a value that others read")
+
+
+def _restore_children(owner: nn.Module, entries: Mapping[str, nn.Module]) -> None:
+    """Give a list of modules its entries back, in their order."""
+    for name in [name for name, _ in owner.named_children()]:
+        delattr(owner, name)
+    for name, part in entries.items():
+        owner.add_module(name, part)
 
 
 def _outermost_dead(target: str, gone: set[str], new: nn.Module) -> str:

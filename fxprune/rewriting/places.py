@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxprune.graph.fx_utils import value_graph
 from fxprune.graph.records import Region
 from fxprune.graph.tracer import TRACED_CALL, TracedCall
-from fxprune.rewriting.body_graph import nested_calls, nodes_below, nodes_in, produced_values, received_values
+from fxprune.rewriting.body_graph import nested_calls, nodes_below, nodes_in, received_values
 from fxprune.rewriting.pruned_module import PassThrough
 
 
@@ -24,15 +24,16 @@ class Place:
     ----------
     path : str
         Path, below the island, of the module whose forward becomes a graph. Not used if there are `identities`.
-    inline : bool
-        Whether the forwards of its children become part of the graph.
-    identities : tuple of (str, Module)
-        Path and new module of each part that is replaced instead, such as ``("layer3.1", Identity())``.
+    inlined : {"none", "touched", "all"}
+        Which of its children's forwards become part of the graph: none, those of which a part is removed, or all.
+    identities : tuple of (str, Module or None)
+        Path and new module of each part that is replaced instead, such as ``("layer3.1", Identity())``. None: the part
+        is left out of the list that holds it.
     """
 
     path: str = ""
-    inline: bool = False
-    identities: tuple[tuple[str, nn.Module], ...] = ()
+    inlined: str = "none"
+    identities: tuple[tuple[str, nn.Module | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,19 @@ class PlaceFinder:
         """Yield the innermost module that computes the region's exit from its stand-in, then the modules around it."""
         inside = self._working(region.nodes)
         fitting = [call for call in nested_calls(self.call) if inside <= {node.name for node in nodes_below(call)}]
-        fitting = [call for call in fitting if region.stand_in in produced_values(call, True) | received_values(call)]
-        call = min(fitting, key=lambda call: len(list(nodes_below(call))), default=self.call)
+        fitting = [call for call in fitting if self._knows(call, region.stand_in)]
+        call = min(reversed(fitting), key=lambda call: len(list(nodes_below(call))), default=self.call)
         seen = set()
         while True:
             if call.path not in seen:
                 seen.add(call.path)
-                produced = produced_values(call, inline=False)
-                if region.exit in produced and region.stand_in in produced | received_values(call):
-                    yield Place(call.path, inline=False)
-                yield Place(call.path, inline=True)
+                yield from (Place(call.path, inlined) for inlined in ("none", "touched", "all"))
             if call is self.call:
                 return
             call = self.parents[id(call)]
+
+    def _knows(self, call: TracedCall, value: str) -> bool:
+        return value in received_values(call) or any(node.name == value for node in nodes_below(call))
 
     def _working(self, names: Sequence[str]) -> set[str]:
         """Return those names whose nodes compute a value of the graph."""
@@ -118,10 +119,14 @@ class PlaceFinder:
             if len(kept) == len(chains):
                 break
             chains = kept
-        return {
-            index: [Place(identities=tuple((unit.path, _make_identity(unit.replacement)) for unit in chain))]
-            for index, chain in chains.items()
-        }
+        return {index: list(self._identity_places(chain)) for index, chain in chains.items()}
+
+    def _identity_places(self, chain: list[_Unit]) -> Iterator[Place]:
+        """Yield the replacement by identities; and, if all parts are entries of lists, by leaving them out."""
+        yield Place(identities=tuple((unit.path, _make_identity(unit.replacement)) for unit in chain))
+        owners = [self.root.get_submodule(unit.path.rpartition(".")[0]) for unit in chain]
+        if all(isinstance(owner, nn.ModuleList) for owner in owners):
+            yield Place(identities=tuple((unit.path, None) for unit in chain))
 
     def _chain(self, region: Region) -> list[_Unit] | None:
         """Return the module calls that lead, one after the other, from a region's stand-in to its exit."""

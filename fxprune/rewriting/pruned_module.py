@@ -6,7 +6,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -96,7 +96,8 @@ class PrunedModule(fx.GraphModule):
         names = {path.partition(".")[0] for path in changed}
         super().__init__(nn.Module(), fx.Graph(), type(original).__name__)
         state = {key: value for key, value in vars(original).items() if key not in _GRAPH_STATE}
-        state = {key: _copy_registry(value) for key, value in state.items() if not _is_stale(value, original)}
+        state = {key: _copy_registry(value) for key, value in state.items() if not _holds_modules(value)}
+        state = {key: _rebind(value, original, self) for key, value in state.items()}
         earlier: frozenset[str] = original.changed_names if isinstance(original, PrunedModule) else frozenset()
         vars(self).update(state, original_class=kind, changed_names=frozenset(names) | earlier)
         _adopt_overrides(type(self), kind)
@@ -129,7 +130,7 @@ class PrunedModule(fx.GraphModule):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle the graph as rows of plain values."""
-        return _blank, (type(self).__name__,), self.__getstate__()
+        return _blank, (type(self).__name__, self.original_class), self.__getstate__()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the graph as rows of plain values."""
@@ -150,14 +151,14 @@ class PrunedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
         """Copy all attributes and the graph."""
-        new = _blank(type(self).__name__)
+        new = _blank(type(self).__name__, self.original_class)
         memo[id(self)] = new
         new.__setstate__({key: value if key == _ROWS else copy.deepcopy(value, memo) for key, value in self._items()})
         return new
 
     def __copy__(self) -> PrunedModule:
         """Copy the module; the copy shares the submodules and tensors."""
-        new = _blank(type(self).__name__)
+        new = _blank(type(self).__name__, self.original_class)
         new.__setstate__({key: _copy_registry(value) for key, value in self._items()})
         return new
 
@@ -174,9 +175,11 @@ _GRAPH_STATE = frozenset(vars(_BLANK)) - frozenset(vars(nn.Module())) - {"meta"}
 """Attributes that belong to a graph or to a compiled or replaced forward, and that a new module makes itself."""
 
 
-def _blank(name: str) -> PrunedModule:
+def _blank(name: str, kind: type[nn.Module]) -> PrunedModule:
+    """Return a module without state. Its class is known, so that a pickle can restore bound methods first."""
     new = PrunedModule.__new__(PrunedModule)
     fx.GraphModule.__init__(new, nn.Module(), fx.Graph(), name)
+    new.original_class = kind
     return new
 
 
@@ -185,11 +188,16 @@ def _copy_registry(value: Any) -> Any:
     return value.copy() if isinstance(value, (dict, set)) else value
 
 
-def _is_stale(value: Any, original: nn.Module) -> bool:
-    """Whether an attribute would lead back to the original: a bound method of it, or a list of modules."""
-    if getattr(value, "__self__", None) is original:
-        return True
+def _holds_modules(value: Any) -> bool:
+    """Whether an attribute is a list of modules. Some of them may be gone, and no one can tell which."""
     return isinstance(value, (list, tuple)) and any(isinstance(item, nn.Module) for item in value)
+
+
+def _rebind(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """Bind a method of one module to another."""
+    if not isinstance(value, MethodType) or value.__self__ is not old:
+        return value
+    return MethodType(value.__func__, new)
 
 
 _OWN = frozenset({"forward", "__init__", "__new__", "__call__", "__getattr__", "__setattr__", "__delattr__", "__dir__"})

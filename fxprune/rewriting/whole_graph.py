@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxprune.errors import PlanError
 from fxprune.graph.channels import channels_of
-from fxprune.graph.fx_utils import graph_structure
+from fxprune.graph.fx_utils import SINK, SOURCE, graph_structure, value_graph
 from fxprune.graph.records import Region
 from fxprune.graph.tracer import TRACED_CALL, FunctionalTracer, TracedCall
 from fxprune.passes.bypass import bypass_regions
@@ -76,6 +76,8 @@ class IslandRewriter:
         Number of channels of the values, by node name.
     contiguous : set of str
         Names of the values that the program itself makes contiguous.
+    working : set of str
+        Names of the nodes that compute a value which the output needs.
     owners : mapping of str to str
         Path of the module whose forward makes a node, by node name.
     """
@@ -84,6 +86,7 @@ class IslandRewriter:
         self.name, self.traced, self.opaque, self.model = name, traced, frozenset(opaque), model
         self.channels = channels_of(traced)
         self.contiguous = contiguous_values(traced)
+        self.working = {name for name in value_graph(traced.graph) if name not in (SOURCE, SINK)}
         self._calls: dict[str, list[TracedCall]] = {}
         self.owners: dict[str, str] = {}
         for call in nested_calls(traced.meta[TRACED_CALL]):
