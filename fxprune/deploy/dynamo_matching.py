@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxprune.errors import PlanError
 from fxprune.graph.fx_utils import join_path
-from fxprune.graph.tracer import INPLACE_TO_FUNCTIONAL
+from fxprune.graph.operators import INPLACE_TO_FUNCTIONAL
 from fxprune.planning.plan import Candidate
 from fxprune.runtime.torch_internals import CompiledFrame, example_value, is_weight_input, module_calls, tree_leaves
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import networkx as nx
@@ -121,27 +121,36 @@ def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     return tree_map_only(torch.Tensor, change, tree)
 
 
-def graph_structure(graph: fx.Graph) -> list[tuple[str, str, str, str]]:
+def graph_structure(graph: fx.Graph, exact_dtypes: bool = True) -> list[tuple[str, str, str, str]]:
     """Return one row per node: operation, target, args, kwargs. Nodes among the arguments appear as their positions.
 
-    Graphs with the same operations have equal rows, whatever the names of their nodes.
+    Graphs with the same operations have equal rows, whatever the names of their nodes. Unless `exact_dtypes`, all
+    floating dtypes appear as one word.
     """
-    index = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
+    words: dict[Any, str] = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
+    if not exact_dtypes:
+        words |= dict.fromkeys(_FLOATING_DTYPES, "floating")
     return [
-        (node.op, qualified_name(node.target), _format_argument(node.args, index), _format_argument(node.kwargs, index))
+        (node.op, qualified_name(node.target), _format_argument(node.args, words), _format_argument(node.kwargs, words))
         for node in graph.nodes
     ]
 
 
-def _format_argument(value: Any, index: dict[fx.Node, str]) -> str:
-    if isinstance(value, fx.Node):
-        return index[value]
+_FLOATING_DTYPES = [
+    value for value in vars(torch).values() if isinstance(value, torch.dtype) and value.is_floating_point
+]
+
+
+def _format_argument(value: Any, words: Mapping[Any, str]) -> str:
+    """Write an argument; nodes and dtypes are looked up in `words`."""
+    if isinstance(value, (fx.Node, torch.dtype)):
+        return words.get(value, repr(value))
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_format_argument(item, index) for item in value) + "]"
+        return "[" + ", ".join(_format_argument(item, words) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_format_argument(item, index)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_format_argument(item, words)}" for key, item in value.items()) + "}"
     if isinstance(value, slice):
-        return f"slice{_format_argument((value.start, value.stop, value.step), index)}"
+        return f"slice{_format_argument((value.start, value.stop, value.step), words)}"
     return qualified_name(value) if callable(value) else repr(value)
 
 
@@ -149,6 +158,7 @@ def fingerprint(gm: fx.GraphModule) -> str:
     """Compute a digest of a graph: its nodes, the classes of the layers they call, the shapes of their weights.
 
     Two graphs with the same fingerprint have the same nodes under the same names, so a plan for one fits the other.
+    Floating dtypes count as equal: a program may read the dtype of its weights, and a plan holds for all precisions.
 
     Returns
     -------
@@ -162,7 +172,8 @@ def fingerprint(gm: fx.GraphModule) -> str:
     False
     """
     digest = hashlib.sha256()
-    for node, row in zip(gm.graph.nodes, graph_structure(gm.graph), strict=True):
+    rows = graph_structure(gm.graph, exact_dtypes=False)
+    for node, row in zip(gm.graph.nodes, rows, strict=True):
         called = gm.get_submodule(str(node.target)).modules() if node.op == "call_module" else ()
         classes = [type(module).__name__ for module in called]
         shapes = [f"{name}{tuple(parameter.shape)}" for name, parameter in node_parameters(gm, node)]

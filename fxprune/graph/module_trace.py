@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.graph.fx_utils import TRACED_MODULES, graph_structure, is_weighted
-from fxprune.graph.tracer import FunctionalTracer
+from fxprune.graph.tracer import FunctionalTracer, Refusal
 from fxprune.runtime.torch_internals import keep_when_copied
 
 
@@ -113,8 +113,7 @@ def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModu
             try:
                 graphs.append((tracer.trace(module), tracer))
             except Exception as error:  # a forward can raise any error on symbolic values
-                reason = f"its forward could not be traced ({describe_exception(error)})"
-                raise _TraceFailure(tracer.failed_module or "", reason) from error
+                raise _TraceFailure(tracer.failed_module or "", _describe_failure(error)) from error
     finally:
         for part, training in modes.items():
             part.training = training
@@ -127,6 +126,12 @@ def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModu
     gm = _make_graph_module(module, evaluated)
     gm.meta[TRACED_MODULES] = list(second.traced_modules)
     return gm
+
+
+def _describe_failure(error: Exception) -> str:
+    if isinstance(error, Refusal):
+        return f"its forward {error}"
+    return f"its forward could not be traced ({describe_exception(error)})"
 
 
 def _first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Graph, str] | None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
 
 from fxprune.graph.fx_utils import INPLACE_ORIGIN, class_names
+from fxprune.graph.operators import AUGMENTED_ASSIGNMENTS, INPLACE_TO_FUNCTIONAL, functional_form, is_in_place
+from fxprune.runtime.contexts import context_states, watch_autocasts
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import tree_map_only
 
@@ -24,22 +24,6 @@ LEAF_MODULES: dict[str, str] = {
     "ultralytics.nn.modules.conv.Conv": "fuse() looks for instances of it and folds its norm",
 }
 """Modules that stay one node, by qualified class name (subclasses included), and the reason for each."""
-
-AUGMENTED_ASSIGNMENTS: dict[Any, Callable[..., Any]] = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
-}
-INPLACE_TO_FUNCTIONAL: dict[Any, Callable[..., Any]] = {
-    **AUGMENTED_ASSIGNMENTS,
-    **{
-        getattr(home, name): getattr(home, name[:-1])
-        for home in (torch, functional)
-        for name in dir(home)
-        if name.endswith("_") and not name.startswith("_") and hasattr(home, name[:-1])
-    },
-    torch.zero_: torch.zeros_like,
-}
-"""Each in-place function, with the function that computes the same into a new tensor. Includes `+=` and the like."""
 
 _STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
     "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,
@@ -106,11 +90,16 @@ class TracedCall:
     result: Any = None
 
 
+class Refusal(fx.proxy.TraceError):
+    """A module is not traced, though it could be. The message is a predicate: ``"enters torch.no_grad"``."""
+
+
 class FunctionalTracer(fx.Tracer):
     """Trace a module to a functional graph.
 
     In-place operations become their functional forms. Later readers of an overwritten value read the new value. So the
-    graph computes the same as the module and overwrites no value.
+    graph computes the same as the module and overwrites no value. A forward that enters a context such as
+    `torch.no_grad` or `torch.autocast` is refused: a graph has no contexts.
 
     Parameters
     ----------
@@ -146,12 +135,22 @@ class FunctionalTracer(fx.Tracer):
         self.traced_modules: dict[str, None] = {}
         self.call = TracedCall("")
         self._active = [self.call]
+        self._entry_states: list[dict[str, Any]] = []
+        self._autocasts: list[torch.autocast] = []
         self._overwritten: dict[fx.Node, fx.Node] = {}
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace a module; Ctrl-C takes effect after the trace."""
-        with defer_interrupts():
+        """Trace a module as it runs with gradients; Ctrl-C takes effect after the trace."""
+        with defer_interrupts(), torch.inference_mode(False), torch.enable_grad(), watch_autocasts() as self._autocasts:
+            self._entry_states = [context_states(self._autocasts)]
             return super().trace(root, concrete_args)
+
+    def _refuse_contexts(self) -> None:
+        """Raise `Refusal` if the module that is being traced has entered a context."""
+        states = context_states(self._autocasts)
+        changed = [name for name, state in self._entry_states[-1].items() if states[name] != state]
+        if changed:
+            raise Refusal(f"enters {changed[0]}")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node: opaque, in `LEAF_MODULES`, or a layer of torch.nn itself."""
@@ -164,10 +163,12 @@ class FunctionalTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
+        self._refuse_contexts()
         self.traced_modules[path] = None
         call = TracedCall(path, self._nodes_of(args), self._nodes_of(kwargs))
         self._active[-1].steps.append(call)
         self._active.append(call)
+        self._entry_states.append(context_states(self._autocasts))
         try:
             result = super().call_module(m, forward, args, kwargs)
             call.result = self._nodes_of(result)
@@ -177,6 +178,7 @@ class FunctionalTracer(fx.Tracer):
             raise
         finally:
             self._active.pop()
+            self._entry_states.pop()
 
     def _nodes_of(self, values: Any) -> Any:
         """Replace each proxy in nested containers by the node that holds its latest value."""
@@ -209,6 +211,7 @@ class FunctionalTracer(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """Add a node in functional form."""
+        self._refuse_contexts()
         args = fx.map_arg(args, lambda node: self._latest_value(node))
         kwargs = fx.map_arg(kwargs, lambda node: self._latest_value(node))
         overwrites = kind != "placeholder" and self._is_in_place(kind, target, args, kwargs)
@@ -234,44 +237,3 @@ class FunctionalTracer(fx.Tracer):
         if kind == "call_module":
             return bool(getattr(self.root.get_submodule(target), "inplace", False)) and target not in self.opaque
         return is_in_place(kind, target, args, kwargs)
-
-
-def is_in_place(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a function or a method overwrites its first argument."""
-    if kind == "call_method":
-        return str(target).endswith("_") and not str(target).endswith("__")
-    return kind == "call_function" and (
-        target in INPLACE_TO_FUNCTIONAL or _inplace_argument(target, args, kwargs) is not None
-    )
-
-
-def functional_form(
-    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Return target, args and kwargs of the call that computes the same into a new tensor."""
-    if kind == "call_method":
-        functional = str(target).rstrip("_")
-        if not hasattr(torch.Tensor, functional):
-            raise fx.proxy.TraceError(f"Tensor.{target} overwrites a value and has no functional form")
-        return functional, args, kwargs
-    if kind == "call_function":
-        flag = _inplace_argument(target, args, kwargs)
-        if isinstance(flag, int):
-            args = (*args[:flag], False, *args[flag + 1 :])
-        kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-        return INPLACE_TO_FUNCTIONAL.get(target, target), args, kwargs
-    return target, args, kwargs
-
-
-def _inplace_argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Return the position or the name of the argument ``inplace=True`` of a call; None without it."""
-    if kwargs.get("inplace") is True:
-        return "inplace"
-    if not any(value is True for value in args):
-        return None
-    try:
-        names = list(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # a built-in function has no signature, and no such flag
-        return None
-    position = names.index("inplace") if "inplace" in names else len(args)
-    return position if position < len(args) and args[position] is True else None
