@@ -163,3 +163,21 @@ def _inplace_argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any
         return None
     position = names.index("inplace") if "inplace" in names else len(args)
     return position if position < len(args) and args[position] is True else None
+
+
+_STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
+    "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,
+    "split": lambda sizes=None, *_: len(sizes) if isinstance(sizes, (list, tuple)) else None,
+    "tensor_split": lambda parts=None, *_: parts if isinstance(parts, int) else None,
+}
+
+
+def static_length(node: fx.Node) -> int | None:
+    """Return the number of values of a node if the program fixes it (`chunk(2, 1)`, `split((a, b), 1)`), else None."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    rule = _STATIC_LENGTHS.get(str(name))
+    if rule is None or node.op not in ("call_method", "call_function"):
+        return None
+    named = {"chunks": "chunks", "split_size": "sizes", "split_size_or_sections": "sizes"}
+    options = {named[key]: value for key, value in node.kwargs.items() if key in named}
+    return rule(*node.args[1:], **options)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxprune.graph.fx_utils import INPLACE_ORIGIN, class_names
-from fxprune.graph.operators import AUGMENTED_ASSIGNMENTS, INPLACE_TO_FUNCTIONAL, functional_form, is_in_place
+from fxprune.graph.fx_utils import INPLACE_ORIGIN, class_names, join_path
+from fxprune.graph.operators import (
+    AUGMENTED_ASSIGNMENTS,
+    INPLACE_TO_FUNCTIONAL,
+    functional_form,
+    is_in_place,
+    static_length,
+)
+from fxprune.graph.records import Refusal
+from fxprune.graph.symbolic_shapes import StarredSize, decided_comparison, is_shape, join_starred, star_shape
 from fxprune.runtime.contexts import context_states, watch_autocasts
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import tree_map_only
@@ -25,12 +36,6 @@ LEAF_MODULES: dict[str, str] = {
 }
 """Modules that stay one node, by qualified class name (subclasses included), and the reason for each."""
 
-_STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
-    "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,
-    "split": lambda sizes=None, *_: len(sizes) if isinstance(sizes, (list, tuple)) else None,
-    "tensor_split": lambda parts=None, *_: parts if isinstance(parts, int) else None,
-}
-
 
 class StaticLengthProxy(fx.Proxy):
     """A proxy that supports `len` if the program fixes the number of values."""
@@ -38,17 +43,6 @@ class StaticLengthProxy(fx.Proxy):
     def __len__(self) -> int:
         length = static_length(self.node)
         return super().__len__() if length is None else length
-
-
-def static_length(node: fx.Node) -> int | None:
-    """Return the number of values of a node if the program fixes it (`chunk(2, 1)`, `split((a, b), 1)`), else None."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    rule = _STATIC_LENGTHS.get(str(name))
-    if rule is None or node.op not in ("call_method", "call_function"):
-        return None
-    named = {"chunks": "chunks", "split_size": "sizes", "split_size_or_sections": "sizes"}
-    options = {named[key]: value for key, value in node.kwargs.items() if key in named}
-    return rule(*node.args[1:], **options)
 
 
 def _make_augmented_assignment(written: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,6 +59,10 @@ def _make_augmented_assignment(written: Callable[..., Any]) -> Callable[..., Any
 
 for _written in AUGMENTED_ASSIGNMENTS:
     setattr(StaticLengthProxy, f"__{_written.__name__}__", _make_augmented_assignment(_written))
+
+
+_SIZE_METHODS = frozenset({"view", "reshape", "expand", "repeat", "tile", "new_zeros", "new_ones", "new_empty"})
+"""Methods whose positional arguments are a size: ``x.view(2, 3)`` is ``x.view((2, 3))``."""
 
 
 @dataclass
@@ -90,8 +88,10 @@ class TracedCall:
     result: Any = None
 
 
-class Refusal(fx.proxy.TraceError):
-    """A module is not traced, though it could be. The message is a predicate: ``"enters torch.no_grad"``."""
+ArgumentPath = tuple[int | str, ...]
+"""Where a value is among a node's arguments: 0 (args) or 1 (kwargs), then positions and names."""
+Switches = Mapping[int, Mapping[ArgumentPath, tuple[Any, Any]]]
+"""Arguments that depend on the mode: by the position of the node and their path, the values in eval and train mode."""
 
 
 class FunctionalTracer(fx.Tracer):
@@ -105,6 +105,10 @@ class FunctionalTracer(fx.Tracer):
     ----------
     opaque : collection of str
         Dotted paths, relative to the root, of modules that stay one node because their inside cannot be traced.
+    constants : mapping of str to object
+        Values of arguments that are constants in the trace, see `fxprune.graph.module_trace.constant_arguments`.
+    switches : Switches
+        Arguments of nodes that are read from the mode of the module whose forward creates the node.
 
     Attributes
     ----------
@@ -127,9 +131,15 @@ class FunctionalTracer(fx.Tracer):
     <built-in function add>
     """
 
-    def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        opaque: frozenset[str] = frozenset(),
+        constants: Mapping[str, Any] = MappingProxyType({}),
+        switches: Switches = MappingProxyType({}),
+    ) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.opaque, self.constants, self.switches = opaque, constants, switches
+        self._switch_nodes = 0
         self.failed_module: str | None = None
         self.owners: dict[str, str] = {}
         self.traced_modules: dict[str, None] = {}
@@ -189,12 +199,61 @@ class FunctionalTracer(fx.Tracer):
         return StaticLengthProxy(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Iterate over a value whose length the program fixes."""
+        """Iterate over a value whose length the program fixes, or over a starred shape."""
         length = static_length(obj.node)
-        return super().iter(obj) if length is None else iter([operator.getitem(obj, i) for i in range(length)])
+        if length is not None:
+            return iter([operator.getitem(obj, i) for i in range(length)])
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_back if frame and frame.f_back else None  # above `Proxy.__iter__`
+        if is_shape(obj.node) and caller is not None and _instruction(caller) == "LIST_EXTEND":
+            return star_shape(obj)
+        return super().iter(obj)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide a comparison of a size with 0 or 1 as if the size were at least 2; see `decided_comparison`."""
+        decided = decided_comparison(obj.node)
+        return super().to_bool(obj) if decided is None else decided
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        """Add a node. A method takes a starred shape as one size."""
+        if any(isinstance(value, StarredSize) for value in args):
+            if kind != "call_method" or target not in _SIZE_METHODS:
+                raise Refusal(f"calls {getattr(target, '__name__', target)!r} with a starred shape")
+            args = (args[0], args[1:])
+        return super().create_proxy(kind, target, args, kwargs, *more, **options)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Create the placeholders; return a function and its arguments, with constants in place of their proxies."""
+        inner = inspect.unwrap(root_fn)
+        function, values = super().create_args_for_root(inner, is_module, concrete_args)
+        if concrete_args is not None:
+            return function, values
+        spec = inspect.getfullargspec(inner)
+        names = [*spec.args, *spec.kwonlyargs, *(f"*{spec.varargs}" for _ in "1" if spec.varargs)]
+        collected = {name: value for name, value in self.constants.items() if name not in names}
+        bound = [self.constants.get(name, value) for name, value in zip(names, values, strict=False)]
+        bound += [collected] * bool(spec.varkw)
+        if inner is root_fn:
+            return function, bound
+        count = len(spec.args)
+        rest = bound[count + len(spec.kwonlyargs)] if spec.varargs else ()
+        if isinstance(rest, fx.Proxy):
+            raise Refusal("is decorated and takes any number of arguments")
+        named = dict(zip(spec.kwonlyargs, bound[count:], strict=False)) | (collected if spec.varkw else {})
+        return (lambda: root_fn(*bound[:count], *rest, **named)), []
 
     def create_arg(self, a: Any) -> Any:
         """Convert an argument to a graph argument; an OrderedDict stays an OrderedDict."""
+        if type(a) in (tuple, list) and any(isinstance(value, StarredSize) for value in a):
+            return super().create_arg(join_starred(a))
         if isinstance(a, OrderedDict) and type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
         if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
@@ -218,15 +277,30 @@ class FunctionalTracer(fx.Tracer):
         written = target
         if overwrites:
             target, args, kwargs = functional_form(kind, target, args, kwargs)
-        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        for path, values in self.switches.get(len(self.graph.nodes) - self._switch_nodes, {}).items():
+            args, kwargs = _replace_at((args, kwargs), path, self._make_switch(*values))
+        node = self._add_node(kind, target, args, kwargs, name, type_expr)
         if kind == "call_function" and written in INPLACE_TO_FUNCTIONAL:
             node.meta[INPLACE_ORIGIN] = written
-        self.owners[node.name] = self._active[-1].path
-        self._active[-1].steps.append(node)
         overwritten = args[0] if args else kwargs.get("input")
         if overwrites and isinstance(overwritten, fx.Node):
             self._overwritten[overwritten] = node
         return node
+
+    def _add_node(self, *parts: Any) -> fx.Node:
+        node = super().create_node(*parts)
+        self.owners[node.name] = self._active[-1].path
+        self._active[-1].steps.append(node)
+        return node
+
+    def _make_switch(self, in_eval: Any, in_train: Any) -> fx.Node:
+        """Add nodes that read the mode of the module that is being traced, and choose between two values by it."""
+        mode = self._add_node("get_attr", join_path(self._active[-1].path, "training"), (), {})
+        self._switch_nodes += 1
+        if in_eval is False and in_train is True:
+            return mode
+        self._switch_nodes += 1
+        return self._add_node("call_function", operator.getitem, ((in_eval, in_train), mode), {})
 
     def _latest_value(self, node: fx.Node) -> fx.Node:
         while node in self._overwritten:
@@ -237,3 +311,21 @@ class FunctionalTracer(fx.Tracer):
         if kind == "call_module":
             return bool(getattr(self.root.get_submodule(target), "inplace", False)) and target not in self.opaque
         return is_in_place(kind, target, args, kwargs)
+
+
+def _replace_at(values: Any, path: ArgumentPath, new: Any) -> Any:
+    """Return nested arguments with another value at a path."""
+    if not path:
+        return new
+    key, *rest = path
+    if isinstance(values, dict):
+        return {**values, key: _replace_at(values[key], tuple(rest), new)}
+    changed = list(values)
+    changed[int(key)] = _replace_at(changed[int(key)], tuple(rest), new)
+    return type(values)(changed)
+
+
+def _instruction(frame: FrameType) -> str:
+    """Return the name of the bytecode instruction that a frame executes."""
+    found = (step.opname for step in dis.get_instructions(frame.f_code) if step.offset == frame.f_lasti)
+    return next(found, "")
