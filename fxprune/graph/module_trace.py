@@ -234,7 +234,8 @@ def _trace_both_modes(module: nn.Module, opaque: frozenset[str], constants: Mapp
             if not switches or not _are_read_by_owners(trace, trained, evaluated, switches):
                 raise _TraceFailure(*_first_difference(trained, evaluated))
             module.eval()
-            merged = trace(switches=switches)
+            ordinals = [evaluated.tracer.ordinals[node.name] for node in evaluated.graph.nodes]
+            merged = trace(switches={ordinals[position]: found for position, found in switches.items()})
     finally:
         for part, training in modes.items():
             part.training = training
@@ -267,7 +268,7 @@ def find_switches(trained: fx.Graph, evaluated: fx.Graph) -> Switches:
     Returns
     -------
     Switches
-        The constant arguments that differ; empty if anything else differs.
+        The constant arguments that differ, by the position of the node; empty if anything else differs.
     """
     switches: dict[int, dict[ArgumentPath, tuple[Any, Any]]] = {}
     words = {node: f"%{position}" for graph in (trained, evaluated) for position, node in enumerate(graph.nodes)}

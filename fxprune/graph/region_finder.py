@@ -157,9 +157,9 @@ class _Finder:
             exit_, inside = follower, wider
 
     def find_whole_calls(self) -> Iterator[_FoundRegion]:
-        """Yield the bypass of each whole call of a module whose own forward divides it into several regions.
+        """Yield the bypass of each whole call of a module whose own forward adds several branches to its input.
 
-        An encoder layer adds its attention to its input, and then its MLP: each is a region, and so is the layer.
+        An encoder layer adds its attention, and then its MLP: each of both is a region, and so is the layer.
         """
         for path, members in self._calls():
             exits = [name for name in members if any(user not in members for user in self.flow.successors(name))]
@@ -169,7 +169,8 @@ class _Finder:
             entry, exit_ = before[0], exits[0]
             inside = self.closed_region(entry, exit_)
             own = [name for name in self.dominators(exit_) if name in members and self.owners[name] == path]
-            if any(self._divides(name, entry, exit_) for name in own) and not inside & ~self.to_bits(members):
+            sums = [name for name in own if self.nodes[name].target in ADDITIONS]
+            if any(self._divides(name, entry, exit_) for name in sums) and not inside & ~self.to_bits(members):
                 yield "bypass", exit_, entry, inside
 
     def _divides(self, name: str, entry: str, exit_: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxprune.errors import BatchError
-from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, map_tensors
+from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, map_tensors, qualified_name
 from fxprune.graph.records import Refusal
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import (
@@ -232,23 +232,35 @@ _DECIDED: dict[Any, bool] = {
 }
 
 
-def decided_comparison(node: fx.Node) -> bool | None:
-    """Return the result of a comparison of one size of a tensor with 0 or 1, as if the size were at least 2.
+def decided_condition(node: fx.Node) -> bool | None:
+    """Return the result of a condition that a program tests, if it is as good as known; None for any other node.
 
-    `torch.compile` and `torch.export` assume the same of sizes that change. The size must be that of a fixed dimension
-    other than 0, counted from the start. None for anything else.
+    A comparison of one size of a tensor with 0 or 1 is decided as if the size were at least 2. `torch.compile` and
+    `torch.export` assume the same of sizes that change. The size must be that of a fixed dimension other than 0,
+    counted from the start. Values are taken to be finite where a program tests ``torch.isfinite(x).all()``,
+    ``torch.isinf(x).any()`` or ``torch.isnan(x).any()``.
 
     Examples
     --------
     >>> graph = fx.symbolic_trace(lambda x: x.shape[2] > 1).graph
-    >>> [decided_comparison(node) for node in graph.nodes]
+    >>> [decided_condition(node) for node in graph.nodes]
     [None, None, None, True, None]
     """
-    if node.target not in _DECIDED or len(node.args) != 2:
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
         return None
-    size, number = node.args
-    fits = type(number) is int and number in (0, 1) and isinstance(size, fx.Node) and _is_later_size(size)
-    return _DECIDED[node.target] if fits else None
+    if node.target in _DECIDED and len(node.args) == 2:
+        number = node.args[1]
+        return _DECIDED[node.target] if type(number) is int and number in (0, 1) and _is_later_size(first) else None
+    alone = node.op in ("call_function", "call_method") and len(node.args) == 1 and not node.kwargs
+    return _FINITE.get((_function_name(first), _function_name(node))) if alone else None
+
+
+_FINITE = {("isfinite", "all"): True, ("isinf", "any"): False, ("isnan", "any"): False}
+
+
+def _function_name(node: fx.Node) -> str:
+    return qualified_name(node.target).rpartition(".")[2]
 
 
 def _is_later_size(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ import dis
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType, MappingProxyType
 from typing import Any
@@ -23,7 +23,7 @@ from fxprune.graph.operators import (
     static_length,
 )
 from fxprune.graph.records import Refusal
-from fxprune.graph.symbolic_shapes import StarredSize, decided_comparison, is_shape, join_starred, star_shape
+from fxprune.graph.symbolic_shapes import StarredSize, decided_condition, is_shape, join_starred, star_shape
 from fxprune.runtime.contexts import context_states, watch_autocasts
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import tree_map_only
@@ -42,7 +42,16 @@ class StaticLengthProxy(fx.Proxy):
 
     def __len__(self) -> int:
         length = static_length(self.node)
-        return super().__len__() if length is None else length
+        if length is None:  # a TypeError: Python asks values after a star for their length, and then does without
+            raise TypeError(f"the number of values of {self.node.name!r} is not known while the module is traced")
+        return length
+
+    def __getattr__(self, k: str) -> StaticLengthAttribute:
+        return StaticLengthAttribute(self, k)
+
+
+class StaticLengthAttribute(fx.proxy.Attribute, StaticLengthProxy):
+    """An attribute of a `StaticLengthProxy`, such as its shape."""
 
 
 def _make_augmented_assignment(written: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,11 +96,18 @@ class TracedCall:
     steps: list[fx.Node | TracedCall] = field(default_factory=list)
     result: Any = None
 
+    def remove_steps(self, nodes: Collection[fx.Node]) -> None:
+        """Remove nodes from the steps of this call and of all calls below it."""
+        self.steps = [step for step in self.steps if isinstance(step, TracedCall) or step not in nodes]
+        for step in self.steps:
+            if isinstance(step, TracedCall):
+                step.remove_steps(nodes)
+
 
 ArgumentPath = tuple[int | str, ...]
 """Where a value is among a node's arguments: 0 (args) or 1 (kwargs), then positions and names."""
 Switches = Mapping[int, Mapping[ArgumentPath, tuple[Any, Any]]]
-"""Arguments that depend on the mode: by the position of the node and their path, the values in eval and train mode."""
+"""Arguments that depend on the mode: by the ordinal of the node and their path, the values in eval and train mode."""
 
 
 class FunctionalTracer(fx.Tracer):
@@ -116,6 +132,8 @@ class FunctionalTracer(fx.Tracer):
         Path of the innermost module whose forward raised while it was traced; "" is the root.
     owners : dict
         Path of the module whose forward created the node, by node name.
+    ordinals : dict
+        Which node of the program it is, from 0, by node name. Nodes that read a mode have no entry.
     traced_modules : dict
         Paths of all modules that were traced into, in order.
     call : TracedCall
@@ -139,7 +157,8 @@ class FunctionalTracer(fx.Tracer):
     ) -> None:
         super().__init__()
         self.opaque, self.constants, self.switches = opaque, constants, switches
-        self._switch_nodes = 0
+        self.ordinals: dict[str, int] = {}
+        self._decided: list[fx.Node] = []
         self.failed_module: str | None = None
         self.owners: dict[str, str] = {}
         self.traced_modules: dict[str, None] = {}
@@ -153,7 +172,9 @@ class FunctionalTracer(fx.Tracer):
         """Trace a module as it runs with gradients; Ctrl-C takes effect after the trace."""
         with defer_interrupts(), torch.inference_mode(False), torch.enable_grad(), watch_autocasts() as self._autocasts:
             self._entry_states = [context_states(self._autocasts)]
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+            self._erase_decided()
+            return graph
 
     def _refuse_contexts(self) -> None:
         """Raise `Refusal` if the module that is being traced has entered a context."""
@@ -210,9 +231,23 @@ class FunctionalTracer(fx.Tracer):
         return super().iter(obj)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Decide a comparison of a size with 0 or 1 as if the size were at least 2; see `decided_comparison`."""
-        decided = decided_comparison(obj.node)
-        return super().to_bool(obj) if decided is None else decided
+        """Decide some conditions of which the result is as good as known; see `decided_condition`."""
+        decided = decided_condition(obj.node)
+        if decided is None:
+            return super().to_bool(obj)
+        self._decided.append(obj.node)
+        return decided
+
+    def _erase_decided(self) -> None:
+        """Erase the conditions that were decided, and what was computed for them only."""
+        waiting, erased = list(self._decided), set[fx.Node]()
+        while waiting:
+            node = waiting.pop()
+            if not node.users and node.op in ("call_function", "call_method") and node not in erased:
+                waiting += node.all_input_nodes
+                self.graph.erase_node(node)
+                erased.add(node)
+        self.call.remove_steps(erased)
 
     def create_proxy(
         self,
@@ -277,9 +312,11 @@ class FunctionalTracer(fx.Tracer):
         written = target
         if overwrites:
             target, args, kwargs = functional_form(kind, target, args, kwargs)
-        for path, values in self.switches.get(len(self.graph.nodes) - self._switch_nodes, {}).items():
+        ordinal = len(self.ordinals)
+        for path, values in self.switches.get(ordinal, {}).items():
             args, kwargs = _replace_at((args, kwargs), path, self._make_switch(*values))
         node = self._add_node(kind, target, args, kwargs, name, type_expr)
+        self.ordinals[node.name] = ordinal
         if kind == "call_function" and written in INPLACE_TO_FUNCTIONAL:
             node.meta[INPLACE_ORIGIN] = written
         overwritten = args[0] if args else kwargs.get("input")
@@ -296,10 +333,8 @@ class FunctionalTracer(fx.Tracer):
     def _make_switch(self, in_eval: Any, in_train: Any) -> fx.Node:
         """Add nodes that read the mode of the module that is being traced, and choose between two values by it."""
         mode = self._add_node("get_attr", join_path(self._active[-1].path, "training"), (), {})
-        self._switch_nodes += 1
         if in_eval is False and in_train is True:
             return mode
-        self._switch_nodes += 1
         return self._add_node("call_function", operator.getitem, ((in_eval, in_train), mode), {})
 
     def _latest_value(self, node: fx.Node) -> fx.Node:
