@@ -232,13 +232,13 @@ _DECIDED: dict[Any, bool] = {
 }
 
 
-def decided_condition(node: fx.Node) -> bool | None:
+def decided_condition(node: fx.Node, in_training: bool = False) -> bool | None:
     """Return the result of a condition that a program tests, if it is as good as known; None for any other node.
 
     A comparison of one size of a tensor with 0 or 1 is decided as if the size were at least 2. `torch.compile` and
     `torch.export` assume the same of sizes that change. The size must be that of a fixed dimension other than 0,
-    counted from the start. Values are taken to be finite where a program tests ``torch.isfinite(x).all()``,
-    ``torch.isinf(x).any()`` or ``torch.isnan(x).any()``.
+    counted from the start. Code that runs in train mode only may test ``torch.isfinite(x).all()``,
+    ``torch.isinf(x).any()`` or ``torch.isnan(x).any()``: with `in_training`, values are taken to be finite there.
 
     Examples
     --------
@@ -252,7 +252,7 @@ def decided_condition(node: fx.Node) -> bool | None:
     if node.target in _DECIDED and len(node.args) == 2:
         number = node.args[1]
         return _DECIDED[node.target] if type(number) is int and number in (0, 1) and _is_later_size(first) else None
-    alone = node.op in ("call_function", "call_method") and len(node.args) == 1 and not node.kwargs
+    alone = in_training and node.op in ("call_function", "call_method") and len(node.args) == 1 and not node.kwargs
     return _FINITE.get((_function_name(first), _function_name(node))) if alone else None
 
 

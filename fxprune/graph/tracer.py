@@ -232,7 +232,7 @@ class FunctionalTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Decide some conditions of which the result is as good as known; see `decided_condition`."""
-        decided = decided_condition(obj.node)
+        decided = decided_condition(obj.node, self.root.get_submodule(self._active[-1].path).training)
         if decided is None:
             return super().to_bool(obj)
         self._decided.append(obj.node)
