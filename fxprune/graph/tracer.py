@@ -173,7 +173,7 @@ class FunctionalTracer(fx.Tracer):
         with defer_interrupts(), torch.inference_mode(False), torch.enable_grad(), watch_autocasts() as self._autocasts:
             self._entry_states = [context_states(self._autocasts)]
             graph = super().trace(root, concrete_args)
-            self._erase_decided()
+            self._leave_out_decided()
             return graph
 
     def _refuse_contexts(self) -> None:
@@ -238,16 +238,17 @@ class FunctionalTracer(fx.Tracer):
         self._decided.append(obj.node)
         return decided
 
-    def _erase_decided(self) -> None:
-        """Erase the conditions that were decided, and what was computed for them only."""
-        waiting, erased = list(self._decided), set[fx.Node]()
+    def _leave_out_decided(self) -> None:
+        """Leave out the conditions that were decided, and what was computed for them only."""
+        waiting, found = list(self._decided), set[fx.Node]()
         while waiting:
             node = waiting.pop()
-            if not node.users and node.op in ("call_function", "call_method") and node not in erased:
+            if node.op in ("call_function", "call_method") and node not in found:
+                found.add(node)
                 waiting += node.all_input_nodes
-                self.graph.erase_node(node)
-                erased.add(node)
-        self.call.remove_steps(erased)
+        if found:
+            self.graph.eliminate_dead_code(is_impure_node=lambda node: node not in found)
+            self.call.remove_steps(found - set(self.graph.nodes))
 
     def create_proxy(
         self,
