@@ -7,8 +7,7 @@ from collections.abc import Collection
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.graph.operators import in_place_functions
-from fxprune.graph.tracer import functional_form, is_in_place
+from fxprune.graph.operators import functional_form, in_place_functions, is_in_place
 
 VIEW_OPERATIONS = frozenset(
     {"getitem", "chunk", "split", "view", "reshape", "transpose", "permute", "flatten", "unbind", "detach", "squeeze"}

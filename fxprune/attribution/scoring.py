@@ -21,7 +21,7 @@ from fxprune.attribution.linear_recovery import (
 )
 from fxprune.attribution.recorder import AttributionRecord, RecordingInterpreter, merge_records
 from fxprune.errors import LossError
-from fxprune.graph.interpreters import run_with
+from fxprune.graph.interpreters import gradients_in_graphs, run_with
 from fxprune.graph.records import Link, Region
 from fxprune.runtime.distributed import all_gather, raise_on_all_ranks, run_on_rank_zero
 from fxprune.runtime.progress import Progress
@@ -74,7 +74,8 @@ def record_attribution(
             if batch is None:
                 continue
             run = partial(captured.adapted.loss, index, batch)
-            parts, links = (run(), links) if record.images else trace_dataflow(run, captured.graphs)
+            with gradients_in_graphs():
+                parts, links = (run(), links) if record.images else trace_dataflow(run, captured.graphs)
             if not parts.requires_grad:
                 raise LossError(f"batch {index}: the loss does not depend on the model's captured layers")
             criterion.loss(parts).backward()  # type: ignore[no-untyped-call]
@@ -118,7 +119,7 @@ def fit_recovery_maps(
 
 def _recoverable_regions(captured: CapturedModel, run: Callable[[], Tensor]) -> list[Region]:
     """Return the regions whose readers can all absorb a linear map. Runs the model once with gradients."""
-    with torch.enable_grad(), run_with(captured.graphs, _make_tracking_interpreter):
+    with torch.enable_grad(), run_with(captured.graphs, _make_tracking_interpreter), gradients_in_graphs():
         links = trace_dataflow(run, captured.graphs)[1]
     return list(linearly_absorbable(captured.graphs, links, captured.regions))
 

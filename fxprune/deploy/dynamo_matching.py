@@ -16,8 +16,8 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import PlanError
-from fxprune.graph.fx_utils import join_path
-from fxprune.graph.tracer import INPLACE_TO_FUNCTIONAL
+from fxprune.graph.fx_utils import constant_sources, get_attribute, join_path
+from fxprune.graph.operators import INPLACE_TO_FUNCTIONAL
 from fxprune.planning.plan import Candidate
 from fxprune.runtime.torch_internals import CompiledFrame, example_value, is_weight_input, module_calls, tree_leaves
 
@@ -83,6 +83,8 @@ def find_occurrences(island: str, gm: fx.GraphModule) -> dict[str, Occurrence]:
     points: dict[str, ProgramPoint] = {}
     scalars: set[fx.Node] = set()
     for node in gm.graph.nodes:
+        if node.op == "get_attr" and not isinstance(get_attribute(gm, str(node.target)), torch.Tensor):
+            scalars.add(node)  # the mode of a module, a constant in Dynamo's graphs
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         if _is_scalar(node, scalars):
@@ -253,7 +255,11 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _is_data(node: fx.Node) -> bool:
     """Whether a node's value depends on the input images: it is a tensor and no weight."""
-    return node.op != "get_attr" and _is_tensor(node) and not is_weight_input(node)
+    return _is_tensor(node) and constant_sources(node, _is_weight) is None
+
+
+def _is_weight(node: fx.Node) -> bool:
+    return node.op == "get_attr" or is_weight_input(node)
 
 
 def _shape_and_dtype(node: fx.Node) -> tuple[Any, ...]:

@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import LossError
-from fxprune.graph.fx_utils import fingerprint, is_within, join_path
-from fxprune.graph.module_trace import Traced, describe_exception, trace_module
+from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, fingerprint, is_within, join_path
+from fxprune.graph.module_trace import Traced, Untraced, constant_arguments, describe_exception, trace_module
 from fxprune.graph.operators import in_place_layers
 from fxprune.graph.records import Island, RecordedCall, Rejection
 from fxprune.graph.symbolic_shapes import tensor_specs
@@ -93,7 +93,11 @@ def record_module_calls(shell: nn.Module, run: Callable[[nn.Module], Any]) -> di
 @contextmanager
 def _recording_hooks(module: nn.Module, name: str, calls: dict[str, RecordedCall]) -> Iterator[None]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(name, RecordedCall(tensor_specs(args), tensor_specs(kwargs), []))
+        given = (tensor_specs(args), tensor_specs(kwargs))
+        if name in calls:
+            calls[name].later.append(given)
+        else:
+            calls[name] = RecordedCall(*given, [])
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         calls[name].outputs.append(_digest(output))
@@ -170,9 +174,12 @@ class _Search:
     def find(self, name: str) -> Iterator[Island]:
         """Yield the outermost traceable modules at or below a path, and those nested in their opaque parts."""
         if name in self.calls:
-            traced = trace_module(self.shell.get_submodule(name), frozenset())
+            module, call = self.shell.get_submodule(name), self.calls[name]
+            constants = constant_arguments(module, [(call.args, call.kwargs), *call.later])
+            traced = constants if isinstance(constants, Untraced) else trace_module(module, (), constants=constants)
             if isinstance(traced, Traced):
-                yield Island(name, traced.gm, tuple(sorted(traced.opaque)), self.calls[name], fingerprint(traced.gm))
+                opaque, print_ = tuple(sorted(traced.opaque)), fingerprint(traced.gm)
+                yield Island(name, traced.gm, opaque, call, print_, traced.gm.meta[CONSTANT_ARGUMENTS])
                 for path in sorted(traced.opaque):
                     part = join_path(name, path)
                     if part in self.calls:

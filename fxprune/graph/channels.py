@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from fxprune.graph.fx_utils import class_names
 from fxprune.graph.module_trace import Traced, trace_module
-from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
-from fxprune.graph.tracer import LEAF_MODULES, static_length
+from fxprune.graph.operators import ADDITIONS, is_activation, is_norm, static_length
+from fxprune.graph.tracer import LEAF_MODULES
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),

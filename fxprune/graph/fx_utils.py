@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import networkx as nx
@@ -16,6 +16,8 @@ from fxprune.runtime.torch_internals import ASSERTION, tree_map_only
 SOURCE, SINK = "<source>", "<sink>"
 TRACED_MODULES = "fxprune_called"
 """Key of a captured graph's meta: paths of the modules that were traced into."""
+CONSTANT_ARGUMENTS = "fxprune_constants"
+"""Key of a captured graph's meta: values of the arguments that the graph takes and does not read."""
 INPLACE_ORIGIN = "fxprune_written"
 """Key of a node's meta: the in-place function that the traced program calls there."""
 OVERWRITES = "fxprune_overwrites"
@@ -47,8 +49,9 @@ def class_names(module: nn.Module) -> list[str]:
 def value_graph(graph: fx.Graph) -> nx.DiGraph:
     """Build the directed graph of values that flow through an fx graph.
 
-    Constants (`get_attr`) are left out: they are not data and would connect unrelated nodes. `SOURCE` precedes every
-    value without inputs. `SINK` follows the values that the output reads and the nodes that have an effect.
+    Constants (see `is_constant_node`) are left out: they are not data and would connect unrelated nodes.
+    `SOURCE` precedes every value without inputs. `SINK` follows the values that the output reads and the nodes that
+    have an effect.
 
     Returns
     -------
@@ -63,9 +66,9 @@ def value_graph(graph: fx.Graph) -> nx.DiGraph:
     flow: nx.DiGraph = nx.DiGraph()
     flow.add_node(SOURCE)
     for node in graph.nodes:
-        if node.op == "get_attr":
+        if is_constant_node(node):
             continue
-        inputs = [source.name for source in node.all_input_nodes if source.op != "get_attr"]
+        inputs = [source.name for source in node.all_input_nodes if not is_constant_node(source)]
         name = SINK if node.op == "output" else node.name
         flow.add_edges_from((source, name) for source in inputs or [SOURCE])
         if node.op not in ("output", "placeholder") and has_effect(node):
@@ -73,6 +76,42 @@ def value_graph(graph: fx.Graph) -> nx.DiGraph:
     flow.add_node(SINK)
     alive = nx.ancestors(flow, SINK) | {SOURCE, SINK}
     return flow.subgraph(alive).copy()
+
+
+def is_constant_node(node: fx.Node) -> bool:
+    """Whether a node's value depends on no input of the graph: a `get_attr`, or a function of such values only.
+
+    Examples
+    --------
+    >>> class Shifted(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.shift = nn.Parameter(torch.ones(2))
+    ...     def forward(self, x):
+    ...         return x + self.shift.reshape(2, 1)
+    >>> [is_constant_node(node) for node in fx.symbolic_trace(Shifted()).graph.nodes]
+    [False, True, True, False, False]
+    """
+    return node.op != "output" and constant_sources(node) is not None
+
+
+def constant_sources(
+    node: fx.Node, is_source: Callable[[fx.Node], bool] = lambda node: node.op == "get_attr"
+) -> list[fx.Node] | None:
+    """Return the constants from which a node is computed, by functions alone; None if it depends on anything else."""
+    waiting, seen = [node], dict[fx.Node, None]()
+    while waiting:
+        found = waiting.pop()
+        if found in seen:
+            continue
+        seen[found] = None
+        inputs = [] if is_source(found) else found.all_input_nodes
+        if not is_source(found) and (
+            found.op not in ("call_function", "call_method") or not inputs or has_effect(found)
+        ):
+            return None
+        waiting += inputs
+    return [found for found in seen if is_source(found)]
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -96,7 +135,19 @@ def check_constant(value: Any, expected: Any, name: str) -> None:
 
 
 def node_parameters(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the path and the value of every parameter that a node reads, by module call or as a constant argument."""
+    """Yield the path and the value of every parameter that a node reads, by module call or as a constant argument.
+
+    A parameter that a node reads through functions of constants counts as read by that node alone.
+    """
+    if not is_constant_node(node):
+        yield from _direct_parameters(gm, node)
+        for source in node.all_input_nodes:
+            if source.op != "get_attr":
+                for constant in constant_sources(source) or ():
+                    yield from _as_parameter(gm, constant)
+
+
+def _direct_parameters(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
     if node.op == "call_module":
         prefix = str(node.target)
         for name, parameter in gm.get_submodule(prefix).named_parameters():
@@ -104,9 +155,13 @@ def node_parameters(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, nn
         return
     for source in node.all_input_nodes:
         if source.op == "get_attr":
-            value = get_attribute(gm, str(source.target))
-            if isinstance(value, nn.Parameter):
-                yield str(source.target), value
+            yield from _as_parameter(gm, source)
+
+
+def _as_parameter(gm: fx.GraphModule, constant: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
+    value = get_attribute(gm, str(constant.target))
+    if isinstance(value, nn.Parameter):
+        yield str(constant.target), value
 
 
 def get_attribute(gm: nn.Module, path: str) -> Any:
@@ -138,27 +193,36 @@ def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     return tree_map_only(torch.Tensor, change, tree)
 
 
-def graph_structure(graph: fx.Graph) -> list[tuple[str, str, str, str]]:
+def graph_structure(graph: fx.Graph, exact_dtypes: bool = True) -> list[tuple[str, str, str, str]]:
     """Return one row per node: operation, target, args, kwargs. Nodes among the arguments appear as their positions.
 
-    Graphs with the same operations have equal rows, whatever the names of their nodes.
+    Graphs with the same operations have equal rows, whatever the names of their nodes. Unless `exact_dtypes`, all
+    floating dtypes appear as one word.
     """
-    index = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
+    words: dict[Any, str] = {node: f"%{position}" for position, node in enumerate(graph.nodes)}
+    if not exact_dtypes:
+        words |= dict.fromkeys(_FLOATING_DTYPES, "floating")
     return [
-        (node.op, qualified_name(node.target), _format_argument(node.args, index), _format_argument(node.kwargs, index))
+        (node.op, qualified_name(node.target), format_argument(node.args, words), format_argument(node.kwargs, words))
         for node in graph.nodes
     ]
 
 
-def _format_argument(value: Any, index: dict[fx.Node, str]) -> str:
-    if isinstance(value, fx.Node):
-        return index[value]
+_FLOATING_DTYPES = [
+    value for value in vars(torch).values() if isinstance(value, torch.dtype) and value.is_floating_point
+]
+
+
+def format_argument(value: Any, words: Mapping[Any, str]) -> str:
+    """Write an argument of a node; nodes and dtypes are looked up in `words`."""
+    if isinstance(value, (fx.Node, torch.dtype)):
+        return words.get(value, repr(value))
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_format_argument(item, index) for item in value) + "]"
+        return "[" + ", ".join(format_argument(item, words) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_format_argument(item, index)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {format_argument(item, words)}" for key, item in value.items()) + "}"
     if isinstance(value, slice):
-        return f"slice{_format_argument((value.start, value.stop, value.step), index)}"
+        return f"slice{format_argument((value.start, value.stop, value.step), words)}"
     return qualified_name(value) if callable(value) else repr(value)
 
 
@@ -166,6 +230,7 @@ def fingerprint(gm: fx.GraphModule) -> str:
     """Compute a digest of a graph: its nodes, the classes of the layers they call, the shapes of their weights.
 
     Two graphs with the same fingerprint have the same nodes under the same names, so a plan for one fits the other.
+    Floating dtypes count as equal: a program may read the dtype of its weights, and a plan holds for all precisions.
 
     Returns
     -------
@@ -179,10 +244,11 @@ def fingerprint(gm: fx.GraphModule) -> str:
     False
     """
     digest = hashlib.sha256()
-    for node, row in zip(gm.graph.nodes, graph_structure(gm.graph), strict=True):
+    rows = graph_structure(gm.graph, exact_dtypes=False)
+    for node, row in zip(gm.graph.nodes, rows, strict=True):
         called = gm.get_submodule(str(node.target)).modules() if node.op == "call_module" else ()
         classes = [type(module).__name__ for module in called]
-        shapes = [f"{name}{tuple(parameter.shape)}" for name, parameter in node_parameters(gm, node)]
+        shapes = [f"{name}{tuple(parameter.shape)}" for name, parameter in _direct_parameters(gm, node)]
         digest.update("|".join((node.name, *row, *classes, *shapes)).encode() + b"\n")
     return digest.hexdigest()[:16]
 

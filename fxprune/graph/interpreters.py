@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxprune.graph.symbolic_shapes import bind_placeholders
@@ -45,9 +47,32 @@ def _make_forward(gm: fx.GraphModule, interpreter: fx.Interpreter) -> Callable[.
     interpreter.extra_traceback = False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return interpreter.run(*bind_placeholders(gm, args, kwargs))
+        gradients = torch.is_grad_enabled() or (_keep_gradients.get() and not torch.is_inference_mode_enabled())
+        with torch.set_grad_enabled(gradients):
+            return interpreter.run(*bind_placeholders(gm, args, kwargs))
 
     return forward
+
+
+_keep_gradients: ContextVar[bool] = ContextVar("keep_gradients", default=False)
+
+
+@contextmanager
+def gradients_in_graphs() -> Iterator[None]:
+    """Run graphs with gradients in the block, also those that the model calls under `torch.no_grad`.
+
+    The loss changes with the outputs of a frozen backbone as with those of any other, and its blocks have scores.
+
+    Examples
+    --------
+    >>> with run_with(graphs, make), gradients_in_graphs():        # doctest: +SKIP
+    ...     loss(model, batch).backward()
+    """
+    token = _keep_gradients.set(True)
+    try:
+        yield
+    finally:
+        _keep_gradients.reset(token)
 
 
 NodeName = tuple[str, str]

@@ -1,9 +1,10 @@
-"""Classifies operations by tables: additions, norms, activations, operations that may run in place."""
+"""Classifies operations by tables: additions, norms, activations, in-place operations and their functional forms."""
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ ACTIVATION_FUNCTIONS = frozenset(
         *(functional.dropout, functional.softplus, functional.selu),
     )
 ) | {"relu", "sigmoid", "tanh", "contiguous"}
+
+
+AUGMENTED_ASSIGNMENTS: dict[Any, Callable[..., Any]] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
+}
+INPLACE_TO_FUNCTIONAL: dict[Any, Callable[..., Any]] = {
+    **AUGMENTED_ASSIGNMENTS,
+    **{
+        getattr(home, name): getattr(home, name[:-1])
+        for home in (torch, functional)
+        for name in dir(home)
+        if name.endswith("_") and not name.startswith("_") and hasattr(home, name[:-1])
+    },
+    torch.zero_: torch.zeros_like,
+}
+"""Each in-place function, with the function that computes the same into a new tensor. Includes `+=` and the like."""
 
 
 def is_norm_layer(layer: nn.Module) -> bool:
@@ -104,3 +122,62 @@ def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
         layer = gm.get_submodule(str(node.target))
         return class_names(layer)[0].startswith(ACTIVATION_MODULES) and not isinstance(layer, nn.MultiheadAttention)
     return qualified_name(node.target) in ACTIVATION_FUNCTIONS
+
+
+def is_in_place(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a function or a method overwrites its first argument."""
+    if kind == "call_method":
+        return str(target).endswith("_") and not str(target).endswith("__")
+    return kind == "call_function" and (
+        target in INPLACE_TO_FUNCTIONAL or _inplace_argument(target, args, kwargs) is not None
+    )
+
+
+def functional_form(
+    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return target, args and kwargs of the call that computes the same into a new tensor."""
+    if kind == "call_method":
+        functional = str(target).rstrip("_")
+        if not hasattr(torch.Tensor, functional):
+            raise fx.proxy.TraceError(f"Tensor.{target} overwrites a value and has no functional form")
+        return functional, args, kwargs
+    if kind == "call_function":
+        flag = _inplace_argument(target, args, kwargs)
+        if isinstance(flag, int):
+            args = (*args[:flag], False, *args[flag + 1 :])
+        kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+        return INPLACE_TO_FUNCTIONAL.get(target, target), args, kwargs
+    return target, args, kwargs
+
+
+def _inplace_argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Return the position or the name of the argument ``inplace=True`` of a call; None without it."""
+    if kwargs.get("inplace") is True:
+        return "inplace"
+    if not any(value is True for value in args):
+        return None
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a built-in function has no signature, and no such flag
+        return None
+    position = names.index("inplace") if "inplace" in names else len(args)
+    return position if position < len(args) and args[position] is True else None
+
+
+_STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
+    "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,
+    "split": lambda sizes=None, *_: len(sizes) if isinstance(sizes, (list, tuple)) else None,
+    "tensor_split": lambda parts=None, *_: parts if isinstance(parts, int) else None,
+}
+
+
+def static_length(node: fx.Node) -> int | None:
+    """Return the number of values of a node if the program fixes it (`chunk(2, 1)`, `split((a, b), 1)`), else None."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    rule = _STATIC_LENGTHS.get(str(name))
+    if rule is None or node.op not in ("call_method", "call_function"):
+        return None
+    named = {"chunks": "chunks", "split_size": "sizes", "split_size_or_sections": "sizes"}
+    options = {named[key]: value for key, value in node.kwargs.items() if key in named}
+    return rule(*node.args[1:], **options)

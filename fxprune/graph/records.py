@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,15 @@ from torch import fx
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """Arguments of a module's first call on the observed batch (as `TensorSpec`), and a digest of each output."""
+    """Arguments of a module's first call on the observed batch (as `TensorSpec`), and a digest of each output.
+
+    `later` has the arguments of the calls after the first.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Any] = field(repr=False)
+    later: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False, default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Island:
         The first call of the submodule.
     fingerprint : str
         Fingerprint of the graph, computed before the graphs nested in its opaque parts were put in place.
+    constants : mapping of str to object
+        Arguments that were the same constant in all calls, and are constants in the graph.
     """
 
     name: str
@@ -40,6 +47,7 @@ class Island:
     opaque: tuple[str, ...]
     call: RecordedCall = field(repr=False)
     fingerprint: str
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,10 @@ class Region:
     stand_in: str
     nodes: tuple[str, ...]
     layers: tuple[str, ...]
+
+
+class Refusal(fx.proxy.TraceError):
+    """A module must not be traced. The message is a predicate of its forward: ``"enters torch.no_grad"``."""
 
 
 @dataclass(frozen=True)

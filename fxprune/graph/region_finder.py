@@ -54,9 +54,16 @@ def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tup
     >>> regions, rejections = find_regions("backbone", gm, shapes)                   # doctest: +SKIP
     """
     finder = _Finder(island, gm, shapes)
-    regions = _outermost_of_equal_work(finder, [*finder.find_bypasses(), *finder.find_drops()])
+    found = [*finder.find_bypasses(), *finder.find_drops()]
+    regions = _outermost_of_equal_work(finder, [*found, *finder.find_whole_calls()])
     named = [finder.make_region(*found) for found in sorted(regions, key=lambda found: finder.order[found[1]])]
     return _number_duplicates(named), [*finder.unproved, *finder.reject_uncovered(regions)]
+
+
+def _owner(node: fx.Node) -> str:
+    """Path of the module whose forward creates a node."""
+    paths = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return ["", *paths][-2 if node.op == "call_module" and paths else -1]
 
 
 _FoundRegion = tuple[str, str, str, int]  # kind, exit, stand-in, members as a bit set
@@ -77,6 +84,7 @@ class _Finder:
         self.predecessors = {
             name: self.to_bits(self.flow.predecessors(name)) for name in self.flow if name in self.nodes
         }
+        self.owners = {name: _owner(node) for name, node in self.nodes.items()}
         self.unproved: list[Rejection] = []
 
     def to_bits(self, names: Iterable[str]) -> int:
@@ -147,6 +155,38 @@ class _Finder:
             if not finishes or not (wider := self.closed_region(entry, follower)):
                 return exit_, entry, inside
             exit_, inside = follower, wider
+
+    def find_whole_calls(self) -> Iterator[_FoundRegion]:
+        """Yield the bypass of each whole call of a module whose own forward adds several branches to its input.
+
+        An encoder layer adds its attention, and then its MLP: each of both is a region, and so is the layer.
+        """
+        for path, members in self._calls():
+            exits = [name for name in members if any(user not in members for user in self.flow.successors(name))]
+            before = [name for name in self.dominators(exits[0]) if name not in members] if len(exits) == 1 else []
+            if not before or not self.shapes.provably_equal(before[0], exits[0]):
+                continue
+            entry, exit_ = before[0], exits[0]
+            inside = self.closed_region(entry, exit_)
+            own = [name for name in self.dominators(exit_) if name in members and self.owners[name] == path]
+            sums = [name for name in own if self.nodes[name].target in ADDITIONS]
+            if any(self._divides(name, entry, exit_) for name in sums) and not inside & ~self.to_bits(members):
+                yield "bypass", exit_, entry, inside
+
+    def _divides(self, name: str, entry: str, exit_: str) -> bool:
+        """Whether a value has the shape of the exit, and layers with weights before and after it."""
+        parts = self.closed_region(entry, name), self.closed_region(name, exit_)
+        return self.shapes.provably_equal(name, exit_) and all(part & self.weighted for part in parts)
+
+    def _calls(self) -> list[tuple[str, list[str]]]:
+        """Return the path of the module and the values of each call of a module that was traced into."""
+        calls: dict[str, tuple[str, list[str]]] = {}
+        for name, node in self.nodes.items():
+            inside = name in self.flow and node.op != "placeholder"
+            stack = {"": ("", None), **node.meta.get("nn_module_stack", {})} if inside else {}
+            for key, (path, _) in stack.items():
+                calls.setdefault(key, (path, []))[1].append(name)
+        return list(calls.values())
 
     def find_drops(self) -> Iterator[_FoundRegion]:
         """Yield for each addition the operands whose branch has no other reader."""

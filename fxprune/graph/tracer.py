@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
 
-from fxprune.graph.fx_utils import INPLACE_ORIGIN, OVERWRITES, class_names
+from fxprune.graph.fx_utils import INPLACE_ORIGIN, OVERWRITES, class_names, join_path
+from fxprune.graph.operators import (
+    AUGMENTED_ASSIGNMENTS,
+    INPLACE_TO_FUNCTIONAL,
+    functional_form,
+    is_in_place,
+    static_length,
+)
+from fxprune.graph.records import Refusal
+from fxprune.graph.symbolic_shapes import StarredSize, decided_condition, is_shape, join_starred, star_shape
+from fxprune.runtime.contexts import context_states, watch_autocasts
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import tree_map_only
 
@@ -25,46 +36,22 @@ LEAF_MODULES: dict[str, str] = {
 }
 """Modules that stay one node, by qualified class name (subclasses included), and the reason for each."""
 
-AUGMENTED_ASSIGNMENTS: dict[Any, Callable[..., Any]] = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
-}
-INPLACE_TO_FUNCTIONAL: dict[Any, Callable[..., Any]] = {
-    **AUGMENTED_ASSIGNMENTS,
-    **{
-        getattr(home, name): getattr(home, name[:-1])
-        for home in (torch, functional)
-        for name in dir(home)
-        if name.endswith("_") and not name.startswith("_") and hasattr(home, name[:-1])
-    },
-    torch.zero_: torch.zeros_like,
-}
-"""Each in-place function, with the function that computes the same into a new tensor. Includes `+=` and the like."""
-
-_STATIC_LENGTHS: dict[str, Callable[..., int | None]] = {
-    "chunk": lambda chunks=None, *_: chunks if isinstance(chunks, int) else None,
-    "split": lambda sizes=None, *_: len(sizes) if isinstance(sizes, (list, tuple)) else None,
-    "tensor_split": lambda parts=None, *_: parts if isinstance(parts, int) else None,
-}
-
 
 class StaticLengthProxy(fx.Proxy):
     """A proxy that supports `len` if the program fixes the number of values."""
 
     def __len__(self) -> int:
         length = static_length(self.node)
-        return super().__len__() if length is None else length
+        if length is None:  # a TypeError: Python asks values after a star for their length, and then does without
+            raise TypeError(f"the number of values of {self.node.name!r} is not known while the module is traced")
+        return length
+
+    def __getattr__(self, k: str) -> StaticLengthAttribute:
+        return StaticLengthAttribute(self, k)
 
 
-def static_length(node: fx.Node) -> int | None:
-    """Return the number of values of a node if the program fixes it (`chunk(2, 1)`, `split((a, b), 1)`), else None."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    rule = _STATIC_LENGTHS.get(str(name))
-    if rule is None or node.op not in ("call_method", "call_function"):
-        return None
-    named = {"chunks": "chunks", "split_size": "sizes", "split_size_or_sections": "sizes"}
-    options = {named[key]: value for key, value in node.kwargs.items() if key in named}
-    return rule(*node.args[1:], **options)
+class StaticLengthAttribute(fx.proxy.Attribute, StaticLengthProxy):
+    """An attribute of a `StaticLengthProxy`, such as its shape."""
 
 
 def _make_augmented_assignment(written: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,6 +72,8 @@ for _written in AUGMENTED_ASSIGNMENTS:
 
 TRACED_CALL = "fxprune_call"
 """Key of a captured graph's meta: the `TracedCall` of the module."""
+_SIZE_METHODS = frozenset({"view", "reshape", "expand", "repeat", "tile", "new_zeros", "new_ones", "new_empty"})
+"""Methods whose positional arguments are a size: ``x.view(2, 3)`` is ``x.view((2, 3))``."""
 
 
 @dataclass
@@ -109,17 +98,35 @@ class TracedCall:
     steps: list[fx.Node | TracedCall] = field(default_factory=list)
     result: Any = None
 
+    def remove_steps(self, nodes: Collection[fx.Node]) -> None:
+        """Remove nodes from the steps of this call and of all calls below it."""
+        self.steps = [step for step in self.steps if isinstance(step, TracedCall) or step not in nodes]
+        for step in self.steps:
+            if isinstance(step, TracedCall):
+                step.remove_steps(nodes)
+
+
+ArgumentPath = tuple[int | str, ...]
+"""Where a value is among a node's arguments: 0 (args) or 1 (kwargs), then positions and names."""
+Switches = Mapping[int, Mapping[ArgumentPath, tuple[Any, Any]]]
+"""Arguments that depend on the mode: by the ordinal of the node and their path, the values in eval and train mode."""
+
 
 class FunctionalTracer(fx.Tracer):
     """Trace a module to a functional graph.
 
     In-place operations become their functional forms. Later readers of an overwritten value read the new value. So the
-    graph computes the same as the module and overwrites no value.
+    graph computes the same as the module and overwrites no value. A forward that enters a context such as
+    `torch.no_grad` or `torch.autocast` is refused: a graph has no contexts.
 
     Parameters
     ----------
     opaque : collection of str
         Dotted paths, relative to the root, of modules that stay one node because their inside cannot be traced.
+    constants : mapping of str to object
+        Values of arguments that are constants in the trace, see `fxprune.graph.module_trace.constant_arguments`.
+    switches : Switches
+        Arguments of nodes that are read from the mode of the module whose forward creates the node.
 
     Attributes
     ----------
@@ -127,6 +134,8 @@ class FunctionalTracer(fx.Tracer):
         Path of the innermost module whose forward raised while it was traced; "" is the root.
     owners : dict
         Path of the module whose forward created the node, by node name.
+    ordinals : dict
+        Which node of the program it is, from 0, by node name. Nodes that read a mode have no entry.
     traced_modules : dict
         Paths of all modules that were traced into, in order.
     call : TracedCall
@@ -142,23 +151,41 @@ class FunctionalTracer(fx.Tracer):
     <built-in function add>
     """
 
-    def __init__(self, opaque: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        opaque: frozenset[str] = frozenset(),
+        constants: Mapping[str, Any] = MappingProxyType({}),
+        switches: Switches = MappingProxyType({}),
+    ) -> None:
         super().__init__()
-        self.opaque = opaque
+        self.opaque, self.constants, self.switches = opaque, constants, switches
+        self.ordinals: dict[str, int] = {}
+        self._decided: list[fx.Node] = []
         self.failed_module: str | None = None
         self.owners: dict[str, str] = {}
         self.traced_modules: dict[str, None] = {}
         self.call = TracedCall("")
         self._active = [self.call]
+        self._entry_states: list[dict[str, Any]] = []
+        self._autocasts: list[torch.autocast] = []
         self._overwritten: dict[fx.Node, fx.Node] = {}
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace a module; Ctrl-C takes effect after the trace."""
-        with defer_interrupts():
+        """Trace a module as it runs with gradients; Ctrl-C takes effect after the trace."""
+        with defer_interrupts(), torch.inference_mode(False), torch.enable_grad(), watch_autocasts() as self._autocasts:
+            self._entry_states = [context_states(self._autocasts)]
             graph = super().trace(root, concrete_args)
+            self._leave_out_decided()
         self.call.args = tuple(node for node in graph.nodes if node.op == "placeholder")
         self.call.result = graph.output_node().args[0]
         return graph
+
+    def _refuse_contexts(self) -> None:
+        """Raise `Refusal` if the module that is being traced has entered a context."""
+        states = context_states(self._autocasts)
+        changed = [name for name, state in self._entry_states[-1].items() if states[name] != state]
+        if changed:
+            raise Refusal(f"enters {changed[0]}")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node: opaque, in `LEAF_MODULES`, or a layer of torch.nn itself."""
@@ -171,10 +198,12 @@ class FunctionalTracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
+        self._refuse_contexts()
         self.traced_modules[path] = None
         call = TracedCall(path, self._nodes_of(args), self._nodes_of(kwargs))
         self._active[-1].steps.append(call)
         self._active.append(call)
+        self._entry_states.append(context_states(self._autocasts))
         try:
             result = super().call_module(m, forward, args, kwargs)
             call.result = self._nodes_of(result)
@@ -184,6 +213,7 @@ class FunctionalTracer(fx.Tracer):
             raise
         finally:
             self._active.pop()
+            self._entry_states.pop()
 
     def _nodes_of(self, values: Any) -> Any:
         """Replace each proxy in nested containers by the node that holds its latest value."""
@@ -194,12 +224,76 @@ class FunctionalTracer(fx.Tracer):
         return StaticLengthProxy(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Iterate over a value whose length the program fixes."""
+        """Iterate over a value whose length the program fixes, or over a starred shape."""
         length = static_length(obj.node)
-        return super().iter(obj) if length is None else iter([operator.getitem(obj, i) for i in range(length)])
+        if length is not None:
+            return iter([operator.getitem(obj, i) for i in range(length)])
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_back if frame and frame.f_back else None  # above `Proxy.__iter__`
+        if is_shape(obj.node) and caller is not None and _instruction(caller) == "LIST_EXTEND":
+            return star_shape(obj)
+        return super().iter(obj)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide some conditions of which the result is as good as known; see `decided_condition`."""
+        decided = decided_condition(obj.node, self.root.get_submodule(self._active[-1].path).training)
+        if decided is None:
+            return super().to_bool(obj)
+        self._decided.append(obj.node)
+        return decided
+
+    def _leave_out_decided(self) -> None:
+        """Leave out the conditions that were decided, and what was computed for them only."""
+        waiting, found = list(self._decided), set[fx.Node]()
+        while waiting:
+            node = waiting.pop()
+            if node.op in ("call_function", "call_method") and node not in found:
+                found.add(node)
+                waiting += node.all_input_nodes
+        if found:
+            self.graph.eliminate_dead_code(is_impure_node=lambda node: node not in found)
+            self.call.remove_steps(found - set(self.graph.nodes))
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        """Add a node. A method takes a starred shape as one size."""
+        if any(isinstance(value, StarredSize) for value in args):
+            if kind != "call_method" or target not in _SIZE_METHODS:
+                raise Refusal(f"calls {getattr(target, '__name__', target)!r} with a starred shape")
+            args = (args[0], args[1:])
+        return super().create_proxy(kind, target, args, kwargs, *more, **options)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Create the placeholders; return a function and its arguments, with constants in place of their proxies."""
+        inner = inspect.unwrap(root_fn)
+        function, values = super().create_args_for_root(inner, is_module, concrete_args)
+        if concrete_args is not None:
+            return function, values
+        spec = inspect.getfullargspec(inner)
+        names = [*spec.args, *spec.kwonlyargs, *(f"*{spec.varargs}" for _ in "1" if spec.varargs)]
+        collected = {name: value for name, value in self.constants.items() if name not in names}
+        bound = [self.constants.get(name, value) for name, value in zip(names, values, strict=False)]
+        bound += [collected] * bool(spec.varkw)
+        if inner is root_fn:
+            return function, bound
+        count = len(spec.args)
+        rest = bound[count + len(spec.kwonlyargs)] if spec.varargs else ()
+        if isinstance(rest, fx.Proxy):
+            raise Refusal("is decorated and takes any number of arguments")
+        named = dict(zip(spec.kwonlyargs, bound[count:], strict=False)) | (collected if spec.varkw else {})
+        return (lambda: root_fn(*bound[:count], *rest, **named)), []
 
     def create_arg(self, a: Any) -> Any:
         """Convert an argument to a graph argument; an OrderedDict stays an OrderedDict."""
+        if type(a) in (tuple, list) and any(isinstance(value, StarredSize) for value in a):
+            return super().create_arg(join_starred(a))
         if isinstance(a, OrderedDict) and type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
         if isinstance(a, dict) and type(a) not in (dict, fx.immutable_collections.immutable_dict):
@@ -216,23 +310,39 @@ class FunctionalTracer(fx.Tracer):
         type_expr: Any = None,
     ) -> fx.Node:
         """Add a node in functional form."""
+        self._refuse_contexts()
         args = fx.map_arg(args, lambda node: self._latest_value(node))
         kwargs = fx.map_arg(kwargs, lambda node: self._latest_value(node))
         overwrites = kind != "placeholder" and self._is_in_place(kind, target, args, kwargs)
         written = target
         if overwrites:
             target, args, kwargs = functional_form(kind, target, args, kwargs)
-        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        ordinal = len(self.ordinals)
+        for path, values in self.switches.get(ordinal, {}).items():
+            args, kwargs = _replace_at((args, kwargs), path, self._make_switch(*values))
+        node = self._add_node(kind, target, args, kwargs, name, type_expr)
+        self.ordinals[node.name] = ordinal
         if overwrites and kind != "call_module":
             node.meta[OVERWRITES] = True
         if kind == "call_function" and written in INPLACE_TO_FUNCTIONAL:
             node.meta[INPLACE_ORIGIN] = written
-        self.owners[node.name] = self._active[-1].path
-        self._active[-1].steps.append(node)
         overwritten = args[0] if args else kwargs.get("input")
         if overwrites and isinstance(overwritten, fx.Node):
             self._overwritten[overwritten] = node
         return node
+
+    def _add_node(self, *parts: Any) -> fx.Node:
+        node = super().create_node(*parts)
+        self.owners[node.name] = self._active[-1].path
+        self._active[-1].steps.append(node)
+        return node
+
+    def _make_switch(self, in_eval: Any, in_train: Any) -> fx.Node:
+        """Add nodes that read the mode of the module that is being traced, and choose between two values by it."""
+        mode = self._add_node("get_attr", join_path(self._active[-1].path, "training"), (), {})
+        if in_eval is False and in_train is True:
+            return mode
+        return self._add_node("call_function", operator.getitem, ((in_eval, in_train), mode), {})
 
     def _latest_value(self, node: fx.Node) -> fx.Node:
         while node in self._overwritten:
@@ -245,42 +355,19 @@ class FunctionalTracer(fx.Tracer):
         return is_in_place(kind, target, args, kwargs)
 
 
-def is_in_place(kind: str, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a function or a method overwrites its first argument."""
-    if kind == "call_method":
-        return str(target).endswith("_") and not str(target).endswith("__")
-    return kind == "call_function" and (
-        target in INPLACE_TO_FUNCTIONAL or _inplace_argument(target, args, kwargs) is not None
-    )
+def _replace_at(values: Any, path: ArgumentPath, new: Any) -> Any:
+    """Return nested arguments with another value at a path."""
+    if not path:
+        return new
+    key, *rest = path
+    if isinstance(values, dict):
+        return {**values, key: _replace_at(values[key], tuple(rest), new)}
+    changed = list(values)
+    changed[int(key)] = _replace_at(changed[int(key)], tuple(rest), new)
+    return type(values)(changed)
 
 
-def functional_form(
-    kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Return target, args and kwargs of the call that computes the same into a new tensor."""
-    if kind == "call_method":
-        functional = str(target).rstrip("_")
-        if not hasattr(torch.Tensor, functional):
-            raise fx.proxy.TraceError(f"Tensor.{target} overwrites a value and has no functional form")
-        return functional, args, kwargs
-    if kind == "call_function":
-        flag = _inplace_argument(target, args, kwargs)
-        if isinstance(flag, int):
-            args = (*args[:flag], False, *args[flag + 1 :])
-        kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-        return INPLACE_TO_FUNCTIONAL.get(target, target), args, kwargs
-    return target, args, kwargs
-
-
-def _inplace_argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Return the position or the name of the argument ``inplace=True`` of a call; None without it."""
-    if kwargs.get("inplace") is True:
-        return "inplace"
-    if not any(value is True for value in args):
-        return None
-    try:
-        names = list(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # a built-in function has no signature, and no such flag
-        return None
-    position = names.index("inplace") if "inplace" in names else len(args)
-    return position if position < len(args) and args[position] is True else None
+def _instruction(frame: FrameType) -> str:
+    """Return the name of the bytecode instruction that a frame executes."""
+    found = (step.opname for step in dis.get_instructions(frame.f_code) if step.offset == frame.f_lasti)
+    return next(found, "")

@@ -138,7 +138,7 @@ class Analyzer:
             rejections=(*captured.rejections, *unscored),
             nodes=tuple(build_node_records(captured.graphs, record, captured.flops)),
             links=links,
-            islands=tuple(IslandRecord(i.name, i.fingerprint, i.opaque) for i in captured.islands),
+            islands=tuple(IslandRecord(i.name, i.fingerprint, i.opaque, i.constants) for i in captured.islands),
             before=Totals(captured.total_flops, params, blocks, self.latency.whole_ms),
             settings=Provenance(settings),
             groups=tuple(groups),

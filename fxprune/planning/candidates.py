@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fxprune.attribution.criteria import absolute_weights
 from fxprune.attribution.recorder import AttributionRecord
 from fxprune.errors import LossError, SettingError
-from fxprune.graph.fx_utils import join_path, operation_name
+from fxprune.graph.fx_utils import is_constant_node, join_path, operation_name
 from fxprune.graph.interpreters import Graphs, NodeName
 from fxprune.graph.records import Region, Rejection
 from fxprune.planning.plan import Candidate, NodeRecord
@@ -52,7 +52,7 @@ def build_node_records(
     """Yield the record of every node: its operation, scores and operations per image."""
     for island, gm in graphs:
         for node in gm.graph.nodes:
-            if node.op == "get_attr":
+            if is_constant_node(node):
                 continue
             key, called = (island, node.name), node.op == "call_module"
             yield NodeRecord(
@@ -60,7 +60,7 @@ def build_node_records(
                 island=island,
                 node=node.name,
                 op=operation_name(gm, node),
-                reads=tuple(source.name for source in node.all_input_nodes if source.op != "get_attr"),
+                reads=tuple(source.name for source in node.all_input_nodes if not is_constant_node(source)),
                 shape=record.shapes.get(key),
                 grad_act=record.grad_act.get(key),
                 l1=(absolute_weights([gm.get_submodule(str(node.target))]) or None) if called else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,8 +15,11 @@ from fxprune.graph.records import Link, Region, Rejection
 from fxprune.planning.plan_schema import encode_json, read_record
 from fxprune.planning.provenance import Provenance
 
-VERSION = 2
-"""Version of the plan file's schema. Files of version 1, which have no latency, can be read too."""
+VERSION = 3
+"""Version of the plan file's schema. Files of version 1 (no latency) and 2 (no constants) can be read too."""
+
+Constant = Any
+"""None, bool, int, float, str, or a tuple of these; in a file, a list in place of a tuple."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,17 @@ class IslandRecord:
         Digest of the graph, see `fxprune.graph.fx_utils.fingerprint`.
     opaque : tuple of str
         Paths below the island of modules that stay one node.
+    constants : mapping of str to None, bool, int, float, str or tuple of these
+        Arguments of its forward that are constants in the graph, because all calls gave the same.
     """
 
     name: str
     fingerprint: str
     opaque: tuple[str, ...]
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "constants", {name: _to_tuples(value) for name, value in self.constants.items()})
 
 
 @dataclass(frozen=True)
@@ -254,7 +263,7 @@ class Plan:
 
     Notes
     -----
-    The file is strict JSON in UTF-8. It is one object with ``fxprune_plan``, the version of the schema (2), and the
+    The file is strict JSON in UTF-8. It is one object with ``fxprune_plan``, the version of the schema (3), and the
     attributes above under their names. ``before`` and ``after`` are objects with the fields of `Totals`. ``islands``,
     ``rejections``, ``nodes`` and ``links`` are lists of objects with the fields of `IslandRecord`, `Rejection`
     (``{"name": str, "reason": str}``), `NodeRecord` and `Link`; the objects of ``regions`` are described by
@@ -304,9 +313,10 @@ class Plan:
         if not isinstance(data, Mapping) or "fxprune_plan" not in data:
             raise PlanError("this is no fxprune plan: it has no field 'fxprune_plan'")
         version = data["fxprune_plan"]
-        if version not in (1, VERSION):
-            raise PlanError(f"the plan has schema version {version!r}, this fxprune reads 1 and {VERSION}")
-        added = {"latency_ms": None} if version == 1 else {}
+        if version not in (1, 2, VERSION):
+            raise PlanError(f"the plan has schema version {version!r}, this fxprune reads 1 to {VERSION}")
+        added: dict[str, Any] = {"latency_ms": None} if version == 1 else {}
+        added |= {"constants": {}} if version < VERSION else {}
         values = {key: value for key, value in data.items() if key != "fxprune_plan"}
         records: dict[str, Any] = {"before": Totals, "after": Totals}
         lists: dict[str, Any] = {"islands": IslandRecord, "regions": Candidate, "rejections": Rejection}
@@ -368,6 +378,10 @@ def _fail(text: str) -> PlanError:
 
 def _read_row(kind: Any, row: Any, where: str, added: Mapping[str, Any]) -> Any:
     return read_record(kind, row, where, _fail, added)
+
+
+def _to_tuples(value: Any) -> Any:
+    return tuple(map(_to_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _to_plain(value: Any) -> Any:

@@ -78,6 +78,12 @@ def _is_number(value: Any, *kinds: type) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("str", lambda value: isinstance(value, str)),
     "bool": ("bool", lambda value: isinstance(value, bool)),
@@ -85,6 +91,10 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "float": ("float", lambda value: _is_number(value, int, float)),
     "Mapping[str, Any]": ("an object", lambda value: isinstance(value, Mapping)),
     "Mapping[str, str]": ("an object of strings", _is_mapping_to(str)),
+    "Mapping[str, Constant]": (
+        "an object of constants",
+        lambda value: isinstance(value, Mapping) and all(map(_is_constant, value.values())),
+    ),
     "tuple[str, ...]": ("a list of strings", _is_list_of(str)),
     "tuple[int, ...]": ("a list of integers", _is_list_of(int)),
 }

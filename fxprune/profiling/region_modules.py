@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.graph.fx_utils import get_attribute, graph_structure
+from fxprune.graph.fx_utils import get_attribute, graph_structure, is_constant_node
 from fxprune.graph.interpreters import Graphs, NodeName, run_with
 from fxprune.graph.records import Region
 from fxprune.graph.symbolic_shapes import tensor_specs
@@ -124,12 +124,22 @@ def extract_subgraph(gm: fx.GraphModule, region: Region) -> tuple[fx.GraphModule
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     inside = [node for node in gm.graph.nodes if node.name in region.nodes]
     sources = dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in inside)
-    inputs = [source for source in sources if source.op != "get_attr"]
+    inputs = [source for source in sources if not is_constant_node(source)]
     copies |= {source: graph.placeholder(source.name) for source in inputs}
-    for node in [*(source for source in sources if source.op == "get_attr"), *inside]:
+    for node in [*_constants_before(sources, gm.graph), *inside]:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(next(copies[node] for node in inside if node.name == region.exit))
     return fx.GraphModule(gm, graph), [source.name for source in inputs]
+
+
+def _constants_before(sources: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+    """Return those of the sources that are constants, and the constants they are computed from, in graph order."""
+    waiting, found = [source for source in sources if is_constant_node(source)], set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        found.add(node)
+        waiting += node.all_input_nodes
+    return [node for node in graph.nodes if node in found]
 
 
 def _inline(graph: fx.Graph, part: fx.GraphModule, prefix: str, values: Sequence[fx.Node]) -> fx.Node:

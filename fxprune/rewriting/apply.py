@@ -89,7 +89,7 @@ def trace_checked(model: nn.Module, record: IslandRecord, plan: Plan) -> fx.Grap
         module = model.get_submodule(record.name)
     except AttributeError:
         raise PlanError(f"the plan needs {where}, which this model does not have") from None
-    traced = trace_module(module, frozenset(record.opaque), fixed_opaque=True)
+    traced = trace_module(module, frozenset(record.opaque), fixed_opaque=True, constants=record.constants)
     if isinstance(traced, Traced) and fingerprint(traced.gm) == record.fingerprint:
         return traced.gm
     found = f"has fingerprint {fingerprint(traced.gm)}" if isinstance(traced, Traced) else "is no graph"

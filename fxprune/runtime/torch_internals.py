@@ -56,6 +56,7 @@ __all__ = [
     "new_size_symbol",
     "owns_tensors",
     "provably_equal",
+    "saved_tensor_hooks",
     "shapes_only",
     "size_formula",
     "symbolic_mode",
@@ -113,6 +114,11 @@ def layer_methods(layer: nn.Module) -> list[Callable[..., Any]]:
     """
     names = ("forward", "_conv_forward") if isinstance(layer, nn.Conv2d) else ("forward",)
     return [getattr(layer, name) for name in names]
+
+
+def saved_tensor_hooks() -> Any:
+    """Return the hooks that pack tensors for the backward pass now, or None. Needed because torch has only setters."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 # Symbolic shapes -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import fxprune
 from fxprune.planning.plan import Plan
 from tests.helpers.graph_breaks import Broken, broken_plan, compiled_by
-from tests.helpers.models import labelled, pixels, tiny
+from tests.helpers.models import Encoder, build, labelled, pixels, tiny
 from tests.helpers.removals import plan_for
 from tests.helpers.zoo import ZOO, image_batch, mean_loss
 
@@ -71,6 +71,15 @@ def test_pruning_backend_equals_apply_on_the_zoo(name: str) -> None:
     compiled = torch.compile(model, backend=fxprune.pruning_backend(model, plan, inner="eager"))
     for _ in range(2):
         torch.testing.assert_close(compiled(image_batch().double()), fxprune.apply(model, plan)(image_batch().double()))
+
+
+@pytest.mark.parametrize("name", ["layers.1", "layers.0.attention", "layers.2.mlp"])
+def test_pruning_backend_equals_apply_on_an_encoder(name: str) -> None:
+    model, x = build(Encoder), pixels(2, 3, 16, 16)
+    plan = plan_for(fxprune.analyze(model, labelled(), criterion="l1"), {name})
+    compiled = torch.compile(model, backend=fxprune.pruning_backend(model, plan, inner="eager"))
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), fxprune.apply(model, plan)(x))
 
 
 def test_mode_and_options_reach_inductor(tiny_plan: Plan) -> None:

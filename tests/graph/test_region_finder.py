@@ -8,17 +8,63 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 import fxprune
 from fxprune.errors import NoRegionError
-from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, value_graph
+from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, node_parameters, value_graph
 from fxprune.graph.module_trace import Traced, trace_module
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import SymbolicShapes, propagate_symbolic, tensor_specs
-from tests.helpers.zoo import ZOO, image_batch, mean_loss
+from fxprune.profiling.flops_params import group_parameters
+from tests.helpers.models import Encoder, build, labelled
+from tests.helpers.zoo import ZOO, conv, image_batch, mean_loss
 
 NAMES = sorted(ZOO)
+
+
+def test_whole_layer_its_attention_and_its_mlp_are_regions() -> None:
+    analysis = fxprune.analyze(build(Encoder), labelled(), criterion="l1")
+    names = {region.name: region for region in analysis.regions if region.name.startswith("layers.1")}
+    assert {"layers.1", "layers.1.attention", "layers.1.mlp"} <= set(names)
+    layers = {path.removeprefix("layers.1.") for path in names["layers.1"].layers}
+    assert layers == {"attention.into", "attention.out", "attention.bias", "mlp.1", "mlp.3"}
+    reasons = {rejection.reason for rejection in analysis.rejections if "layers.1" in rejection.name}
+    assert reasons == {"it does no floating point work at inference on the first calibration batch"}  # adds the bias
+
+
+def test_chain_of_layers_is_no_whole_region_of_its_module() -> None:
+    model = nn.Sequential(conv(3), nn.ReLU(), conv(3)).eval()
+    analysis = fxprune.analyze(model, [image_batch()], loss=mean_loss, criterion="l1")
+    assert [region.name for region in analysis.regions] == ["0", "2"]
+
+
+class Shifted(nn.Module):
+    """Adds a constant that is computed from a weight, inside of a region."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = conv(3), conv(3)
+        self.shift = nn.Parameter(torch.rand(6, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shift = torch.sigmoid(self.shift).sum(0).mean().mul(2)
+        return x + self.two(self.one(x) * shift)
+
+
+def test_values_computed_from_weights_alone_are_constants() -> None:
+    traced = trace_module(Shifted(), ())
+    assert isinstance(traced, Traced)
+    gm = traced.gm
+    constant = {"shift", "sigmoid", "sum_1", "mean", "mul"}
+    assert not constant & set(value_graph(gm.graph))
+    (reader,) = (node for node in gm.graph.nodes if node.name == "mul_1")
+    assert [path for path, _ in node_parameters(gm, reader)] == ["shift"]
+    readers = {group.readers for group in group_parameters(gm, [("", gm)])}
+    assert readers == {(("", "one"),), (("", "mul_1"),), (("", "two"),)}
+    shapes = propagate_symbolic(gm, tensor_specs((image_batch(),)), {})
+    names = {region.exit: region.layers for region in find_regions("", gm, shapes)[0]}
+    assert names["add"] == ("one", "shift", "two")
 
 
 def captured(name: str) -> tuple[fx.GraphModule, SymbolicShapes]:

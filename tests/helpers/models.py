@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -45,6 +46,58 @@ class Detector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(finite(x))).mean((2, 3))
+
+
+class Attention(nn.Module):
+    """Attention with a learned bias, written as in libraries of transformers: any rank, modes, optional arguments."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.into, self.out, self.p = nn.Linear(width, 3 * width), nn.Linear(width, width), 0.2
+        self.bias = nn.Parameter(torch.rand(16, 4))
+        self.index: Tensor
+        self.register_buffer("index", torch.arange(16).flip(0), persistent=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        shape = (*tokens.shape[:-1], 2, -1)
+        query, key, value = (part.view(shape).transpose(1, 2) for part in self.into(tokens).chunk(3, -1))
+        bias = self.bias[self.index].mean(1)
+        attended = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value + (mask if mask is not None else 0),
+            dropout_p=self.p if self.training else 0.0,
+            is_causal=query.shape[2] > 1 and options.get("causal", False),
+        )
+        attended = attended.transpose(1, 2).reshape(*tokens.shape[:-1], -1)
+        return self.out(attended + bias[:, None] if options.get("biased", True) else attended)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(width), Attention(width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width))
+
+    def forward(self, tokens: Tensor, **options: Any) -> Tensor:
+        tokens = tokens + functional.dropout(self.attention(self.norm(tokens), **options), 0.1, self.training)
+        return tokens + self.mlp(tokens)
+
+
+class Encoder(nn.Module):
+    """A vision transformer for 16 by 16 pixels and 5 classes; one graph as a whole."""
+
+    def __init__(self, width: int = 4, layers: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, stride=4)
+        self.layers = nn.ModuleList([EncoderLayer(width) for _ in range(layers)])
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            tokens = layer(tokens, **options)
+        return self.fc(tokens.mean(1))
 
 
 class Eager(nn.Module):

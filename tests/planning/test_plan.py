@@ -39,7 +39,7 @@ def test_plan_file_is_strict_json_of_this_version(plan: Plan, tmp_path: Path) ->
     plan.save(tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert data == plan.to_dict()
-    assert data["fxprune_plan"] == 2
+    assert data["fxprune_plan"] == 3
     assert data["budget"] == 0.3
     assert [row["name"] for row in data["regions"] if row["removed"]] == [region.name for region in plan.removed]
 
@@ -95,6 +95,20 @@ _node_records = st.builds(
 )
 
 
+_constants = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), _numbers, _words),
+    lambda inner: st.lists(inner, max_size=2).map(tuple),
+    max_leaves=3,
+)
+_islands = st.builds(
+    IslandRecord,
+    name=_words,
+    fingerprint=_words,
+    opaque=_names,
+    constants=st.dictionaries(_words, _constants, max_size=2),
+)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.builds(
@@ -104,9 +118,7 @@ _node_records = st.builds(
         settings=st.dictionaries(_words, st.one_of(_words, _counts, _numbers, st.none())).map(Provenance),
         before=_totals,
         after=_totals,
-        islands=st.lists(st.builds(IslandRecord, name=_words, fingerprint=_words, opaque=_names), max_size=2).map(
-            tuple
-        ),
+        islands=st.lists(_islands, max_size=2).map(tuple),
         regions=st.lists(_candidates, max_size=3).map(tuple),
         rejections=st.lists(st.builds(Rejection, name=_words, reason=_words), max_size=3).map(tuple),
         nodes=st.lists(_node_records, max_size=3).map(tuple),

@@ -74,9 +74,9 @@ def test_field_of_wrong_type_is_refused_by_name(plan: Plan, path: str, value: An
         Plan.from_dict(changed(plan.to_dict(), path, value))
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 4, "1", None, 1.5])
 def test_other_schema_version_is_refused(plan: Plan, version: Any) -> None:
-    with pytest.raises(PlanError, match=rf"version {version!r}, .*reads 1 and 2"):
+    with pytest.raises(PlanError, match=rf"version {version!r}, .*reads 1 to 3"):
         Plan.from_dict({**plan.to_dict(), "fxprune_plan": version})
 
 
@@ -87,6 +87,21 @@ def test_schema_version_1_is_read_without_latency(plan: Plan) -> None:
     assert Plan.from_dict(data) == plan
     with pytest.raises(PlanError, match=r"'before' lacks \['latency_ms'\]"):
         Plan.from_dict(data | {"fxprune_plan": 2})
+
+
+def test_schema_version_2_is_read_without_constants(plan: Plan) -> None:
+    data = plan.to_dict()
+    for row in data["islands"]:
+        assert row.pop("constants") == {}
+    assert Plan.from_dict(data | {"fxprune_plan": 2}) == plan
+    with pytest.raises(PlanError, match=r"'islands\[0\]' lacks \['constants'\]"):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("constants", [None, ["mask"], {"mask": {}}, {"sizes": [1, [{}]]}])
+def test_constants_of_wrong_type_are_refused(plan: Plan, constants: Any) -> None:
+    with pytest.raises(PlanError, match=r"'islands\[0\].constants' should be an object of constants"):
+        Plan.from_dict(changed(plan.to_dict(), "islands[0].constants", constants))
 
 
 @pytest.mark.parametrize("data", [{}, {"budget": 0.1}, [], None, "plan.json"])

@@ -106,6 +106,13 @@ def test_has_forward_hooks_and_has_backward_hooks(register: str) -> None:
     assert seen == (False, True, [False, False], False), changed(found.__name__, f"{register} shows, and only there")
 
 
+def test_saved_tensor_hooks() -> None:
+    with torch.autograd.graph.save_on_cpu():
+        during = internals.saved_tensor_hooks()
+    seen = during is None, internals.saved_tensor_hooks()
+    assert seen == (False, None), changed("saved_tensor_hooks", "it is None unless a context sets hooks")
+
+
 def test_owns_tensors() -> None:
     behaviour = "layers have entries for parameters and buffers, also for those that are None"
     for layer, owns in ((nn.Linear(2, 2), True), (nn.InstanceNorm2d(3), True), (nn.Sequential(nn.Linear(2, 2)), False)):
