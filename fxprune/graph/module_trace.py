@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fxprune.graph.fx_utils import TRACED_MODULES, graph_structure, is_weighted
 from fxprune.graph.tracer import FunctionalTracer
+from fxprune.runtime.private_copy import MODULE_FIELDS, preserve_state
 from fxprune.runtime.torch_internals import keep_when_copied
 
 
@@ -54,7 +55,7 @@ def describe_exception(error: Exception) -> str:
 
 def _is_tracing_code(file: str) -> bool:
     """Whether a file belongs to torch or to this package, and not to the model."""
-    return any(folder in Path(file).parents for folder in (Path(torch.__file__).parent, Path(__file__).parent))
+    return any(folder in Path(file).parents for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
 def trace_module(module: nn.Module, opaque: Collection[str], fixed_opaque: bool = False) -> Traced | Untraced:
@@ -66,7 +67,7 @@ def trace_module(module: nn.Module, opaque: Collection[str], fixed_opaque: bool 
     Parameters
     ----------
     module : Module
-        The module. It shares its layers with the graph; its modes are restored.
+        The module. It shares its layers with the graph; its modes, buffers and attributes are restored.
     opaque : collection of str
         Paths that are opaque from the start.
     fixed_opaque : bool
@@ -77,6 +78,8 @@ def trace_module(module: nn.Module, opaque: Collection[str], fixed_opaque: bool 
     Traced or Untraced
         `Untraced` if the module's own forward cannot be traced, or no layer with weights was captured.
     """
+    if "forward" in vars(module):  # a trace would follow the forward of its class
+        return Untraced("its forward was replaced on the module itself, as by a hook library or a patch")
     reasons = dict.fromkeys(opaque, "")
     while True:  # every failure makes one more class opaque
         try:
@@ -104,6 +107,11 @@ class _TraceFailure(Exception):
 
 def _trace_both_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule:
     """Trace in train and in eval mode. Raises `_TraceFailure` if one of them fails or the graphs differ."""
+    with preserve_state(module):  # a forward may write attributes and buffers
+        return _compare_modes(module, opaque)
+
+
+def _compare_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule:
     modes = {part: part.training for part in module.modules()}
     graphs: list[tuple[fx.Graph, FunctionalTracer]] = []
     try:
@@ -138,7 +146,7 @@ def _first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Graph, str]
     return graph, list(graph.nodes)[index].name
 
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"meta"}
+_MODULE_ATTRIBUTES = MODULE_FIELDS | {"meta"}
 
 
 def _make_graph_module(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:

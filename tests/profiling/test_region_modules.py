@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torchvision.models import resnet18
 
 import fxprune
+from fxprune.graph.interpreters import Graphs
 from fxprune.graph.records import Island
 from fxprune.profiling.region_modules import RegionModule, extract_regions
 from tests.helpers.captures import capture_copy
@@ -28,7 +29,7 @@ def pieces_of(
     regions = [row.region for row in analysis.regions]
     twin, islands = capture_copy(model, x, root)
     with torch.no_grad():
-        pieces = extract_regions(partial(twin, x), [(island.name, island.gm) for island in islands], regions)
+        pieces = extract_regions(partial(twin, x), Graphs.of(twin, islands), regions)
     assert [piece.region for piece in pieces] == [region.name for region in regions]
     return {piece.region: piece for piece in pieces}, islands, twin
 
