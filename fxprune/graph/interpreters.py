@@ -90,7 +90,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 def _make_forward(gm: fx.GraphModule, interpreter: fx.Interpreter, in_place: bool) -> Callable[..., Any]:
     interpreter.extra_traceback = False
     fetch = partial(type(interpreter).fetch_args_kwargs_from_env, interpreter)
-    interpreter.fetch_args_kwargs_from_env = lambda node: _plain(fetch(node))  # type: ignore[method-assign]
+    interpreter.fetch_args_kwargs_from_env = lambda node: _plain(fetch(node))  # type: ignore[method-assign, assignment]
     layers = list(in_place_layers(gm))
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def _make_forward(gm: fx.GraphModule, interpreter: fx.Interpreter, in_place: boo
 
 
 def _plain(value: Any) -> Any:
-    """Return nested arguments of a node with plain lists and dicts, as the program has them, not fx's immutable ones."""
+    """Return the arguments of a node with lists and dicts as the program has them, not fx's immutable ones."""
     if type(value) is tuple:
         return tuple(map(_plain, value))
     if isinstance(value, immutable_list):
