@@ -122,34 +122,32 @@ class _Search:
 def _dtypes_differ_under_autocast(module: nn.Module, gm: fx.GraphModule, call: RecordedCall) -> bool:
     """Whether a graph returns other dtypes than its module under autocast. Only shapes and dtypes are computed.
 
-    False if the module itself cannot be run in this way.
+    False if the module itself cannot be run in this way, or if the graph fails without autocast too: real runs tell.
     """
     specs = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, TensorSpec)]
-    mode = symbolic_mode()
-    with torch.no_grad():
-        args, kwargs = tree_map_only(TensorSpec, lambda spec: _fake(mode, spec), (call.args, call.kwargs))
-    device = specs[0].device.type if specs else "cpu"
-    autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
+    device, mode = specs[0].device.type if specs else "cpu", symbolic_mode()
+    args, kwargs = tree_map_only(TensorSpec, lambda spec: _fake(mode, spec), (call.args, call.kwargs))
     interpreter = fx.Interpreter(gm)
     interpreter.extra_traceback = False
-    with defer_interrupts(), preserve_state(module), shapes_only(mode), autocast:
+
+    def dtypes(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> list[torch.dtype] | None:
         try:
-            expected = _dtypes(module.forward(*args, **kwargs))
+            leaves = tree_leaves(forward(*args, **kwargs))
         except Exception:  # code that looks at values fails here, with any error
-            return False
-        try:
-            return _dtypes(interpreter.run(*bind_placeholders(gm, args, kwargs))) != expected
-        except Exception:
-            return True
+            return None
+        return [leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    with defer_interrupts(), preserve_state(module), shapes_only(mode):
+        inputs = bind_placeholders(gm, args, kwargs)
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            expected, found = dtypes(module.forward, *args, **kwargs), dtypes(interpreter.run, *inputs)
+        failed_anyway = found is None and dtypes(interpreter.run, *inputs) is None
+    return expected is not None and found != expected and not failed_anyway
 
 
 def _fake(mode: Any, spec: TensorSpec) -> torch.Tensor:
     real = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
     return make_symbolic_tensor(mode, real, [False] * real.ndim)
-
-
-def _dtypes(values: Any) -> list[torch.dtype]:
-    return [leaf.dtype for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 class _Comparison:

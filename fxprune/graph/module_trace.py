@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -13,7 +14,7 @@ from torch import fx, nn
 from fxprune.graph.fx_utils import TRACED_MODULES, graph_structure, is_weighted
 from fxprune.graph.tracer import FunctionalTracer
 from fxprune.runtime.private_copy import MODULE_FIELDS, preserve_state
-from fxprune.runtime.torch_internals import keep_when_copied
+from fxprune.runtime.torch_internals import keep_when_copied, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _compare_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule:
             module.train(training)
             tracer = FunctionalTracer(opaque)
             try:
-                graphs.append((tracer.trace(module), tracer))
+                with preserve_state(module, _holds_proxy):  # what is left, a counter for example, shows in the graph
+                    graphs.append((tracer.trace(module), tracer))
             except Exception as error:  # a forward can raise any error on symbolic values
                 reason = f"its forward could not be traced ({describe_exception(error)})"
                 raise _TraceFailure(tracer.failed_module or "", reason) from error
@@ -135,6 +137,10 @@ def _compare_modes(module: nn.Module, opaque: frozenset[str]) -> fx.GraphModule:
     gm = _make_graph_module(module, evaluated)
     gm.meta[TRACED_MODULES] = list(second.traced_modules)
     return gm
+
+
+def _holds_proxy(value: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value))
 
 
 def _first_difference(first: fx.Graph, second: fx.Graph) -> tuple[fx.Graph, str] | None:

@@ -74,10 +74,17 @@ MODULE_FIELDS = frozenset(nn.Module().__dict__)
 
 
 @contextmanager
-def preserve_state(network: nn.Module) -> Iterator[None]:
+def preserve_state(network: nn.Module, where: Callable[[Any], bool] = lambda value: True) -> Iterator[None]:
     """Restore the buffers of a network and the attributes of its modules at the end of the block.
 
     Lists and dicts among the attributes get their items back. Weights, modules, modes and hooks are not touched.
+
+    Parameters
+    ----------
+    network : Module
+        The network.
+    where : callable
+        ``(value) -> bool``: whether an attribute that has this value at the end of the block is restored.
 
     Examples
     --------
@@ -88,7 +95,7 @@ def preserve_state(network: nn.Module) -> Iterator[None]:
     >>> layer.running_mean, hasattr(layer, "last")
     (tensor([0., 0.]), False)
     """
-    undo = [_remember_module(module) for module in network.modules()]
+    undo = [_remember_module(module, where) for module in network.modules()]
     values = [(buffer, buffer.detach().clone()) for buffer in network.buffers()]
     try:
         yield
@@ -101,8 +108,8 @@ def preserve_state(network: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _remember_module(module: nn.Module) -> Callable[[], None]:
-    """Return a function that gives a module its present attributes and buffers back."""
+def _remember_module(module: nn.Module, where: Callable[[Any], bool]) -> Callable[[], None]:
+    """Return a function that gives a module its present attributes and buffers back, if `where` is true for them."""
     kind, fields = type(module), vars(module)
     attributes = {key: (value, _items(value)) for key, value in fields.items() if key not in MODULE_FIELDS}
     buffers = dict(module.named_buffers(recurse=False))
@@ -110,9 +117,12 @@ def _remember_module(module: nn.Module) -> Callable[[], None]:
     def restore() -> None:
         if type(module) is not kind:
             return  # a lazy module, which became another kind at its first call
-        for key in [key for key in fields if key not in attributes and key not in MODULE_FIELDS]:
+        wrong = {key for key, value in fields.items() if key not in MODULE_FIELDS and where(value)}
+        for key in wrong - attributes.keys():
             del fields[key]
         for key, (value, items) in attributes.items():
+            if key in fields and key not in wrong:
+                continue
             fields[key] = value
             if items is not None:
                 value.clear()
