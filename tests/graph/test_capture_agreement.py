@@ -40,7 +40,9 @@ class Overwriting(nn.Module):
 
 
 class Counting(nn.Module):
-    """Counts its calls in a buffer."""
+    """Adds up what it gets in a buffer."""
+
+    seen: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,10 +136,10 @@ def test_only_the_innermost_graph_that_disagrees_is_refused() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.first, self.inner = Block(8), Around(Overwriting())
-            self.inner.stem, self.inner.fc = nn.Conv2d(8, 8, 1), nn.Identity()
+            self.inner.stem = nn.Conv2d(8, 8, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return functional.relu(self.inner(self.first(x)))
+            return functional.relu(self.inner(self.first(x)))  # (N, 5)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -148,7 +150,7 @@ def test_only_the_innermost_graph_that_disagrees_is_refused() -> None:
             return self.outer(self.stem(finite(x)))
 
     names, reasons = captured(build(Model))
-    assert names == ["stem", "outer", "outer.inner.stem", "outer.inner.part.block"]
+    assert names == ["stem", "outer", "outer.inner.stem", "outer.inner.fc", "outer.inner.part.block"]
     assert "overwrites" in reasons["outer.inner.part"]
 
 
@@ -212,18 +214,18 @@ def test_failure_outside_of_graphs_names_the_graph_that_causes_it() -> None:
 
 
 def test_model_that_is_not_reproducible_is_captured_without_blame() -> None:
+    calls: list[int] = []
+
     class Wandering(nn.Module):
         """Gives other values at every call, for a reason that no seed controls."""
-
-        calls = [0]
 
         def __init__(self) -> None:
             super().__init__()
             self.body, self.fc = nn.Sequential(nn.Conv2d(3, 8, 3), Block(8)), nn.Linear(8, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls[0] += 1
-            return self.fc(self.body(finite(x) + self.calls[0]).mean((2, 3)))
+            calls.append(1)
+            return self.fc(self.body(finite(x) + len(calls)).mean((2, 3)))
 
     names, reasons = captured(build(Wandering))
     assert names == ["body", "fc"]
