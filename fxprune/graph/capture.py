@@ -160,7 +160,7 @@ class _Comparison:
     """
 
     def __init__(self, model: nn.Module, runs: Sequence[Run]) -> None:
-        self.model, self.runs, self.gradients = model, runs, True
+        self.model, self.runs, self.gradients, self.closely = model, runs, True, False
         self.first_calls: dict[str, RecordedCall] = {}
         names = [name for name, module in model.named_modules() if any(True for _ in module.parameters())]
         self.known = self._observe((), names, tell=self._keep_first_call)
@@ -175,28 +175,29 @@ class _Comparison:
         if name not in self.first_calls:
             self.first_calls[name] = RecordedCall(tensor_specs(args), tensor_specs(kwargs))
 
-    def _observe(
-        self, islands: Sequence[Island], names: Sequence[str], inputs: bool = False, tell: Tell = ignore_call
-    ) -> list[RunRecord]:
+    def _observe(self, islands: Sequence[Island], names: Sequence[str], tell: Tell = ignore_call) -> list[RunRecord]:
         """Run the model in every way, with the graphs of some islands in place. `tell` hears of the first run only."""
         with run_with(Graphs.of(self.model, islands), lambda name, gm: fx.Interpreter(gm)):
-            watches = [Watch(tuple(names), inputs, self.gradients, tell)]
-            watches += [Watch(tuple(names), inputs)] * (len(self.runs) - 1)
+            watches = [Watch(tuple(names), self.gradients, self.closely, tell)]
+            watches += [Watch(tuple(names), closely=self.closely)] * (len(self.runs) - 1)
             return [observe(self.model, *pair) for pair in zip(self.runs, watches, strict=True)]
 
     def find_unfaithful(self, islands: Sequence[Island]) -> dict[str, str]:
-        """Return the paths of islands whose graphs do not agree with their modules, each with the reason."""
+        """Return the paths of islands whose graphs do not agree with their modules, each with the reason.
+
+        As long as all agree, the model runs once in every way. After the first difference it is watched closely.
+        """
         names = [island.name for island in islands]
         if not self._differ(self._observe(islands, names), names):
             return {}
-        again = self._observe((), names, inputs=True)
-        self.known = [reproducible(*pair) for pair in zip(self.known, again, strict=True)]
-        records = self._observe(islands, names, inputs=True)
+        self.closely = True
+        self.known = [reproducible(*pair) for pair in zip(self.known, self._observe((), names), strict=True)]
+        records = self._observe(islands, names)
         if not self._differ(records, names):
             return {}
         blamed: dict[str, str] = {}
         for known, seen in zip(self.known, records, strict=True):
-            blamed = _blame_calls(known, seen, names) | _blame_buffers(known, seen, names) | blamed
+            blamed = (_blame_calls(known, seen, names) or _blame_buffers(known, seen, names)) | blamed
         inner = {name: why for name, why in blamed.items() if not any(is_within(o, name) for o in blamed if o != name)}
         return inner or self._blame_alone(islands)
 

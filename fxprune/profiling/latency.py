@@ -28,6 +28,7 @@ from fxprune.graph.records import Region
 from fxprune.profiling.interleaved_timing import Timing, compute_ratio, interleave, median_error
 from fxprune.profiling.node_timer import NodeTimer
 from fxprune.profiling.region_modules import extract_regions
+from fxprune.runtime.function_copies import rebind_functions
 
 ROUNDS, WARMUP = 15, 2
 CHAIN_EXTRA = 2
@@ -176,8 +177,9 @@ def choose_backend(cost: str, backend: str | None) -> str | None:
 
 def backend_copy(model: nn.Module, backend: Backend) -> nn.Module:
     """Copy a model before it is captured and make the copy run on a backend; both share their weights."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, tensors)
+    copies: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, copies)
+    rebind_functions(twin, copies)
     backend.prepare(twin)
     return twin
 

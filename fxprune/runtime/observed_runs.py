@@ -93,17 +93,18 @@ class Watch:
     ----------
     names : tuple of str
         Paths of the modules to observe.
-    inputs : bool
-        Whether the digests of calls include their inputs.
     gradients : bool
-        Whether the run computes gradients, as if every weight required them.
+        Whether gradients are on in the run, as if every weight required them.
+    closely : bool
+        Whether the digests of calls include their inputs, and a backward pass is run: weights with a gradient of 0 are
+        not reached. Otherwise every weight is reached that a backward pass would come to.
     tell : callable
         Called before each call of a module.
     """
 
     names: tuple[str, ...]
-    inputs: bool = False
     gradients: bool = False
+    closely: bool = False
     tell: Tell = ignore_call
 
 
@@ -140,7 +141,7 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], watch: Watch) -> 
         record.result = digest(result)
         record.buffers = {name: digest(buffer) for name, buffer in model.named_buffers()}
         if watch.gradients:
-            record.reached = _reached_weights(model, result)
+            record.reached = _reached_weights(model, result, watch.closely)
     return record
 
 
@@ -165,7 +166,7 @@ def _recording_hooks(module: nn.Module, name: str, record: RunRecord, watch: Wat
         watch.tell(name, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outer = tuple(call.name for call in record.begun)
-        call = Call(name, outer, digest((args, kwargs)) if watch.inputs else None)
+        call = Call(name, outer, digest((args, kwargs)) if watch.closely else None)
         record.begun.append(call)
         written.append((call, [(tensor, write_count(tensor)) for tensor in tensors]))
 
@@ -190,10 +191,34 @@ def _recording_hooks(module: nn.Module, name: str, record: RunRecord, watch: Wat
             handle.remove()
 
 
-def _reached_weights(model: nn.Module, result: Any) -> frozenset[str]:
-    """Return the names of the weights that a backward pass from a value would reach. Nothing is computed."""
+def _reached_weights(model: nn.Module, result: Any, backward: bool) -> frozenset[str]:
+    """Return the names of the weights that gradients of a value reach, with a backward pass or without one."""
+    leaves = [leaf for leaf in tree_leaves(result) if _has_gradient(leaf)]
+    reached = _weights_behind(model, leaves)
+    if not backward or not reached:
+        return reached
+    before = {weight: weight.grad for weight in model.parameters()}
+    try:
+        for weight in before:
+            weight.grad = None
+        torch.autograd.backward([leaf.sum() for leaf in leaves])
+        sizes = {name: _largest(weight.grad) for name, weight in model.named_parameters()}
+        return frozenset(name for name, size in sizes.items() if size > 1e-7 * max(sizes.values()))
+    except Exception:  # a backward pass can raise any error; then it says nothing
+        return reached
+    finally:
+        for weight, gradient in before.items():
+            weight.grad = gradient
+
+
+def _largest(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None or not gradient.numel() else float(gradient.detach().abs().max())
+
+
+def _weights_behind(model: nn.Module, leaves: list[Tensor]) -> frozenset[str]:
+    """Return the names of the weights in the autograd graph of some tensors. Nothing is computed."""
     names = {id(weight): name for name, weight in model.named_parameters()}
-    waiting = [get_gradient_edge(leaf).node for leaf in tree_leaves(result) if _has_gradient(leaf)]
+    waiting = [get_gradient_edge(leaf).node for leaf in leaves]
     seen, found = set(waiting), set[str]()
     while waiting:
         node = waiting.pop()
@@ -256,7 +281,7 @@ def equal(first: Any, second: Any) -> bool:
 def reproducible(first: RunRecord, second: RunRecord) -> RunRecord:
     """Return what two records of one run have in common; `UNKNOWN` replaces what differs.
 
-    Calls of modules that are in both records get the inputs of the second. Modules with different numbers of calls are
+    The inputs of calls, and the reached weights, are those of the second. Modules with different numbers of calls are
     left out.
     """
     calls = {}
@@ -268,7 +293,7 @@ def reproducible(first: RunRecord, second: RunRecord) -> RunRecord:
         calls=calls,
         result=_common(first.result, second.result),
         buffers={name: _common(value, second.buffers.get(name)) for name, value in first.buffers.items()},
-        reached=_common(first.reached, second.reached),
+        reached=second.reached,
     )
 
 

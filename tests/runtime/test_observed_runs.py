@@ -89,6 +89,21 @@ def test_observe_sees_which_weights_gradients_reach(stop: str) -> None:
     assert observe(model, lambda network: network(X), Watch(())).reached == frozenset()
 
 
+def test_observe_closely_leaves_out_weights_with_a_gradient_of_zero() -> None:
+    model = build(lambda: nn.ModuleDict({"used": nn.Linear(3, 2), "masked": nn.Linear(3, 2)}))
+    kept = model.get_parameter("used.weight").grad = torch.ones(2, 3)
+
+    def run(network: nn.Module) -> Tensor:
+        used, masked = (network.get_submodule(name)(torch.ones(1, 3)) for name in ("used", "masked"))
+        return used.sum() + 0 * masked.sum()
+
+    names = {name for name, _ in model.named_parameters()}
+    assert observe(model, run, Watch((), gradients=True)).reached == names
+    assert observe(model, run, Watch((), gradients=True, closely=True)).reached == {"used.weight", "used.bias"}
+    assert model.get_parameter("used.weight").grad is kept
+    assert model.get_parameter("masked.weight").grad is None
+
+
 def test_observe_begins_every_run_alike() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
@@ -100,7 +115,7 @@ def test_observe_begins_every_run_alike() -> None:
             return self.norm(x + torch.randn(()) + self.calls)
 
     model, state = Noisy(), torch.get_rng_state()
-    first, second = (observe(model, lambda network: network(X), Watch(("norm",), inputs=True)) for _ in range(2))
+    first, second = (observe(model, lambda network: network(X), Watch(("norm",), closely=True)) for _ in range(2))
     assert equal(first.calls["norm"][0].inputs, second.calls["norm"][0].inputs)
     assert equal(first.result, second.result)
     assert equal(first.buffers, second.buffers)
@@ -115,7 +130,7 @@ def test_observe_keeps_the_error_and_the_calls_that_did_not_end() -> None:
         network(X)
         return network(X[:, :2])
 
-    record = observe(tiny(), run, Watch(("", "stem", "blocks"), inputs=True))
+    record = observe(tiny(), run, Watch(("", "stem", "blocks"), closely=True))
     assert isinstance(record.failure, RuntimeError)
     assert [call.name for call in record.begun] == ["", "stem"]
     assert equal(record.begun[1].inputs, digest(((X[:, :2],), {})))
@@ -144,7 +159,7 @@ def test_observe_survives_errors_that_the_model_catches() -> None:
 def test_what_two_runs_do_not_share_is_unknown() -> None:
     model = tiny()
     first = observe(model, lambda network: network(X), Watch(("stem", "fc")))
-    second = observe(model, lambda network: network(X + 1), Watch(("stem",), inputs=True))
+    second = observe(model, lambda network: network(X + 1), Watch(("stem",), closely=True))
     common = reproducible(first, second)
     assert common.result is UNKNOWN
     assert common.calls["stem"][0].output is UNKNOWN
