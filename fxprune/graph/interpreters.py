@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
@@ -50,7 +51,7 @@ class Graphs:
 def run_with(
     graphs: Graphs, make: Callable[[str, fx.GraphModule], fx.Interpreter], in_place: bool = False
 ) -> Iterator[None]:
-    """Run the given graphs by interpreters until the end of the block.
+    """Run the given graphs by interpreters until the end of the block. Compiled parts of the model run eagerly.
 
     Parameters
     ----------
@@ -68,6 +69,7 @@ def run_with(
     ...     captured.adapted.module(images)
     """
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, gm in graphs:
             forward = _make_forward(gm, make(name, gm), in_place)
             stack.enter_context(_replaced_forward(graphs.model.get_submodule(name), forward))

@@ -173,3 +173,22 @@ def test_code_around_a_graph_gets_lists_that_it_can_change() -> None:
     assert [name for name, _ in graphs] == ["neck"]
     with run_with(graphs, lambda name, gm: fx.Interpreter(gm)):
         assert torch.equal(model(X), expected)
+
+
+@pytest.mark.usefixtures("forget_compiled_code")
+def test_compiled_parts_run_eagerly_while_graphs_run() -> None:
+    compiled: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(gm)
+        return gm.forward
+
+    model = build(Looking)
+    expected = model(pixels(2, 8, 6, 6))
+    model.block = torch.compile(model.block, backend=backend)  # type: ignore[assignment]
+    islands, _ = capture_islands(model, [lambda network: network(pixels(2, 8, 6, 6))], True)
+    with run_with(Graphs.of(model, islands), lambda name, gm: fx.Interpreter(gm)):
+        assert torch.equal(model(pixels(2, 8, 6, 6)), expected)
+    assert compiled == []
+    model(pixels(2, 8, 6, 6))
+    assert len(compiled) == 1
