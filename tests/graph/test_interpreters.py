@@ -185,7 +185,7 @@ def test_compiled_parts_run_eagerly_while_graphs_run() -> None:
 
     model = build(Looking)
     expected = model(pixels(2, 8, 6, 6))
-    model.block = torch.compile(model.block, backend=backend)  # type: ignore[assignment]
+    model.set_submodule("block", torch.compile(model.get_submodule("block"), backend=backend))  # type: ignore[arg-type]
     islands, _ = capture_islands(model, [lambda network: network(pixels(2, 8, 6, 6))], True)
     with run_with(Graphs.of(model, islands), lambda name, gm: fx.Interpreter(gm)):
         assert torch.equal(model(pixels(2, 8, 6, 6)), expected)
