@@ -37,6 +37,7 @@ from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, load_subje
 from fxprune.adapters.protocol import Adapter, Batch, device_of
 from fxprune.adapters.registry import detector_adapter
 from fxprune.errors import BudgetError
+from fxprune.graph.interpreters import Graphs
 from fxprune.planning.analysis import Analysis
 from fxprune.profiling.interleaved_timing import Ratio, compute_ratio, interleave
 from fxprune.profiling.latency import (
@@ -130,7 +131,7 @@ def predict_ms(
         return analysis.before.latency_ms, {region.name: region.latency_ms or 0.0 for region in analysis.regions}
     other = replace(known, probe=PROBES[probe])
     model, islands = capture_copy(subject.model, batch.images, adapter.whole_model_is_graph)
-    graphs = [(island.name, island.gm) for island in islands]
+    graphs = Graphs.of(model, islands)
     twin = backend_copy(subject.model, other)
     found = measure_latency(other, twin, model, graphs, [row.region for row in analysis.regions], adapter, batch)
     assert found.whole_ms is not None

@@ -29,7 +29,9 @@ from benchmarks.results import RESULTS, Row, describe_machine, read_rows, replac
 from benchmarks.systems import add_options, choose_systems, read_sizes
 from fxprune.adapters.registry import choose_adapter
 from fxprune.graph.fx_utils import map_tensors
+from fxprune.graph.interpreters import Graphs
 from fxprune.profiling.interleaved_timing import Ratio, Timing, compute_ratio, interleave
+from fxprune.profiling.latency import harmless_inplace_flags
 from fxprune.profiling.region_modules import extract_regions
 from tests.helpers.captures import capture_copy
 from tests.helpers.systems import System
@@ -81,8 +83,8 @@ def measure(system: System, backend: str, images: int, options: argparse.Namespa
         name: partial(ready[WHOLE if name == AGAIN else name], batch) for name in versions
     }
     removed = {region.name: region for plan in plans.values() for region in plan.removed}
-    with torch.inference_mode():
-        graphs = [(island.name, island.gm) for island in islands]
+    graphs = Graphs.of(twin, islands)
+    with torch.inference_mode(), harmless_inplace_flags(graphs):
         for piece in extract_regions(partial(twin, batch), graphs, [row.region for row in removed.values()]):
             module, values = piece.chained(1)
             functions[f"region {piece.region}"] = partial(prepare(module), *values)

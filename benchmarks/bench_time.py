@@ -28,7 +28,7 @@ from benchmarks.results import RESULTS, describe_machine, read_rows, replace_row
 from benchmarks.subjects import TWIN, UNPRUNED, Subject, add_options, load_subjects
 from fxprune.adapters.protocol import device_of
 from fxprune.adapters.registry import detector_adapter
-from fxprune.graph.interpreters import NodeName
+from fxprune.graph.interpreters import Graphs, NodeName
 from fxprune.graph.records import Island
 from fxprune.profiling.interleaved_timing import interleave
 from fxprune.profiling.node_timer import NodeTimer
@@ -101,7 +101,7 @@ def time_nodes(model: nn.Module, islands: list[Island], batch: Any, rounds: int)
     whole_ms : float
         Median milliseconds of a call in which nodes are not timed.
     """
-    timer = NodeTimer([(island.name, island.gm) for island in islands], device_of(model), time.perf_counter)
+    timer = NodeTimer(Graphs.of(model, islands), device_of(model), time.perf_counter)
     functions = {"whole": partial(model, batch), "nodes": partial(timer.run, partial(model, batch))}
     timings = interleave(functions, rounds=rounds, device=device_of(model))
     runs = timer.times()[-rounds:]

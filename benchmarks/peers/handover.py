@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxprune.adapters.calls import batch_loss, normalize_and_label
 from fxprune.adapters.protocol import Adapter, Batch
 from fxprune.adapters.registry import choose_adapter
+from fxprune.graph.interpreters import Graphs
 from fxprune.profiling.flops_params import count_flops
 from fxprune.runtime.private_copy import private_copy
 
@@ -205,7 +206,7 @@ def make_tracer(adapter: Adapter, example: Batch, outputs: Sequence[str]) -> Cal
 
 def count_inference_flops(model: nn.Module, adapter: Adapter, batch: Batch) -> int:
     """Count the FLOPs of one inference on a batch by torch's counter."""
-    return count_flops(lambda: adapter.predict(model, batch), [])[0]
+    return count_flops(lambda: adapter.predict(model, batch), Graphs(model, ()))[0]
 
 
 def sum_gradients(model: nn.Module, adapter: Adapter, batches: Sequence[Any]) -> dict[str, Tensor]:

@@ -1,17 +1,17 @@
-"""Defines `CapturedModel`: a model with its islands in place, its regions, and the operations of every node."""
+"""Defines `CapturedModel`: a model with its islands, its regions, and the operations of every node."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import fx, nn
+from torch import nn
 
 from fxprune.adapters.calls import AdaptedModel
 from fxprune.adapters.protocol import Batch
 from fxprune.errors import ModelError, NoRegionError
-from fxprune.graph.capture import capture_islands
-from fxprune.graph.interpreters import NodeName
+from fxprune.graph.capture import Run, capture_islands
+from fxprune.graph.interpreters import Graphs, NodeName
 from fxprune.graph.records import Island, Region, Rejection
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import propagate_symbolic
@@ -21,12 +21,12 @@ from fxprune.runtime.json_text import first_few
 
 @dataclass(frozen=True)
 class CapturedModel:
-    """A private copy of a model with its islands in place. Any number of criteria can score it.
+    """A private copy of a model, with the graphs of its islands. Any number of criteria can score it.
 
     Attributes
     ----------
     adapted : AdaptedModel
-        The copy. Every island is replaced by its graph.
+        The copy. It keeps its own modules; `run_with` runs the graphs instead of them.
     islands : tuple of Island
         All captured graphs.
     regions : tuple of Region
@@ -47,9 +47,9 @@ class CapturedModel:
     total_flops: float = 0.0
 
     @property
-    def graphs(self) -> list[tuple[str, fx.GraphModule]]:
-        """Name and graph of each island."""
-        return [(island.name, island.gm) for island in self.islands]
+    def graphs(self) -> Graphs:
+        """The graphs of the islands."""
+        return Graphs.of(self.adapted.module, self.islands)
 
     def regions_of(self, island: str) -> list[Region]:
         """Return the regions of one island."""
@@ -62,9 +62,9 @@ def capture_model(adapted: AdaptedModel, first: Batch) -> CapturedModel:
     Parameters
     ----------
     adapted : AdaptedModel
-        The adapted copy. Its module is changed.
+        The adapted copy. Its module is not changed.
     first : Batch
-        A batch with targets. The outputs of the graphs are compared with those of the modules on it.
+        A batch with targets. The graphs are compared with the modules on it, in the loss and at inference.
 
     Returns
     -------
@@ -86,11 +86,10 @@ def capture_model(adapted: AdaptedModel, first: Batch) -> CapturedModel:
 def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
     """Capture a model and find its regions, including those that compute nothing at inference."""
     name = type(adapted.module).__name__
-    module, islands, rejections = capture_islands(
-        adapted.module,
-        lambda network: replace(adapted, module=network).loss(0, first),
-        adapted.adapter.whole_model_is_graph,
-    )
+    runs: list[Run] = [lambda network: replace(adapted, module=network).loss(0, first)]
+    if adapted.adapter.predict is not adapted.adapter.loss:
+        runs.append(lambda network: replace(adapted, module=network).predict(first))
+    islands, rejections = capture_islands(adapted.module, runs, adapted.adapter.whole_model_is_graph)
     if not islands:
         raise ModelError(f"no part of {name} with weights could be traced to an fx graph:{_listed(rejections)}")
     regions: list[Region] = []
@@ -99,7 +98,7 @@ def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
         found, refused = find_regions(island.name, island.gm, shapes)
         regions += found
         rejections += refused
-    return CapturedModel(replace(adapted, module=module), tuple(islands), tuple(regions), tuple(rejections))
+    return CapturedModel(adapted, tuple(islands), tuple(regions), tuple(rejections))
 
 
 def _drop_costless(captured: CapturedModel) -> CapturedModel:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
+from fxprune.graph.interpreters import Graphs
 from fxprune.graph.records import IMAGES, RESULTS, Link
 from fxprune.runtime.torch_internals import tree_leaves
 
 
-def trace_dataflow(
-    run: Callable[[], Tensor], graphs: Sequence[tuple[str, fx.GraphModule]]
-) -> tuple[Tensor, tuple[Link, ...]]:
+def trace_dataflow(run: Callable[[], Tensor], graphs: Graphs) -> tuple[Tensor, tuple[Link, ...]]:
     """Run a model once and find which islands read the outputs of which others.
 
     Parameters
     ----------
     run : callable
-        ``() -> Tensor``: runs the model, with the captured graphs in it and with gradients, and returns its loss.
-    graphs
-        Island names and graphs.
+        ``() -> Tensor``: runs the model with gradients, and returns its loss.
+    graphs : Graphs
+        The graphs of the model's islands.
 
     Returns
     -------
@@ -49,11 +48,12 @@ def trace_dataflow(
         return before, after
 
     with ExitStack() as stack:
-        for name, gm in graphs:
+        for name, _ in graphs:
             before, after = hooks(name)
+            module = graphs.model.get_submodule(name)
             for handle in (
-                gm.register_forward_pre_hook(before, with_kwargs=True),
-                gm.register_forward_hook(after),
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after),
             ):
                 stack.callback(handle.remove)
         loss = run()

@@ -9,7 +9,7 @@ difference.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fxprune.attribution.recorder import StandInInterpreter
 from fxprune.graph.channels import concatenated_values, input_convolutions
 from fxprune.graph.fx_utils import class_names
-from fxprune.graph.interpreters import Graphs, NodeName
+from fxprune.graph.interpreters import NodeName
 from fxprune.graph.operators import ADDITIONS
 from fxprune.graph.records import RESULTS, Link, Region
 from fxprune.runtime.distributed import all_gather, all_reduce_sum
@@ -131,15 +131,18 @@ def solve_linear_maps(sums: GramSums) -> dict[str, LinearMap]:
     return maps
 
 
-def linearly_absorbable(graphs: Graphs, links: Sequence[Link], regions: Sequence[Region]) -> Iterator[Region]:
+def linearly_absorbable(
+    graphs: Iterable[tuple[str, fx.GraphModule]], links: Sequence[Link], regions: Sequence[Region]
+) -> Iterator[Region]:
     """Yield the regions whose output is read only by layers that can absorb a linear map into their weights.
 
     These layers are convolutions with one group, and linear layers behind a pooling. They may read the output directly
     or through operations that are linear, in the region's graph or in a graph that reads the output of that graph.
     """
-    nodes = {(island, node.name): node for island, gm in graphs for node in gm.graph.nodes}
+    known = dict(graphs)
+    nodes = {(island, node.name): node for island, gm in known.items() for node in gm.graph.nodes}
     for region in regions:
-        if _AbsorptionCheck(dict(graphs), links).can_absorb(region.island, nodes[region.island, region.exit]):
+        if _AbsorptionCheck(known, links).can_absorb(region.island, nodes[region.island, region.exit]):
             yield region
 
 

@@ -194,6 +194,8 @@ class RecordingInterpreter(StandInInterpreter):
         value = super().run_node(n)
         if n.op == "output":
             return map_tensors(value, torch.clone)  # the reader of the output may overwrite it in place
+        if n.op == "placeholder":
+            value = map_tensors(value, torch.clone)  # so may, later, the code that gave the input
         if n.name in self.weighted:
             value = map_tensors(value, _require_grad)
         if not isinstance(value, Tensor) or n.op == "get_attr":

@@ -18,7 +18,8 @@ from torch import fx, nn
 from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, TRACED_MODULES, format_argument, graph_structure, is_weighted
 from fxprune.graph.records import Refusal
 from fxprune.graph.tracer import TRACED_CALL, ArgumentPath, FunctionalTracer, Switches
-from fxprune.runtime.torch_internals import keep_when_copied
+from fxprune.runtime.private_copy import MODULE_FIELDS, preserve_state
+from fxprune.runtime.torch_internals import keep_when_copied, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def describe_exception(error: Exception) -> str:
 
 def _is_tracing_code(file: str) -> bool:
     """Whether a file belongs to torch or to this package, and not to the model."""
-    return any(folder in Path(file).parents for folder in (Path(torch.__file__).parent, Path(__file__).parent))
+    return any(folder in Path(file).parents for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
@@ -157,7 +158,7 @@ def trace_module(
     Parameters
     ----------
     module : Module
-        The module. It shares its layers with the graph; its modes are restored.
+        The module. It shares its layers with the graph; its modes, buffers and attributes are restored.
     opaque : collection of str
         Paths that are opaque from the start.
     fixed_opaque : bool
@@ -171,6 +172,8 @@ def trace_module(
     Traced or Untraced
         `Untraced` if the module's own forward cannot be traced, or no layer with weights was captured.
     """
+    if "forward" in vars(module):  # a trace would follow the forward of its class
+        return Untraced("its forward was replaced on the module itself, as by a hook library or a patch")
     reasons = dict.fromkeys(opaque, "")
     while True:  # every failure makes one more class opaque
         try:
@@ -222,6 +225,11 @@ class _Trace:
 
 def _trace_both_modes(module: nn.Module, opaque: frozenset[str], constants: Mapping[str, Any]) -> fx.GraphModule:
     """Trace in train and in eval mode. Raises `_TraceFailure` if one of them fails or the graphs differ."""
+    with preserve_state(module):  # a forward may write attributes and buffers
+        return _compare_modes(module, opaque, constants)
+
+
+def _compare_modes(module: nn.Module, opaque: frozenset[str], constants: Mapping[str, Any]) -> fx.GraphModule:
     modes = {part: part.training for part in module.modules()}
     trace = partial(_trace_once, module, opaque, constants)
     try:
@@ -253,7 +261,8 @@ def _trace_once(
     tracer = FunctionalTracer(opaque, constants, switches)
     before = set(vars(module))
     try:
-        graph = tracer.trace(module)
+        with preserve_state(module, _holds_proxy):  # what is left, a counter for example, shows in the graph
+            graph = tracer.trace(module)
         made = {name: value for name, value in vars(module).items() if name not in before}
         return _Trace(graph, tracer, {name: value for name, value in made.items() if isinstance(value, torch.Tensor)})
     except Exception as error:  # a forward can raise any error on symbolic values
@@ -261,6 +270,10 @@ def _trace_once(
     finally:
         for name in set(vars(module)) - before:
             delattr(module, name)
+
+
+def _holds_proxy(value: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value))
 
 
 def find_switches(trained: fx.Graph, evaluated: fx.Graph) -> Switches:
@@ -328,7 +341,7 @@ def _first_difference(trained: _Trace, evaluated: _Trace) -> tuple[str, str]:
     return shown.owner(index), f"its graph is not the same in train and in eval mode (from node {node!r} on)"
 
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"meta"}
+_MODULE_ATTRIBUTES = MODULE_FIELDS | {"meta"}
 
 
 def _make_graph_module(module: nn.Module, trace: _Trace) -> fx.GraphModule:

@@ -11,14 +11,13 @@ from torch import fx
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """Arguments of a module's first call on the observed batch (as `TensorSpec`), and a digest of each output.
+    """Arguments of a module's first call on the observed batch, with a `TensorSpec` in place of each tensor.
 
     `later` has the arguments of the calls after the first.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    outputs: list[Any] = field(repr=False)
     later: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False, default_factory=list)
 
 
@@ -31,13 +30,13 @@ class Island:
     name : str
         Dotted path in the model; "" is the model itself.
     gm : GraphModule
-        The graph over the model's own layers. It replaces the submodule.
+        The graph over the model's own layers. The model keeps the submodule; `run_with` runs the graph instead of it.
     opaque : tuple of str
         Paths below the island of modules that stay one node, because they cannot be traced.
     call : RecordedCall
         The first call of the submodule.
     fingerprint : str
-        Fingerprint of the graph, computed before the graphs nested in its opaque parts were put in place.
+        Fingerprint of the graph.
     constants : mapping of str to object
         Arguments that were the same constant in all calls, and are constants in the graph.
     """

@@ -118,7 +118,7 @@ class Analyzer:
             scores = chosen.score(inputs)
         scores = run_on_rank_zero(lambda: scores)
         groups = group_parameters(captured.adapted.module, captured.graphs)
-        regions, unscored = build_candidates(captured.regions, scores, captured.flops, groups, self.latency)
+        regions, unscored = build_candidates(captured, scores, record, groups, self.latency)
         settings = {
             "model": self.name,
             "criterion": name,

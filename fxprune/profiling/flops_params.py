@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.graph.fx_utils import join_path, node_parameters
-from fxprune.graph.interpreters import NodeName, run_with
+from fxprune.graph.interpreters import Graphs, NodeName, run_with
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,15 @@ class ParameterGroup:
     readers: tuple[NodeName, ...]
 
 
-def count_flops(
-    run: Callable[[], Any], graphs: Sequence[tuple[str, fx.GraphModule]]
-) -> tuple[int, dict[NodeName, int]]:
+def count_flops(run: Callable[[], Any], graphs: Graphs) -> tuple[int, dict[NodeName, int]]:
     """Run a model once and count its floating point operations: two per multiply-add, as in torch.
 
     Parameters
     ----------
     run : callable
-        Runs the model with the captured graphs in place.
-    graphs
-        Island names and graphs.
+        Runs the model.
+    graphs : Graphs
+        The graphs of the model's islands.
 
     Returns
     -------
@@ -53,7 +51,7 @@ def count_flops(
     Examples
     --------
     >>> gm = fx.symbolic_trace(nn.Linear(2, 3))
-    >>> count_flops(lambda: gm(torch.ones(1, 2)), [("", gm)])[0]
+    >>> count_flops(lambda: gm(torch.ones(1, 2)), Graphs(gm, (("", gm),)))[0]
     12
     """
     nodes: dict[NodeName, int] = {}
@@ -94,8 +92,8 @@ class _CountingInterpreter(fx.Interpreter):
 def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModule]]) -> list[ParameterGroup]:
     """Group a model's parameters by the nodes that read them.
 
-    A parameter that is also reachable outside the captured graphs, under a second name, is in no group: it is never
-    removed.
+    A parameter that a second module holds, and that is read there outside the captured graphs, is in no group: it is
+    never removed.
 
     Examples
     --------
@@ -104,20 +102,22 @@ def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModul
     [ParameterGroup(params=9, readers=(('', '_0'),))]
     """
     readers: dict[int, dict[NodeName, None]] = {}
-    names: dict[int, set[str]] = {}
+    read: dict[int, set[tuple[int, str]]] = {}
     sizes: dict[int, int] = {}
     for island, gm in graphs:
         for node in gm.graph.nodes:
             for path, parameter in node_parameters(gm, node):
+                owner, _, name = join_path(island, path).rpartition(".")
                 readers.setdefault(id(parameter), {})[island, node.name] = None
-                names.setdefault(id(parameter), set()).add(join_path(island, path))
+                read.setdefault(id(parameter), set()).add((id(model.get_submodule(owner)), name))
                 sizes[id(parameter)] = parameter.numel()
-    everywhere: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        everywhere.setdefault(id(parameter), set()).add(name)
+    everywhere: dict[int, set[tuple[int, str]]] = {}
+    for module in model.modules():  # a module with several paths comes once
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            everywhere.setdefault(id(parameter), set()).add((id(module), name))
     groups: dict[tuple[NodeName, ...], int] = {}
     for key, nodes in readers.items():
-        if everywhere.get(key, set()) <= names[key]:
+        if everywhere.get(key, set()) <= read[key]:
             groups[tuple(nodes)] = groups.get(tuple(nodes), 0) + sizes[key]
     return [ParameterGroup(params, nodes) for nodes, params in groups.items()]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,13 +22,13 @@ from torch import nn
 
 from fxprune.adapters.protocol import Adapter, Batch, device_of
 from fxprune.errors import SettingError
-from fxprune.graph.fx_utils import join_path
-from fxprune.graph.interpreters import Graphs
+from fxprune.graph.interpreters import Graphs, restricted_layers
 from fxprune.graph.operators import in_place_layers
 from fxprune.graph.records import Region
 from fxprune.profiling.interleaved_timing import Timing, compute_ratio, interleave, median_error
 from fxprune.profiling.node_timer import NodeTimer
 from fxprune.profiling.region_modules import extract_regions
+from fxprune.runtime.function_copies import rebind_functions
 
 ROUNDS, WARMUP = 15, 2
 CHAIN_EXTRA = 2
@@ -69,9 +69,9 @@ class ProbeInputs:
     Attributes
     ----------
     run : callable
-        Runs the model with its graphs in place, in eager mode.
-    graphs
-        Island names and graphs.
+        Runs the captured model in eager mode.
+    graphs : Graphs
+        The graphs of its islands.
     regions : sequence of Region
         Regions to measure.
     prepare : callable
@@ -177,8 +177,9 @@ def choose_backend(cost: str, backend: str | None) -> str | None:
 
 def backend_copy(model: nn.Module, backend: Backend) -> nn.Module:
     """Copy a model before it is captured and make the copy run on a backend; both share their weights."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, tensors)
+    copies: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, copies)
+    rebind_functions(twin, copies)
     backend.prepare(twin)
     return twin
 
@@ -203,9 +204,9 @@ def measure_latency(
     backend : Backend
         Backend of the measurement.
     model, captured : Module
-        The model as it will be used, see `backend_copy`, and the captured model with its graphs in place.
+        The model as it will be used, see `backend_copy`, and the captured model.
     graphs, regions
-        Island names and graphs, and the regions to measure.
+        The graphs of the islands, and the regions to measure.
     adapter, batch : Adapter, Batch
         Adapter that calls both models, and the input of the calls.
     rounds, clock
@@ -248,7 +249,7 @@ def measure_latency(
 @contextmanager
 def _comparable(model: nn.Module, captured: nn.Module, graphs: Graphs) -> Iterator[None]:
     """Make a model and its captured version do the same work, without gradients, until the end of the block."""
-    with torch.no_grad(), frozen_eval_mode(model), frozen_eval_mode(captured), matching_inplace_flags(graphs, model):
+    with torch.no_grad(), frozen_eval_mode(model), frozen_eval_mode(captured), harmless_inplace_flags(graphs):
         yield
 
 
@@ -287,22 +288,12 @@ def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def matching_inplace_flags(graphs: Graphs, model: nn.Module) -> Iterator[None]:
-    """Set the `inplace` flags of captured layers as in the model, unless the overwritten value has another reader.
+def harmless_inplace_flags(graphs: Graphs) -> Iterator[None]:
+    """Clear the `inplace` flag of captured layers that would overwrite a value with another reader in their graph.
 
-    Captured graphs are functional. In a model with in-place layers, the largest values would take another share of the
-    time.
+    The other layers keep their flag. Without it, the largest values would take another share of the time.
     """
-    layers = [
-        layer
-        for island, gm in graphs
-        for path, layer, harmless in in_place_layers(gm)
-        if harmless and getattr(model.get_submodule(join_path(island, path)), "inplace", False)
-    ]
-    try:
-        for layer in layers:
-            layer.inplace = True  # type: ignore[assignment]
+    with ExitStack() as stack:
+        for _, gm in graphs:
+            stack.enter_context(restricted_layers(list(in_place_layers(gm)), in_place=True))
         yield
-    finally:
-        for layer in layers:
-            layer.inplace = False  # type: ignore[assignment]

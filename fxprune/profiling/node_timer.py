@@ -40,7 +40,7 @@ class NodeTimes:
 
 
 class NodeTimer:
-    """Runs a model with its graphs in place and records when each node and each graph begins and ends.
+    """Runs a model with its graphs and records when each node and each graph begins and ends.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class NodeTimer:
     def run(self, call: Callable[[], Any]) -> None:
         """Run the model once."""
         self.runs.append([])
-        with run_with(self.graphs, lambda name, gm: self.interpreters[name]):
+        with run_with(self.graphs, lambda name, gm: self.interpreters[name], in_place=True):
             call()
 
     def record(self, island: str, node: str | None, begin: Any) -> None:
@@ -89,7 +89,7 @@ class NodeTimer:
 class _TimingInterpreter(fx.Interpreter):
     """Times the calls without the look-up of arguments, because only an interpreter looks them up.
 
-    Functions run in place where those of the traced program do, unless the overwritten value has another reader.
+    Functions and layers run in place where those of the program do, unless the overwritten value has another reader.
     """
 
     def __init__(self, gm: fx.GraphModule, island: str, timer: NodeTimer) -> None:

@@ -87,9 +87,9 @@ def extract_regions(run: Callable[[], Any], graphs: Graphs, regions: Iterable[Re
     Parameters
     ----------
     run : callable
-        Runs the model with the captured graphs in place.
-    graphs
-        Island names and graphs.
+        Runs the model.
+    graphs : Graphs
+        The graphs of the model's islands.
     regions : iterable of Region
         Regions to extract.
 

@@ -64,6 +64,7 @@ __all__ = [
     "tree_leaves",
     "tree_map_only",
     "tree_unflatten",
+    "write_count",
 ]
 
 # Nested containers ---------------------------------------------------------------------------------------------------
@@ -99,6 +100,14 @@ def has_backward_hooks(module: nn.Module) -> bool:
 def owns_tensors(module: nn.Module) -> bool:
     """Whether a module itself has entries for parameters or buffers. Needed because torch does not list empty ones."""
     return bool(module._parameters or module._buffers)
+
+
+def write_count(tensor: torch.Tensor) -> int:
+    """Return how often a tensor or a view of it was overwritten. Needed because no public function tells.
+
+    Torch does not count for tensors of inference mode; of these, the result is 0.
+    """
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def convolution_padding(layer: nn.Module) -> list[int]:

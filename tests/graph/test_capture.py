@@ -8,13 +8,14 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import fxprune
 from fxprune.errors import ModelError
 from fxprune.graph.capture import capture_islands
 from fxprune.graph.fx_utils import fingerprint
+from fxprune.graph.interpreters import Graphs, run_with
 from fxprune.graph.module_trace import Traced, Untraced, trace_module
 from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
 from tests.helpers.zoo import ZOO, conv, image_batch, mean_loss
@@ -114,7 +115,7 @@ def test_capture_of_an_untraceable_model_gives_the_reason_in_the_error() -> None
 
 def test_islands_are_found_inside_opaque_modules() -> None:
     model = Holder(nn.Sequential(Dropping())).eval()
-    _, islands, _ = capture_islands(copy.deepcopy(model), lambda network: network(image_batch()), True)
+    islands, _ = capture_islands(copy.deepcopy(model), [lambda network: network(image_batch())], True)
     assert [island.name for island in islands] == ["", "part.0.one"]
     analysis = fxprune.analyze(model, [image_batch()], loss=mean_loss)
     names = {region.name for region in analysis.regions}
@@ -152,9 +153,11 @@ def test_captured_graph_gives_the_outputs_of_its_module(name: str) -> None:
     model = ZOO[name].build().eval()
     x = image_batch()
     wanted = model(x.clone())
-    captured, islands, _ = capture_islands(copy.deepcopy(model), lambda network: network(x.clone()), True)
+    captured = copy.deepcopy(model)
+    islands, _ = capture_islands(captured, [lambda network: network(x.clone())], True)
     assert [island.name for island in islands] == [""]
-    output = captured(x.clone())
+    with run_with(Graphs.of(captured, islands), lambda island, gm: fx.Interpreter(gm)):
+        output = captured(x.clone())
     pairs = zip(output, wanted, strict=True) if isinstance(wanted, (list, tuple)) else [(output, wanted)]
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -179,12 +182,11 @@ def test_captured_graph_with_other_outputs_is_discarded() -> None:
             network.calls = 0
         return network(image_batch())
 
-    captured, islands, _ = capture_islands(model, run, True)
-    assert isinstance(captured, Counting)
+    islands, _ = capture_islands(model, [run], True)
     assert [island.name for island in islands] == ["one", "two"]
 
 
-def test_module_with_two_names_is_replaced_under_both() -> None:
+def test_module_with_two_names_is_one_island() -> None:
     shared = nn.Sequential(conv(4), nn.ReLU())
 
     class Twice(nn.Module):
@@ -196,9 +198,16 @@ def test_module_with_two_names_is_replaced_under_both() -> None:
             x = self.stem(x)
             return self.second(self.first(x)) if float(x.sum()) > -1e9 else x
 
-    model, islands, _ = capture_islands(Twice(), lambda network: network(image_batch()), True)
+    model, ran = Twice(), list[str]()
+    islands, _ = capture_islands(model, [lambda network: network(image_batch())], True)
     assert [island.name for island in islands] == ["stem", "first"]
-    assert model.get_submodule("first") is model.get_submodule("second")
+
+    def make(island: str, gm: fx.GraphModule) -> fx.Interpreter:
+        ran.append(island)
+        return fx.Interpreter(gm)
+
+    with run_with(Graphs.of(model, islands), make):
+        model(image_batch())
 
 
 def test_plain_attributes_survive_capture_and_deepcopy() -> None:

@@ -12,7 +12,7 @@ from fxprune.runtime.private_copy import private_copy
 
 
 def capture_copy(model: nn.Module, batch: Any, whole_model_is_graph: bool) -> tuple[nn.Module, list[Island]]:
-    """Capture the graphs of a copy of a model, as they are called at inference."""
-    run = lambda network: network.eval()(batch)  # noqa: E731
-    captured, islands, _ = capture_islands(private_copy(model).eval(), run, whole_model_is_graph)
-    return captured, islands
+    """Copy a model and capture the copy's graphs, as they are called at inference."""
+    twin = private_copy(model).eval()
+    islands, _ = capture_islands(twin, [lambda network: network.eval()(batch)], whole_model_is_graph)
+    return twin, islands

@@ -15,7 +15,8 @@ from torchvision import models
 
 import fxprune
 from fxprune import Plan
-from fxprune.profiling.latency import matching_inplace_flags
+from fxprune.graph.interpreters import Graphs, run_with
+from fxprune.profiling.latency import harmless_inplace_flags
 from fxprune.profiling.node_timer import NodeTimer
 from tests.helpers.captures import capture_copy
 from tests.helpers.models import Block, build, finite, labelled, pixels
@@ -235,15 +236,18 @@ class Sharing(Adding):
         return self.fc((self.late(kept) - self.plain(self.act(x)) + kept).mean((2, 3)))
 
 
-def test_captured_layers_match_the_in_place_flags_of_the_model() -> None:
+def test_captured_layers_keep_harmless_in_place_flags() -> None:
     model = build(Sharing)
     whole, islands = capture_copy(model, x := pixels(2, 3, 16, 16), whole_model_is_graph=True)
-    expected, graphs = model(x), [(island.name, island.gm) for island in islands]
+    expected, graphs = model(x), Graphs.of(whole, islands)
     before = flags(whole)
-    assert not any(before.values())
-    with matching_inplace_flags(graphs, model), torch.no_grad():
-        assert flags(whole) == {**before, "act": True}
-        assert torch.equal(whole(x), expected)
+    assert before == flags(model)
+    assert before["act"]
+    assert before["late"]
+    with harmless_inplace_flags(graphs), torch.no_grad():
+        assert flags(whole) == {**before, "late": False}
+        with run_with(graphs, lambda island, gm: fx.Interpreter(gm), in_place=True):
+            assert torch.equal(whole(x), expected)
     assert flags(whole) == before
 
 
@@ -256,9 +260,11 @@ def test_captured_functions_match_in_place_calls_under_a_timer() -> None:
 
     for name in ("norm", "body_norm", "fc"):
         model.get_submodule(name).register_forward_hook(partial(note, name))
-    timer = NodeTimer([(island.name, island.gm) for island in islands], None, time.perf_counter)
+    graphs = Graphs.of(model, islands)
+    timer = NodeTimer(graphs, None, time.perf_counter)
     with torch.no_grad():
-        expected = model(x)
+        with run_with(graphs, lambda island, gm: fx.Interpreter(gm)):
+            expected = model(x)
         assert all(torch.equal(*pair) for pair in values.values())
         timer.run(lambda: model(x))
     assert torch.equal(values["fc"][0], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torchvision.models import resnet18
 
 import fxprune
+from fxprune.graph.interpreters import Graphs
 from fxprune.graph.records import Island
 from fxprune.profiling.region_modules import RegionModule, extract_regions
 from tests.helpers.captures import capture_copy
@@ -26,11 +28,20 @@ def pieces_of(
     """Every region of a model as a piece, by name; the islands, and the model with these in place."""
     analysis = fxprune.analyze(model, [(x, torch.arange(len(x)))], criterion="l1")
     regions = [row.region for row in analysis.regions]
-    twin, islands = capture_copy(model, x, root)
+    twin, islands = capture_copy(without_inplace(model), x, root)
     with torch.no_grad():
-        pieces = extract_regions(partial(twin, x), [(island.name, island.gm) for island in islands], regions)
+        pieces = extract_regions(partial(twin, x), Graphs.of(twin, islands), regions)
     assert [piece.region for piece in pieces] == [region.name for region in regions]
     return {piece.region: piece for piece in pieces}, islands, twin
+
+
+def without_inplace(model: nn.Module) -> nn.Module:
+    """A copy of a model whose layers overwrite nothing, so that values can be compared after a run."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]
+    return twin
 
 
 def values_of(islands: list[Island], x: Any) -> dict[tuple[str, str], Any]:

@@ -119,6 +119,16 @@ def test_owns_tensors() -> None:
         assert internals.owns_tensors(layer) == owns, changed("owns_tensors", behaviour)
 
 
+def test_write_count() -> None:
+    x = torch.ones(4)
+    before = internals.write_count(x)
+    assert internals.write_count(x + 1) == before == internals.write_count(x), changed("write_count", "reads no write")
+    x[:2].mul_(2)
+    assert internals.write_count(x) > before, changed("write_count", "a view that is overwritten counts")
+    with torch.inference_mode():
+        assert internals.write_count(torch.ones(1).add_(1)) == 0
+
+
 @pytest.mark.parametrize("padding", ["same", "valid", 1, (2, 1)])
 def test_convolution_padding(padding: Any) -> None:
     layer, x = nn.Conv2d(3, 4, (3, 5), padding=padding, dilation=(2, 1)), torch.rand(1, 3, 9, 9)
