@@ -25,7 +25,7 @@ from fxprune.graph.fx_utils import (
 )
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
 from fxprune.graph.records import Region, Rejection
-from fxprune.graph.symbolic_shapes import SymbolicShapes
+from fxprune.graph.symbolic_shapes import SymbolicShapes, layout_conflict
 from fxprune.runtime.json_text import first_few
 
 
@@ -47,16 +47,19 @@ def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tup
         In graph order of their exits. They may nest and overlap. Each removes at least one layer with weights.
     rejections : list of Rejection
         One for each layer with weights that is in no region, and one for each region whose entry and exit have equal
-        shapes only at the observed size.
+        shapes only at the observed size, or whose readers cannot work with the memory layout of its stand-in.
 
     Examples
     --------
     >>> regions, rejections = find_regions("backbone", gm, shapes)                   # doctest: +SKIP
     """
     finder = _Finder(island, gm, shapes)
-    regions = _outermost_of_equal_work(finder, [*finder.find_bypasses(), *finder.find_drops()])
+    found = finder.choose_by_layout([*finder.find_bypasses(), *finder.find_drops()])
+    regions = _outermost_of_equal_work(finder, found)
     named = [finder.make_region(*found) for found in sorted(regions, key=lambda found: finder.order[found[1]])]
-    return _number_duplicates(named), [*finder.unproved, *finder.reject_uncovered(regions)]
+    names = {region.name for region in named}
+    unproved = [rejection for rejection in finder.unproved if rejection.name not in names]
+    return _number_duplicates(named), [*unproved, *finder.reject_uncovered(regions)]
 
 
 _FoundRegion = tuple[str, str, str, int]  # kind, exit, stand-in, members as a bit set
@@ -112,8 +115,11 @@ class _Finder:
             yield parent
             name = parent
 
-    def find_bypasses(self) -> Iterator[_FoundRegion]:
-        """Yield, for each value, the region from the nearest earlier value that can replace it, with its epilogue."""
+    def find_bypasses(self) -> Iterator[list[_FoundRegion]]:
+        """Yield, for each value, the region from the nearest earlier value that can replace it.
+
+        The region comes in several versions: without its epilogue, and with more and more of it.
+        """
         nearest: dict[str, tuple[str, int]] = {}
         for exit_ in self.order:
             if exit_ not in self.flow or exit_ not in self.shapes.values:
@@ -129,27 +135,29 @@ class _Finder:
                 self._note_unproved(entry, exit_, inside)
         for exit_, (entry, inside) in nearest.items():
             if inside & self.weighted:
-                yield ("bypass", *self._with_epilogue(entry, exit_, inside, nearest))
+                yield list(self._with_epilogue(entry, exit_, inside, nearest))
 
     def _with_epilogue(
         self, entry: str, exit_: str, inside: int, nearest: dict[str, tuple[str, int]]
-    ) -> tuple[str, str, int]:
-        """Extend a region by the nodes that finish its exit: the norm of a layer, any activation.
+    ) -> Iterator[_FoundRegion]:
+        """Yield a region, then extend it, one by one, by the nodes that finish its exit: a layer's norm, activations.
 
         It ends at the first value with several readers. A norm after a sum stays: it belongs to the next layer.
         """
         while True:
+            yield "bypass", exit_, entry, inside
             (follower, *others) = list(self.flow.successors(exit_)) or [SINK]
             if others or follower == SINK or nearest.get(follower, ("",))[0] != exit_:
-                return exit_, entry, inside
+                return
             node = self.nodes[follower]
             finishes = is_activation(self.gm, node) or (exit_ in self.weighted_names and is_norm(self.gm, node))
             if not finishes or not (wider := self.closed_region(entry, follower)):
-                return exit_, entry, inside
+                return
             exit_, inside = follower, wider
 
-    def find_drops(self) -> Iterator[_FoundRegion]:
-        """Yield for each addition the operands whose branch has no other reader."""
+    def find_drops(self) -> Iterator[list[_FoundRegion]]:
+        """Yield for each addition the operands whose branch has no other reader. Inputs of the graph stay."""
+        inputs = self.to_bits(name for name, node in self.nodes.items() if node.op == "placeholder")
         for name, node in self.nodes.items():
             operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
             if node.target not in ADDITIONS or len(operands) != 2 or node.kwargs or operands[0] is operands[1]:
@@ -157,11 +165,31 @@ class _Finder:
             for gone, kept in (operands, operands[::-1]):
                 if gone.name not in self.postdominated or kept.name not in self.flow:
                     continue
-                branch = self.postdominated[gone.name]
+                branch = self.postdominated[gone.name] & ~inputs
                 alone = list(self.flow.successors(gone.name)) == [name]
                 same = self.shapes.provably_equal(kept.name, name)
                 if alone and branch & self.weighted and not self.closed_region(kept.name, name) and same:
-                    yield "drop", name, kept.name, branch | self.to_bits([name])
+                    yield [("drop", name, kept.name, branch | self.to_bits([name]))]
+
+    def choose_by_layout(self, found: list[list[_FoundRegion]]) -> list[_FoundRegion]:
+        """Choose the longest version of each region whose readers work with the memory layout of its stand-in.
+
+        The last region comes first: a plan may remove it together with the earlier ones.
+        """
+        chosen: list[_FoundRegion] = []
+        later: dict[str, list[str]] = {}
+        for versions in sorted(found, key=lambda versions: -self.order[versions[-1][1]]):
+            conflict = ""
+            for version in reversed(versions):
+                _, exit_, stand_in, _ = version
+                conflict = layout_conflict(self.shapes, exit_, stand_in, later)
+                if not conflict:
+                    chosen.append(version)
+                    later.setdefault(exit_, []).append(stand_in)
+                    break
+            else:
+                self.unproved.append(Rejection(self.make_region(*versions[-1]).name, conflict))
+        return chosen[::-1]
 
     def _note_unproved(self, entry: str, exit_: str, inside: int) -> None:
         if inside & self.weighted:
@@ -203,7 +231,7 @@ class _Finder:
         unproved = {rejection.name for rejection in self.unproved}
         for name in self.members(self.weighted & ~covered):
             layer = join_path(self.island, (self.layers_of(self.to_bits([name])) or [name])[0])
-            if layer not in unproved:
+            if not {layer, self.make_region("bypass", name, name, self.to_bits([name])).name} & unproved:
                 yield Rejection(layer, self._rejection_reason(name))
 
     def _rejection_reason(self, name: str) -> str:

@@ -1,9 +1,14 @@
-"""Computes the shape of every value of a graph as formulas that hold for all batch and image sizes."""
+"""Computes the shape of every value of a graph as formulas that hold for all batch and image sizes.
+
+Values of equal shapes can lie in memory in different orders. A linear layer, for example, makes the permuted value that
+it reads contiguous, and a `view` after it needs that. So `layout_conflict` compares the memory layout of a value with
+that of its stand-in. Where they differ, it computes the values that depend on it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,22 +26,29 @@ from fxprune.runtime.torch_internals import (
     shapes_only,
     size_formula,
     symbolic_mode,
+    tree_leaves,
     tree_map_only,
 )
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, dtype and device of a tensor, without its values."""
+    """Shape, dtype, device and strides of a tensor, without its values; without strides, it is contiguous."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    strides: tuple[int, ...] | None = None
 
 
 def tensor_specs(tree: Any) -> Any:
     """Replace every tensor in nested containers by its `TensorSpec`."""
-    return map_tensors(tree, lambda value: TensorSpec(tuple(value.shape), value.dtype, value.device))
+    return map_tensors(tree, _tensor_spec)
+
+
+def _tensor_spec(value: torch.Tensor) -> TensorSpec:
+    strides = None if value.layout != torch.strided or value.is_contiguous() else value.stride()
+    return TensorSpec(tuple(value.shape), value.dtype, value.device, strides)
 
 
 @dataclass(frozen=True)
@@ -49,10 +61,13 @@ class SymbolicShapes:
         Shape and dtype of each value that is a single tensor, by node name.
     failure : str
         Why the shapes after some node are missing; "" if none are.
+    interpreter : ShapeInterpreter
+        Computed the shapes, and can compute again those that follow a replaced value.
     """
 
     values: Mapping[str, FakeTensor]
     failure: str
+    interpreter: ShapeInterpreter = field(repr=False)
 
     def provably_equal(self, first: str, second: str) -> bool:
         """Whether two values have the same dtype and, for every batch and image size, the same shape."""
@@ -95,7 +110,7 @@ def propagate_symbolic(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mappin
     True
     """
     mode = symbolic_mode()
-    recorder = _SymbolicShapeInterpreter(gm, mode)
+    recorder = ShapeInterpreter(gm, mode)
     failure = ""
     inputs = tree_map_only(TensorSpec, lambda spec: _symbolic_input(mode, spec), (list(args), dict(kwargs)))
     with shapes_only(mode):
@@ -104,7 +119,7 @@ def propagate_symbolic(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mappin
         except Exception as error:  # operations raise all kinds of errors for symbolic sizes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             failure = f"the shape of {recorder.current!r} could not be followed ({reason[:160]})"
-    return SymbolicShapes(recorder.values, failure)
+    return SymbolicShapes(recorder.values, failure, recorder)
 
 
 def bind_placeholders(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -140,6 +155,8 @@ def bind_placeholders(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) 
 def _symbolic_input(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
     """Return a fake tensor in which all sizes are symbols except the channels and, after the batch size, sizes of 1."""
     real = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+    if spec.strides is not None:
+        real = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
     rank = len(spec.shape)
     channel = {4: 1, 3: 2, 2: 1, 5: 1}.get(rank, rank)
     dynamic = [dim == 0 or (dim != channel and spec.shape[dim] > 1) for dim in range(rank)]
@@ -150,15 +167,25 @@ _MAX_FORMULA_OPS = 4
 """A size whose formula has more operations is replaced by a new symbol."""
 
 
-class _SymbolicShapeInterpreter(fx.Interpreter):
+class ShapeInterpreter(fx.Interpreter):
     """Runs a graph on fake tensors and keeps the formulas of their sizes short.
 
     A size with a long formula is replaced by a new symbol. Equal formulas get the same symbol. The proofs stay valid,
     because they hold for all values of the new symbol. But equalities between different formulas are no longer found.
+    The order of the dimensions in memory stays.
+
+    Attributes
+    ----------
+    env : dict
+        The value of every node so far.
+    values : dict of str to FakeTensor
+        The values that are a single tensor, by node name.
+    current : str
+        Name of the last node.
     """
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(gm)
+        super().__init__(gm, garbage_collect_values=False)
         self.extra_traceback = False
         self.mode = mode
         self.values: dict[str, FakeTensor] = {}
@@ -166,15 +193,33 @@ class _SymbolicShapeInterpreter(fx.Interpreter):
         self.symbols: dict[Any, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run a node and record its value."""
         self.current = n.name
+        value = self.compute(n)
+        if isinstance(value, FakeTensor):
+            self.values[n.name] = value
+        return value
+
+    def compute(self, node: fx.Node) -> Any:
+        """Compute the value of a node from those in `env`, with short formulas."""
         with defer_interrupts():
-            value = super().run_node(n)
+            value = super().run_node(node)
         if isinstance(value, FakeTensor):
             sizes = [self._shorten(size) for size in value.shape]
             if any(new is not old for new, old in zip(sizes, value.shape, strict=True)):
-                value = torch.empty(sizes, dtype=value.dtype, device=value.device)
-            self.values[n.name] = value
+                strides = self._strides(sizes, value)
+                value = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
         return value
+
+    def _strides(self, sizes: Sequence[Any], value: FakeTensor) -> list[Any]:
+        """Return the strides of a value with other sizes. A value without gaps in memory stays without gaps."""
+        old = list(value.stride())
+        order = sorted(range(len(old)), key=lambda dim: (current_size(old[dim]), -dim))  # innermost first
+        strides, expected, dense = [*old], 1, True
+        for dim in order:
+            dense = dense and (current_size(sizes[dim]) == 1 or current_size(old[dim]) == current_size(expected))
+            strides[dim], expected = expected, expected * sizes[dim]
+        return strides if dense else [self._shorten(stride) for stride in old]
 
     def _shorten(self, size: Any) -> Any:
         if isinstance(size, int) or size_formula(size).count_ops() <= _MAX_FORMULA_OPS:
@@ -183,3 +228,92 @@ class _SymbolicShapeInterpreter(fx.Interpreter):
         if formula not in self.symbols:
             self.symbols[formula] = new_size_symbol(self.mode, current_size(size), f"size_{len(self.symbols)}")
         return self.symbols[formula]
+
+
+def layout_conflict(shapes: SymbolicShapes, exit_: str, stand_in: str, later: Mapping[str, list[str]]) -> str:
+    """Say why the readers of a value cannot read its stand-in because of its memory layout.
+
+    Parameters
+    ----------
+    shapes : SymbolicShapes
+        Values of the graph. Exit and stand-in have equal shapes.
+    exit_, stand_in : str
+        Nodes whose values are compared.
+    later : mapping of str to list of str
+        Stand-ins of the regions after this one, by exit. The same plan may remove them, so the layout of the stand-in
+        must also be right for what follows these.
+
+    Returns
+    -------
+    str
+        The reason in words; "" if the layouts are equal, or if all later nodes work with both.
+
+    Examples
+    --------
+    >>> layout_conflict(shapes, "linear", "permute", {})           # doctest: +SKIP
+    "its stand-in 'permute' has another memory layout than 'linear', and 'view' cannot work with it"
+    """
+    if equal_layouts(shapes.values[exit_], shapes.values[stand_in]):
+        return ""
+    conflict = _follow(shapes, exit_, stand_in, {}) or _follow(shapes, exit_, stand_in, later)
+    return f"its stand-in {stand_in!r} has another memory layout than {exit_!r}, and {conflict}" if conflict else ""
+
+
+def equal_layouts(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of equal shapes have equal strides at the observed sizes. Those of sizes of 1 may differ."""
+    return all(
+        current_size(size) == 1 or current_size(a) == current_size(b)
+        for size, a, b in zip(first.shape, first.stride(), second.stride(), strict=True)
+    )
+
+
+def _follow(shapes: SymbolicShapes, exit_: str, stand_in: str, later: Mapping[str, list[str]]) -> str:
+    """Compute the values after an exit again, with its stand-in in its place. Return what does not work, or ""."""
+    interpreter = shapes.interpreter
+    before = interpreter.env
+    nodes = {node.name: node for node in before}
+    interpreter.env = {**before, nodes[exit_]: before[nodes[stand_in]]}
+    changed = {nodes[exit_]}
+    try:
+        with shapes_only(interpreter.mode):
+            for node in interpreter.graph.nodes:
+                sources = changed.intersection(nodes[name] for name in later.get(node.name, ()))
+                if node in changed or not (sources or changed.intersection(node.all_input_nodes)):
+                    continue
+                if node.op == "output":
+                    return _output_conflict(node, interpreter.env, before)
+                if node not in before:
+                    return f"the layout of {node.name!r}, which depends on it, is not known"
+                interpreter.env[node] = interpreter.env[sources.pop()] if sources else interpreter.compute(node)
+                if not _equal_trees(interpreter.env[node], before[node]):
+                    changed.add(node)
+    except Exception:  # operations raise all kinds of errors for values that they cannot take
+        return f"{node.name!r} cannot work with it"
+    finally:
+        interpreter.env = before
+    return ""
+
+
+def _equal_trees(first: Any, second: Any) -> bool:
+    """Whether all tensors in two nested containers have equal layouts."""
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    return all(equal_layouts(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor))
+
+
+def _output_conflict(output: fx.Node, env: Mapping[fx.Node, Any], before: Mapping[fx.Node, Any]) -> str:
+    """Say which value of the output would no longer be contiguous: code outside the graph may need that."""
+    for node in output.all_input_nodes:
+        pairs = zip(tree_leaves(before.get(node)), tree_leaves(env.get(node)), strict=True)
+        if any(isinstance(old, torch.Tensor) and _is_contiguous(old) and not _is_contiguous(new) for old, new in pairs):
+            return f"{node.name!r} leaves the graph: code outside may need it to be contiguous"
+    return ""
+
+
+def _is_contiguous(value: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous at the observed sizes. `Tensor.is_contiguous` would fix symbolic sizes."""
+    expected = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if current_size(size) != 1 and current_size(stride) != expected:
+            return False
+        expected *= current_size(size)
+    return True
