@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.fx_utils import map_tensors
+from fxprune.graph.fx_utils import full_precision, map_tensors
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import (
     FakeTensor,
@@ -153,10 +153,13 @@ def bind_placeholders(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) 
 
 
 def _symbolic_input(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
-    """Return a fake tensor in which all sizes are symbols except the channels and, after the batch size, sizes of 1."""
-    real = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+    """Return a fake tensor in which all sizes are symbols except the channels and, after the batch size, sizes of 1.
+
+    It is in float32 if a call under autocast was observed with half precision, because the weights are in float32.
+    """
+    real = full_precision(torch.empty(spec.shape, dtype=spec.dtype, device=spec.device))
     if spec.strides is not None:
-        real = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=spec.device)
+        real = torch.empty_strided(spec.shape, spec.strides, dtype=real.dtype, device=spec.device)
     rank = len(spec.shape)
     channel = {4: 1, 3: 2, 2: 1, 5: 1}.get(rank, rank)
     dynamic = [dim == 0 or (dim != channel and spec.shape[dim] > 1) for dim in range(rank)]
