@@ -8,7 +8,8 @@ exit have the same signature, readers of the exit can read the entry instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import networkx as nx
 from torch import fx
@@ -19,17 +20,21 @@ from fxprune.graph.fx_utils import (
     TRACED_MODULES,
     common_name,
     is_weighted,
+    is_within,
     join_path,
     node_parameters,
     value_graph,
 )
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
-from fxprune.graph.records import Region, Rejection
+from fxprune.graph.records import FoldedUnit, Region, Rejection
 from fxprune.graph.symbolic_shapes import SymbolicShapes, layout_conflict
 from fxprune.runtime.json_text import first_few
+from fxprune.runtime.torch_internals import traced_calls
 
 
-def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tuple[list[Region], list[Rejection]]:
+def find_regions(
+    island: str, gm: fx.GraphModule, shapes: SymbolicShapes, units: Mapping[str, FoldedUnit] = MappingProxyType({})
+) -> tuple[list[Region], list[Rejection]]:
     """Find every region of an island.
 
     Parameters
@@ -40,6 +45,8 @@ def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tup
         Graph of the island.
     shapes : SymbolicShapes
         Symbolic shape of each value. Entry and exit must have provably equal shapes for every batch and image size.
+    units : mapping of str to FoldedUnit
+        Branches that are removed together or not at all, by the path of their module.
 
     Returns
     -------
@@ -47,18 +54,19 @@ def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tup
         In graph order of their exits. They may nest and overlap. Each removes at least one layer with weights.
     rejections : list of Rejection
         One for each layer with weights that is in no region, and one for each region whose entry and exit have equal
-        shapes only at the observed size, or whose readers cannot work with the memory layout of its stand-in.
+        shapes only at the observed size, whose readers cannot work with the memory layout of its stand-in, or which
+        contains some branches of a unit and not all of them.
 
     Examples
     --------
     >>> regions, rejections = find_regions("backbone", gm, shapes)                   # doctest: +SKIP
     """
-    finder = _Finder(island, gm, shapes)
-    found = finder.choose_by_layout([*finder.find_bypasses(), *finder.find_drops()])
+    finder = _Finder(island, gm, shapes, units)
+    found = finder.choose_by_layout(finder.keep_units_whole([*finder.find_bypasses(), *finder.find_drops()]))
     regions = _outermost_of_equal_work(finder, found)
     named = [finder.make_region(*found) for found in sorted(regions, key=lambda found: finder.order[found[1]])]
     names = {region.name for region in named}
-    unproved = [rejection for rejection in finder.unproved if rejection.name not in names]
+    unproved = [rejection for rejection in dict.fromkeys(finder.unproved) if rejection.name not in names]
     return _number_duplicates(named), [*unproved, *finder.reject_uncovered(regions)]
 
 
@@ -66,7 +74,9 @@ _FoundRegion = tuple[str, str, str, int]  # kind, exit, stand-in, members as a b
 
 
 class _Finder:
-    def __init__(self, island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> None:
+    def __init__(
+        self, island: str, gm: fx.GraphModule, shapes: SymbolicShapes, units: Mapping[str, FoldedUnit]
+    ) -> None:
         self.island, self.gm, self.shapes = island, gm, shapes
         self.nodes: dict[str, fx.Node] = {node.name: node for node in gm.graph.nodes}
         self.order = {name: index for index, name in enumerate(self.nodes)}
@@ -81,6 +91,9 @@ class _Finder:
             name: self.to_bits(self.flow.predecessors(name)) for name in self.flow if name in self.nodes
         }
         self.unproved: list[Rejection] = []
+        self.units = units
+        self.unit_calls = self._find_unit_calls()
+        self.splitting = 0
 
     def to_bits(self, names: Iterable[str]) -> int:
         return sum(1 << self.order[name] for name in names if name in self.order)
@@ -151,6 +164,7 @@ class _Finder:
                 return
             node = self.nodes[follower]
             finishes = is_activation(self.gm, node) or (exit_ in self.weighted_names and is_norm(self.gm, node))
+            finishes = finishes or any(own >> self.order[follower] & 1 for own in self.unit_calls.values())
             if not finishes or not (wider := self.closed_region(entry, follower)):
                 return
             exit_, inside = follower, wider
@@ -170,6 +184,44 @@ class _Finder:
                 same = self.shapes.provably_equal(kept.name, name)
                 if alone and branch & self.weighted and not self.closed_region(kept.name, name) and same:
                     yield [("drop", name, kept.name, branch | self.to_bits([name]))]
+
+    def _find_unit_calls(self) -> dict[tuple[str, str], int]:
+        """Return the nodes that read the branches of a unit as a bit set, by path of its module and call."""
+        owners = {part: path for path, unit in self.units.items() for part in unit.parts}
+        calls: dict[tuple[str, str], int] = {}
+        for name, node in self.nodes.items() if owners else ():
+            paths = {owners.get(join_path(self.island, path)) for path, _ in node_parameters(self.gm, node)}
+            for unit in paths - {None} if name in self.flow else ():
+                inside = (key for key, path in traced_calls(node) if join_path(self.island, path) == unit)
+                call = str(unit), next(inside, "")
+                calls[call] = calls.get(call, 0) | self.to_bits([name])
+        return calls
+
+    def keep_units_whole(self, found: list[list[_FoundRegion]]) -> list[list[_FoundRegion]]:
+        """Leave out, and reject, the regions that contain some branches of a unit and not all of them."""
+        whole: list[list[_FoundRegion]] = []
+        for versions in found:
+            kept = [version for version in versions if self._split_unit(version[3]) is None]
+            split = self._split_unit(versions[-1][3])
+            if kept:
+                whole.append(kept)
+            elif split is not None:
+                self.splitting |= versions[-1][3]
+                self.unproved.append(Rejection(self.make_region(*versions[-1]).name, self._unit_reason(split)))
+        return whole
+
+    def _split_unit(self, inside: int) -> str | None:
+        """Return a unit of which a set of nodes reads some branches and not all of them; None without one."""
+        for (unit, _), own in self.unit_calls.items():
+            beyond = unit != self.island and is_within(self.island, unit)  # others are in other graphs
+            if own & inside and (beyond or own & ~inside):
+                return unit
+        return None
+
+    def _unit_reason(self, unit: str) -> str:
+        return (
+            f"{unit}.{self.units[unit].method}() folds it and other branches into one layer: they go together or stay"
+        )
 
     def choose_by_layout(self, found: list[list[_FoundRegion]]) -> list[_FoundRegion]:
         """Choose the longest version of each region whose readers work with the memory layout of its stand-in.
@@ -235,6 +287,9 @@ class _Finder:
                 yield Rejection(layer, self._rejection_reason(name))
 
     def _rejection_reason(self, name: str) -> str:
+        bits = self.to_bits([name])
+        if bits & self.splitting and (unit := self._split_unit(bits)) is not None:
+            return self._unit_reason(unit)
         if name not in self.shapes.values:
             return self.shapes.failure or "its output is not one tensor"
         for entry in self.dominators(name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +91,13 @@ class _CountingInterpreter(fx.Interpreter):
         return value
 
 
-def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModule]]) -> list[ParameterGroup]:
+def group_parameters(
+    model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModule]], units: Iterable[tuple[Collection[str], int]] = ()
+) -> list[ParameterGroup]:
     """Group a model's parameters by the nodes that read them.
 
     A parameter that is also reachable outside the captured graphs, under a second name, is in no group: it is never
-    removed.
+    removed. `units` are paths of parameters that are removed together, with the number of values that do not count.
 
     Examples
     --------
@@ -115,9 +117,17 @@ def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModul
     everywhere: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         everywhere.setdefault(id(parameter), set()).add(name)
+    removable = [key for key in readers if everywhere.get(key, set()) <= names[key]]
+    for paths, uncounted in units:
+        first, *others = [key for key in removable if names[key].issubset(paths)] or [0]
+        for key in others:
+            readers[first] |= readers[key]
+            sizes[first] += sizes[key]
+            removable.remove(key)
+        sizes[first] = sizes.get(first, 0) - uncounted
     groups: dict[tuple[NodeName, ...], int] = {}
     for key, nodes in readers.items():
-        if everywhere.get(key, set()) <= names[key]:
+        if key in removable:
             groups[tuple(nodes)] = groups.get(tuple(nodes), 0) + sizes[key]
     return [ParameterGroup(params, nodes) for nodes, params in groups.items()]
 

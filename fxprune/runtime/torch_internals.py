@@ -59,6 +59,7 @@ __all__ = [
     "shapes_only",
     "size_formula",
     "symbolic_mode",
+    "traced_calls",
     "tree_flatten",
     "tree_leaves",
     "tree_map_only",
@@ -113,6 +114,14 @@ def layer_methods(layer: nn.Module) -> list[Callable[..., Any]]:
     """
     names = ("forward", "_conv_forward") if isinstance(layer, nn.Conv2d) else ("forward",)
     return [getattr(layer, name) for name in names]
+
+
+def traced_calls(node: fx.Node) -> list[tuple[str, str]]:
+    """Return key and path of the module calls in which `torch.fx` traced a node, outermost first.
+
+    Needed because a graph has no other record of the modules that were traced into. Each call has its own key.
+    """
+    return [(str(key), str(path)) for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items()]
 
 
 # Symbolic shapes -----------------------------------------------------------------------------------------------------
