@@ -218,7 +218,9 @@ def analyze(
     Returns
     -------
     Analysis
-        Regions, scores and costs. In several processes (`torch.distributed`), call `analyze` in each with the same
+        Regions, scores and costs. Where a block has a method that folds its branches into one layer after training
+        (`fxprune.profiling.folded_blocks`), its FLOPs and parameters are those after the fold; its latency is measured
+        as it is. In several processes (`torch.distributed`), call `analyze` in each with the same
         model and loader: they share the batches and return the same. Only one process measures the latency.
 
     Raises
