@@ -169,14 +169,16 @@ class AdaptedModel:
 
 @contextmanager
 def isolated_run(network: nn.Module, grad: bool) -> Iterator[None]:
-    """Make a network's device current, leave inference mode and set the gradient mode until the end of the block.
+    """Make a network's device current and set the gradient mode until the end of the block; outside inference mode.
 
-    At the end, all three and torch's random state are restored.
+    Autocast of the caller is off: sums of products need float32. A loss may still switch it on for its own run. At the
+    end, all these and torch's random state are restored.
     """
     with (
         on_device(device_of(network)),
         preserve_rng_state(network),
         torch.inference_mode(False),
+        torch.autocast(device_of(network).type, enabled=False),
         torch.set_grad_enabled(grad),
     ):
         yield

@@ -1,4 +1,8 @@
-"""Adapter of image classifiers: input images (N, 3, H, W), output logits (N, classes)."""
+"""Adapter of image classifiers: input images (N, 3, H, W), output logits (N, classes).
+
+Float images go to the model as they are. Integer images do so too if the model takes them, for example because it
+divides them by 255 itself. Otherwise they are scaled to float in [0, 1].
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,38 @@ def normalize(model: nn.Module, raw: Any) -> Batch:
     if isinstance(raw, Mapping):
         raise BatchError(f"got a dict with keys {sorted(map(str, raw))}; known forms for a classifier: {FORMS}")
     pair = isinstance(raw, (list, tuple)) and len(raw) == 2 and isinstance(raw[1], Tensor) and raw[1].ndim != 3
-    device = device_of(model)
     if not pair:
         alone = raw[0] if isinstance(raw, (list, tuple)) and len(raw) == 1 and _rank(raw[0]) == 4 else raw
-        images = stack_images(alone, FORMS).to(device)
+        images = _read_images(model, alone)
         return Batch(images, None, len(images))
-    images, labels = stack_images(raw[0], FORMS).to(device), raw[1].to(device)
+    images, labels = _read_images(model, raw[0]), raw[1].to(device_of(model))
     if len(labels) != len(images):
         raise BatchError(f"{len(images)} images but {len(labels)} labels")
     if labels.ndim == 1 and labels.is_floating_point():
         raise BatchError("labels are floating point; give class indices as integers, or probabilities (N, classes)")
     return Batch(images, labels.long() if labels.ndim == 1 else labels.float(), len(images))
+
+
+def _read_images(model: nn.Module, images: Any) -> Tensor:
+    """Return images (N, C, H, W) on the model's device. Integer images stay integers if the model takes them."""
+    given = stack_images(images, FORMS, scale=False).to(device_of(model))
+    if given.is_floating_point() or _takes(model, given[:1]):
+        return given
+    return stack_images(given, FORMS)
+
+
+def _takes(model: nn.Module, images: Tensor) -> bool:
+    """Whether the model runs on images in eval mode."""
+    modes = {part: part.training for part in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    except (RuntimeError, TypeError, ValueError):  # for example a convolution that expects floats
+        return False
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    return True
 
 
 def _rank(value: Any) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection
 from fxprune.errors import LossError
-from fxprune.graph.fx_utils import map_tensors
+from fxprune.graph.fx_utils import full_precision, map_tensors
 from fxprune.runtime.torch_internals import tree_leaves
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -26,7 +26,8 @@ def make_adapter(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
     ----------
     loss : callable
         ``loss(model, batch) -> scalar tensor``, the mean over the images of the batch. It is called with the model in
-        eval mode, and with the batch of the loader, its tensors moved to the model's device.
+        eval mode, and with the batch of the loader, its tensors moved to the model's device. Because the model is a
+        copy in float32, tensors in half precision become float32; all others keep their type.
 
     Examples
     --------
@@ -61,13 +62,12 @@ def make_adapter(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
 
 
 def normalize(model: nn.Module, raw: Any) -> Batch:
-    """Move a batch to the model's device and count its images.
+    """Move a batch to the model's device, in float32 where it is in half precision, and count its images.
 
     The count is the leading dimension of the first tensor of rank 4, else the number of tensors of rank 3.
     """
     device = device_of(model)
-    moved = map_tensors(dict(raw), lambda value: value.to(device)) if isinstance(raw, Mapping) else None
-    moved = map_tensors(raw, lambda value: value.to(device)) if moved is None else moved
+    moved = map_tensors(dict(raw) if isinstance(raw, Mapping) else raw, lambda value: full_precision(value.to(device)))
     tensors = [leaf for leaf in tree_leaves(moved) if isinstance(leaf, torch.Tensor)]
     stacked = [len(tensor) for tensor in tensors if tensor.ndim == 4]
     singles = sum(tensor.ndim == 3 for tensor in tensors)

@@ -112,10 +112,10 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def check_image(image: Any, rank: int, forms: str) -> Tensor:
-    """Return an image tensor as float32 after a check of its type, rank and values.
+def check_image(image: Any, rank: int, forms: str, scale: bool = True) -> Tensor:
+    """Return an image tensor after a check of its type, rank and values.
 
-    Integer images are read as 0..255 and scaled to [0, 1].
+    It is in float32. Integer images are read as 0..255 and scaled to [0, 1], or stay as they are if `scale` is False.
 
     Raises
     ------
@@ -126,14 +126,18 @@ def check_image(image: Any, rank: int, forms: str) -> Tensor:
         raise BatchError(f"expected an image tensor, got {type(image).__name__}; known forms: {forms}")
     if image.ndim != rank:
         raise BatchError(f"expected {rank} dimensions, got an image tensor of shape {tuple(image.shape)}; {forms}")
-    scaled: Tensor = image.float() if image.is_floating_point() else image.float() / 255
+    if not image.is_floating_point():
+        return image.float() / 255 if scale else image
+    scaled = image.float()
     if not bool(torch.isfinite(scaled).all()):
         raise BatchError("an image holds NaN or infinity; remove such values from the calibration images")
     return scaled
 
 
-def stack_images(images: Any, forms: str) -> Tensor:
+def stack_images(images: Any, forms: str, scale: bool = True) -> Tensor:
     """Return a tensor (N, C, H, W) from such a tensor or from a list of equally sized (C, H, W) tensors.
+
+    Every image is read by `check_image`.
 
     Raises
     ------
@@ -141,14 +145,14 @@ def stack_images(images: Any, forms: str) -> Tensor:
         If the sizes differ (the message lists them), or if the batch is empty.
     """
     if isinstance(images, (list, tuple)):
-        rows = [check_image(image, 3, forms) for image in images]
+        rows = [check_image(image, 3, forms, scale) for image in images]
         sizes = sorted({tuple(row.shape) for row in rows})
         if len(sizes) > 1:
             raise BatchError(f"this model needs images of one size in a batch, got {sizes}; resize or pad them")
         if not rows:
             raise BatchError("the batch holds no image")
         return torch.stack(rows)
-    stacked = check_image(images, 4, forms)
+    stacked = check_image(images, 4, forms, scale)
     if not len(stacked):
         raise BatchError("the batch holds no image")
     return stacked

@@ -19,7 +19,7 @@ from fxprune.adapters.ultralytics_decoding import (
     has_queries,
     suppress_overlaps,
 )
-from fxprune.adapters.ultralytics_letterbox import Placement, clip, letterbox
+from fxprune.adapters.ultralytics_letterbox import Placement, clip, letterbox, match_channels
 from fxprune.errors import BatchError, ModelError, SettingError
 from fxprune.graph.fx_utils import class_names
 
@@ -175,12 +175,17 @@ def square_side(model: nn.Module, image_size: int | None) -> int:
     return math.ceil(side / stride) * stride
 
 
+def input_channels(model: nn.Module) -> int:
+    """Return the number of channels of the model's images: those that its first convolution reads."""
+    return next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), 3)
+
+
 def _letterbox_images(
     model: nn.Module, images: Sequence[Tensor], image_size: int | None
 ) -> tuple[Tensor, list[Placement]]:
-    """Fit images of any sizes into squares (N, 3, S, S) on the CPU; also return their placements."""
-    side, stretch = square_side(model, image_size), has_queries(model)
-    pairs = [letterbox(check_image(image, 3, FORMS), side, stretch) for image in images]
+    """Fit images of any sizes into squares (N, C, S, S) on the CPU; also return their placements."""
+    side, stretch, channels = square_side(model, image_size), has_queries(model), input_channels(model)
+    pairs = [letterbox(match_channels(check_image(image, 3, FORMS), channels), side, stretch) for image in images]
     return torch.stack([square for square, _ in pairs]), [placement for _, placement in pairs]
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.errors import BatchError
+
 PADDING_GREY = 114
 
 
@@ -74,7 +76,7 @@ def letterbox(image: Tensor, size: int, stretch: bool = False) -> tuple[Tensor, 
     Parameters
     ----------
     image : Tensor
-        Float RGB of shape (3, H, W) in [0, 1]. It is rounded to 8 bits, because ultralytics resizes 8-bit images.
+        Float of shape (C, H, W) in [0, 1]. It is rounded to 8 bits, because ultralytics resizes 8-bit images.
     size : int
         Side of the square, in pixels.
     stretch : bool
@@ -83,7 +85,7 @@ def letterbox(image: Tensor, size: int, stretch: bool = False) -> tuple[Tensor, 
     Returns
     -------
     Tensor
-        Float32 of shape (3, size, size) in [0, 1].
+        Float32 of shape (C, size, size) in [0, 1].
     Placement
         Position of the image in the square.
 
@@ -96,11 +98,56 @@ def letterbox(image: Tensor, size: int, stretch: bool = False) -> tuple[Tensor, 
     import cv2
 
     placement = compute_placement(image.shape[-2], image.shape[-1], size, stretch)
-    pixels = np.ascontiguousarray((image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+    pixels = _to_pixels(image)
     rows, columns = placement.resized
     if (rows, columns) != pixels.shape[:2]:
         pixels = np.asarray(cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_LINEAR))
+        pixels = pixels.reshape(rows, columns, len(image))  # cv2 leaves out a single channel
     left, top = placement.pad
-    square = np.full((size, size, 3), PADDING_GREY, dtype=np.uint8)
+    square = np.full((size, size, len(image)), PADDING_GREY, dtype=np.uint8)
     square[top : top + rows, left : left + columns] = pixels
     return torch.from_numpy(square).permute(2, 0, 1).contiguous().float() / 255, placement
+
+
+def match_channels(image: Tensor, channels: int) -> Tensor:
+    """Convert an image to the number of channels that a model takes.
+
+    Parameters
+    ----------
+    image : Tensor
+        Float of shape (C, H, W) in [0, 1].
+    channels : int
+        Number of channels of the model's input.
+
+    Returns
+    -------
+    Tensor
+        The image itself if it has this number; the grey image (1, H, W) of RGB, as ultralytics reads images for models
+        of one channel.
+
+    Raises
+    ------
+    BatchError
+        For other numbers. The message says what the model takes.
+
+    Examples
+    --------
+    >>> match_channels(torch.rand(3, 4, 4), 1).shape
+    torch.Size([1, 4, 4])
+    """
+    import cv2
+
+    if len(image) == channels:
+        return image
+    if (len(image), channels) != (3, 1):
+        raise BatchError(
+            f"the model takes images of {channels} channels, the data set gives {len(image)}: give a data set whose"
+            f" items are (Tensor({channels}, H, W), target), or batches of your own loader"
+        )
+    grey = cv2.cvtColor(_to_pixels(image), cv2.COLOR_RGB2GRAY)
+    return torch.from_numpy(np.asarray(grey))[None].float() / 255
+
+
+def _to_pixels(image: Tensor) -> np.ndarray:
+    """Convert an image (C, H, W) in [0, 1] to 8-bit pixels (H, W, C)."""
+    return np.ascontiguousarray((image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())

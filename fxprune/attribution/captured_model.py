@@ -16,6 +16,7 @@ from fxprune.graph.records import Island, Region, Rejection
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import propagate_symbolic
 from fxprune.profiling.flops_params import count_flops
+from fxprune.profiling.folded_blocks import FoldedBlock, find_folded_blocks, fold_flops, saved_by_folding
 from fxprune.runtime.json_text import first_few
 
 
@@ -37,6 +38,8 @@ class CapturedModel:
         Floating point operations per image of every node, by island and node name.
     total_flops : float
         Floating point operations per image of the whole model.
+    folded : mapping of str to FoldedBlock
+        Blocks that are removed as a whole only, by path. Their operations count as after the fold of their branches.
     """
 
     adapted: AdaptedModel
@@ -45,6 +48,7 @@ class CapturedModel:
     rejections: tuple[Rejection, ...]
     flops: Mapping[NodeName, float] = field(default_factory=dict, repr=False)
     total_flops: float = 0.0
+    folded: Mapping[str, FoldedBlock] = field(default_factory=dict, repr=False)
 
     @property
     def graphs(self) -> Graphs:
@@ -79,13 +83,17 @@ def capture_model(adapted: AdaptedModel, first: Batch) -> CapturedModel:
     """
     captured = find_all_regions(adapted, first)
     total, nodes = count_flops(lambda: captured.adapted.predict(first), captured.graphs)
-    flops = {name: value / first.count for name, value in nodes.items()}
+    total -= saved_by_folding(captured.folded)[0]
+    folded = fold_flops(nodes, captured.graphs, captured.folded)
+    flops = {name: value / first.count for name, value in folded.items()}
     return _drop_costless(replace(captured, flops=flops, total_flops=total / first.count))
 
 
 def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
     """Capture a model and find its regions, including those that compute nothing at inference."""
     name = type(adapted.module).__name__
+    folded = find_folded_blocks(adapted.module, lambda: adapted.predict(first))
+    units = {path: block.unit for path, block in folded.items()}
     runs: list[Run] = [lambda network: replace(adapted, module=network).loss(0, first)]
     if adapted.adapter.predict is not adapted.adapter.loss:
         runs.append(lambda network: replace(adapted, module=network).predict(first))
@@ -95,10 +103,10 @@ def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
     regions: list[Region] = []
     for island in islands:
         shapes = propagate_symbolic(island.gm, island.call.args, island.call.kwargs)
-        found, refused = find_regions(island.name, island.gm, shapes)
+        found, refused = find_regions(island.name, island.gm, shapes, units)
         regions += found
         rejections += refused
-    return CapturedModel(adapted, tuple(islands), tuple(regions), tuple(rejections))
+    return CapturedModel(adapted, tuple(islands), tuple(regions), tuple(rejections), folded=folded)
 
 
 def _drop_costless(captured: CapturedModel) -> CapturedModel:

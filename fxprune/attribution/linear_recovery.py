@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.attribution.recorder import StandInInterpreter
 from fxprune.graph.channels import concatenated_values, input_convolutions
-from fxprune.graph.fx_utils import class_names
+from fxprune.graph.fx_utils import class_names, full_precision
 from fxprune.graph.interpreters import NodeName
 from fxprune.graph.operators import ADDITIONS
 from fxprune.graph.records import RESULTS, Link, Region
@@ -63,16 +63,17 @@ class LinearMap:
     def __call__(self, value: Tensor) -> Tensor:
         """Apply the map to a value with C channels, of any other sizes."""
         rows = _to_rows(value)
-        change = torch.addmm(self.matrix[-1], rows, self.matrix[:-1])
+        with torch.autocast(value.device.type, enabled=False):
+            change = torch.addmm(self.matrix[-1], rows, self.matrix[:-1])
         if value.ndim <= 3:
             return value + change.reshape(value.shape)
         return value + change.reshape(value.movedim(1, -1).shape).movedim(-1, 1)
 
 
 def _to_rows(value: Tensor) -> Tensor:
-    """Return features as rows (n, C), one per position; channels are second in (N, C, H, W), else last."""
+    """Return features as float32 rows (n, C), one per position; channels are second in (N, C, H, W), else last."""
     rows = value.movedim(1, -1) if value.ndim > 3 else value
-    return rows.reshape(-1, rows.shape[-1])
+    return full_precision(rows.reshape(-1, rows.shape[-1]))
 
 
 GramSums = dict[str, tuple[Tensor, Tensor]]
@@ -111,7 +112,8 @@ class GramInterpreter(StandInInterpreter):
             place = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:MAX_PLACES].to(rows.device)
             rows, targets = rows[place], targets[place]
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-        products = (rows.T @ rows).double(), (rows.T @ (targets - rows[:, :-1])).double()
+        with torch.autocast(rows.device.type, enabled=False):
+            products = (rows.T @ rows).double(), (rows.T @ (targets - rows[:, :-1])).double()
         before = self.sums.get(region.name)
         self.sums[region.name] = products if before is None else (before[0] + products[0], before[1] + products[1])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import LossError
-from fxprune.graph.fx_utils import is_weighted, map_tensors
+from fxprune.graph.fx_utils import full_precision, is_weighted, map_tensors
 from fxprune.graph.interpreters import NodeName
 from fxprune.graph.records import Region
 
@@ -215,13 +215,14 @@ class RecordingInterpreter(StandInInterpreter):
         differences = [(region.name, stand_ins[region.name].detach()) for region in regions]
         if regions and self.gate != 1.0:
             largest = max(regions, key=lambda region: len(region.nodes))
-            value = torch.lerp(stand_ins[largest.name], value, self.gate)
+            value = torch.lerp(stand_ins[largest.name].to(value.dtype), value, self.gate)
 
         def hook(gradient: Tensor) -> None:
+            gradient = full_precision(gradient)
             scratch = record.scratch(gradient)
             record.add("grad_act", key, torch.mul(gradient, activation, out=scratch).abs_().sum())
             for region, stand_in in differences:
-                product = torch.sub(activation, stand_in, out=scratch).mul_(gradient)
+                product = torch.sub(full_precision(activation), stand_in, out=scratch).mul_(gradient)
                 channels = product.flatten(2).sum(2) if product.ndim > 2 else product
                 record.add("fisher", region, channels.square().sum())
                 record.add("grad_delta", region, product.abs_().sum())

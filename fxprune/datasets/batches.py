@@ -31,8 +31,9 @@ def batches(
     model : Module
         A detector of torchvision's convention, an ultralytics model or a `YOLO` object.
     dataset : map-style dataset
-        Items are ``(image, target)`` as of `fxprune.CocoDataset`: a Tensor of shape (3, H, W) in [0, 1], and a
+        Items are ``(image, target)`` as of `fxprune.CocoDataset`: a Tensor of shape (C, H, W) in [0, 1], and a
         dict of ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels and ``labels`` (n,). Boxes with ``iscrowd`` are left out.
+        C is the number of channels that the model takes; for an ultralytics model of one channel, RGB becomes grey.
     batch_size : int
         Images per batch; the last batch may have fewer.
     labels : mapping of int to int, optional

@@ -68,9 +68,10 @@ def evaluate(
         ``boxes``, ``labels``, ``scores``), an ultralytics model, or a `YOLO` object. Train and eval modes are restored.
         Ultralytics' own ``val(rect=False)`` reports slightly different figures: it interpolates precision differently.
     dataset : map-style dataset
-        Items are ``(image, target)``, as of `fxprune.CocoDataset`: a Tensor of shape (3, H, W) in [0, 1], and a
+        Items are ``(image, target)``, as of `fxprune.CocoDataset`: a Tensor of shape (C, H, W) in [0, 1], and a
         dict of ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels and ``labels`` (n,); n may be 0. ``area`` (n,) and
-        ``iscrowd`` (n,) are optional: by default, areas are those of the boxes, and there are no crowds.
+        ``iscrowd`` (n,) are optional: by default, areas are those of the boxes, and there are no crowds. C is the
+        number of channels that the model takes; for an ultralytics model of one channel, RGB becomes grey.
     labels : mapping of int to int, optional
         The label in the data set for each class number of the model. Detections of other classes are ignored; true
         boxes of other labels count as missed. By default, the model's ``names`` are matched with the data set's

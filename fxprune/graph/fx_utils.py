@@ -193,6 +193,11 @@ def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     return tree_map_only(torch.Tensor, change, tree)
 
 
+def full_precision(value: torch.Tensor) -> torch.Tensor:
+    """Return a value in half precision, as of layers under autocast, in float32: sums over it would be too coarse."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
 def graph_structure(graph: fx.Graph, exact_dtypes: bool = True) -> list[tuple[str, str, str, str]]:
     """Return one row per node: operation, target, args, kwargs. Nodes among the arguments appear as their positions.
 

@@ -85,6 +85,22 @@ class Refusal(fx.proxy.TraceError):
 
 
 @dataclass(frozen=True)
+class FoldedUnit:
+    """Branches of a module that are folded into one layer after training, and so are removed together or not at all.
+
+    Attributes
+    ----------
+    method : str
+        Name of the module's method that folds them.
+    parts : frozenset of str
+        Paths, in the model, of the parameters that the fold replaces.
+    """
+
+    method: str
+    parts: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Rejection:
     """A layer or region that cannot be removed: its `name` and the `reason` in words."""
 

@@ -8,7 +8,8 @@ exit have the same signature, readers of the exit can read the entry instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import networkx as nx
 from torch import fx
@@ -19,17 +20,22 @@ from fxprune.graph.fx_utils import (
     TRACED_MODULES,
     common_name,
     is_weighted,
+    is_within,
     join_path,
     node_parameters,
     value_graph,
 )
+from fxprune.graph.memory_layouts import layout_conflict
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
-from fxprune.graph.records import Region, Rejection
+from fxprune.graph.records import FoldedUnit, Region, Rejection
 from fxprune.graph.symbolic_shapes import SymbolicShapes
 from fxprune.runtime.json_text import first_few
+from fxprune.runtime.torch_internals import traced_calls
 
 
-def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tuple[list[Region], list[Rejection]]:
+def find_regions(
+    island: str, gm: fx.GraphModule, shapes: SymbolicShapes, units: Mapping[str, FoldedUnit] = MappingProxyType({})
+) -> tuple[list[Region], list[Rejection]]:
     """Find every region of an island.
 
     Parameters
@@ -40,6 +46,8 @@ def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tup
         Graph of the island.
     shapes : SymbolicShapes
         Symbolic shape of each value. Entry and exit must have provably equal shapes for every batch and image size.
+    units : mapping of str to FoldedUnit
+        Branches that are removed together or not at all, by the path of their module.
 
     Returns
     -------
@@ -47,17 +55,21 @@ def find_regions(island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> tup
         In graph order of their exits. They may nest and overlap. Each removes at least one layer with weights.
     rejections : list of Rejection
         One for each layer with weights that is in no region, and one for each region whose entry and exit have equal
-        shapes only at the observed size.
+        shapes only at the observed size, whose readers cannot work with the memory layout of its stand-in, or which
+        contains some branches of a unit and not all of them.
 
     Examples
     --------
     >>> regions, rejections = find_regions("backbone", gm, shapes)                   # doctest: +SKIP
     """
-    finder = _Finder(island, gm, shapes)
-    found = [*finder.find_bypasses(), *finder.find_drops()]
-    regions = _outermost_of_equal_work(finder, [*found, *finder.find_whole_calls()])
+    finder = _Finder(island, gm, shapes, units)
+    wholes = [[whole] for whole in finder.find_whole_calls()]
+    found = finder.keep_units_whole([*finder.find_bypasses(), *finder.find_drops(), *wholes])
+    regions = _outermost_of_equal_work(finder, finder.choose_by_layout(found))
     named = [finder.make_region(*found) for found in sorted(regions, key=lambda found: finder.order[found[1]])]
-    return _number_duplicates(named), [*finder.unproved, *finder.reject_uncovered(regions)]
+    names = {region.name for region in named}
+    unproved = [rejection for rejection in dict.fromkeys(finder.unproved) if rejection.name not in names]
+    return _number_duplicates(named), [*unproved, *finder.reject_uncovered(regions)]
 
 
 def _owner(node: fx.Node) -> str:
@@ -70,7 +82,9 @@ _FoundRegion = tuple[str, str, str, int]  # kind, exit, stand-in, members as a b
 
 
 class _Finder:
-    def __init__(self, island: str, gm: fx.GraphModule, shapes: SymbolicShapes) -> None:
+    def __init__(
+        self, island: str, gm: fx.GraphModule, shapes: SymbolicShapes, units: Mapping[str, FoldedUnit]
+    ) -> None:
         self.island, self.gm, self.shapes = island, gm, shapes
         self.nodes: dict[str, fx.Node] = {node.name: node for node in gm.graph.nodes}
         self.order = {name: index for index, name in enumerate(self.nodes)}
@@ -86,6 +100,9 @@ class _Finder:
         }
         self.owners = {name: _owner(node) for name, node in self.nodes.items()}
         self.unproved: list[Rejection] = []
+        self.units = units
+        self.unit_calls = self._find_unit_calls()
+        self.splitting = 0
 
     def to_bits(self, names: Iterable[str]) -> int:
         return sum(1 << self.order[name] for name in names if name in self.order)
@@ -120,8 +137,11 @@ class _Finder:
             yield parent
             name = parent
 
-    def find_bypasses(self) -> Iterator[_FoundRegion]:
-        """Yield, for each value, the region from the nearest earlier value that can replace it, with its epilogue."""
+    def find_bypasses(self) -> Iterator[list[_FoundRegion]]:
+        """Yield, for each value, the region from the nearest earlier value that can replace it.
+
+        The region comes in several versions: without its epilogue, and with more and more of it.
+        """
         nearest: dict[str, tuple[str, int]] = {}
         for exit_ in self.order:
             if exit_ not in self.flow or exit_ not in self.shapes.values:
@@ -137,23 +157,25 @@ class _Finder:
                 self._note_unproved(entry, exit_, inside)
         for exit_, (entry, inside) in nearest.items():
             if inside & self.weighted:
-                yield ("bypass", *self._with_epilogue(entry, exit_, inside, nearest))
+                yield list(self._with_epilogue(entry, exit_, inside, nearest))
 
     def _with_epilogue(
         self, entry: str, exit_: str, inside: int, nearest: dict[str, tuple[str, int]]
-    ) -> tuple[str, str, int]:
-        """Extend a region by the nodes that finish its exit: the norm of a layer, any activation.
+    ) -> Iterator[_FoundRegion]:
+        """Yield a region, then extend it, one by one, by the nodes that finish its exit: a layer's norm, activations.
 
         It ends at the first value with several readers. A norm after a sum stays: it belongs to the next layer.
         """
         while True:
+            yield "bypass", exit_, entry, inside
             (follower, *others) = list(self.flow.successors(exit_)) or [SINK]
             if others or follower == SINK or nearest.get(follower, ("",))[0] != exit_:
-                return exit_, entry, inside
+                return
             node = self.nodes[follower]
             finishes = is_activation(self.gm, node) or (exit_ in self.weighted_names and is_norm(self.gm, node))
+            finishes = finishes or any(own >> self.order[follower] & 1 for own in self.unit_calls.values())
             if not finishes or not (wider := self.closed_region(entry, follower)):
-                return exit_, entry, inside
+                return
             exit_, inside = follower, wider
 
     def find_whole_calls(self) -> Iterator[_FoundRegion]:
@@ -188,8 +210,9 @@ class _Finder:
                 calls.setdefault(key, (path, []))[1].append(name)
         return list(calls.values())
 
-    def find_drops(self) -> Iterator[_FoundRegion]:
-        """Yield for each addition the operands whose branch has no other reader."""
+    def find_drops(self) -> Iterator[list[_FoundRegion]]:
+        """Yield for each addition the operands whose branch has no other reader. Inputs of the graph stay."""
+        inputs = self.to_bits(name for name, node in self.nodes.items() if node.op == "placeholder")
         for name, node in self.nodes.items():
             operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
             if node.target not in ADDITIONS or len(operands) != 2 or node.kwargs or operands[0] is operands[1]:
@@ -197,11 +220,69 @@ class _Finder:
             for gone, kept in (operands, operands[::-1]):
                 if gone.name not in self.postdominated or kept.name not in self.flow:
                     continue
-                branch = self.postdominated[gone.name]
+                branch = self.postdominated[gone.name] & ~inputs
                 alone = list(self.flow.successors(gone.name)) == [name]
                 same = self.shapes.provably_equal(kept.name, name)
                 if alone and branch & self.weighted and not self.closed_region(kept.name, name) and same:
-                    yield "drop", name, kept.name, branch | self.to_bits([name])
+                    yield [("drop", name, kept.name, branch | self.to_bits([name]))]
+
+    def _find_unit_calls(self) -> dict[tuple[str, str], int]:
+        """Return the nodes that read the branches of a unit as a bit set, by path of its module and call."""
+        owners = {part: path for path, unit in self.units.items() for part in unit.parts}
+        calls: dict[tuple[str, str], int] = {}
+        for name, node in self.nodes.items() if owners else ():
+            paths = {owners.get(join_path(self.island, path)) for path, _ in node_parameters(self.gm, node)}
+            for unit in paths - {None} if name in self.flow else ():
+                inside = (key for key, path in traced_calls(node) if join_path(self.island, path) == unit)
+                call = str(unit), next(inside, "")
+                calls[call] = calls.get(call, 0) | self.to_bits([name])
+        return calls
+
+    def keep_units_whole(self, found: list[list[_FoundRegion]]) -> list[list[_FoundRegion]]:
+        """Leave out, and reject, the regions that contain some branches of a unit and not all of them."""
+        whole: list[list[_FoundRegion]] = []
+        for versions in found:
+            kept = [version for version in versions if self._split_unit(version[3]) is None]
+            split = self._split_unit(versions[-1][3])
+            if kept:
+                whole.append(kept)
+            elif split is not None:
+                self.splitting |= versions[-1][3]
+                self.unproved.append(Rejection(self.make_region(*versions[-1]).name, self._unit_reason(split)))
+        return whole
+
+    def _split_unit(self, inside: int) -> str | None:
+        """Return a unit of which a set of nodes reads some branches and not all of them; None without one."""
+        for (unit, _), own in self.unit_calls.items():
+            beyond = unit != self.island and is_within(self.island, unit)  # others are in other graphs
+            if own & inside and (beyond or own & ~inside):
+                return unit
+        return None
+
+    def _unit_reason(self, unit: str) -> str:
+        return (
+            f"{unit}.{self.units[unit].method}() folds it and other branches into one layer: they go together or stay"
+        )
+
+    def choose_by_layout(self, found: list[list[_FoundRegion]]) -> list[_FoundRegion]:
+        """Choose the longest version of each region whose readers work with the memory layout of its stand-in.
+
+        The last region comes first: a plan may remove it together with the earlier ones.
+        """
+        chosen: list[_FoundRegion] = []
+        later: dict[str, list[str]] = {}
+        for versions in sorted(found, key=lambda versions: -self.order[versions[-1][1]]):
+            conflict = ""
+            for version in reversed(versions):
+                _, exit_, stand_in, _ = version
+                conflict = layout_conflict(self.shapes, exit_, stand_in, later)
+                if not conflict:
+                    chosen.append(version)
+                    later.setdefault(exit_, []).append(stand_in)
+                    break
+            else:
+                self.unproved.append(Rejection(self.make_region(*versions[-1]).name, conflict))
+        return chosen[::-1]
 
     def _note_unproved(self, entry: str, exit_: str, inside: int) -> None:
         if inside & self.weighted:
@@ -243,10 +324,13 @@ class _Finder:
         unproved = {rejection.name for rejection in self.unproved}
         for name in self.members(self.weighted & ~covered):
             layer = join_path(self.island, (self.layers_of(self.to_bits([name])) or [name])[0])
-            if layer not in unproved:
+            if not {layer, self.make_region("bypass", name, name, self.to_bits([name])).name} & unproved:
                 yield Rejection(layer, self._rejection_reason(name))
 
     def _rejection_reason(self, name: str) -> str:
+        bits = self.to_bits([name])
+        if bits & self.splitting and (unit := self._split_unit(bits)) is not None:
+            return self._unit_reason(unit)
         if name not in self.shapes.values:
             return self.shapes.failure or "its output is not one tensor"
         for entry in self.dominators(name):

@@ -1,19 +1,16 @@
-"""Computes the shape of every value of a graph as formulas that hold for all sizes; finds shapes in a program."""
+"""Computes the shape of every value of a graph as formulas that hold for all batch and image sizes."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune.errors import BatchError
-from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, map_tensors, qualified_name
-from fxprune.graph.records import Refusal
+from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, full_precision, map_tensors
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import (
     FakeTensor,
@@ -31,16 +28,22 @@ from fxprune.runtime.torch_internals import (
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, dtype and device of a tensor, without its values."""
+    """Shape, dtype, device and strides of a tensor, without its values; without strides, it is contiguous."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    strides: tuple[int, ...] | None = None
 
 
 def tensor_specs(tree: Any) -> Any:
     """Replace every tensor in nested containers by its `TensorSpec`."""
-    return map_tensors(tree, lambda value: TensorSpec(tuple(value.shape), value.dtype, value.device))
+    return map_tensors(tree, _tensor_spec)
+
+
+def _tensor_spec(value: torch.Tensor) -> TensorSpec:
+    strides = None if value.layout != torch.strided or value.is_contiguous() else value.stride()
+    return TensorSpec(tuple(value.shape), value.dtype, value.device, strides)
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,13 @@ class SymbolicShapes:
         Shape and dtype of each value that is a single tensor, by node name.
     failure : str
         Why the shapes after some node are missing; "" if none are.
+    interpreter : ShapeInterpreter
+        Computed the shapes, and can compute again those that follow a replaced value.
     """
 
     values: Mapping[str, FakeTensor]
     failure: str
+    interpreter: ShapeInterpreter = field(repr=False)
 
     def provably_equal(self, first: str, second: str) -> bool:
         """Whether two values have the same dtype and, for every batch and image size, the same shape."""
@@ -99,7 +105,7 @@ def propagate_symbolic(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mappin
     True
     """
     mode = symbolic_mode()
-    recorder = _SymbolicShapeInterpreter(gm, mode)
+    recorder = ShapeInterpreter(gm, mode)
     failure = ""
     inputs = tree_map_only(TensorSpec, lambda spec: _symbolic_input(mode, spec), (list(args), dict(kwargs)))
     with shapes_only(mode):
@@ -108,7 +114,7 @@ def propagate_symbolic(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mappin
         except Exception as error:  # operations raise all kinds of errors for symbolic sizes
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             failure = f"the shape of {recorder.current!r} could not be followed ({reason[:160]})"
-    return SymbolicShapes(recorder.values, failure)
+    return SymbolicShapes(recorder.values, failure, recorder)
 
 
 def bind_placeholders(gm: fx.GraphModule, args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
@@ -163,8 +169,13 @@ def _describe(arguments: Mapping[str, Any], name: str) -> str:
 
 
 def _symbolic_input(mode: FakeTensorMode, spec: TensorSpec) -> torch.Tensor:
-    """Return a fake tensor in which all sizes are symbols except the channels and, after the batch size, sizes of 1."""
-    real = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+    """Return a fake tensor in which all sizes are symbols except the channels and, after the batch size, sizes of 1.
+
+    It is in float32 if a call under autocast was observed with half precision, because the weights are in float32.
+    """
+    real = full_precision(torch.empty(spec.shape, dtype=spec.dtype, device=spec.device))
+    if spec.strides is not None:
+        real = torch.empty_strided(spec.shape, spec.strides, dtype=real.dtype, device=spec.device)
     rank = len(spec.shape)
     channel = {4: 1, 3: 2, 2: 1, 5: 1}.get(rank, rank)
     dynamic = [dim == 0 or (dim != channel and spec.shape[dim] > 1) for dim in range(rank)]
@@ -175,15 +186,25 @@ _MAX_FORMULA_OPS = 4
 """A size whose formula has more operations is replaced by a new symbol."""
 
 
-class _SymbolicShapeInterpreter(fx.Interpreter):
+class ShapeInterpreter(fx.Interpreter):
     """Runs a graph on fake tensors and keeps the formulas of their sizes short.
 
     A size with a long formula is replaced by a new symbol. Equal formulas get the same symbol. The proofs stay valid,
     because they hold for all values of the new symbol. But equalities between different formulas are no longer found.
+    The order of the dimensions in memory stays.
+
+    Attributes
+    ----------
+    env : dict
+        The value of every node so far.
+    values : dict of str to FakeTensor
+        The values that are a single tensor, by node name.
+    current : str
+        Name of the last node.
     """
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(gm)
+        super().__init__(gm, garbage_collect_values=False)
         self.extra_traceback = False
         self.mode = mode
         self.values: dict[str, FakeTensor] = {}
@@ -191,15 +212,33 @@ class _SymbolicShapeInterpreter(fx.Interpreter):
         self.symbols: dict[Any, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run a node and record its value."""
         self.current = n.name
+        value = self.compute(n)
+        if isinstance(value, FakeTensor):
+            self.values[n.name] = value
+        return value
+
+    def compute(self, node: fx.Node) -> Any:
+        """Compute the value of a node from those in `env`, with short formulas."""
         with defer_interrupts():
-            value = super().run_node(n)
+            value = super().run_node(node)
         if isinstance(value, FakeTensor):
             sizes = [self._shorten(size) for size in value.shape]
             if any(new is not old for new, old in zip(sizes, value.shape, strict=True)):
-                value = torch.empty(sizes, dtype=value.dtype, device=value.device)
-            self.values[n.name] = value
+                strides = self._strides(sizes, value)
+                value = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
         return value
+
+    def _strides(self, sizes: Sequence[Any], value: FakeTensor) -> list[Any]:
+        """Return the strides of a value with other sizes. A value without gaps in memory stays without gaps."""
+        old = list(value.stride())
+        order = sorted(range(len(old)), key=lambda dim: (current_size(old[dim]), -dim))  # innermost first
+        strides, expected, dense = [*old], 1, True
+        for dim in order:
+            dense = dense and (current_size(sizes[dim]) == 1 or current_size(old[dim]) == current_size(expected))
+            strides[dim], expected = expected, expected * sizes[dim]
+        return strides if dense else [self._shorten(stride) for stride in old]
 
     def _shorten(self, size: Any) -> Any:
         if isinstance(size, int) or size_formula(size).count_ops() <= _MAX_FORMULA_OPS:
@@ -208,125 +247,3 @@ class _SymbolicShapeInterpreter(fx.Interpreter):
         if formula not in self.symbols:
             self.symbols[formula] = new_size_symbol(self.mode, current_size(size), f"size_{len(self.symbols)}")
         return self.symbols[formula]
-
-
-def is_shape(node: fx.Node) -> bool:
-    """Whether a node's value is the shape of a tensor, or a slice of it.
-
-    Examples
-    --------
-    >>> graph = fx.symbolic_trace(lambda x: x.shape[1:]).graph
-    >>> [is_shape(node) for node in graph.nodes]
-    [False, True, True, False]
-    """
-    while node.target is operator.getitem and isinstance(node.args[1], slice) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    if node.target is getattr:
-        return bool(node.args[1] == "shape")
-    return bool(node.op == "call_method" and node.target == "size" and len(node.args) == 1 and not node.kwargs)
-
-
-_DECIDED: dict[Any, bool] = {
-    **dict.fromkeys((operator.gt, operator.ge, operator.ne), True),
-    **dict.fromkeys((operator.lt, operator.le, operator.eq), False),
-}
-
-
-def decided_condition(node: fx.Node, in_training: bool = False) -> bool | None:
-    """Return the result of a condition that a program tests, if it is as good as known; None for any other node.
-
-    A comparison of one size of a tensor with 0 or 1 is decided as if the size were at least 2. `torch.compile` and
-    `torch.export` assume the same of sizes that change. The size must be that of a fixed dimension other than 0,
-    counted from the start. Code that runs in train mode only may test ``torch.isfinite(x).all()``,
-    ``torch.isinf(x).any()`` or ``torch.isnan(x).any()``: with `in_training`, values are taken to be finite there.
-
-    Examples
-    --------
-    >>> graph = fx.symbolic_trace(lambda x: x.shape[2] > 1).graph
-    >>> [decided_condition(node) for node in graph.nodes]
-    [None, None, None, True, None]
-    """
-    first = node.args[0] if node.args else None
-    if not isinstance(first, fx.Node):
-        return None
-    if node.target in _DECIDED and len(node.args) == 2:
-        number = node.args[1]
-        return _DECIDED[node.target] if type(number) is int and number in (0, 1) and _is_later_size(first) else None
-    alone = in_training and node.op in ("call_function", "call_method") and len(node.args) == 1 and not node.kwargs
-    return _FINITE.get((_function_name(first), _function_name(node))) if alone else None
-
-
-_FINITE = {("isfinite", "all"): True, ("isinf", "any"): False, ("isnan", "any"): False}
-
-
-def _function_name(node: fx.Node) -> str:
-    return qualified_name(node.target).rpartition(".")[2]
-
-
-def _is_later_size(node: fx.Node) -> bool:
-    """Whether a node's value is a size of a tensor at a dimension of 1 or more."""
-    dim = node.args[1] if len(node.args) == 2 else None
-    if type(dim) is not int or dim < 1 or not isinstance(node.args[0], fx.Node):
-        return False
-    if node.op == "call_method":
-        return node.target == "size"
-    shape = node.args[0]
-    return node.target is operator.getitem and shape.target is not operator.getitem and is_shape(shape)
-
-
-_MOST_DIMENSIONS = 64
-
-
-@dataclass(frozen=True, eq=False)
-class Starred:
-    """One use of a shape after a star, while a module is traced."""
-
-    shape: fx.Proxy
-
-
-class StarredSize:
-    """One of the unknown number of sizes in ``(*x.shape[:-1], 3)``, while a module is traced.
-
-    A starred shape stands for as many of these as a tensor can have dimensions, so that no index from the start
-    reaches what follows. All of them, in order, are the shape again; any other use is refused.
-    """
-
-    __slots__ = ("position", "starred")
-
-    def __init__(self, starred: Starred, position: int) -> None:
-        self.starred, self.position = starred, position
-
-    def refuse(self, *_: Any) -> NoReturn:
-        raise Refusal("uses single values of a starred shape, as in (*x.shape, 1): how many there are is not known")
-
-    __fx_create_arg__ = __getattr__ = __call__ = __bool__ = __index__ = __int__ = __float__ = __iter__ = refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __getitem__ = refuse
-    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = refuse
-    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = refuse
-    __hash__ = object.__hash__
-
-
-def star_shape(shape: fx.Proxy) -> Iterator[StarredSize]:
-    """Return what a starred shape stands for."""
-    starred = Starred(shape)
-    return iter([StarredSize(starred, position) for position in range(_MOST_DIMENSIONS)])
-
-
-def join_starred(values: tuple[Any, ...] | list[Any]) -> Any:
-    """Return a size that contains starred shapes as the sum of these and of the tuples between them.
-
-    Raises
-    ------
-    Refusal
-        If the values contain a part of a starred shape only.
-    """
-    parts: list[Any] = []
-    for starred, group in groupby(values, key=lambda value: value.starred if isinstance(value, StarredSize) else None):
-        members = list(group)
-        if starred is not None and [size.position for size in members] != list(range(_MOST_DIMENSIONS)):
-            members[0].refuse()
-        parts.append(tuple(members) if starred is None else starred.shape)
-    joined = parts[0]
-    for part in parts[1:]:
-        joined = operator.add(joined, part)
-    return joined

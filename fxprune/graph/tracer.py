@@ -23,7 +23,7 @@ from fxprune.graph.operators import (
     static_length,
 )
 from fxprune.graph.records import Refusal
-from fxprune.graph.symbolic_shapes import StarredSize, decided_condition, is_shape, join_starred, star_shape
+from fxprune.graph.traced_sizes import StarredSize, decided_condition, is_shape, join_starred, star_shape
 from fxprune.runtime.contexts import context_states, watch_autocasts
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import tree_map_only

@@ -30,6 +30,7 @@ from fxprune.planning.candidates import build_candidates, build_node_records
 from fxprune.planning.plan import IslandRecord, Totals
 from fxprune.planning.provenance import Provenance
 from fxprune.profiling.flops_params import count_params, group_parameters
+from fxprune.profiling.folded_blocks import saved_by_folding
 from fxprune.profiling.latency import BACKENDS, UNMEASURED, Latency, backend_copy, check_backend, measure_latency
 from fxprune.runtime.distributed import raise_on_all_ranks, run_on_rank_zero
 from fxprune.runtime.options import refuse_removed_keywords
@@ -117,7 +118,8 @@ class Analyzer:
         with raise_on_all_ranks():
             scores = chosen.score(inputs)
         scores = run_on_rank_zero(lambda: scores)
-        groups = group_parameters(captured.adapted.module, captured.graphs)
+        units = [(block.unit.parts, block.params_saved) for block in captured.folded.values()]
+        groups = group_parameters(captured.adapted.module, captured.graphs, units)
         regions, unscored = build_candidates(captured, scores, record, groups, self.latency)
         settings = {
             "model": self.name,
@@ -132,7 +134,7 @@ class Analyzer:
         if self.latency is not UNMEASURED:
             settings["latency"] = {"backend": self.options.latency_backend, **self.latency.settings}
         blocks = sum(region.block for region in regions)
-        params = count_params(captured.adapted.module)
+        params = count_params(captured.adapted.module) - saved_by_folding(captured.folded)[1]
         return Analysis(
             regions=regions,
             rejections=(*captured.rejections, *unscored),
@@ -216,7 +218,9 @@ def analyze(
     Returns
     -------
     Analysis
-        Regions, scores and costs. In several processes (`torch.distributed`), call `analyze` in each with the same
+        Regions, scores and costs. Where a block has a method that folds its branches into one layer after training
+        (`fxprune.profiling.folded_blocks`), its FLOPs and parameters are those after the fold; its latency is measured
+        as it is. In several processes (`torch.distributed`), call `analyze` in each with the same
         model and loader: they share the batches and return the same. Only one process measures the latency.
 
     Raises

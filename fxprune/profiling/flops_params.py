@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,11 +89,14 @@ class _CountingInterpreter(fx.Interpreter):
         return value
 
 
-def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModule]]) -> list[ParameterGroup]:
+def group_parameters(
+    model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModule]], units: Iterable[tuple[Collection[str], int]] = ()
+) -> list[ParameterGroup]:
     """Group a model's parameters by the nodes that read them.
 
     A parameter that a second module holds, and that is read there outside the captured graphs, is in no group: it is
-    never removed.
+    never removed. `units` are paths of parameters that are removed together, with the number of values that do not
+    count.
 
     Examples
     --------
@@ -104,6 +107,7 @@ def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModul
     readers: dict[int, dict[NodeName, None]] = {}
     read: dict[int, set[tuple[int, str]]] = {}
     sizes: dict[int, int] = {}
+    names: dict[int, set[str]] = {}
     for island, gm in graphs:
         for node in gm.graph.nodes:
             for path, parameter in node_parameters(gm, node):
@@ -111,13 +115,22 @@ def group_parameters(model: nn.Module, graphs: Iterable[tuple[str, fx.GraphModul
                 readers.setdefault(id(parameter), {})[island, node.name] = None
                 read.setdefault(id(parameter), set()).add((id(model.get_submodule(owner)), name))
                 sizes[id(parameter)] = parameter.numel()
+                names.setdefault(id(parameter), set()).add(join_path(island, path))
     everywhere: dict[int, set[tuple[int, str]]] = {}
     for module in model.modules():  # a module with several paths comes once
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             everywhere.setdefault(id(parameter), set()).add((id(module), name))
+    removable = [key for key in readers if everywhere.get(key, set()) <= read[key]]
+    for paths, uncounted in units:
+        first, *others = [key for key in removable if names[key].issubset(paths)] or [0]
+        for key in others:
+            readers[first] |= readers[key]
+            sizes[first] += sizes[key]
+            removable.remove(key)
+        sizes[first] = sizes.get(first, 0) - uncounted
     groups: dict[tuple[NodeName, ...], int] = {}
     for key, nodes in readers.items():
-        if everywhere.get(key, set()) <= read[key]:
+        if key in removable:
             groups[tuple(nodes)] = groups.get(tuple(nodes), 0) + sizes[key]
     return [ParameterGroup(params, nodes) for nodes, params in groups.items()]
 

@@ -60,6 +60,7 @@ __all__ = [
     "shapes_only",
     "size_formula",
     "symbolic_mode",
+    "traced_calls",
     "tree_flatten",
     "tree_leaves",
     "tree_map_only",
@@ -128,6 +129,14 @@ def layer_methods(layer: nn.Module) -> list[Callable[..., Any]]:
 def saved_tensor_hooks() -> Any:
     """Return the hooks that pack tensors for the backward pass now, or None. Needed because torch has only setters."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def traced_calls(node: fx.Node) -> list[tuple[str, str]]:
+    """Return key and path of the module calls in which `torch.fx` traced a node, outermost first.
+
+    Needed because a graph has no other record of the modules that were traced into. Each call has its own key.
+    """
+    return [(str(key), str(path)) for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items()]
 
 
 # Symbolic shapes -----------------------------------------------------------------------------------------------------

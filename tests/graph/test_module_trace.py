@@ -143,7 +143,8 @@ def test_argument_that_differs_between_calls_of_one_batch_is_no_constant() -> No
 
     model = Twice()
     wanted = model(image_batch())
-    captured, islands, _ = capture_islands(copy.deepcopy(model), lambda network: network(image_batch()), True)
+    captured = copy.deepcopy(model)
+    islands, _ = capture_islands(captured, [lambda network: network(image_batch())], True)
     assert [(island.name, dict(island.constants)) for island in islands] == [("part", {"both": False, "mask": None})]
     assert torch.equal(captured(image_batch()), wanted)
 

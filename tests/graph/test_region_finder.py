@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from typing import Any
 
 import networkx as nx
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional
 
 import fxprune
 from fxprune.errors import NoRegionError
 from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, node_parameters, value_graph
 from fxprune.graph.module_trace import Traced, trace_module
+from fxprune.graph.records import Region
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import SymbolicShapes, propagate_symbolic, tensor_specs
 from fxprune.profiling.flops_params import group_parameters
@@ -205,3 +209,35 @@ class _Shapes(fx.Interpreter):
         if isinstance(value, torch.Tensor):
             self.shapes[n.name] = value.shape
         return value
+
+
+class TwoInputs(nn.Module):
+    """The sum of two branches, each of an input of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(2, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.head(self.left(first) + self.right(functional.relu(second)))
+
+
+def _score_of(kept: str, region: Region, modules: Mapping[str, nn.Module]) -> float:
+    return float(region.name == kept)
+
+
+def test_dropped_branch_leaves_the_input_that_only_it_reads() -> None:
+    model, batch = TwoInputs(), (torch.rand(2, 3, 8, 8), torch.rand(2, 2, 8, 8))
+    for name in ("left", "right"):
+        analysis = fxprune.analyze(
+            model,
+            [batch],
+            loss=lambda network, pair: network(*pair).square().mean(),
+            criterion=partial(_score_of, name),
+        )
+        assert {region.name for region in analysis.regions} == {"left", "right"}
+        pruned = fxprune.apply(model, analysis.plan(1e-6, cost="blocks"))
+        kept = model.left(batch[0]) if name == "left" else model.right(functional.relu(batch[1]))
+        torch.testing.assert_close(pruned(*batch), model.head(kept))
+        with pytest.raises(TypeError):
+            pruned(batch[0])  # it still takes both

@@ -151,6 +151,13 @@ def test_layer_methods() -> None:
     assert [method.__name__ for method in internals.layer_methods(nn.Linear(2, 2))] == ["forward"]
 
 
+def test_traced_calls() -> None:
+    block = nn.Sequential(nn.ReLU())
+    once, again = map(internals.traced_calls, list(fx.symbolic_trace(nn.Sequential(block, block)).graph.nodes)[1:3])
+    assert [path for _, path in once] == [path for _, path in again] == ["0", "0.0"], changed("traced_calls", "paths")
+    assert once[0][0] != again[0][0], changed("traced_calls", "each call has its own key")
+
+
 # Symbolic shapes -----------------------------------------------------------------------------------------------------
 
 

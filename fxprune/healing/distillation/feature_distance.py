@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.adapters.protocol import Batch
+from fxprune.graph.fx_utils import full_precision
 from fxprune.graph.operators import channel_dim, is_norm_layer, to_rows
 from fxprune.healing.saliency import Maps, flip_maps
 from fxprune.healing.teacher_student import FeatureRecorder, TeacherStudent
@@ -61,7 +62,9 @@ class FeatureDistance:
         for (name, call), values in teacher.values.items():
             maps = saliency.get((name, call), ()) if saliency is not None else ()
             for number, (old, new) in enumerate(zip(values, student.values[name, call], strict=True)):
-                squares = (new - old).square().sum(channel_dim(self.pair.student.get_submodule(name), old))
+                squares = (
+                    full_precision(new - old).square().sum(channel_dim(self.pair.student.get_submodule(name), old))
+                )
                 weights = maps[number] if number < len(maps) else None
                 if weights is not None and weights[which].shape == squares.shape:
                     weights = weights if mirrored is None else flip_maps(weights, mirrored)

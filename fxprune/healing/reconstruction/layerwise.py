@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.adapters.protocol import Batch
+from fxprune.graph.fx_utils import full_precision
 from fxprune.graph.operators import channel_dim
 from fxprune.healing.reconstruction.least_squares import Fit, LayerRows
 from fxprune.healing.reconstruction.lockstep import Rendezvous, run_lockstep
@@ -125,6 +126,7 @@ class _LayerwisePass:
             return {("pruned", index): values["original", index] for index in numbers}
         self.exchange_errors()
         self.progress(name)
+        values = {run: tuple(map(full_precision, pair)) for run, pair in values.items()}
         if any(name == term.observed_at for term in self.residual_operands.values()):
             self.observed[name] = values
         inputs, outputs = ([values["pruned", index][part] for index in numbers] for part in (0, 1))
