@@ -149,6 +149,7 @@ def trace_module(
     opaque: Collection[str],
     fixed_opaque: bool = False,
     constants: Mapping[str, Any] = MappingProxyType({}),
+    identities: Collection[str] = (),
 ) -> Traced | Untraced:
     """Trace a module whose graph is the same in train and in eval mode.
 
@@ -166,6 +167,8 @@ def trace_module(
     constants : mapping of str to object
         Values of arguments that are constants in the graph, from `constant_arguments`. The graph takes these arguments
         and does not read them.
+    identities : collection of str
+        Paths of modules that return an argument. They are no nodes of the graph.
 
     Returns
     -------
@@ -177,7 +180,8 @@ def trace_module(
     reasons = dict.fromkeys(opaque, "")
     while True:  # every failure makes one more class opaque
         try:
-            gm = _trace_both_modes(module, frozenset(reasons), constants)
+            options = _TraceOptions(frozenset(reasons), constants, frozenset(identities))
+            gm = _trace_both_modes(module, options)
         except _TraceFailure as failure:
             if failure.path == "":
                 return Untraced(failure.reason)
@@ -223,15 +227,24 @@ class _Trace:
         return self.tracer.owners.get(list(self.graph.nodes)[position].name, "")
 
 
-def _trace_both_modes(module: nn.Module, opaque: frozenset[str], constants: Mapping[str, Any]) -> fx.GraphModule:
+@dataclass(frozen=True)
+class _TraceOptions:
+    """Options of a `FunctionalTracer`."""
+
+    opaque: frozenset[str]
+    constants: Mapping[str, Any]
+    identities: frozenset[str]
+
+
+def _trace_both_modes(module: nn.Module, options: _TraceOptions) -> fx.GraphModule:
     """Trace in train and in eval mode. Raises `_TraceFailure` if one of them fails or the graphs differ."""
     with preserve_state(module):  # a forward may write attributes and buffers
-        return _compare_modes(module, opaque, constants)
+        return _compare_modes(module, options)
 
 
-def _compare_modes(module: nn.Module, opaque: frozenset[str], constants: Mapping[str, Any]) -> fx.GraphModule:
+def _compare_modes(module: nn.Module, options: _TraceOptions) -> fx.GraphModule:
     modes = {part: part.training for part in module.modules()}
-    trace = partial(_trace_once, module, opaque, constants)
+    trace = partial(_trace_once, module, options)
     try:
         module.train()
         trained = trace()
@@ -250,15 +263,13 @@ def _compare_modes(module: nn.Module, opaque: frozenset[str], constants: Mapping
     gm = _make_graph_module(module, merged)
     gm.meta[TRACED_MODULES] = list(merged.tracer.traced_modules)
     gm.meta[TRACED_CALL] = merged.tracer.call
-    gm.meta[CONSTANT_ARGUMENTS] = dict(constants)
+    gm.meta[CONSTANT_ARGUMENTS] = dict(options.constants)
     return gm
 
 
-def _trace_once(
-    module: nn.Module, opaque: frozenset[str], constants: Mapping[str, Any], switches: Switches = MappingProxyType({})
-) -> _Trace:
+def _trace_once(module: nn.Module, options: _TraceOptions, switches: Switches = MappingProxyType({})) -> _Trace:
     """Trace in the present modes. The module keeps no attribute that the trace adds."""
-    tracer = FunctionalTracer(opaque, constants, switches)
+    tracer = FunctionalTracer(options.opaque, options.constants, switches, options.identities)
     before = set(vars(module))
     try:
         with preserve_state(module, _holds_proxy):  # what is left, a counter for example, shows in the graph

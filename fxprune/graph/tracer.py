@@ -127,6 +127,8 @@ class FunctionalTracer(fx.Tracer):
         Values of arguments that are constants in the trace, see `fxprune.graph.module_trace.constant_arguments`.
     switches : Switches
         Arguments of nodes that are read from the mode of the module whose forward creates the node.
+    identities : collection of str
+        Paths of modules that return an argument. Their output is that argument, not a new value.
 
     Attributes
     ----------
@@ -156,9 +158,10 @@ class FunctionalTracer(fx.Tracer):
         opaque: frozenset[str] = frozenset(),
         constants: Mapping[str, Any] = MappingProxyType({}),
         switches: Switches = MappingProxyType({}),
+        identities: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.opaque, self.constants, self.switches = opaque, constants, switches
+        self.opaque, self.constants, self.switches, self.identities = opaque, constants, switches, identities
         self.ordinals: dict[str, int] = {}
         self._decided: list[fx.Node] = []
         self.failed_module: str | None = None
@@ -189,6 +192,8 @@ class FunctionalTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node: opaque, in `LEAF_MODULES`, or a layer of torch.nn itself."""
+        if module_qualified_name in self.identities:
+            return False
         if module_qualified_name in self.opaque or any(name in LEAF_MODULES for name in class_names(m)):
             return True
         return super().is_leaf_module(m, module_qualified_name)

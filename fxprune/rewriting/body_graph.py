@@ -7,6 +7,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx, nn
@@ -64,6 +65,11 @@ def nodes_in(values: Any) -> list[fx.Node]:
     return [node for value in values for node in nodes_in(value)]
 
 
+def is_made_tensor(node: fx.Node) -> bool:
+    """Whether a node reads a tensor that the program made while it was traced. `torch.fx` gives it this name."""
+    return node.op == "get_attr" and str(node.target).rpartition(".")[2].startswith("_tensor_constant")
+
+
 def produced_values(call: TracedCall, inlined: Collection[str] = ()) -> set[str]:
     """Return the names of the values that a module's own forward computes or gets from its children.
 
@@ -110,7 +116,12 @@ def received_values(call: TracedCall) -> set[str]:
     return {node.name for node in nodes_in(call.args) + nodes_in(call.kwargs)}
 
 
-def build_body(root: nn.Module, call: TracedCall, inlined: Collection[str] = ()) -> Body:
+def build_body(
+    root: nn.Module,
+    call: TracedCall,
+    inlined: Collection[str] = (),
+    constants: Mapping[str, Any] = MappingProxyType({}),
+) -> Body:
     """Build the graph of one module's own forward.
 
     Parameters
@@ -121,6 +132,8 @@ def build_body(root: nn.Module, call: TracedCall, inlined: Collection[str] = ())
         A call of a module below it, or of itself.
     inlined : collection of str
         Paths of modules below it whose forwards become part of the graph. Other children are one node each.
+    constants : mapping of str to object
+        Arguments of `root` that are constants in the larger graph.
 
     Returns
     -------
@@ -132,15 +145,17 @@ def build_body(root: nn.Module, call: TracedCall, inlined: Collection[str] = ())
         If the forward reads a value that it neither receives nor computes, or takes or returns a container of a class
         that a graph cannot hold.
     """
-    return _Builder(root, call, inlined).build()
+    return _Builder(root, call, inlined, constants).build()
 
 
 _STARS: Mapping[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 class _Builder:
-    def __init__(self, root: nn.Module, call: TracedCall, inlined: Collection[str]) -> None:
-        self.root, self.call, self.inlined = root, call, inlined
+    def __init__(
+        self, root: nn.Module, call: TracedCall, inlined: Collection[str], constants: Mapping[str, Any]
+    ) -> None:
+        self.root, self.call, self.inlined, self.constants = root, call, inlined, constants
         self.module = root.get_submodule(call.path)
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
@@ -158,6 +173,9 @@ class _Builder:
     def _copy_placeholders(self) -> None:
         for node in self.call.args:
             self.nodes[node.name] = self.graph.node_copy(node)
+        for node in self.call.args:
+            if node.target in self.constants:
+                self._check(self.nodes[node.name], self.constants[node.target])
 
     def _make_placeholders(self) -> None:
         """Add a placeholder for each parameter of the forward, and check arguments that were constants."""
@@ -179,8 +197,12 @@ class _Builder:
             elif not stars:
                 constants.append((node, value))
         for node, value in constants:
-            if _is_plain_constant(value):
-                self.graph.call_function(check_constant, (node, value, str(node.target)))
+            self._check(node, value)
+
+    def _check(self, node: fx.Node, value: Any) -> None:
+        """Add a check of an argument that is a constant in the graph."""
+        if value is None or isinstance(value, (bool, int, float, str)):
+            self.graph.call_function(check_constant, (node, value, str(node.target)))
 
     def _bind(self, node: fx.Node, value: Any) -> None:
         """Note which values a node of the new graph holds."""
@@ -211,7 +233,7 @@ class _Builder:
             return
         args, kwargs = self._translate(node.args), self._translate(node.kwargs)
         target = node.target
-        if node.op in ("call_module", "get_attr"):
+        if node.op in ("call_module", "get_attr") and not is_made_tensor(node):
             target = self._path_below(str(node.target), node.op)
         new = self.graph.create_node(node.op, target, args, kwargs, node.name, node.type)
         new.meta = {key: value for key, value in node.meta.items() if key != "nn_module_stack"}
@@ -273,10 +295,6 @@ class _Builder:
 
 def _depends_on_constants(node: fx.Node) -> bool:
     return all(source.op == "get_attr" for source in node.all_input_nodes)
-
-
-def _is_plain_constant(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 _CONTAINERS = (tuple, list, dict, OrderedDict, immutable_list, immutable_dict)

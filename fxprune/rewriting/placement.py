@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
-from fxprune.graph.fx_utils import INPLACE_ORIGIN, OVERWRITES, graph_structure, is_within, join_path
+from fxprune.graph.fx_utils import (
+    CONSTANT_ARGUMENTS,
+    INPLACE_ORIGIN,
+    OVERWRITES,
+    get_attribute,
+    graph_structure,
+    is_within,
+    join_path,
+)
 from fxprune.graph.operators import may_be_overwritten
 from fxprune.graph.records import Region
 from fxprune.graph.tracer import TracedCall
@@ -15,7 +24,14 @@ from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.concat import NARROWED_WEIGHTS
 from fxprune.passes.in_place import reinplace
 from fxprune.passes.pipeline import simplify
-from fxprune.rewriting.body_graph import BodyError, build_body, children_to_inline, nested_calls, produced_values
+from fxprune.rewriting.body_graph import (
+    BodyError,
+    build_body,
+    children_to_inline,
+    is_made_tensor,
+    nested_calls,
+    produced_values,
+)
 from fxprune.rewriting.places import Place, PlaceFinder
 from fxprune.rewriting.pruned_module import PrunedModule
 from fxprune.rewriting.whole_graph import IslandRewriter, SimplifiedGraph
@@ -225,9 +241,10 @@ class _Edits:
         self, call: TracedCall, module: nn.Module, inlined: set[str], regions: Sequence[Region]
     ) -> tuple[set[str], fx.GraphModule]:
         """Return the targets of a module's own graph before the removal, and the graph after it."""
-        body = build_body(self.module, call, inlined)
-        before = {str(node.target) for node in body.graph.nodes if node.op in ("call_module", "get_attr")}
+        body = build_body(self.module, call, inlined, self.rewriter.traced.meta[CONSTANT_ARGUMENTS])
+        self._add_made_tensors(module, body.graph)
         gm = fx.GraphModule(module, body.graph)
+        before = _read_paths(gm)
         gm.training = module.training
         names = {name: node.name for name, node in body.nodes.items()}
         produced = produced_values(call, inlined)
@@ -241,9 +258,18 @@ class _Edits:
         reinplace(gm)
         return before, gm
 
+    def _add_made_tensors(self, module: nn.Module, graph: fx.Graph) -> None:
+        """Give a module the tensors that its program made while it was traced, as buffers that are not saved."""
+        for node in graph.nodes:
+            name = str(node.target)
+            if is_made_tensor(node) and not hasattr(module, name):
+                value = getattr(self.rewriter.traced, name)
+                module.register_buffer(name, value, persistent=False)
+                self.undos.append(lambda name=name: delattr(module, name))  # type: ignore[misc]
+
     def _prune_parts(self, new: PrunedModule, before: set[str], gm: fx.GraphModule) -> None:
         """Remove from a module what its new graph no longer reads, and put narrowed layers in."""
-        after = {str(node.target) for node in gm.graph.nodes if node.op in ("call_module", "get_attr")}
+        after = _read_paths(gm)
         narrowed = {target for target in after if any(is_within(key, target) for key in gm.meta[NARROWED_WEIGHTS])}
         gone = {target for target in before - after if not any(is_within(other, target) for other in after)}
         for target in narrowed:
@@ -295,6 +321,16 @@ class _Edits:
                 self.undos.append(lambda layer=layer: setattr(layer, "inplace", True))  # type: ignore[misc]
             elif not in_graph:
                 raise BodyError(f"{node.name!r} overwrites a value that others read")
+
+
+def _read_paths(gm: fx.GraphModule) -> set[str]:
+    """Return the paths of the modules that a graph calls and of the tensors that it reads."""
+    return {
+        str(node.target)
+        for node in gm.graph.nodes
+        if node.op == "call_module"
+        or (node.op == "get_attr" and isinstance(get_attribute(gm, str(node.target)), torch.Tensor))
+    }
 
 
 def _restore_children(owner: nn.Module, entries: Mapping[str, nn.Module]) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
 from fxprune.errors import PlanError
 from fxprune.graph.channels import channels_of
-from fxprune.graph.fx_utils import SINK, SOURCE, graph_structure, value_graph
+from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, SINK, SOURCE, get_attribute, graph_structure, value_graph
+from fxprune.graph.module_trace import Untraced, trace_module
 from fxprune.graph.records import Region
-from fxprune.graph.tracer import TRACED_CALL, FunctionalTracer, TracedCall
+from fxprune.graph.tracer import TRACED_CALL, TracedCall
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.concat import NARROWED_WEIGHTS, contiguous_values
 from fxprune.passes.dead_code import remove_dead_code
 from fxprune.passes.pipeline import simplify
-from fxprune.rewriting.body_graph import nested_calls
+from fxprune.rewriting.body_graph import is_made_tensor, nested_calls
+from fxprune.rewriting.pruned_module import PassThrough
 from fxprune.rewriting.verification import verify_graph
 
 
@@ -125,25 +128,41 @@ class IslandRewriter:
         wanted : SimplifiedGraph
             Output of `rewrite`.
         """
-        tracer = _RewrittenTracer(self.opaque, frozenset(identities))
-        try:
-            graph = tracer.trace(module)
-        except Exception:  # a forward can raise any error when a part of it is gone
+        if "" in identities:
+            return _returns_argument(wanted.gm, module)
+        constants = self.traced.meta[CONSTANT_ARGUMENTS]
+        traced = trace_module(module, self.opaque, fixed_opaque=True, constants=constants, identities=identities)
+        if isinstance(traced, Untraced):
             return False
-        found = simplified(module, graph, self.channels, self.model)
-        same = graph_structure(found.gm.graph) == graph_structure(wanted.gm.graph)
+        found = simplified(traced.gm, traced.gm.graph, self.channels, self.model)
+        same = _comparable(found.gm) == _comparable(wanted.gm)
         return same and not found.narrowed and found.spared <= self.spared_before
 
 
-class _RewrittenTracer(FunctionalTracer):
-    """A tracer that sees through identities: their output is their input, not a new value."""
+def _comparable(gm: fx.GraphModule) -> list[Any]:
+    """Return the structure of a graph. Tensors that its program makes appear by value: their names may differ."""
+    rows = zip(gm.graph.nodes, graph_structure(gm.graph), strict=True)
+    return [
+        ("get_attr", repr(get_attribute(gm, str(node.target)).tolist())) if is_made_tensor(node) else row
+        for node, row in rows
+    ]
 
-    def __init__(self, opaque: frozenset[str], identities: frozenset[str]) -> None:
-        super().__init__(opaque)
-        self.identities = identities
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.identities and super().is_leaf_module(m, module_qualified_name)
+def _returns_argument(gm: fx.GraphModule, module: nn.Module) -> bool:
+    """Whether a graph does what an identity or a `PassThrough` does: it returns one of its arguments."""
+    *arguments, output = gm.graph.nodes
+    position = module.position if isinstance(module, PassThrough) else 0
+    form = module.form if isinstance(module, PassThrough) else None
+    value: Any = output.args[0]
+    if form is not None:
+        if not isinstance(value, (tuple, list)) or len(value) != len(form):
+            return False
+        others = [item for item, slot in zip(value, form, strict=True) if slot != PassThrough.SLOT]
+        constants = [slot for slot in form if slot != PassThrough.SLOT]
+        same = others == constants and isinstance(value, type(form))
+        value = value[form.index(PassThrough.SLOT)] if same else None
+    placeholders = all(node.op == "placeholder" for node in arguments)
+    return placeholders and position < len(arguments) and value is arguments[position]
 
 
 def check_nodes(removed: Sequence[Region], gm: fx.GraphModule) -> None:
