@@ -248,18 +248,30 @@ def _trace_both_modes(module: nn.Module, opaque: frozenset[str], constants: Mapp
 def _trace_once(
     module: nn.Module, opaque: frozenset[str], constants: Mapping[str, Any], switches: Switches = MappingProxyType({})
 ) -> _Trace:
-    """Trace in the present modes. The module keeps no attribute that the trace adds."""
+    """Trace in the present modes. The module keeps its buffers, and no attribute that the trace adds."""
     tracer = FunctionalTracer(opaque, constants, switches)
     before = set(vars(module))
+    buffers = {path: (value, value.detach().clone()) for path, value in module.named_buffers()}
     try:
         graph = tracer.trace(module)
-        made = {name: value for name, value in vars(module).items() if name not in before}
-        return _Trace(graph, tracer, {name: value for name, value in made.items() if isinstance(value, torch.Tensor)})
     except Exception as error:  # a forward can raise any error on symbolic values
         raise _TraceFailure(tracer.failed_module or "", _describe_failure(error)) from error
     finally:
-        for name in set(vars(module)) - before:
+        made = {name: value for name, value in vars(module).items() if name not in before}
+        for name in made:
             delattr(module, name)
+        overwritten = [path for path, values in buffers.items() if not _same_values(*values)]
+        with torch.no_grad():
+            for path in overwritten:
+                buffers[path][0].copy_(buffers[path][1])
+    for path in overwritten:  # which the graph would not do
+        owner, _, buffer = path.rpartition(".")
+        raise _TraceFailure(owner, f"its forward overwrites its buffer {buffer!r}")
+    return _Trace(graph, tracer, {name: value for name, value in made.items() if isinstance(value, torch.Tensor)})
+
+
+def _same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
 def find_switches(trained: fx.Graph, evaluated: fx.Graph) -> Switches:
