@@ -268,19 +268,29 @@ def _compare_modes(module: nn.Module, options: _TraceOptions) -> fx.GraphModule:
 
 
 def _trace_once(module: nn.Module, options: _TraceOptions, switches: Switches = MappingProxyType({})) -> _Trace:
-    """Trace in the present modes. The module keeps no attribute that the trace adds."""
+    """Trace in the present modes. The module keeps its buffers, and no attribute that the trace adds."""
     tracer = FunctionalTracer(options.opaque, options.constants, switches, options.identities)
     before = set(vars(module))
+    buffers = {path: (value, value.detach().clone()) for path, value in module.named_buffers()}
+    overwritten: list[str] = []
     try:
         with preserve_state(module, _holds_proxy):  # what is left, a counter for example, shows in the graph
             graph = tracer.trace(module)
-        made = {name: value for name, value in vars(module).items() if name not in before}
-        return _Trace(graph, tracer, {name: value for name, value in made.items() if isinstance(value, torch.Tensor)})
+            overwritten += [path for path, values in buffers.items() if not _same_values(*values)]
     except Exception as error:  # a forward can raise any error on symbolic values
         raise _TraceFailure(tracer.failed_module or "", _describe_failure(error)) from error
     finally:
-        for name in set(vars(module)) - before:
+        made = {name: value for name, value in vars(module).items() if name not in before}
+        for name in made:
             delattr(module, name)
+    for path in overwritten:  # which the graph would not do
+        owner, _, buffer = path.rpartition(".")
+        raise _TraceFailure(owner, f"its forward overwrites its buffer {buffer!r}")
+    return _Trace(graph, tracer, {name: value for name, value in made.items() if isinstance(value, torch.Tensor)})
+
+
+def _same_values(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool(((first == second) | ((first != first) & (second != second))).all())
 
 
 def _holds_proxy(value: Any) -> bool:

@@ -33,7 +33,7 @@ from fxprune.rewriting.body_graph import (
     produced_values,
 )
 from fxprune.rewriting.places import Place, PlaceFinder
-from fxprune.rewriting.pruned_module import PrunedModule
+from fxprune.rewriting.pruned_module import PrunedModule, plain_attributes
 from fxprune.rewriting.whole_graph import IslandRewriter, SimplifiedGraph
 
 MAX_ROUNDS = 20
@@ -156,6 +156,7 @@ class _Edits:
             if new is None:
                 self._leave_out(path)
             else:
+                vars(new).update(plain_attributes(self.module.get_submodule(path)))
                 self._replace(path, new)
         for path in sorted(groups, key=lambda path: (-path.count(".") if path else 1, path)):
             self._make_graph(path, *groups[path])

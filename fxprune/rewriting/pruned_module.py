@@ -166,6 +166,7 @@ class PrunedModule(fx.GraphModule):
         return list(self.__getstate__().items())
 
 
+_MODULE_STATE = frozenset(vars(nn.Module())) | {"forward", "meta"}
 _ROWS = "graph_rows"
 _BLANK = fx.GraphModule(nn.Module(), fx.Graph())
 _GRAPH_STATE = frozenset(vars(_BLANK)) - frozenset(vars(nn.Module())) - {"meta"} | {
@@ -186,6 +187,23 @@ def _blank(name: str, kind: type[nn.Module]) -> PrunedModule:
 def _copy_registry(value: Any) -> Any:
     """Copy the dictionaries and sets in which a module keeps its parts, hooks and tensors."""
     return value.copy() if isinstance(value, (dict, set)) else value
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the public attributes of a module that hold no tensors, modules or methods of it.
+
+    Code around a removed block may read them, as ultralytics reads the indices of the inputs of each layer.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.f = -1
+    >>> plain_attributes(layer)
+    {'in_features': 2, 'out_features': 2, 'f': -1}
+    """
+    values = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE and not key.startswith("_")}
+    unfit = (torch.Tensor, nn.Module, MethodType)
+    return {key: value for key, value in values.items() if not isinstance(value, unfit) and not _holds_modules(value)}
 
 
 def _holds_modules(value: Any) -> bool:

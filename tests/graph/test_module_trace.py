@@ -278,6 +278,33 @@ def test_tensor_that_differs_at_every_call_makes_no_graph() -> None:
     assert isinstance(trace_module(Noisy(), ()), Untraced)
 
 
+class CountingNorm(nn.Module):
+    """A norm of its own that counts its calls in train mode, as batch norms do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.calls: Tensor
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls.add_(1)
+        return functional.batch_norm(x, None, None, self.weight, training=True)
+
+
+def test_module_that_overwrites_a_buffer_stays_one_node_and_keeps_it() -> None:
+    model = nn.Sequential(conv(3), CountingNorm(), conv(3)).train()
+    for _ in range(2):
+        found = trace_module(model, ())
+        assert isinstance(found, Traced)
+        assert found.opaque == {"1": "its forward overwrites its buffer 'calls'"}
+        assert int(model.get_buffer("1.calls")) == 0
+    traced(model)(image_batch())
+    assert int(model.get_buffer("1.calls")) == 1
+    assert isinstance(trace_module(CountingNorm(), ()), Untraced)
+
+
 # Fingerprints --------------------------------------------------------------------------------------------------------
 
 
