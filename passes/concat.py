@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from fxprune.graph.channels import call_nodes, concatenated_values, input_convolutions, split_count
+from fxprune.capture.channels import call_nodes, concatenated_values, input_convolutions, split_count
 from fxprune.graph.fx_utils import join_path, tied_tensors
 from fxprune.graph.operators import ADDITIONS
 
@@ -31,7 +31,7 @@ def deduplicate_concat(gm: fx.GraphModule, channels: Mapping[str, int], model: n
     gm : GraphModule
         Rewritten in place; narrowed layers are copies. ``gm.meta[NARROWED_WEIGHTS]`` lists the narrowed weights.
     channels : mapping of str to int
-        Number of channels of the values, by node name; see `fxprune.graph.channels.channels_of`.
+        Number of channels of the values, by node name; see `fxprune.capture.channels.channels_of`.
     model : Module, optional
         The model that contains the graph. Weights shared with other parts of it stay.
 
@@ -103,7 +103,7 @@ def collapse_split_concat(gm: fx.GraphModule, contiguous: Collection[str] = ()) 
     ...     def forward(self, x):
     ...         first, second = x.split((2, 4), 1)
     ...         return self.conv(torch.cat([first, second], 1))
-    >>> from fxprune.graph.tracer import FunctionalTracer
+    >>> from fxprune.capture.tracer import FunctionalTracer
     >>> root = Split()
     >>> collapse_split_concat(fx.GraphModule(root, FunctionalTracer().trace(root))).modified
     True

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fxprune.graph.channels import CONVOLUTIONS, call_nodes
+from fxprune.capture.channels import CONVOLUTIONS, call_nodes
 from fxprune.graph.fx_utils import class_names
 from fxprune.passes.dead_code import remove_dead_code
 from fxprune.runtime.torch_internals import has_forward_hooks

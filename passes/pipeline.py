@@ -22,7 +22,7 @@ def simplify(
     gm : GraphModule
         Functional; rewritten in place.
     channels : mapping of str to int
-        Number of channels of the values, by node name; see `fxprune.graph.channels.channels_of`.
+        Number of channels of the values, by node name; see `fxprune.capture.channels.channels_of`.
     model : Module
         The model that contains the graph. Weights shared with other parts of it stay.
     contiguous : collection of str

@@ -9,8 +9,8 @@ from torch import nn
 
 from fxprune.adapters.calls import AdaptedModel
 from fxprune.adapters.protocol import Batch
+from fxprune.capture.islands import Run, capture_islands
 from fxprune.errors import ModelError, NoRegionError
-from fxprune.graph.capture import Run, capture_islands
 from fxprune.graph.interpreters import Graphs, NodeName
 from fxprune.graph.records import Island, Region, Rejection
 from fxprune.graph.region_finder import find_regions

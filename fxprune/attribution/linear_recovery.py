@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.attribution.recorder import StandInInterpreter
-from fxprune.graph.channels import concatenated_values, input_convolutions
+from fxprune.capture.channels import concatenated_values, input_convolutions
 from fxprune.graph.fx_utils import class_names, full_precision
 from fxprune.graph.interpreters import NodeName
 from fxprune.graph.operators import ADDITIONS

@@ -10,9 +10,9 @@ import torchvision
 from torch import fx, nn
 
 from fxprune.adapters.registry import rewrap_like, unwrap
+from fxprune.capture.module_trace import Traced, Untraced, trace_module
 from fxprune.errors import PlanError, warn_user
 from fxprune.graph.fx_utils import fingerprint, is_within, join_path
-from fxprune.graph.module_trace import Traced, Untraced, trace_module
 from fxprune.planning.plan import IslandRecord, Plan
 from fxprune.rewriting.history import attach_history, narrowing_savings, raw_plans, structural_changes
 from fxprune.rewriting.placement import remove_regions

@@ -13,9 +13,10 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from fxprune.capture.tracer import TracedCall
 from fxprune.graph.fx_utils import check_constant, is_within, join_path
 from fxprune.graph.records import Region
-from fxprune.graph.tracer import TracedCall
+from fxprune.runtime.torch_internals import MADE_TENSOR
 
 
 class BodyError(Exception):
@@ -67,7 +68,7 @@ def nodes_in(values: Any) -> list[fx.Node]:
 
 def is_made_tensor(node: fx.Node) -> bool:
     """Whether a node reads a tensor that the program made while it was traced. `torch.fx` gives it this name."""
-    return node.op == "get_attr" and str(node.target).rpartition(".")[2].startswith("_tensor_constant")
+    return node.op == "get_attr" and str(node.target).rpartition(".")[2].startswith(MADE_TENSOR)
 
 
 def produced_values(call: TracedCall, inlined: Collection[str] = ()) -> set[str]:

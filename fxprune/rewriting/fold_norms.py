@@ -8,10 +8,10 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.adapters.registry import rewrap_like, unwrap
+from fxprune.capture.channels import trace_leaf
+from fxprune.capture.tracer import FunctionalTracer
 from fxprune.errors import ModelError
-from fxprune.graph.channels import trace_leaf
 from fxprune.graph.fx_utils import graph_structure
-from fxprune.graph.tracer import FunctionalTracer
 from fxprune.passes.fold_batchnorm import fold_batchnorm, foldable_pairs, folded_convolution
 from fxprune.rewriting.history import traced_islands
 from fxprune.rewriting.pruned_module import PrunedModule, called_layers

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.adapters.registry import unwrap
+from fxprune.capture.module_trace import Traced, trace_module
 from fxprune.errors import ModelError
 from fxprune.graph.fx_utils import graph_structure, is_within
-from fxprune.graph.module_trace import Traced, trace_module
 from fxprune.planning.plan import Plan
 from fxprune.runtime.torch_internals import BatchNormBase, keep_when_copied
 

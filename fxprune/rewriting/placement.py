@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from fxprune.capture.tracer import TracedCall
 from fxprune.graph.fx_utils import (
     CONSTANT_ARGUMENTS,
     INPLACE_ORIGIN,
@@ -19,7 +20,6 @@ from fxprune.graph.fx_utils import (
 )
 from fxprune.graph.operators import may_be_overwritten
 from fxprune.graph.records import Region
-from fxprune.graph.tracer import TracedCall
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.concat import NARROWED_WEIGHTS
 from fxprune.passes.in_place import reinplace
@@ -156,7 +156,7 @@ class _Edits:
             if new is None:
                 self._leave_out(path)
             else:
-                vars(new).update(plain_attributes(self.module.get_submodule(path)))
+                vars(new).update(plain_attributes(self.module.get_submodule(path)) | vars(new))
                 self._replace(path, new)
         for path in sorted(groups, key=lambda path: (-path.count(".") if path else 1, path)):
             self._make_graph(path, *groups[path])
@@ -234,9 +234,25 @@ class _Edits:
         if any(graph_structure(other[1].graph) != graph_structure(first[1].graph) for other in graphs[1:]):
             raise BodyError(f"{path!r} is called in several ways")
         before, gm = first
+        for inner in sorted(inlined):
+            self._make_holder(inner)
         new = PrunedModule(module, gm.graph, ())
         self._prune_parts(new, before, gm)
         self._replace(path, new)
+
+    def _make_holder(self, path: str) -> None:
+        """Replace a module that is no longer called by one that only holds its parts; containers stay."""
+        part = self.module.get_submodule(path)
+        if not isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict, PrunedModule)):
+            holder = nn.Module()
+            for name, child in part.named_children():
+                holder.add_module(name, child)
+            saved = part.state_dict()
+            for name, value in part.named_parameters(recurse=False):
+                holder.register_parameter(name, value)
+            for name, buffer in part.named_buffers(recurse=False):
+                holder.register_buffer(name, buffer, persistent=name in saved)
+            self._replace(path, holder)
 
     def _body(
         self, call: TracedCall, module: nn.Module, inlined: set[str], regions: Sequence[Region]
@@ -275,7 +291,7 @@ class _Edits:
         gone = {target for target in before - after if not any(is_within(other, target) for other in after)}
         for target in narrowed:
             self._set(new, target, gm.get_submodule(target))
-        tops = {_outermost_dead(target, gone, new) for target in gone}
+        tops = {_outermost_dead(target, gone, after, new) for target in gone}
         for target in tops:
             self._delete(new, target)
         names = {path.partition(".")[0] for path in narrowed | tops}
@@ -342,13 +358,18 @@ def _restore_children(owner: nn.Module, entries: Mapping[str, nn.Module]) -> Non
         owner.add_module(name, part)
 
 
-def _outermost_dead(target: str, gone: set[str], new: nn.Module) -> str:
-    """Return the outermost path around a removed target of which all tensors are removed, but no list of modules."""
+def _outermost_dead(target: str, gone: set[str], after: set[str], new: nn.Module) -> str:
+    """Return the outermost path around a removed target of which all tensors are removed, but no list of modules.
+
+    Paths that the new graph reads (`after`), or that lie in them, are left out.
+    """
     atoms = target.split(".")
     for length in range(1, len(atoms)):
         outer = ".".join(atoms[:length])
         part = new.get_submodule(outer)
         tensors = [join_path(outer, key) for key, _ in (*part.named_parameters(), *part.named_buffers())]
-        if not isinstance(part, (nn.ModuleList, nn.ModuleDict)) and all(is_within(key, gone) for key in tensors):
+        read = any(is_within(other, outer) or is_within(outer, other) for other in after)
+        listed = isinstance(part, (nn.ModuleList, nn.ModuleDict))
+        if not read and not listed and all(is_within(key, gone) for key in tensors):
             return outer
     return target

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxprune.capture.tracer import TRACED_CALL, TracedCall
 from fxprune.graph.fx_utils import value_graph
 from fxprune.graph.records import Region
-from fxprune.graph.tracer import TRACED_CALL, TracedCall
 from fxprune.rewriting.body_graph import nested_calls, nodes_below, nodes_in, received_values
 from fxprune.rewriting.pruned_module import PassThrough
 

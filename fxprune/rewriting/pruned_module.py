@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.runtime.torch_internals import COMPILED_CALL
+
 MISSING_ARGUMENT = "a call without the argument {name!r} reached a removed block, which returns that argument"
 
 
@@ -170,7 +172,7 @@ _MODULE_STATE = frozenset(vars(nn.Module())) | {"forward", "meta"}
 _ROWS = "graph_rows"
 _BLANK = fx.GraphModule(nn.Module(), fx.Graph())
 _GRAPH_STATE = frozenset(vars(_BLANK)) - frozenset(vars(nn.Module())) - {"meta"} | {
-    "_compiled_call_impl",
+    COMPILED_CALL,
     "forward",
 }
 """Attributes that belong to a graph or to a compiled or replaced forward, and that a new module makes itself."""
@@ -192,16 +194,18 @@ def _copy_registry(value: Any) -> Any:
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the public attributes of a module that hold no tensors, modules or methods of it.
 
-    Code around a removed block may read them, as ultralytics reads the indices of the inputs of each layer.
+    Code around a removed block may read them, as ultralytics reads the indices of the inputs of each layer. Settings of
+    a layer of torch (``__constants__``, such as `inplace`) are left out.
 
     Examples
     --------
     >>> layer = nn.Linear(2, 2)
     >>> layer.f = -1
     >>> plain_attributes(layer)
-    {'in_features': 2, 'out_features': 2, 'f': -1}
+    {'f': -1}
     """
-    values = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE and not key.startswith("_")}
+    left_out = {*_MODULE_STATE, *getattr(module, "__constants__", ()), "inplace"}
+    values = {key: value for key, value in vars(module).items() if key not in left_out and not key.startswith("_")}
     unfit = (torch.Tensor, nn.Module, MethodType)
     return {key: value for key, value in values.items() if not isinstance(value, unfit) and not _holds_modules(value)}
 
@@ -300,10 +304,13 @@ def rows_to_graph(rows: Collection[Row]) -> fx.Graph:
     return graph
 
 
+_OPERATORS = (type(torch.ops.aten.relu), type(torch.ops.aten.relu.default))
+
+
 def _name_function(function: Callable[..., Any]) -> Any:
     """Return module and name of a function that can be found by them; otherwise the function."""
     named = (str(getattr(function, "__module__", None) or "torch"), str(getattr(function, "__name__", "")))
-    if type(function).__module__ == "torch._ops":
+    if isinstance(function, _OPERATORS):
         return ("torch.ops", str(function))
     try:
         return named if _find_function(named) is function else function
@@ -331,8 +338,6 @@ def _map_references(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
 
 def _map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     """Apply a function to the leaves of nested tuples, lists, dictionaries and slices."""
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_leaves(item, change) for item in value))
     if isinstance(value, (tuple, list)):
         return (tuple if isinstance(value, tuple) else list)(_map_leaves(item, change) for item in value)
     if isinstance(value, dict):

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxprune.capture.channels import channels_of
+from fxprune.capture.module_trace import Untraced, trace_module
+from fxprune.capture.tracer import TRACED_CALL, TracedCall
 from fxprune.errors import PlanError
-from fxprune.graph.channels import channels_of
 from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, SINK, SOURCE, get_attribute, graph_structure, value_graph
-from fxprune.graph.module_trace import Untraced, trace_module
 from fxprune.graph.records import Region
-from fxprune.graph.tracer import TRACED_CALL, TracedCall
 from fxprune.passes.bypass import bypass_regions
 from fxprune.passes.concat import NARROWED_WEIGHTS, contiguous_values
 from fxprune.passes.dead_code import remove_dead_code

@@ -32,6 +32,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 __all__ = [
     "ASSERTION",
+    "COMPILED_CALL",
+    "MADE_TENSOR",
     "BatchNormBase",
     "CompiledFrame",
     "FakeTensor",
@@ -79,6 +81,12 @@ __all__ = [
 
 ASSERTION: Callable[..., Any] = torch._assert
 """Function that traced programs call for an assertion. Torch has no public name for it."""
+
+COMPILED_CALL = "_compiled_call_impl"
+"""Attribute in which `module.compile()` keeps the compiled call. Needed because a copy must not have it."""
+
+MADE_TENSOR = "_tensor_constant"
+"""How the names begin that `torch.fx` gives to tensors that a program makes. Needed to find these tensors."""
 
 _KEPT = "_user_preserved_attributes"
 

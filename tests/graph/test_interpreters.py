@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.capture import capture_islands
+from fxprune.capture.islands import capture_islands
 from fxprune.graph.interpreters import Graphs, run_with
 from fxprune.graph.operators import in_place_layers
 from tests.helpers.models import Block, build, finite, pixels

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import fxprune
+from fxprune.capture.module_trace import Traced, trace_module
 from fxprune.errors import NoRegionError
 from fxprune.graph.fx_utils import SINK, SOURCE, is_weighted, node_parameters, value_graph
-from fxprune.graph.module_trace import Traced, trace_module
 from fxprune.graph.records import Region
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import SymbolicShapes, propagate_symbolic, tensor_specs

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.graph.capture import capture_islands
+from fxprune.capture.islands import capture_islands
 from fxprune.graph.records import Island
 from fxprune.runtime.private_copy import private_copy
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fxprune.graph.channels import channels_of
-from fxprune.graph.module_trace import Traced, trace_module
+from fxprune.capture.channels import channels_of
+from fxprune.capture.module_trace import Traced, trace_module
 from fxprune.passes.concat import deduplicate_concat
 
 EXACT = 1e-12

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.graph.channels import channels_of
+from fxprune.capture.channels import channels_of
 from fxprune.passes.concat import NARROWED_WEIGHTS
 from tests.helpers.concatenations import EXACT, Joining, distance, image, narrow, plain, traced
 

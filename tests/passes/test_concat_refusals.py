@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from fxprune.graph.module_trace import Traced, trace_module
+from fxprune.capture.module_trace import Traced, trace_module
 from fxprune.passes.concat import NARROWED_WEIGHTS, deduplicate_concat
 from tests.helpers.concatenations import Joining, image, narrow, plain, traced
 

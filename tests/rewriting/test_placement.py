@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import Plan
 from fxprune.errors import BudgetError, NoRegionError
+from fxprune.graph.fx_utils import is_within
 from fxprune.rewriting.apply import trace_checked
 from fxprune.rewriting.pruned_module import PassThrough, PrunedModule
 from fxprune.rewriting.whole_graph import IslandRewriter
@@ -86,7 +87,8 @@ def test_random_module_trees_compute_what_the_whole_graph_computes(seed: int, ea
     changed = {path for path, part in pruned.named_modules() if isinstance(part, PrunedModule)}
     for path, part in pruned.named_modules():
         kept = type(part) is type(model.get_submodule(path))
-        assert kept or path in changed or isinstance(part, (nn.Identity, PassThrough))
+        holds_parts = type(part) is nn.Module and is_within(path, changed)
+        assert kept or path in changed or isinstance(part, (nn.Identity, PassThrough)) or holds_parts
     assert (pruned.stride, pruned.decode(pruned(IMAGES)).shape) == (1, (2,))
     if "" not in changed:
         assert type(pruned) is Tree
@@ -256,14 +258,14 @@ def test_layers_that_would_overwrite_a_kept_value_no_longer_do() -> None:
     class Keeping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block, self.act, self.after = conv(), nn.ReLU(inplace=True), conv()
+            self.left, self.right, self.act, self.after = conv(), conv(), nn.ReLU(inplace=True), conv()
 
         def forward(self, x: Tensor) -> Tensor:
-            x = torch.tanh(x)
-            return self.after(self.act(self.block(x))) + x
+            left, right = self.left(torch.tanh(x)), self.right(x)
+            return self.after(self.act(left + right)) + right
 
     model = Shell(Keeping())
-    pruned = pruned_without(model, "part.block")
+    pruned = pruned_without(model, "part.left")
     assert not any(getattr(part, "inplace", False) for part in pruned.modules())
     assert model.part.act.inplace  # type: ignore[union-attr]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from fxprune.capture.tracer import FunctionalTracer
 from fxprune.graph.fx_utils import check_constant
-from fxprune.graph.tracer import FunctionalTracer
 from fxprune.passes.bypass import bypass_regions
 from fxprune.rewriting.pruned_module import PassThrough, PrunedModule, graph_to_rows, rows_to_graph
 

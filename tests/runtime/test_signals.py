@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.tracer import FunctionalTracer
 from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
-from fxprune.graph.tracer import FunctionalTracer
 from fxprune.runtime.signals import defer_interrupts
 
 pytestmark = pytest.mark.usefixtures("interruptible")

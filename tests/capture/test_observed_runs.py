@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.runtime.observed_runs import UNKNOWN, RunRecord, Watch, digest, equal, observe, reproducible
+from fxprune.capture.observed_runs import UNKNOWN, RunRecord, Watch, digest, equal, observe, reproducible
 from tests.helpers.models import Block, build, pixels, tiny
 
 X = pixels(2, 3, 16, 16)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.capture.module_trace import Traced, trace_module
+from fxprune.capture.tracer import LEAF_MODULES
 from fxprune.graph.fx_utils import class_names
-from fxprune.graph.module_trace import Traced, trace_module
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm, static_length
-from fxprune.graph.tracer import LEAF_MODULES
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.capture.contexts import context_states, watch_autocasts
+from fxprune.capture.traced_sizes import StarredSize, decided_condition, is_shape, join_starred, star_shape
 from fxprune.graph.fx_utils import INPLACE_ORIGIN, OVERWRITES, class_names, join_path
 from fxprune.graph.operators import (
     AUGMENTED_ASSIGNMENTS,
@@ -23,8 +25,6 @@ from fxprune.graph.operators import (
     static_length,
 )
 from fxprune.graph.records import Refusal
-from fxprune.graph.traced_sizes import StarredSize, decided_condition, is_shape, join_starred, star_shape
-from fxprune.runtime.contexts import context_states, watch_autocasts
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import tree_map_only
 
@@ -124,7 +124,7 @@ class FunctionalTracer(fx.Tracer):
     opaque : collection of str
         Dotted paths, relative to the root, of modules that stay one node because their inside cannot be traced.
     constants : mapping of str to object
-        Values of arguments that are constants in the trace, see `fxprune.graph.module_trace.constant_arguments`.
+        Values of arguments that are constants in the trace, see `fxprune.capture.module_trace.constant_arguments`.
     switches : Switches
         Arguments of nodes that are read from the mode of the module whose forward creates the node.
     identities : collection of str

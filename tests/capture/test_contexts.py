@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxprune.runtime.contexts import context_states, watch_autocasts
+from fxprune.capture.contexts import context_states, watch_autocasts
 
 
 def quiet_cuda() -> torch.autocast:

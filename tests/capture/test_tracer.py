@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fxprune.graph.module_trace import Traced, Untraced, trace_module
+from fxprune.capture.module_trace import Traced, Untraced, trace_module
+from fxprune.capture.tracer import FunctionalTracer
 from fxprune.graph.records import Refusal
-from fxprune.graph.tracer import FunctionalTracer
 from tests.helpers.zoo import conv
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
+from fxprune.capture.module_trace import Traced, trace_module
 from fxprune.errors import NoRegionError
-from fxprune.graph import symbolic_shapes
-from fxprune.graph.module_trace import Traced, trace_module
+from fxprune.graph import memory_layouts
 from fxprune.graph.records import Region, Rejection
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
@@ -129,7 +129,7 @@ def test_equal_layouts_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_: object) -> str:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(symbolic_shapes, "_follow", refuse)
+    monkeypatch.setattr(memory_layouts, "_follow", refuse)
     blocks = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)
     )

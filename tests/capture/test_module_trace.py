@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from fxprune.capture.islands import capture_islands
+from fxprune.capture.module_trace import Traced, Untraced, constant_arguments, trace_module
 from fxprune.errors import BatchError
-from fxprune.graph.capture import capture_islands
 from fxprune.graph.fx_utils import fingerprint
-from fxprune.graph.module_trace import Traced, Untraced, constant_arguments, trace_module
 from fxprune.graph.symbolic_shapes import bind_placeholders, propagate_symbolic, tensor_specs
 from fxprune.passes.dead_code import remove_dead_code
 from tests.helpers.zoo import conv, image_batch

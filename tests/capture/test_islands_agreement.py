@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.graph.capture import capture_islands
+from fxprune.capture.islands import capture_islands
 from tests.helpers.models import Block, build, finite, pixels
 
 X = pixels(2, 3, 16, 16)
@@ -102,7 +102,7 @@ def captured(model: nn.Module, *runs: Callable[[nn.Module], Any]) -> tuple[list[
     [
         (Overwriting, ["part.block"], "overwrites a tensor among its arguments"),
         (Counting, ["part.block"], "writes to the buffer 'part.seen'"),
-        (Frozen, ["part.first", "part.second"], "gradients reach other weights.*'part.first"),
+        (Frozen, ["part.first", "part.second"], "its forward enters torch.no_grad"),
         (Precise, ["part.block", "part.conv"], "autocast.* other dtypes"),
     ],
 )
@@ -175,7 +175,7 @@ def test_graph_without_an_effect_that_the_loss_reads_is_refused() -> None:
 
 
 class Failing(nn.Module):
-    """Its graph fails before any module has returned, because it holds the number of images of the trace."""
+    """Its graph multiplies by a scale, which one of its calls does not give."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,9 @@ class Failing(nn.Module):
 
 
 def test_graph_that_fails_is_refused_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    names, reasons = captured(build(Failing))
+    names, reasons = captured(
+        build(Failing), lambda network: network(X, scale=torch.ones(1)), lambda network: network(X)
+    )
     assert names == ["block"]
     assert "its graph fails on real values (TypeError" in reasons["<model>"]
     assert capsys.readouterr() == ("", "")

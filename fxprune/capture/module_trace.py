@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.capture.tracer import TRACED_CALL, ArgumentPath, FunctionalTracer, Switches
 from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, TRACED_MODULES, format_argument, graph_structure, is_weighted
 from fxprune.graph.records import Refusal
-from fxprune.graph.tracer import TRACED_CALL, ArgumentPath, FunctionalTracer, Switches
 from fxprune.runtime.private_copy import MODULE_FIELDS, preserve_state
 from fxprune.runtime.torch_internals import keep_when_copied, tree_leaves
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.capture.module_trace import Traced, Untraced, constant_arguments, describe_exception, trace_module
+from fxprune.capture.observed_runs import Call, RunRecord, Tell, Watch, equal, ignore_call, observe, reproducible
 from fxprune.errors import LossError
 from fxprune.graph.fx_utils import CONSTANT_ARGUMENTS, fingerprint, is_within, join_path
 from fxprune.graph.interpreters import Graphs, run_with
-from fxprune.graph.module_trace import Traced, Untraced, constant_arguments, describe_exception, trace_module
 from fxprune.graph.records import Island, RecordedCall, Rejection
 from fxprune.graph.symbolic_shapes import TensorSpec, bind_placeholders, tensor_specs
-from fxprune.runtime.observed_runs import Call, RunRecord, Tell, Watch, equal, ignore_call, observe, reproducible
 from fxprune.runtime.private_copy import preserve_state
 from fxprune.runtime.signals import defer_interrupts
 from fxprune.runtime.torch_internals import (

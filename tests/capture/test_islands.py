@@ -12,11 +12,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import fxprune
+from fxprune.capture.islands import capture_islands
+from fxprune.capture.module_trace import Traced, Untraced, trace_module
 from fxprune.errors import ModelError
-from fxprune.graph.capture import capture_islands
 from fxprune.graph.fx_utils import fingerprint
 from fxprune.graph.interpreters import Graphs, run_with
-from fxprune.graph.module_trace import Traced, Untraced, trace_module
 from fxprune.graph.symbolic_shapes import propagate_symbolic, tensor_specs
 from tests.helpers.zoo import ZOO, conv, image_batch, mean_loss
 
