@@ -218,13 +218,19 @@ class _Edits:
         full = join_path(self.path, path)
         old = self.shell.get_submodule(full)
         new.training = old.training
-        paths = [name for name, part in self.shell.named_modules(remove_duplicate=False) if name and part is old]
-        outside = [name for name in paths if not is_within(name, self.path)]
-        if path and outside:
+        if path and (outside := self._paths_outside(path)):
             raise BodyError(f"{path!r} is also a part of {outside[0]!r}")
-        for name in paths:
+        for name in self._paths_of(old):
             self.shell.set_submodule(name, new)
             self.undos.append(lambda name=name: self.shell.set_submodule(name, old))  # type: ignore[misc]
+
+    def _paths_of(self, part: nn.Module) -> list[str]:
+        return [name for name, other in self.shell.named_modules(remove_duplicate=False) if name and other is part]
+
+    def _paths_outside(self, path: str) -> list[str]:
+        """Return the paths, outside of the island, of a part of it."""
+        paths = self._paths_of(self.module.get_submodule(path))
+        return [name for name in paths if not is_within(name, self.path)]
 
     def _make_graph(self, path: str, inlined: set[str], regions: Sequence[Region]) -> None:
         """Replace a module of the island by a `PrunedModule`."""
@@ -243,7 +249,8 @@ class _Edits:
     def _make_holder(self, path: str) -> None:
         """Replace a module that is no longer called by one that only holds its parts; containers stay."""
         part = self.module.get_submodule(path)
-        if not isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict, PrunedModule)):
+        shared = self._paths_outside(path)
+        if not shared and not isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict, PrunedModule)):
             holder = nn.Module()
             for name, child in part.named_children():
                 holder.add_module(name, child)
