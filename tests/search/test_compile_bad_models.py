@@ -73,7 +73,7 @@ def test_hook_on_a_container_stays(place: str, kind: str, recwarn: pytest.Warnin
         pruned = fxprune.apply(model, plan)
     assert removed(pruned) == removed(fxprune.compile(tiny(), labelled(), 0.1))
     assert place not in removed(pruned)
-    assert not [warning for warning in recwarn.list if issubclass(warning.category, FxpruneWarning)]
+    assert not [warning for warning in recwarn.list if issubclass(warning.category, fxprune.FxpruneWarning)]
     seen.clear()
     pruned(pixels(1, 3, 16, 16).requires_grad_()).sum().backward()
     assert set(seen) == {place}
