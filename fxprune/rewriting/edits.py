@@ -289,16 +289,18 @@ class Edits:
         `in_graphs` are the paths of the modules whose forward is part of a graph. Raises `BodyError` if code that stays
         Python would overwrite such a value.
         """
-        originals = {node.name: node for node in self.rewriter.traced.graph.nodes}
+        originals = {node.name: node.all_input_nodes for node in self.rewriter.before.gm.graph.nodes}
         for node in wanted.gm.graph.nodes:
             layer = wanted.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
             written = node.meta.get(OVERWRITES) or INPLACE_ORIGIN in node.meta or getattr(layer, "inplace", False)
             if written is False or not node.all_input_nodes:
                 continue
-            source, before = node.all_input_nodes[0], originals[node.name].all_input_nodes[0]
+            source, before = node.all_input_nodes[0], originals.get(node.name, [])[:1]
             owner = self.rewriter.owners.get(node.name, "")
             in_graph = owner in in_graphs
-            if may_be_overwritten(wanted.gm, source) or not (in_graph or before.name != source.name):
+            if may_be_overwritten(wanted.gm, source) or not (
+                in_graph or [value.name for value in before] != [source.name]
+            ):
                 continue
             if layer is not None:
                 layer.inplace = False  # type: ignore[assignment]
