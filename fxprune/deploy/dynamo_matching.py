@@ -219,10 +219,16 @@ class DynamoGraph:
             members = [calls[run * place.total + place.index] for place, calls in found.items() if calls]
             within = {node for nodes in members for node in nodes}
             inside = [node for node in self.values if node in within]
-            bypasses.append(self._make_bypass(region, inside))
+            bypasses.append(self._make_bypass(region, inside, self._values_at(places.get(region.stand_in), run)))
         return bypasses
 
-    def _make_bypass(self, region: Candidate, inside: Sequence[fx.Node]) -> Bypass:
+    def _values_at(self, place: Occurrence | None, run: int) -> set[fx.Node]:
+        """Return the nodes of an occurrence in one run of the island; none if it is an input or not in this graph."""
+        calls = list(self.calls.get(place.point, {}).values()) if place is not None else []
+        index = run * place.total + place.index if place is not None else 0
+        return set(calls[index]) if index < len(calls) else set()
+
+    def _make_bypass(self, region: Candidate, inside: Sequence[fx.Node], stand_ins: set[fx.Node]) -> Bypass:
         within = set(inside)
         exits = [node for node in inside if any(user not in within for user in _readers(node))]
         if len(exits) != 1:
@@ -236,6 +242,8 @@ class DynamoGraph:
             source for node in readers for source in node.all_input_nodes if source not in within and _is_data(source)
         )
         alike = [source for source in entries if _shape_and_dtype(source) == _shape_and_dtype(exit_)]
+        if len(alike) > 1:
+            alike = [source for source in alike if source in stand_ins]
         if len(alike) != 1:
             raise PlanError(
                 f"region {region.name!r}: {[source.name for source in entries]} feed it in Dynamo's graph, not one"

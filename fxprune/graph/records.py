@@ -64,7 +64,8 @@ class Region:
     exit : str
         Node whose value is removed.
     stand_in : str
-        Node whose value is read instead: the entry of a bypass, the remaining operand of a drop.
+        Node whose value is read instead: the entry of a bypass, the remaining operand of a drop. Of a whole call that
+        reads several values, it is the one that the result continues.
     nodes : tuple of str
         All removed nodes in graph order, including the exit.
     layers : tuple of str

@@ -3,7 +3,8 @@
 A region is a set of nodes with one input value (the entry) and one output value (the exit). It is found with
 dominators on the value graph: `entry` dominates its nodes (every path to them passes `entry`) and `exit` post-dominates
 them (every path from them to the output passes `exit`). If the nodes read no other value from outside, and entry and
-exit have the same signature, readers of the exit can read the entry instead.
+exit have the same signature, readers of the exit can read the entry instead. A whole call of a module may read other
+values: its result is replaced by the one value that it continues, see `fxprune.graph.residual_paths`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fxprune.graph.fx_utils import (
 from fxprune.graph.memory_layouts import layout_conflict
 from fxprune.graph.operators import ADDITIONS, is_activation, is_norm
 from fxprune.graph.records import FoldedUnit, Region, Rejection
+from fxprune.graph.residual_paths import continued_value
 from fxprune.graph.symbolic_shapes import SymbolicShapes
 from fxprune.runtime.json_text import first_few
 from fxprune.runtime.torch_internals import traced_calls
@@ -181,23 +183,30 @@ class _Finder:
     def find_whole_calls(self) -> Iterator[_FoundRegion]:
         """Yield the bypass of each whole call of a module whose own forward adds several branches to its input.
 
-        An encoder layer adds its attention, and then its MLP: each of both is a region, and so is the layer.
+        An encoder layer adds its attention, and then its MLP: each of both is a region, and so is the layer. Its
+        branches may read other values from outside, such as positions.
         """
-        for path, members in self._calls():
-            exits = [name for name in members if any(user not in members for user in self.flow.successors(name))]
-            before = [name for name in self.dominators(exits[0]) if name not in members] if len(exits) == 1 else []
-            if not before or not self.shapes.provably_equal(before[0], exits[0]):
-                continue
-            entry, exit_ = before[0], exits[0]
-            inside = self.closed_region(entry, exit_)
-            own = [name for name in self.dominators(exit_) if name in members and self.owners[name] == path]
-            sums = [name for name in own if self.nodes[name].target in ADDITIONS]
-            if any(self._divides(name, entry, exit_) for name in sums) and not inside & ~self.to_bits(members):
-                yield "bypass", exit_, entry, inside
+        for path, names in self._calls():
+            members = set(names)
+            exits = [name for name in names if any(user not in members for user in self.flow.successors(name))]
+            found = self._stand_in_of_call(exits[0], members) if len(exits) == 1 else None
+            stand_in, way = found or ("", set[str]())
+            sums = [name for name in way if self.owners[name] == path and self.nodes[name].target in ADDITIONS]
+            if any(self._divides(name, exits[0], members) for name in sums):
+                yield "bypass", exits[0], stand_in, self.to_bits(members)
 
-    def _divides(self, name: str, entry: str, exit_: str) -> bool:
-        """Whether a value has the shape of the exit, and layers with weights before and after it."""
-        parts = self.closed_region(entry, name), self.closed_region(name, exit_)
+    def _stand_in_of_call(self, exit_: str, members: set[str]) -> tuple[str, set[str]] | None:
+        """Return the value that can replace the result of a call, and the nodes between both."""
+        entry = next((name for name in self.dominators(exit_) if name not in members), None)
+        if entry is None or not (inside := self.closed_region(entry, exit_)) or inside & ~self.to_bits(members):
+            return continued_value(self.gm, self.flow, self.shapes, exit_, members)
+        way = members.intersection(self.dominators(exit_))
+        return (entry, way) if self.shapes.provably_equal(entry, exit_) else None
+
+    def _divides(self, name: str, exit_: str, members: set[str]) -> bool:
+        """Whether a value in a call has the shape of its result, and layers with weights before and after it."""
+        before = nx.ancestors(self.flow, name) & members
+        parts = self.to_bits(before), self.to_bits(members - before)
         return self.shapes.provably_equal(name, exit_) and all(part & self.weighted for part in parts)
 
     def _calls(self) -> list[tuple[str, list[str]]]:

@@ -10,7 +10,7 @@ from fxprune.attribution.recorder import AttributionRecord
 from fxprune.errors import LossError, SettingError
 from fxprune.graph.fx_utils import is_constant_node, join_path, operation_name
 from fxprune.graph.interpreters import Graphs, NodeName
-from fxprune.graph.records import Rejection
+from fxprune.graph.records import Region, Rejection
 from fxprune.planning.plan import Candidate, NodeRecord
 from fxprune.profiling.flops_params import ParameterGroup
 from fxprune.profiling.latency import Latency
@@ -61,12 +61,23 @@ def build_candidates(
             score=scores[region.name],
             flops=sum(flops.get(key, 0.0) for key in members[region.name]),
             params=sum(group.params for group in groups if members[region.name].issuperset(group.readers)),
-            block=not any(members[region.name] < other for other in members.values()),
+            block=not any(_lies_in(region, other) for other in scored),
             latency_ms=latency.regions_ms.get(region.name),
         )
         for region in scored
     ]
     return tuple(rows), refused
+
+
+def _lies_in(inner: Region, outer: Region) -> bool:
+    """Whether a region removes a part of what another removes.
+
+    A branch of a layer may also remove what only it reads and is computed outside of the layer, such as a mask.
+    """
+    if inner.island != outer.island:
+        return False
+    first, second = set(inner.nodes), set(outer.nodes)
+    return first < second or (bool(first & second) and set(inner.layers) < set(outer.layers))
 
 
 def build_node_records(
