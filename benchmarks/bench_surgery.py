@@ -147,26 +147,18 @@ def loads_without_fxprune(model: nn.Module) -> bool:
 
 
 def render_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Render the rows as a Markdown table."""
-    names = (
-        "budget",
-        "cuts",
-        "in place",
-        "modules",
-        "changed class",
-        "loads without fxprune",
-        "latency",
-        "A/A",
-        "memory",
-    )
+    """Render the rows as a Markdown table, with the columns of timings if there are any."""
+    timed = any("ratio" in row for row in rows)
+    names = ["budget", "cuts", "in place", "modules", "changed class", "loads without fxprune"]
+    names += ["latency", "A/A", "memory"] if timed else []
     yield f"| system | {' | '.join(names)} |"
     yield "|---|" + "--:|" * len(names)
     for row in rows:
         if "error" in row:
             continue
         loads = "yes" if row["loads_without_fxprune"] else "no"
-        cells = (row["system"], f"{row['budget']:.0%}", row["cuts"], row["in_place"], row["modules"],
-                 row["changed_class"], loads, *timing_cells(row))  # fmt: skip
+        cells = [row["system"], f"{row['budget']:.0%}", row["cuts"], row["in_place"], row["modules"],
+                 row["changed_class"], loads, *(timing_cells(row) if timed else ())]  # fmt: skip
         yield f"| {' | '.join(map(str, cells))} |"
 
 
