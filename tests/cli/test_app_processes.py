@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fxprune.planning.plan import VERSION
 from tests.helpers.paths import ROOT
 
 COMMAND = [str(Path(sys.executable).parent / "fxprune")]
@@ -107,7 +108,7 @@ def test_stdout_is_one_document_with_verbose_ultralytics(tmp_path: Path) -> None
         check=True,
     )  # fmt: skip
     plan = json.loads(done.stdout)
-    assert plan["fxprune_plan"] == 2
+    assert plan["fxprune_plan"] == VERSION
     assert plan["settings"]["targets"] == "the model's own confident outputs"
 
 
