@@ -68,7 +68,7 @@ class Adapter:
         ``(model, images, targets or None, image size or None) -> raw batch`` for `normalize`, from images (3, H, W)
         in [0, 1] and targets, dicts with ``boxes`` and ``labels`` as in `detect`.
     whole_model_is_graph : bool
-        Whether only the forward of the model is used, so that a GraphModule can replace the whole model.
+        Whether only the forward of the model is used, so that the whole model can be captured as one graph.
     """
 
     family: str

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dis
 import inspect
 import operator
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, MappingProxyType
 from typing import Any
@@ -175,7 +177,11 @@ class FunctionalTracer(fx.Tracer):
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module as it runs with gradients; Ctrl-C takes effect after the trace."""
-        with defer_interrupts(), torch.inference_mode(False), torch.enable_grad(), watch_autocasts() as self._autocasts:
+        contexts = (defer_interrupts(), torch.inference_mode(False), torch.enable_grad(), _without_hook_warnings())
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            self._autocasts = stack.enter_context(watch_autocasts())
             self._entry_states = [context_states(self._autocasts)]
             graph = super().trace(root, concrete_args)
             self._leave_out_decided()
@@ -358,6 +364,14 @@ class FunctionalTracer(fx.Tracer):
         if kind == "call_module":
             return bool(getattr(self.root.get_submodule(target), "inplace", False)) and target not in self.opaque
         return is_in_place(kind, target, args, kwargs)
+
+
+@contextmanager
+def _without_hook_warnings() -> Iterator[None]:
+    """Silence a warning of torch: modules with backward hooks return proxies while they are traced."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="For backward hooks to be called")
+        yield
 
 
 def _replace_at(values: Any, path: ArgumentPath, new: Any) -> Any:

@@ -1,6 +1,6 @@
 """Finds blocks whose branches are folded into one layer after training, and counts their cost after the fold.
 
-Such a block (RepVGG, MobileOne, YOLOv9) has a method that folds it. A branch costs something in training only, and the
+Such a block (as RepVGG has) has a method that folds it. A branch costs something in training only, and the
 method of a block without one of its branches fails. So such a block is one unit: it goes whole or stays whole. What
 counts is its cost after the fold.
 """
@@ -26,14 +26,14 @@ from fxprune.profiling.flops_params import count_flops
 from fxprune.runtime.torch_internals import tree_leaves
 
 FOLD_METHODS: dict[str, str] = {
-    "fuse_convs": "RepConv of YOLOv9",
+    "fuse_convs": "convolutions with parallel branches, ultralytics",
     "reparameterize": "MobileOne, RepVGG and FastViT of timm",
-    "switch_to_deploy": "RepVGG, diverse branch blocks and YOLOv6",
+    "switch_to_deploy": "RepVGG and diverse branch blocks",
     "convert_to_deploy": "RepVGG blocks of RT-DETR and D-FINE",
-    "fuse_repvgg_block": "RepConv of YOLOv7",
+    "fuse_repvgg_block": "convolutions with parallel branches, WongKinYiu",
     "merge_kernel": "RepLKNet",
     "merge_dilated_branches": "UniRepLKNet",
-    "fuse": "RepViT, EfficientViT and the depthwise block of YOLOv10",
+    "fuse": "RepViT, EfficientViT, large depthwise kernels of ultralytics",
 }
 """Methods that fold the branches of a module into one layer, in place or by returning that layer, and who has them.
 

@@ -36,9 +36,10 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Returns
     -------
     Module
-        The same kind of model with the same modes, device and dtype. The plan's regions are removed from its graphs,
-        its parameters and its `state_dict`. If the whole model is one graph, the result is a `GraphModule`. If a
-        convolution would read one tensor twice, it reads it once, with the sum of both weights.
+        The same kind of model with the same modes, device and dtype. A removed region that is a whole module becomes
+        `torch.nn.Identity`, or a `PassThrough` if it takes several arguments. Otherwise the innermost module around
+        it becomes a `PrunedModule`, whose forward is a graph. All other modules keep their class, code, hooks and
+        attributes. If a convolution would read one tensor twice, it reads it once, with the sum of both weights.
 
     Raises
     ------
@@ -48,7 +49,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Warns
     -----
     FxpruneWarning
-        If a module with hooks becomes part of a graph, so that its hooks are lost. The message names it.
+        If the forward of a module with hooks becomes part of a graph, so that its hooks no longer run. The message
+        names it.
 
     Examples
     --------

@@ -56,7 +56,9 @@ def traced_islands(network: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
     parts = dict(network.named_modules())
     for record in {record.name: record for plan in plans for record in plan.islands}.values():
         if record.name in parts:
-            traced = trace_module(parts[record.name], frozenset(record.opaque), fixed_opaque=True)
+            traced = trace_module(
+                parts[record.name], frozenset(record.opaque), fixed_opaque=True, constants=record.constants
+            )
             if isinstance(traced, Traced):
                 yield record.name, traced.gm
 

@@ -81,6 +81,8 @@ class IslandRewriter:
         Names of the values that the program itself makes contiguous.
     working : set of str
         Names of the nodes that compute a value which the output needs.
+    before : SimplifiedGraph
+        The island's graph with all regions.
     owners : mapping of str to str
         Path of the module whose forward makes a node, by node name.
     """
@@ -95,7 +97,7 @@ class IslandRewriter:
         for call in nested_calls(traced.meta[TRACED_CALL]):
             self._calls.setdefault(call.path, []).append(call)
             self.owners |= {step.name: call.path for step in call.steps if isinstance(step, fx.Node)}
-        self.spared_before = simplified(traced, traced.graph, self.channels, model).spared
+        self.before = simplified(traced, traced.graph, self.channels, model)
 
     def calls_of(self, path: str) -> list[TracedCall]:
         """Return all calls of a module of the island whose forward was traced."""
@@ -137,7 +139,7 @@ class IslandRewriter:
             return False
         found = simplified(traced.gm, traced.gm.graph, self.channels, self.model)
         same = _comparable(found.gm) == _comparable(wanted.gm)
-        return same and not found.narrowed and found.spared <= self.spared_before
+        return same and not found.narrowed and found.spared <= self.before.spared
 
 
 def _comparable(gm: fx.GraphModule) -> list[Any]:

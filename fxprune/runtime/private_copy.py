@@ -123,6 +123,10 @@ def _remember_module(module: nn.Module, where: Callable[[Any], bool]) -> Callabl
         for key, (value, items) in attributes.items():
             if key in fields and key not in wrong:
                 continue
+            if key in dict(module.named_children()):  # a module that replaced the attribute, such as a first criterion
+                if not where(getattr(module, key)):
+                    continue
+                delattr(module, key)
             fields[key] = value
             if items is not None:
                 value.clear()

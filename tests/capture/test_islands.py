@@ -110,7 +110,7 @@ def test_capture_of_an_untraceable_model_gives_the_reason_in_the_error() -> None
     with pytest.raises(ModelError, match="could be traced") as caught:
         fxprune.analyze(Eager(), [image_batch()], loss=mean_loss)
     assert "<model>: " in str(caught.value)
-    assert "test_capture.py, line" in str(caught.value)
+    assert "test_islands.py, line" in str(caught.value)
 
 
 def test_islands_are_found_inside_opaque_modules() -> None:

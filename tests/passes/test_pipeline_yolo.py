@@ -16,7 +16,7 @@ import fxprune
 from fxprune import Plan
 from fxprune.passes.concat import NARROWED_WEIGHTS
 from fxprune.passes.dead_code import remove_dead_code
-from fxprune.rewriting import placement, whole_graph
+from fxprune.rewriting import edits, whole_graph
 from tests.helpers.cases import SMALL, give_values
 from tests.helpers.concatenations import Joining, narrow, traced
 from tests.helpers.flops import flops_of
@@ -68,7 +68,7 @@ def as_they_were(model: nn.Module, plan: Plan) -> nn.Module:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(whole_graph, "simplify", dead_code_alone)
-        patch.setattr(placement, "simplify", dead_code_alone)
+        patch.setattr(edits, "simplify", dead_code_alone)
         return fxprune.apply(model, plan)
 
 

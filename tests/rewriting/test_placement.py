@@ -16,11 +16,10 @@ import fxprune
 from fxprune import Plan
 from fxprune.errors import BudgetError, NoRegionError
 from fxprune.graph.fx_utils import is_within
-from fxprune.rewriting.apply import trace_checked
 from fxprune.rewriting.pruned_module import PassThrough, PrunedModule
-from fxprune.rewriting.whole_graph import IslandRewriter
 from tests.helpers.models import pixels
 from tests.helpers.module_trees import Tree, random_tree
+from tests.helpers.whole_rewrites import rewrite_whole
 
 IMAGES = pixels(2, 3, 7, 6, seed=4)
 
@@ -28,21 +27,6 @@ IMAGES = pixels(2, 3, 7, 6, seed=4)
 def squared(model: Any, batch: Tensor) -> Tensor:
     out: Tensor = model(batch)
     return out.square().mean()
-
-
-def whole_rewrite(model: nn.Module, plan: Plan) -> nn.Module:
-    """The oracle: every island of the plan as one graph without the removed regions; nothing is overwritten."""
-    shell = nn.Module()
-    shell.root = copy.deepcopy(model)
-    for record in plan.islands:
-        path = ".".join(filter(None, ("root", record.name)))
-        gm = trace_checked(shell.root, record, plan)
-        removed = [row.region for row in plan.removed if row.island == record.name]
-        shell.set_submodule(path, IslandRewriter(record.name, gm, record.opaque, shell).rewrite(removed).gm)
-    for part in shell.modules():
-        if getattr(part, "inplace", False) is True:
-            part.inplace = False  # type: ignore[assignment]
-    return shell.root
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -82,7 +66,7 @@ def test_random_module_trees_compute_what_the_whole_graph_computes(seed: int, ea
         assume(False)
     assume(plan.removed)
     pruned: Any = fxprune.apply(model, plan)
-    assert_same_program(pruned, whole_rewrite(model, plan), IMAGES)
+    assert_same_program(pruned, rewrite_whole(model, plan), IMAGES)
     assert_same_program(pickle.loads(pickle.dumps(pruned)), pruned, IMAGES)
     changed = {path for path, part in pruned.named_modules() if isinstance(part, PrunedModule)}
     for path, part in pruned.named_modules():
@@ -128,7 +112,7 @@ def pruned_without(model: nn.Module, *names: str) -> Any:
     """Remove just these regions, and compare with the whole rewritten graph."""
     plan = plan_without(model.eval(), *names)
     pruned = fxprune.apply(model, plan)
-    assert_same_program(pruned, whole_rewrite(model, plan), IMAGES)
+    assert_same_program(pruned, rewrite_whole(model, plan), IMAGES)
     return pruned
 
 

@@ -214,3 +214,13 @@ def test_preserve_state_leaves_lazy_layers_initialized() -> None:
     assert isinstance(model[0], nn.Conv2d)
     assert model[0].in_channels == 3
     assert model(X).shape == (2, 8, 14, 14)
+
+
+def test_preserve_state_takes_back_a_module_in_the_place_of_an_attribute() -> None:
+    """As a detector that makes its criterion at its first loss: the attribute is None before."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.criterion = None  # type: ignore[assignment]
+    with preserve_state(model):
+        model.criterion = nn.CrossEntropyLoss()
+    assert model.criterion is None
+    assert [name for name, _ in model.named_children()] == ["0"]

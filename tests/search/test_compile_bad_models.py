@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune import FxpruneWarning, ModelError, NoRegionError
+from fxprune import ModelError, NoRegionError
 from tests.helpers.hostile import Unread, assert_refused, assert_unchanged, removed
 from tests.helpers.models import Tiny, labelled, pixels, squared, tiny
 
@@ -65,15 +65,18 @@ def test_model_in_train_mode_is_returned_in_train_mode() -> None:
 
 @pytest.mark.parametrize("place", ["blocks", "blocks.1", ""])
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
-def test_hook_on_a_container_is_refused_by_name(place: str, kind: str) -> None:
-    model = tiny()
-    getattr(model.get_submodule(place), kind)(lambda *given: None)
-    shown = f"^{place} carries hooks" if place else "^the model itself carries hooks"
+def test_hook_on_a_container_stays(place: str, kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    model, seen = tiny(), list[str]()
+    getattr(model.get_submodule(place), kind)(lambda *given: seen.append(place))
     with assert_unchanged(model):
         plan = fxprune.analyze(model, labelled()).plan(0.1)
-        with pytest.warns(FxpruneWarning, match=shown):
-            pruned = fxprune.apply(model, plan)
+        pruned = fxprune.apply(model, plan)
     assert removed(pruned) == removed(fxprune.compile(tiny(), labelled(), 0.1))
+    assert place not in removed(pruned)
+    assert not [warning for warning in recwarn.list if issubclass(warning.category, fxprune.FxpruneWarning)]
+    seen.clear()
+    pruned(pixels(1, 3, 16, 16).requires_grad_()).sum().backward()
+    assert set(seen) == {place}
 
 
 def test_hook_on_a_remaining_layer_is_kept() -> None:
