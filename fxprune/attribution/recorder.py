@@ -232,7 +232,8 @@ class RecordingInterpreter(StandInInterpreter):
 
     def _stand_in(self, region: Region) -> Tensor:
         value = self.stand_ins[region.stand_in]
-        return self.maps[region.name](value) if region.name in self.maps else value
+        value = self.maps[region.name](value) if region.name in self.maps else value
+        return value.contiguous() if region.contiguous else value
 
 
 def _require_grad(value: Tensor) -> Tensor:

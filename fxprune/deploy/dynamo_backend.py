@@ -179,7 +179,8 @@ class PruningBackend:
         if bypasses:
             inside = {node for found in bypasses for node in found.nodes}
             functionalize(gm, inside | {found.stand_in for found in bypasses})
-            bypass_regions(gm, {found.exit: found.stand_in for found in bypasses})
+            stand_ins = {found.exit: found.stand_in for found in bypasses}
+            bypass_regions(gm, stand_ins, {found.exit for found in bypasses if found.contiguous})
             erase_unused(gm, inside)
 
     def _check_later(self, compiled: Callable[..., Any]) -> Callable[..., Any]:

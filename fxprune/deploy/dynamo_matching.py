@@ -132,11 +132,14 @@ class Bypass:
         Node whose value replaces it.
     nodes : tuple of str
         All nodes of the region.
+    contiguous : bool
+        Whether the stand-in is made contiguous.
     """
 
     exit: str
     stand_in: str
     nodes: tuple[str, ...]
+    contiguous: bool
 
 
 class DynamoGraph:
@@ -249,7 +252,7 @@ class DynamoGraph:
                 f"region {region.name!r}: {[source.name for source in entries]} feed it in Dynamo's graph, not one"
                 " value of its exit's shape; prune with fxprune.apply and compile that"
             )
-        return Bypass(exit_.name, alike[0].name, tuple(node.name for node in inside))
+        return Bypass(exit_.name, alike[0].name, tuple(node.name for node in inside), region.contiguous)
 
 
 def _readers(node: fx.Node) -> Iterable[fx.Node]:

@@ -2,7 +2,7 @@
 
 Values of equal shapes can lie in memory in different orders. A linear layer, for example, makes the permuted value that
 it reads contiguous, and a `view` after it needs that. Where the layouts differ, the values that depend on them are
-computed again.
+computed again. Where they do not work with the stand-in as it lies in memory, they may work with a contiguous copy.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch import fx
 from fxprune.graph.symbolic_shapes import SymbolicShapes
 from fxprune.runtime.torch_internals import current_size, shapes_only, tree_leaves
 
+Later = Mapping[str, list[tuple[str, bool]]]
+"""Stand-ins of regions, by exit, and whether they are made contiguous."""
 
-def layout_conflict(shapes: SymbolicShapes, exit_: str, stand_in: str, later: Mapping[str, list[str]]) -> str:
+
+def layout_conflict(shapes: SymbolicShapes, exit_: str, stand_in: str, later: Later, contiguous: bool = False) -> str:
     """Say why the readers of a value cannot read its stand-in because of its memory layout.
 
     Parameters
@@ -26,9 +29,11 @@ def layout_conflict(shapes: SymbolicShapes, exit_: str, stand_in: str, later: Ma
         Values of the graph. Exit and stand-in have equal shapes.
     exit_, stand_in : str
         Nodes whose values are compared.
-    later : mapping of str to list of str
-        Stand-ins of the regions after this one, by exit. The same plan may remove them, so the layout of the stand-in
-        must also be right for what follows these.
+    later : mapping of str to list of (str, bool)
+        Stand-ins of the regions after this one, by exit, and whether they are made contiguous. The same plan may remove
+        these regions, so the layout of the stand-in must also be right for what follows them.
+    contiguous : bool
+        Whether the readers get the stand-in made contiguous.
 
     Returns
     -------
@@ -40,9 +45,10 @@ def layout_conflict(shapes: SymbolicShapes, exit_: str, stand_in: str, later: Ma
     >>> layout_conflict(shapes, "linear", "permute", {})           # doctest: +SKIP
     "its stand-in 'permute' has another memory layout than 'linear', and 'view' cannot work with it"
     """
-    if equal_layouts(shapes.values[exit_], shapes.values[stand_in]):
+    if not contiguous and equal_layouts(shapes.values[exit_], shapes.values[stand_in]):
         return ""
-    conflict = _follow(shapes, exit_, stand_in, {}) or _follow(shapes, exit_, stand_in, later)
+    new = (stand_in, contiguous)
+    conflict = _follow(shapes, exit_, new, {}) or _follow(shapes, exit_, new, later)
     return f"its stand-in {stand_in!r} has another memory layout than {exit_!r}, and {conflict}" if conflict else ""
 
 
@@ -54,24 +60,30 @@ def equal_layouts(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def _follow(shapes: SymbolicShapes, exit_: str, stand_in: str, later: Mapping[str, list[str]]) -> str:
+def _follow(shapes: SymbolicShapes, exit_: str, new: tuple[str, bool], later: Later) -> str:
     """Compute the values after an exit again, with its stand-in in its place. Return what does not work, or ""."""
     interpreter = shapes.interpreter
     before = interpreter.env
     nodes = {node.name: node for node in before}
-    interpreter.env = {**before, nodes[exit_]: before[nodes[stand_in]]}
+    interpreter.env = dict(before)
     changed = {nodes[exit_]}
+
+    def value_of(stand_in: str, contiguous: bool) -> Any:
+        value = interpreter.env[nodes[stand_in]]
+        return value.contiguous() if contiguous else value
+
     try:
         with shapes_only(interpreter.mode):
+            interpreter.env[nodes[exit_]] = value_of(*new)
             for node in interpreter.graph.nodes:
-                sources = changed.intersection(nodes[name] for name in later.get(node.name, ()))
+                sources = [found for found in later.get(node.name, ()) if nodes[found[0]] in changed]
                 if node in changed or not (sources or changed.intersection(node.all_input_nodes)):
                     continue
                 if node.op == "output":
                     return _output_conflict(node, interpreter.env, before)
                 if node not in before:
                     return f"the layout of {node.name!r}, which depends on it, is not known"
-                interpreter.env[node] = interpreter.env[sources.pop()] if sources else interpreter.compute(node)
+                interpreter.env[node] = value_of(*sources[0]) if sources else interpreter.compute(node)
                 if not _equal_trees(interpreter.env[node], before[node]):
                     changed.add(node)
     except Exception:  # operations raise all kinds of errors for values that they cannot take

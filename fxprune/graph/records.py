@@ -70,6 +70,8 @@ class Region:
         All removed nodes in graph order, including the exit.
     layers : tuple of str
         Dotted paths, in the model, of the modules with weights and of the constant weights that these nodes read.
+    contiguous : bool
+        Whether the stand-in is made contiguous: what reads the exit cannot work with its own memory layout.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Region:
     stand_in: str
     nodes: tuple[str, ...]
     layers: tuple[str, ...]
+    contiguous: bool = False
 
 
 class Refusal(fx.proxy.TraceError):

@@ -10,6 +10,7 @@ values: its result is replaced by the one value that it continues, see `fxprune.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from types import MappingProxyType
 
 import networkx as nx
@@ -57,8 +58,8 @@ def find_regions(
         In graph order of their exits. They may nest and overlap. Each removes at least one layer with weights.
     rejections : list of Rejection
         One for each layer with weights that is in no region, and one for each region whose entry and exit have equal
-        shapes only at the observed size, whose readers cannot work with the memory layout of its stand-in, or which
-        contains some branches of a unit and not all of them.
+        shapes only at the observed size, whose readers cannot work with the memory layout of its stand-in (nor if it
+        is made contiguous), or which contains some branches of a unit and not all of them.
 
     Examples
     --------
@@ -105,6 +106,7 @@ class _Finder:
         self.units = units
         self.unit_calls = self._find_unit_calls()
         self.splitting = 0
+        self.made_contiguous: set[_FoundRegion] = set()
 
     def to_bits(self, names: Iterable[str]) -> int:
         return sum(1 << self.order[name] for name in names if name in self.order)
@@ -276,19 +278,22 @@ class _Finder:
     def choose_by_layout(self, found: list[list[_FoundRegion]]) -> list[_FoundRegion]:
         """Choose the longest version of each region whose readers work with the memory layout of its stand-in.
 
-        The last region comes first: a plan may remove it together with the earlier ones.
+        Without one, it is the longest whose readers work with a contiguous stand-in. The last region comes first: a
+        plan may remove it together with the earlier ones.
         """
         chosen: list[_FoundRegion] = []
-        later: dict[str, list[str]] = {}
+        later: dict[str, list[tuple[str, bool]]] = {}
         for versions in sorted(found, key=lambda versions: -self.order[versions[-1][1]]):
             conflict = ""
-            for version in reversed(versions):
+            for contiguous, version in product((False, True), reversed(versions)):
                 _, exit_, stand_in, _ = version
-                conflict = layout_conflict(self.shapes, exit_, stand_in, later)
-                if not conflict:
+                reason = layout_conflict(self.shapes, exit_, stand_in, later, contiguous)
+                if not reason:
                     chosen.append(version)
-                    later.setdefault(exit_, []).append(stand_in)
+                    later.setdefault(exit_, []).append((stand_in, contiguous))
+                    self.made_contiguous |= {version} if contiguous else set()
                     break
+                conflict = conflict if contiguous else reason
             else:
                 self.unproved.append(Rejection(self.make_region(*versions[-1]).name, conflict))
         return chosen[::-1]
@@ -323,6 +328,7 @@ class _Finder:
             stand_in=stand_in,
             nodes=tuple(self.members(inside)),
             layers=tuple(join_path(self.island, layer) for layer in layers),
+            contiguous=(kind, exit_, stand_in, inside) in self.made_contiguous,
         )
 
     def reject_uncovered(self, regions: list[_FoundRegion]) -> Iterator[Rejection]:

@@ -15,8 +15,8 @@ from fxprune.graph.records import Link, Region, Rejection
 from fxprune.planning.plan_schema import encode_json, read_record
 from fxprune.planning.provenance import Provenance
 
-VERSION = 3
-"""Version of the plan file's schema. Files of version 1 (no latency) and 2 (no constants) can be read too."""
+VERSION = 4
+"""Version of the plan file's schema. Files of version 1 (no latency), 2 (no constants) and 3 can be read too."""
 
 Constant = Any
 """None, bool, int, float, str, or a tuple of these; in a file, a list in place of a tuple."""
@@ -114,7 +114,7 @@ class Candidate:
     ----------
     region : Region
         The region. Its fields are also attributes of the candidate: `name`, `kind`, `island`, `exit`, `stand_in`,
-        `nodes`, `layers`.
+        `nodes`, `layers`, `contiguous`.
     score : float
         Importance by the criterion; larger is more important.
     flops : float
@@ -178,6 +178,11 @@ class Candidate:
         """Dotted paths of the modules with weights, and of the constant weights, that are removed."""
         return self.region.layers
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether the stand-in is made contiguous."""
+        return self.region.contiguous
+
     def to_dict(self) -> dict[str, Any]:
         """Return the candidate as plain data; the fields of the region are at the same level as its own."""
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "region"}
@@ -204,7 +209,7 @@ class Candidate:
         if not isinstance(row, Mapping) or "region" in row:
             raise _fail(f"field {where!r} should be an object with the fields of a region and of its costs")
         names = {field.name for field in fields(Region)}
-        region = read_record(Region, {name: row[name] for name in names if name in row}, where, _fail)
+        region = read_record(Region, {name: row[name] for name in names if name in row}, where, _fail, added)
         own = {name: value for name, value in row.items() if name not in names}
         candidate: Candidate = read_record(cls, {**own, "region": region}, where, _fail, added)
         return candidate
@@ -263,7 +268,7 @@ class Plan:
 
     Notes
     -----
-    The file is strict JSON in UTF-8. It is one object with ``fxprune_plan``, the version of the schema (3), and the
+    The file is strict JSON in UTF-8. It is one object with ``fxprune_plan``, the version of the schema (4), and the
     attributes above under their names. ``before`` and ``after`` are objects with the fields of `Totals`. ``islands``,
     ``rejections``, ``nodes`` and ``links`` are lists of objects with the fields of `IslandRecord`, `Rejection`
     (``{"name": str, "reason": str}``), `NodeRecord` and `Link`; the objects of ``regions`` are described by
@@ -313,10 +318,11 @@ class Plan:
         if not isinstance(data, Mapping) or "fxprune_plan" not in data:
             raise PlanError("this is no fxprune plan: it has no field 'fxprune_plan'")
         version = data["fxprune_plan"]
-        if version not in (1, 2, VERSION):
+        if version not in (1, 2, 3, VERSION):
             raise PlanError(f"the plan has schema version {version!r}, this fxprune reads 1 to {VERSION}")
         added: dict[str, Any] = {"latency_ms": None} if version == 1 else {}
-        added |= {"constants": {}} if version < VERSION else {}
+        added |= {"constants": {}} if version < 3 else {}
+        added |= {"contiguous": False} if version < VERSION else {}
         values = {key: value for key, value in data.items() if key != "fxprune_plan"}
         records: dict[str, Any] = {"before": Totals, "after": Totals}
         lists: dict[str, Any] = {"islands": IslandRecord, "regions": Candidate, "rejections": Rejection}

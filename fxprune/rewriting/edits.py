@@ -235,7 +235,8 @@ class Edits:
         here = [region for region in regions if region.exit in produced and region.stand_in in names]
         if not here:
             raise BodyError("nothing in it is removed")
-        bypass_regions(gm, {names[region.exit]: names[region.stand_in] for region in here})
+        stand_ins = {names[region.exit]: names[region.stand_in] for region in here}
+        bypass_regions(gm, stand_ins, {names[region.exit] for region in here if region.contiguous})
         channels = {names[name]: width for name, width in self.rewriter.channels.items() if name in names}
         contiguous = {names[name] for name in self.rewriter.contiguous if name in names}
         simplify(gm, channels, self.shell, contiguous)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -137,7 +137,14 @@ class PlaceFinder:
                 return None
             chain.append(unit)
             name = unit.value.name
+        if region.contiguous and chain:
+            chain[0] = self._make_contiguous(chain[0])
         return chain
+
+    def _make_contiguous(self, unit: _Unit) -> _Unit:
+        """Let the replacement of a call return its argument made contiguous."""
+        names = inspect.signature(self.root.get_submodule(unit.path).forward).parameters
+        return replace(unit, replacement=(*(unit.replacement or (0, next(iter(names), ""), None)), True))
 
     def _unit(self, result: fx.Node, inside: set[str], stand_in: str) -> _Unit | None:
         """Return the largest call in the region that returns a value, and its argument that leads to the stand-in."""

@@ -18,7 +18,9 @@ MISSING_ARGUMENT = "a call without the argument {name!r} reached a removed block
 
 
 class PassThrough(nn.Module):
-    """Return one of the arguments unchanged. It replaces a removed block that takes several arguments.
+    """Return one of the arguments unchanged. It replaces a removed block for which `Identity` would not do.
+
+    The block takes several arguments, returns a tuple, or its output is contiguous where its input is not.
 
     Parameters
     ----------
@@ -29,6 +31,8 @@ class PassThrough(nn.Module):
     form : tuple or list, optional
         What the block returned, if that was not one tensor: a tuple or a list with `PassThrough.SLOT` at the place of
         the argument and constants elsewhere.
+    contiguous : bool
+        Whether the argument is made contiguous: the block's output was, and what reads it needs that.
 
     Examples
     --------
@@ -39,22 +43,24 @@ class PassThrough(nn.Module):
 
     SLOT = "<argument>"
 
-    def __init__(self, position: int, name: str, form: Any = None) -> None:
+    def __init__(self, position: int, name: str, form: Any = None, contiguous: bool = False) -> None:
         super().__init__()
-        self.position, self.name, self.form = position, name, form
+        self.position, self.name, self.form, self.contiguous = position, name, form, contiguous
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the argument, in the form of the replaced block's output."""
         if len(args) <= self.position and self.name not in kwargs:
             raise TypeError(MISSING_ARGUMENT.format(name=self.name))
         value = args[self.position] if len(args) > self.position else kwargs[self.name]
+        value = value.contiguous() if self.contiguous else value
         if self.form is None:
             return value
         return type(self.form)(value if item == self.SLOT else item for item in self.form)
 
     def extra_repr(self) -> str:
         """Name the argument."""
-        return f"returns={self.name!r}" + ("" if self.form is None else f", in a {type(self.form).__name__}")
+        form = "" if self.form is None else f", in a {type(self.form).__name__}"
+        return f"returns={self.name!r}{form}{', contiguous' if self.contiguous else ''}"
 
 
 class PrunedModule(fx.GraphModule):

@@ -113,7 +113,8 @@ class IslandRewriter:
         """
         gm = fx.GraphModule(self.traced, copy_graph(self.traced.graph))
         arguments = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-        bypass_regions(gm, {region.exit: region.stand_in for region in removed})
+        stand_ins = {region.exit: region.stand_in for region in removed}
+        bypass_regions(gm, stand_ins, {region.exit for region in removed if region.contiguous})
         result = simplified(self.traced, gm.graph, self.channels, self.model)
         verify_graph(self.name, arguments, result.gm, {node for region in removed for node in region.nodes})
         return result
@@ -153,6 +154,8 @@ def _comparable(gm: fx.GraphModule) -> list[Any]:
 def _returns_argument(gm: fx.GraphModule, module: nn.Module) -> bool:
     """Whether a graph does what an identity or a `PassThrough` does: it returns one of its arguments."""
     *arguments, output = gm.graph.nodes
+    copies = isinstance(module, PassThrough) and module.contiguous
+    copied = arguments.pop() if copies and arguments else None
     position = module.position if isinstance(module, PassThrough) else 0
     form = module.form if isinstance(module, PassThrough) else None
     value: Any = output.args[0]
@@ -163,6 +166,8 @@ def _returns_argument(gm: fx.GraphModule, module: nn.Module) -> bool:
         constants = [slot for slot in form if slot != PassThrough.SLOT]
         same = others == constants and isinstance(value, type(form))
         value = value[form.index(PassThrough.SLOT)] if same else None
+    if copies:
+        value = copied.args[0] if copied is not None and value is copied and copied.target == "contiguous" else None
     placeholders = all(node.op == "placeholder" for node in arguments)
     return placeholders and position < len(arguments) and value is arguments[position]
 

@@ -107,7 +107,7 @@ def test_stdout_is_one_document_with_verbose_ultralytics(tmp_path: Path) -> None
         check=True,
     )  # fmt: skip
     plan = json.loads(done.stdout)
-    assert plan["fxprune_plan"] == 3
+    assert plan["fxprune_plan"] == 4
     assert plan["settings"]["targets"] == "the model's own confident outputs"
 
 

@@ -1,4 +1,4 @@
-"""Whole layers that read several values of the same shape, in Dynamo's graphs."""
+"""Whole layers that read several values of the same shape, and contiguous stand-ins, in Dynamo's graphs."""
 
 from __future__ import annotations
 
@@ -52,3 +52,29 @@ def test_inputs_of_the_same_shape_are_not_confused_but_refused() -> None:
     compiled = torch.compile(model, backend=fxprune.pruning_backend(model, plan, inner="eager"))
     with pytest.raises(BackendCompilerFailed, match="not one value of its exit's shape; prune with"):
         compiled(*pair)
+
+
+class Tokens(nn.Module):
+    """Linear layers on a permuted map, then a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+        self.mixes = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        for mix in self.mixes:
+            x = mix(x)
+        return self.head(x.view(-1, 6))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("names", [{"mixes.0"}, {"mixes.0", "mixes.1"}], ids=["one", "both"])
+def test_backend_makes_stand_ins_contiguous(names: set[str], inner: str) -> None:
+    model, x = build(Tokens), pixels(2, 3, 12, 10)
+    analysis = fxprune.analyze(model, [x], loss=lambda network, batch: network(batch).square().mean())
+    plan = plan_for(analysis, names)
+    assert any(region.contiguous for region in plan.removed)
+    compiled = torch.compile(model, backend=fxprune.pruning_backend(model, plan, inner=inner))
+    torch.testing.assert_close(compiled(x), fxprune.apply(model, plan)(x))

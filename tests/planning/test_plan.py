@@ -39,7 +39,7 @@ def test_plan_file_is_strict_json_of_this_version(plan: Plan, tmp_path: Path) ->
     plan.save(tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert data == plan.to_dict()
-    assert data["fxprune_plan"] == 3
+    assert data["fxprune_plan"] == 4
     assert data["budget"] == 0.3
     assert [row["name"] for row in data["regions"] if row["removed"]] == [region.name for region in plan.removed]
 

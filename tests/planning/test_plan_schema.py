@@ -74,9 +74,9 @@ def test_field_of_wrong_type_is_refused_by_name(plan: Plan, path: str, value: An
         Plan.from_dict(changed(plan.to_dict(), path, value))
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", None, 1.5])
+@pytest.mark.parametrize("version", [0, 5, "1", None, 1.5])
 def test_other_schema_version_is_refused(plan: Plan, version: Any) -> None:
-    with pytest.raises(PlanError, match=rf"version {version!r}, .*reads 1 to 3"):
+    with pytest.raises(PlanError, match=rf"version {version!r}, .*reads 1 to 4"):
         Plan.from_dict({**plan.to_dict(), "fxprune_plan": version})
 
 
@@ -95,6 +95,15 @@ def test_schema_version_2_is_read_without_constants(plan: Plan) -> None:
         assert row.pop("constants") == {}
     assert Plan.from_dict(data | {"fxprune_plan": 2}) == plan
     with pytest.raises(PlanError, match=r"'islands\[0\]' lacks \['constants'\]"):
+        Plan.from_dict(data)
+
+
+def test_schema_version_3_is_read_without_contiguous_stand_ins(plan: Plan) -> None:
+    data = plan.to_dict()
+    for row in data["regions"]:
+        assert row.pop("contiguous") is False
+    assert Plan.from_dict(data | {"fxprune_plan": 3}) == plan
+    with pytest.raises(PlanError, match=r"'regions\[0\]' lacks \['contiguous'\]"):
         Plan.from_dict(data)
 
 

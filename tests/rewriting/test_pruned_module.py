@@ -226,6 +226,10 @@ def test_pass_through_returns_its_argument_in_the_form_of_the_block() -> None:
     assert result[0] is X
     assert result[1] is None
     assert isinstance(PassThrough(0, "hidden", [PassThrough.SLOT])(X), list)
+    turned = X.transpose(0, 1)
+    (value,) = PassThrough(0, "hidden", (PassThrough.SLOT,), contiguous=True)(turned)
+    assert value.is_contiguous()
+    assert torch.equal(value, turned)
 
 
 def test_pass_through_is_readable_and_can_be_copied() -> None:
