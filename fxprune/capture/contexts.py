@@ -1,4 +1,4 @@
-"""Tells in which contexts of torch code runs: without gradients, under autocast, with hooks on saved tensors."""
+"""Reads the contexts of torch that are entered now: gradients off, autocast, hooks on saved tensors."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from fxprune.runtime.private_copy import preserve_rng_state, preserve_state
+from fxprune.runtime.private_copy import preserve_rng_state, preserve_state, weights_require_gradients
 from fxprune.runtime.torch_internals import tree_flatten, tree_leaves, write_count
 
 UNKNOWN = object()
@@ -125,7 +125,7 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], watch: Watch) -> 
     with ExitStack() as stack:
         stack.enter_context(preserve_state(model))
         stack.enter_context(preserve_rng_state(model))
-        stack.enter_context(_all_weights_require(model, watch.gradients))
+        stack.enter_context(weights_require_gradients(model, watch.gradients))
         stack.enter_context(torch.set_grad_enabled(watch.gradients))
         for name in watch.names:
             stack.enter_context(_recording_hooks(model.get_submodule(name), name, record, watch))
@@ -143,19 +143,6 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], watch: Watch) -> 
         if watch.gradients:
             record.reached = _reached_weights(model, result, watch.closely)
     return record
-
-
-@contextmanager
-def _all_weights_require(model: nn.Module, gradients: bool) -> Iterator[None]:
-    """Let every weight require gradients, or none, until the end of the block."""
-    before = [(weight, weight.requires_grad) for weight in model.parameters() if weight.is_floating_point()]
-    try:
-        for weight, _ in before:
-            weight.requires_grad_(gradients)
-        yield
-    finally:
-        for weight, required in before:
-            weight.requires_grad_(required)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from fxprune.adapters.calls import batch_loss
 from fxprune.adapters.protocol import Batch
 from fxprune.graph.fx_utils import is_within
 from fxprune.graph.operators import channel_dim
-from fxprune.healing.teacher_student import TeacherStudent, forward_hooks, without_gradients
+from fxprune.healing.teacher_student import TeacherStudent, forward_hooks
+from fxprune.runtime.private_copy import weights_require_gradients
 from fxprune.runtime.torch_internals import owns_tensors, tree_flatten, tree_unflatten
 
 MIN_WEIGHT = 0.1
@@ -79,7 +80,7 @@ def saliency_maps(pair: TeacherStudent, batch: Batch, index: int = 0, seed: int 
 
     inside = [(name, module) for name, module in model.named_modules() if is_within(name, pair.graphs)]
     names = [name for name, module in inside if name in pair.graphs or owns_tensors(module)]
-    with forward_hooks(model, names, record), without_gradients(model), torch.enable_grad():
+    with forward_hooks(model, names, record), weights_require_gradients(model, False), torch.enable_grad():
         loss = batch_loss(model, adapter, labelled, index, seed).sum()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]

@@ -125,19 +125,6 @@ def with_gradients(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 @contextmanager
-def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Unset `requires_grad` of all weights until the end of the block: gradients of activations alone cost less."""
-    before = [(weight, weight.requires_grad) for weight in model.parameters()]
-    try:
-        for weight, _ in before:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight, required in before:
-            weight.requires_grad_(required)
-
-
-@contextmanager
 def forward_hooks(model: nn.Module, names: Iterable[str], hook: Hook) -> Iterator[None]:
     """Call `hook` with each output of the named modules. Its result, unless None, replaces the output."""
 

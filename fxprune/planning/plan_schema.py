@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from fxprune.capture.module_trace import is_constant
 from fxprune.errors import FxpruneError
 
 
@@ -81,7 +82,7 @@ def _is_number(value: Any, *kinds: type) -> bool:
 def _is_constant(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_constant, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    return is_constant(value)
 
 
 FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {

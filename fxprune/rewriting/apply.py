@@ -19,6 +19,7 @@ from fxprune.rewriting.placement import remove_regions
 from fxprune.rewriting.pruned_module import PrunedModule, called_layers
 from fxprune.rewriting.verification import verify_weights
 from fxprune.rewriting.whole_graph import IslandRewriter, check_nodes
+from fxprune.runtime.json_text import first_few
 from fxprune.runtime.private_copy import private_copy
 from fxprune.runtime.torch_internals import has_backward_hooks, has_forward_hooks
 
@@ -49,8 +50,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Warns
     -----
     FxpruneWarning
-        If the forward of a module with hooks becomes part of a graph, so that its hooks no longer run. The message
-        names it.
+        If a module with hooks is removed, or its forward becomes part of a graph, so that its hooks no longer run. The
+        message names it.
 
     Examples
     --------
@@ -128,14 +129,21 @@ def _rewrite_island(
 
 
 def _warn_of_hooks(island: str, originals: Mapping[str, nn.Module], pruned: nn.Module) -> None:
-    """Warn of hooks on modules that stay, but are no longer called: a graph runs their operations."""
+    """Warn of hooks that no longer run: those of removed modules, and of modules whose forward moved to a graph."""
     kept = dict(pruned.named_modules())
     graphs = {path: part for path, part in kept.items() if isinstance(part, PrunedModule)}
     called = {join_path(path, target) for path, part in graphs.items() for target in called_layers(part)}
+    lost = []
     for name, part in originals.items():
-        inlined = name in kept and name not in graphs and is_within(name, graphs) and not is_within(name, called)
-        if inlined and (has_forward_hooks(part) or has_backward_hooks(part)):
-            warn_user(
-                f"{join_path(island, name)} carries hooks; it becomes part of a graph, so they no longer run."
-                " Register them on the result, or on a layer that stays"
-            )
+        inlined = name not in graphs and is_within(name, graphs) and not is_within(name, called)
+        if _has_hooks(part) and (inlined or name not in kept or not _has_hooks(kept[name])):
+            lost.append(join_path(island, name) or "the model itself")
+    if lost:
+        warn_user(
+            f"hooks of {first_few(lost)} no longer run: these modules were removed, or a graph runs their operations."
+            " Register hooks on the result, or on layers that stay"
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return has_forward_hooks(module) or has_backward_hooks(module)

@@ -9,7 +9,7 @@ from torch import nn
 from fxprune.graph.records import Region
 from fxprune.rewriting.edits import Edits, Placement
 from fxprune.rewriting.places import PlaceFinder
-from fxprune.rewriting.whole_graph import IslandRewriter
+from fxprune.rewriting.whole_graph import IslandRewriter, SimplifiedGraph
 
 MAX_ROUNDS = 20
 """Places are made larger at most this often before the whole island becomes one graph."""
@@ -38,14 +38,21 @@ def remove_regions(shell: nn.Module, path: str, rewriter: IslandRewriter, region
     PlanError
         If a removed node is still read.
     """
-    places = PlaceFinder(shell.get_submodule(path), rewriter.traced).find(regions)
+    places = PlaceFinder(shell.get_submodule(path), rewriter).find(regions)
     whole = places[0][-1]
     chosen = [0] * len(regions)
+    rewritten: dict[tuple[int, ...], SimplifiedGraph] = {}
+
+    def rewrite(indices: Sequence[int]) -> SimplifiedGraph:
+        key = tuple(indices)
+        if key not in rewritten:
+            rewritten[key] = rewriter.rewrite([regions[index] for index in key])
+        return rewritten[key]
 
     def works(indices: Sequence[int]) -> Placement | None:
         edits = Edits(shell, path, rewriter)
         some = [regions[index] for index in indices]
-        if edits.succeed(some, [places[index][chosen[index]] for index in indices], rewriter.rewrite(some)):
+        if edits.succeed(some, [places[index][chosen[index]] for index in indices], rewrite(indices)):
             return edits.placement
         edits.undo()
         return None
@@ -70,4 +77,4 @@ def remove_regions(shell: nn.Module, path: str, rewriter: IslandRewriter, region
         failing = failing or [index for group in groups.values() if not works_alone(group) for index in group]
         for index in failing or everything:
             chosen[index] += 1
-    return Edits(shell, path, rewriter).make(regions, [whole] * len(regions), rewriter.rewrite(regions))
+    return Edits(shell, path, rewriter).make(regions, [whole] * len(regions), rewrite(everything))

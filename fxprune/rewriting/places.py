@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.capture.tracer import TRACED_CALL, TracedCall
-from fxprune.graph.fx_utils import value_graph
 from fxprune.graph.records import Region
 from fxprune.rewriting.body_graph import nested_calls, nodes_below, nodes_in, received_values
 from fxprune.rewriting.pruned_module import PassThrough
+from fxprune.rewriting.whole_graph import IslandRewriter
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,23 @@ class PlaceFinder:
     ----------
     root : Module
         The island's module.
-    traced : GraphModule
-        Its graph.
+    rewriter : IslandRewriter
+        Knows the island's graph and its module calls.
     """
 
-    def __init__(self, root: nn.Module, traced: fx.GraphModule) -> None:
-        self.root = root
-        self.call: TracedCall = traced.meta[TRACED_CALL]
-        self.alive = set(value_graph(traced.graph))
-        self.nodes = {node.name: node for node in traced.graph.nodes}
-        self.calls: dict[str, list[TracedCall | fx.Node]] = {}
+    def __init__(self, root: nn.Module, rewriter: IslandRewriter) -> None:
+        self.root, self.rewriter = root, rewriter
+        self.call: TracedCall = rewriter.traced.meta[TRACED_CALL]
+        self.nodes = {node.name: node for node in rewriter.traced.graph.nodes}
+        self.counts: Counter[str] = Counter()
         self.parents: dict[int, TracedCall] = {}
         for call in nested_calls(self.call):
-            self.calls.setdefault(call.path, []).append(call)
+            self.counts[call.path] += 1
             for step in call.steps:
                 if isinstance(step, TracedCall):
                     self.parents[id(step)] = call
                 elif step.op == "call_module":
-                    self.calls.setdefault(str(step.target), []).append(step)
+                    self.counts[str(step.target)] += 1
 
     def find(self, regions: Sequence[Region]) -> list[list[Place]]:
         """Return the places of each region, smallest first. The last place of all regions is the whole island."""
@@ -100,7 +100,7 @@ class PlaceFinder:
 
     def _working(self, names: Sequence[str]) -> set[str]:
         """Return those names whose nodes compute a value of the graph."""
-        return {name for name in names if name in self.alive and self.nodes[name].op not in ("get_attr", "placeholder")}
+        return {name for name in self.rewriter.working.intersection(names) if self.nodes[name].op != "placeholder"}
 
     def _find_identities(self, regions: Sequence[Region]) -> Mapping[int, list[Place]]:
         """Find the regions that are whole calls of modules. Every call of such a module must be removed."""
@@ -113,7 +113,7 @@ class PlaceFinder:
             partial = {
                 path
                 for path, claimed in claims.items()
-                if len(claimed) < len(self.calls[path]) or len(set(map(repr, claimed.values()))) > 1
+                if len(claimed) < self.counts[path] or len(set(map(repr, claimed.values()))) > 1
             }
             kept = {index: chain for index, chain in chains.items() if not partial & {unit.path for unit in chain}}
             if len(kept) == len(chains):
@@ -153,48 +153,39 @@ class PlaceFinder:
         fitting = [call for call in calls if sized[id(call)] and sized[id(call)] <= inside]
         if fitting:
             call = max(fitting, key=lambda call: len(sized[id(call)]))
-            return self._make_unit(call.path, id(call), call.args, call.kwargs, call.result, result, inside, stand_in)
+            return self._make_unit(call, id(call), result, inside, stand_in)
         if result.op == "call_module" and result.name in inside:
-            path = str(result.target)
-            return self._make_unit(path, id(result), result.args, result.kwargs, result, result, inside, stand_in)
+            call = TracedCall(str(result.target), result.args, dict(result.kwargs), [], result)
+            return self._make_unit(call, id(result), result, inside, stand_in)
         return None
 
     def _make_unit(
-        self,
-        path: str,
-        identity: int,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        output: Any,
-        result: fx.Node,
-        inside: set[str],
-        stand_in: str,
+        self, call: TracedCall, identity: int, result: fx.Node, inside: set[str], stand_in: str
     ) -> _Unit | None:
-        received = {node.name: node for node in nodes_in(args) + nodes_in(dict(kwargs))}
+        """Return what replaces one call, all of whose work is removed; None if no identity can."""
+        received = {node.name: node for node in nodes_in(call.args) + nodes_in(call.kwargs)}
         leading = [node for name, node in received.items() if name == stand_in]
-        leading = leading or [node for name, node in received.items() if name in inside]
-        if len(leading) != 1 and len(received) != 1:
+        leading = leading or [node for name, node in received.items() if name in inside] or list(received.values())
+        if len(leading) != 1:
             return None
-        value = leading[0] if len(leading) == 1 else next(iter(received.values()))
-        if args == (value,) and not kwargs and output is result:
-            return _Unit(path, identity, value, ())
-        names = list(inspect.signature(self.root.get_submodule(path).forward).parameters)
-        if value in args:
-            position = args.index(value)
-        else:
-            key = next((key for key, given in kwargs.items() if given is value), None)
-            if key not in names:
-                return None
-            position = names.index(str(key))
-        if position >= len(names):
+        (value,) = leading
+        if call.args == (value,) and not call.kwargs and call.result is result:
+            return _Unit(call.path, identity, value, ())
+        names = list(inspect.signature(self.root.get_submodule(call.path).forward).parameters)
+        given = dict(zip(names, call.args, strict=False)) | call.kwargs
+        name = next((name for name in names if given.get(name) is value), None)
+        form = _form_of(call.result, result)
+        if name is None or (form is None and call.result is not result):
             return None
-        form = None
-        if output is not result:
-            if not isinstance(output, (tuple, list)) or sum(item is result for item in output) != 1:
-                return None
-            slots = [PassThrough.SLOT if item is result else item for item in output]
-            form = (tuple if isinstance(output, tuple) else list)(None if nodes_in(item) else item for item in slots)
-        return _Unit(path, identity, value, (position, names[position], form))
+        return _Unit(call.path, identity, value, (names.index(name), name, form))
+
+
+def _form_of(output: Any, result: fx.Node) -> Any:
+    """Return the form of an output that holds a value once, see `PassThrough`; None if it has no such form."""
+    if type(output) not in (tuple, list) or sum(item is result for item in output) != 1:
+        return None
+    slots = [PassThrough.SLOT if item is result else item for item in output]
+    return type(output)(None if nodes_in(item) else item for item in slots)
 
 
 def _make_identity(replacement: tuple[Any, ...]) -> nn.Module:

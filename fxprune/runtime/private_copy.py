@@ -145,6 +145,27 @@ def _items(value: Any) -> list[Any] | dict[Any, Any] | None:
 
 
 @contextmanager
+def weights_require_gradients(model: nn.Module, required: bool) -> Iterator[None]:
+    """Let all weights of a model require gradients, or none, until the end of the block.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2)
+    >>> with weights_require_gradients(layer, False):
+    ...     layer.weight.requires_grad
+    False
+    """
+    before = [(weight, weight.requires_grad) for weight in model.parameters() if weight.is_floating_point()]
+    try:
+        for weight, _ in before:
+            weight.requires_grad_(required)
+        yield
+    finally:
+        for weight, was in before:
+            weight.requires_grad_(was)
+
+
+@contextmanager
 def preserve_rng_state(network: nn.Module) -> Iterator[None]:
     """Restore torch's random state, on the CPU and on the network's devices, at the end of the block."""
     devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}

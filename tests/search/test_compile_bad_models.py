@@ -79,6 +79,16 @@ def test_hook_on_a_container_stays(place: str, kind: str, recwarn: pytest.Warnin
     assert set(seen) == {place}
 
 
+def test_hook_on_a_removed_block_is_named() -> None:
+    model = tiny()
+    plan = fxprune.analyze(model, labelled()).plan(0.1)
+    gone = plan.removed[0].name
+    model.get_submodule(gone).register_forward_hook(lambda *given: None)
+    with pytest.warns(fxprune.FxpruneWarning, match=f"hooks of {gone} no longer run"):
+        pruned = fxprune.apply(model, plan)
+    assert isinstance(pruned.get_submodule(gone), torch.nn.Identity)
+
+
 def test_hook_on_a_remaining_layer_is_kept() -> None:
     model, seen = tiny(), list[tuple[int, ...]]()
     model.get_submodule("stem").register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
