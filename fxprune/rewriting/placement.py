@@ -8,7 +8,7 @@ from torch import nn
 
 from fxprune.graph.records import Region
 from fxprune.rewriting.edits import Edits, Placement
-from fxprune.rewriting.places import PlaceFinder
+from fxprune.rewriting.places import Place, PlaceFinder
 from fxprune.rewriting.whole_graph import IslandRewriter, SimplifiedGraph
 
 MAX_ROUNDS = 20
@@ -38,43 +38,63 @@ def remove_regions(shell: nn.Module, path: str, rewriter: IslandRewriter, region
     PlanError
         If a removed node is still read.
     """
-    places = PlaceFinder(shell.get_submodule(path), rewriter).find(regions)
-    whole = places[0][-1]
-    chosen = [0] * len(regions)
-    rewritten: dict[tuple[int, ...], SimplifiedGraph] = {}
+    attempts = _Attempts(shell, path, rewriter, regions)
+    everything = range(len(regions))
+    for _ in range(MAX_ROUNDS):
+        if any(attempts.place(index) == attempts.whole for index in everything):
+            break
+        placement = attempts.make(everything)
+        if placement is not None:
+            return placement
+        for index in attempts.failing() or everything:
+            attempts.chosen[index] += 1
+    return Edits(shell, path, rewriter).make(regions, [attempts.whole] * len(regions), attempts.rewritten(everything))
 
-    def rewrite(indices: Sequence[int]) -> SimplifiedGraph:
+
+class _Attempts:
+    """Tries the chosen place of each region; what does not compute the same is undone."""
+
+    def __init__(self, shell: nn.Module, path: str, rewriter: IslandRewriter, regions: Sequence[Region]) -> None:
+        self.shell, self.path, self.rewriter, self.regions = shell, path, rewriter, regions
+        self.places = PlaceFinder(shell.get_submodule(path), rewriter).find(regions)
+        self.whole = self.places[0][-1]
+        self.chosen = [0] * len(regions)
+        self._rewritten: dict[tuple[int, ...], SimplifiedGraph] = {}
+
+    def place(self, index: int) -> Place:
+        """The place that is chosen for a region now."""
+        return self.places[index][self.chosen[index]]
+
+    def rewritten(self, indices: Sequence[int]) -> SimplifiedGraph:
+        """The graph of the whole island without some regions; made once."""
         key = tuple(indices)
-        if key not in rewritten:
-            rewritten[key] = rewriter.rewrite([regions[index] for index in key])
-        return rewritten[key]
+        if key not in self._rewritten:
+            self._rewritten[key] = self.rewriter.rewrite([self.regions[index] for index in key])
+        return self._rewritten[key]
 
-    def works(indices: Sequence[int]) -> Placement | None:
-        edits = Edits(shell, path, rewriter)
-        some = [regions[index] for index in indices]
-        if edits.succeed(some, [places[index][chosen[index]] for index in indices], rewrite(indices)):
+    def make(self, indices: Sequence[int]) -> Placement | None:
+        """Remove some regions at their places; None, with nothing changed, if that computes something else."""
+        edits = Edits(self.shell, self.path, self.rewriter)
+        regions = [self.regions[index] for index in indices]
+        if edits.succeed(regions, [self.place(index) for index in indices], self.rewritten(indices)):
             return edits.placement
         edits.undo()
         return None
 
-    def works_alone(indices: Sequence[int]) -> bool:
-        placement = works(indices)
+    def works(self, indices: Sequence[int]) -> bool:
+        """Whether some regions can be removed at their places; nothing is changed."""
+        placement = self.make(indices)
         if placement is not None:
             placement.undo()
         return placement is not None
 
-    everything = range(len(regions))
-    for _ in range(MAX_ROUNDS):
-        if any(places[index][chosen[index]] == whole for index in everything):
-            break
-        placement = works(everything)
-        if placement is not None:
-            return placement
+    def failing(self) -> list[int]:
+        """The regions that fail by themselves, else those that fail with the others of their next larger place."""
+        indices = range(len(self.regions))
+        alone = [index for index in indices if not self.works([index])] if len(self.regions) > 1 else []
+        if alone:
+            return alone
         groups: dict[str, list[int]] = {}
-        for index in everything:
-            groups.setdefault(places[index][chosen[index] + 1].path, []).append(index)
-        failing = [index for index in everything if not works_alone([index])] if len(regions) > 1 else []
-        failing = failing or [index for group in groups.values() if not works_alone(group) for index in group]
-        for index in failing or everything:
-            chosen[index] += 1
-    return Edits(shell, path, rewriter).make(regions, [whole] * len(regions), rewrite(everything))
+        for index in indices:
+            groups.setdefault(self.places[index][self.chosen[index] + 1].path, []).append(index)
+        return [index for group in groups.values() if not self.works(group) for index in group]
