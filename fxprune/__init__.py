@@ -1,5 +1,6 @@
 """Finds the blocks that a detector does not need and replaces them by identities: a compiler pass over torch.fx."""
 
+from fxprune.adapters.ultralytics.trainer import trainer
 from fxprune.datasets.batches import batches
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
@@ -61,6 +62,7 @@ __all__ = [
     "pruning_backend",
     "report",
     "save",
+    "trainer",
 ]
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters import classifier, custom_loss, torchvision, ultralytics
+from fxprune.adapters import classifier, custom_loss, torchvision
 from fxprune.adapters.protocol import Adapter, refuse_detection
+from fxprune.adapters.ultralytics import adapter as ultralytics
+from fxprune.adapters.ultralytics import pruned_yaml, yolo
 from fxprune.errors import ModelError, SettingError
 from fxprune.graph.fx_utils import class_names
 from fxprune.runtime.torch_internals import OptimizedModule
@@ -81,12 +84,23 @@ def unwrap(model: Any) -> nn.Module:
     for kind, advice in _WRAPPERS.items():
         if isinstance(model, kind):
             raise ModelError(f"the model is wrapped in {type(model).__name__}: {advice}")
-    network = ultralytics.unwrap_yolo(model) if ultralytics.is_yolo(model) else model
+    network = yolo.unwrap_yolo(model) if yolo.is_yolo(model) else model
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         raise ModelError("the model's weights are on the meta device; load them first")
     return network
 
 
+def mark_pruned(network: nn.Module) -> None:
+    """Tell the library that a network comes from that it was pruned, if that library builds it anew to train it."""
+    pruned_yaml.mark_pruned(network)
+
+
+def watch_loading() -> None:
+    """Prepare for a library that reads a pruned network from a checkpoint, and would build it anew to train it."""
+    if "ultralytics" in sys.modules:
+        yolo.watch_loading()
+
+
 def rewrap_like(model: nn.Module, network: nn.Module) -> nn.Module:
     """Wrap a pruned network like its original model: returns a `YOLO` object if the original is one."""
-    return ultralytics.rewrap_yolo(model, network) if ultralytics.is_yolo(model) else network
+    return yolo.rewrap_yolo(model, network) if yolo.is_yolo(model) else network

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize
 
-from fxprune.adapters import ultralytics
 from fxprune.adapters.registry import unwrap
+from fxprune.adapters.ultralytics import adapter as ultralytics
 from fxprune.cli.options import DataOptions, ModelOptions
 from fxprune.datasets.batches import batches
 from fxprune.datasets.class_mapping import dataset_categories, model_class_names

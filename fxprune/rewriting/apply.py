@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import fx, nn
 
-from fxprune.adapters.registry import rewrap_like, unwrap
+from fxprune.adapters.registry import mark_pruned, rewrap_like, unwrap
 from fxprune.capture.module_trace import Traced, Untraced, trace_module
 from fxprune.errors import PlanError, warn_user
 from fxprune.graph.fx_utils import fingerprint, is_within, join_path
@@ -76,6 +76,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     unhealed = plan.settings.without("heal")
     plans = [*raw_plans(network), replace(plan, settings=unhealed).to_dict()]
     attach_history(pruned, plans, structural_changes(network), saved)
+    mark_pruned(pruned)
     return rewrap_like(model, pruned)
 
 

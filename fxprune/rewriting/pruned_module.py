@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.adapters.registry import watch_loading
+from fxprune.runtime.pickled_names import PickledName
 from fxprune.runtime.torch_internals import COMPILED_CALL
 
 MISSING_ARGUMENT = "a call without the argument {name!r} reached a removed block, which returns that argument"
@@ -56,6 +58,10 @@ class PassThrough(nn.Module):
         if self.form is None:
             return value
         return type(self.form)(value if item == self.SLOT else item for item in self.form)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle the attributes."""
+        return _restore_pass_through, (), vars(self)
 
     def extra_repr(self) -> str:
         """Name the argument."""
@@ -138,7 +144,7 @@ class PrunedModule(fx.GraphModule):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle the graph as rows of plain values."""
-        return _blank, (type(self).__name__, self.original_class), self.__getstate__()
+        return _restore_module, (type(self).__name__, self.original_class), self.__getstate__()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the graph as rows of plain values."""
@@ -190,6 +196,18 @@ def _blank(name: str, kind: type[nn.Module]) -> PrunedModule:
     fx.GraphModule.__init__(new, nn.Module(), fx.Graph(), name)
     new.original_class = kind
     return new
+
+
+@PickledName
+def _restore_module(name: str, kind: type[nn.Module]) -> PrunedModule:
+    watch_loading()
+    return _blank(name, kind)
+
+
+@PickledName
+def _restore_pass_through() -> PassThrough:
+    watch_loading()
+    return PassThrough.__new__(PassThrough)
 
 
 def _copy_registry(value: Any) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import fxprune
-from fxprune.adapters.ultralytics import rewrap_yolo
+from fxprune.adapters.ultralytics.yolo import rewrap_yolo
 from tests.helpers.batches import batched
 
 ultralytics = pytest.importorskip("ultralytics")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
 import fxprune
-from fxprune.adapters.ultralytics import input_channels
-from fxprune.adapters.ultralytics_letterbox import match_channels
+from fxprune.adapters.ultralytics.adapter import input_channels
+from fxprune.adapters.ultralytics.letterbox import match_channels
 
 Item = tuple[Tensor, dict[str, Tensor]]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import CocoDataset, ModelError, SettingError
 from fxprune.adapters.protocol import Batch
-from fxprune.adapters.ultralytics import ADAPTER, square_side
-from fxprune.adapters.ultralytics_letterbox import compute_placement
+from fxprune.adapters.ultralytics.adapter import ADAPTER, square_side
+from fxprune.adapters.ultralytics.letterbox import compute_placement
 
 ultralytics = pytest.importorskip("ultralytics")
 from ultralytics.models.rtdetr.val import RTDETRValidator  # noqa: E402

@@ -16,7 +16,7 @@ from torchvision.models import resnet18
 
 import fxprune
 from fxprune import BatchError, CocoDataset, DatasetError, FxpruneWarning, ModelError, SettingError
-from fxprune.adapters.ultralytics_letterbox import letterbox
+from fxprune.adapters.ultralytics.letterbox import letterbox
 from fxprune.demo.bundled import load_dataset, load_detector
 
 SIZES = ((40, 60), (64, 32))  # height, width

@@ -54,7 +54,7 @@ def trained(case: Case, model: nn.Module, run: Any = None) -> nn.Module:
     elif case.system.family == "torchvision":
         loss = sum(run(*copy.deepcopy(case.batch)).values())
     else:
-        from fxprune.adapters.ultralytics import prepare
+        from fxprune.adapters.ultralytics.adapter import prepare
 
         prepare(model)
         loss = run(dict(case.batch))[0].sum()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.adapters import classifier, torchvision, ultralytics
+from fxprune.adapters import classifier, torchvision
 from fxprune.adapters.calls import AdaptedModel
 from fxprune.adapters.protocol import Batch
 from fxprune.adapters.registry import choose_adapter
+from fxprune.adapters.ultralytics import adapter as ultralytics
 from fxprune.datasets.evaluation import Boxes
 from fxprune.demo.bundled import load_dataset, load_detector
 from fxprune.healing.loss_change import LossChange

@@ -1,8 +1,7 @@
-"""Adapter of ultralytics models: `DetectionModel` and similar classes, and the `YOLO` object that wraps one."""
+"""Adapter of ultralytics models: `DetectionModel` and similar classes."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.adapters.protocol import Adapter, Batch, check_image, confidence_threshold, device_of, stack_images
-from fxprune.adapters.ultralytics_decoding import (
+from fxprune.adapters.ultralytics.decoding import (
     BOX_COLUMNS,
     best_scores,
     count_classes,
@@ -19,9 +18,9 @@ from fxprune.adapters.ultralytics_decoding import (
     has_queries,
     suppress_overlaps,
 )
-from fxprune.adapters.ultralytics_letterbox import Placement, clip, letterbox, match_channels
-from fxprune.errors import BatchError, ModelError, SettingError
-from fxprune.graph.fx_utils import class_names
+from fxprune.adapters.ultralytics.letterbox import Placement, clip, letterbox, match_channels
+from fxprune.adapters.ultralytics.pruned_yaml import is_ultralytics
+from fxprune.errors import BatchError, SettingError
 
 FORMS = (
     "dict(img=Tensor(N, 3, H, W), cls=Tensor(n, 1), bboxes=Tensor(n, 4) xywh in [0, 1], batch_idx=Tensor(n)),"
@@ -31,34 +30,6 @@ CONFIDENCE_THRESHOLD = 0.25
 """Least score of outputs that serve as labels (ultralytics' own prediction threshold)."""
 IMAGE_SIZE = 640
 """Side of the square, in pixels, if a model does not store its training size (ultralytics' default)."""
-
-
-def is_yolo(model: nn.Module) -> bool:
-    """Whether the model is a `YOLO` object, or a similar one, that wraps a network."""
-    return "ultralytics.engine.model.Model" in class_names(model)
-
-
-def unwrap_yolo(model: nn.Module) -> nn.Module:
-    """Return the network inside a `YOLO` object.
-
-    Raises
-    ------
-    ModelError
-        If the object holds an exported model and no network.
-    """
-    network = cast(Any, model).model
-    if not isinstance(network, nn.Module):
-        raise ModelError(f"this {type(model).__name__} holds {network!r}, not a PyTorch network; load the .pt or .yaml")
-    return network
-
-
-def rewrap_yolo(model: nn.Module, network: nn.Module) -> nn.Module:
-    """Return a copy of a `YOLO` object with another network and without the predictor, trainer and metrics."""
-    twin = copy.copy(model)
-    twin.__dict__ = {key: copy.copy(value) for key, value in model.__dict__.items()}
-    twin.__dict__.update(predictor=None, trainer=None, metrics=None)
-    cast(Any, twin).model = network
-    return twin
 
 
 def prepare(model: nn.Module) -> None:
@@ -238,7 +209,7 @@ def _move_to_square(target: Mapping[str, Any], placement: Placement) -> Tensor:
 ADAPTER = Adapter(
     family="ultralytics model",
     forms=FORMS,
-    matches=lambda model, raw: "ultralytics.nn.tasks.BaseModel" in class_names(model),
+    matches=lambda model, raw: is_ultralytics(model),
     prepare=prepare,
     normalize=normalize,
     loss=loss,
