@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -93,12 +92,6 @@ def unwrap(model: Any) -> nn.Module:
 def mark_pruned(network: nn.Module) -> None:
     """Tell the library that a network comes from that it was pruned, if that library builds it anew to train it."""
     pruned_yaml.mark_pruned(network)
-
-
-def watch_loading() -> None:
-    """Prepare for a library that reads a pruned network from a checkpoint, and would build it anew to train it."""
-    if "ultralytics" in sys.modules:
-        yolo.watch_loading()
 
 
 def rewrap_like(model: nn.Module, network: nn.Module) -> nn.Module:

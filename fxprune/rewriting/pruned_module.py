@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.adapters.registry import watch_loading
 from fxprune.runtime.pickled_names import PickledName
 from fxprune.runtime.torch_internals import COMPILED_CALL
 
@@ -200,13 +199,11 @@ def _blank(name: str, kind: type[nn.Module]) -> PrunedModule:
 
 @PickledName
 def _restore_module(name: str, kind: type[nn.Module]) -> PrunedModule:
-    watch_loading()
     return _blank(name, kind)
 
 
 @PickledName
 def _restore_pass_through() -> PassThrough:
-    watch_loading()
     return PassThrough.__new__(PassThrough)
 
 

@@ -28,7 +28,7 @@ class PickledName:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.path = f"{function.__module__}.{function.__qualname__}"
+        self.name = OptionalName(function.__module__, function.__qualname__)
         setattr(self, NEEDED, self)
 
     def __call__(self, *args: Any) -> Any:
@@ -37,12 +37,25 @@ class PickledName:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path of the function."""
-        return getattr, (_Located(self.path), NEEDED)
+        return getattr, (self.name, NEEDED)
 
 
-class _Located:
-    def __init__(self, path: str) -> None:
-        self.path = path
+class OptionalName:
+    """A value of this package that a pickle names. Where the package is missing, None is read in its place.
+
+    Parameters
+    ----------
+    module, name : str
+        Module and name of the value. Reading the pickle imports the module.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        self.path = f"{module}.{name}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptionalName:
+        """Return the object itself."""
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path."""
         return pydoc.locate, (self.path,)

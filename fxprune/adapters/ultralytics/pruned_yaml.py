@@ -13,8 +13,8 @@ from torch import nn
 from fxprune.graph.fx_utils import class_names
 
 NOTE = (
-    "this network was pruned by fxprune, and its yaml describes the full one: train it with"
-    " trainer=fxprune.trainer(DetectionTrainer), or with the trainer of its task in place of DetectionTrainer"
+    "this network was pruned by fxprune, and its yaml describes the full one: import fxprune before you load it, or"
+    " pass trainer=fxprune.trainer(DetectionTrainer), with the trainer of the task"
 )
 """Stands as the first layer in the yaml. Whatever builds a network from the yaml fails with this text."""
 UNPRUNED = "unpruned"

@@ -12,8 +12,12 @@ from torch import nn
 from fxprune.adapters.ultralytics.class_layers import fit_classes
 from fxprune.adapters.ultralytics.pruned_yaml import is_marked, is_pruned, unmarked
 from fxprune.errors import ModelError, SettingError
+from fxprune.runtime.pickled_names import OptionalName
 
 _METHOD = "get_model"
+RELOADING = "fxprune_reloading"
+"""Attribute of a network in training. Reading it from a checkpoint imports this package, so that training can go on."""
+IMPORT_IF_INSTALLED = OptionalName(__name__, "IMPORT_IF_INSTALLED")
 
 
 def trainer(base: type) -> type:
@@ -79,7 +83,9 @@ def _subclass(base: Any, owner: Any) -> type:
             _check_weights(weights)
             full = build(cfg=dict(unmarked(weights.yaml)), weights=None, verbose=False)
             by_name = bool(getattr(self.args, "cls_remap", True))
-            return fit_classes(weights, full, by_name=by_name).requires_grad_(True)
+            network = fit_classes(weights, full, by_name=by_name).requires_grad_(True)
+            setattr(network, RELOADING, IMPORT_IF_INSTALLED)
+            return network
 
     kind = Keeping if base is owner else type(f"Pruned{base.__name__}", (base, Keeping), {})
     kind.__name__, kind.__doc__ = f"Pruned{base.__name__}", f"`{base.__name__}` that keeps a pruned network."

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from fxprune.adapters.ultralytics.pruned_yaml import is_pruned
+from fxprune.adapters.ultralytics.trainer import RELOADING
 from fxprune.adapters.ultralytics.trainer import trainer as keeping_trainer
 from fxprune.errors import ModelError
 from fxprune.graph.fx_utils import class_names
@@ -74,6 +75,15 @@ class _KeepsPruned:
             self.ckpt = self.ckpt or {"model": self.model}  # without a checkpoint a network is built from the yaml
         return cast(Any, super()).train(trainer=trainer, **kwargs)
 
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model, see `ultralytics.YOLO.save`; without what only a training needs."""
+        kept = vars(self.model).pop(RELOADING, None)
+        try:
+            return cast(Any, super()).save(*args, **kwargs)
+        finally:
+            if kept is not None:
+                setattr(self.model, RELOADING, kept)
+
     def tune(self, *args: Any, **kwargs: Any) -> Any:
         """Tune the hyperparameters, see `ultralytics.YOLO.tune`; refused for a pruned network."""
         if is_pruned(self.model):
@@ -97,15 +107,10 @@ def _blank(kind: Any) -> Any:
     return nn.Module.__new__(_keeping(kind))
 
 
-@functools.cache
-def watch_loading() -> None:
-    """From now on, a `YOLO` object that loads a pruned network keeps it when it is trained.
-
-    Called when a pruned network is read from a checkpoint. The object that will own it is not known then.
-    """
-    register_module_module_registration_hook(_keep_if_yolo)
-
-
 def _keep_if_yolo(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     if name == "model" and is_pruned(submodule) and is_yolo(module) and not isinstance(module, _KeepsPruned):
         module.__class__ = _keeping(cast(Any, type(module)))
+
+
+register_module_module_registration_hook(_keep_if_yolo)
+"""A checkpoint is read before the `YOLO` object that will own the network is known. So the assignment is watched."""
