@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from fxprune.capture.passed_on import passed_on_arguments
 from fxprune.capture.tracer import TracedCall
 from fxprune.graph.fx_utils import check_constant, is_within, join_path
 from fxprune.graph.records import Region
@@ -161,6 +162,8 @@ class _Builder:
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
         self.paths = {id(part): path for path, part in reversed([*self.module.named_modules()])}
+        self.passed_on: dict[int, dict[int | str, fx.Node]] = {}
+        self.calls = 0
 
     def build(self) -> Body:
         if self.call.path == "":
@@ -174,9 +177,13 @@ class _Builder:
     def _copy_placeholders(self) -> None:
         for node in self.call.args:
             self.nodes[node.name] = self.graph.node_copy(node)
-        for node in self.call.args:
-            if node.target in self.constants:
-                self._check(self.nodes[node.name], self.constants[node.target])
+        self._check_constants(
+            [
+                (self.nodes[node.name], self.constants[node.target])
+                for node in self.call.args
+                if node.target in self.constants
+            ]
+        )
 
     def _make_placeholders(self) -> None:
         """Add a placeholder for each parameter of the forward, and check arguments that were constants."""
@@ -197,13 +204,20 @@ class _Builder:
                 self._bind(node, value)
             elif not stars:
                 constants.append((node, value))
-        for node, value in constants:
-            self._check(node, value)
+        self._check_constants(constants)
 
-    def _check(self, node: fx.Node, value: Any) -> None:
-        """Add a check of an argument that is a constant in the graph."""
-        if value is None or isinstance(value, (bool, int, float, str)):
-            self.graph.call_function(check_constant, (node, value, str(node.target)))
+    def _check_constants(self, constants: Sequence[tuple[fx.Node, Any]]) -> None:
+        """Check arguments that are constants in the graph. Those that are only passed on to children stay free."""
+        absent = [str(node.target) for node, value in constants if value is None]
+        steps = [step.path if isinstance(step, TracedCall) else _called_path(step) for step in self.call.steps]
+        paths = [self._path_below(path, "call_module") for path in steps if path is not None]
+        found = {} if self.inlined or not absent else passed_on_arguments(self.module, absent, paths)
+        for node, value in constants:
+            if value is None and node.target in found:
+                for number, key in found[str(node.target)]:
+                    self.passed_on.setdefault(number, {})[key] = node
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                self.graph.call_function(check_constant, (node, value, str(node.target)))
 
     def _bind(self, node: fx.Node, value: Any) -> None:
         """Note which values a node of the new graph holds."""
@@ -236,6 +250,8 @@ class _Builder:
         target = node.target
         if node.op in ("call_module", "get_attr") and not is_made_tensor(node):
             target = self._path_below(str(node.target), node.op)
+        if node.op == "call_module":
+            args, kwargs = self._pass_on(args, kwargs)
         new = self.graph.create_node(node.op, target, args, kwargs, node.name, node.type)
         new.meta = {key: value for key, value in node.meta.items() if key != "nn_module_stack"}
         self.nodes[node.name] = new
@@ -250,11 +266,18 @@ class _Builder:
             raise BodyError(f"it reads {path!r}, which belongs to another module")
         return join_path(self.paths[id(part)], leaf)
 
+    def _pass_on(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Put arguments that are only passed on into the next call of a child, in place of None."""
+        places, self.calls = self.passed_on.get(self.calls, {}), self.calls + 1
+        named = {key: node for key, node in places.items() if isinstance(key, str)}
+        return tuple(places.get(number, value) for number, value in enumerate(args)), {**kwargs, **named}
+
     def _add_call(self, call: TracedCall) -> None:
         path = self._path_below(call.path, "call_module")
         results = nodes_in(call.result)
         name = results[0].name if isinstance(call.result, fx.Node) else None
         args, kwargs = self._translate(call.args), self._translate(call.kwargs)
+        args, kwargs = self._pass_on(args, kwargs)
         node = self.graph.create_node("call_module", path, args, kwargs, name)
         self._bind_result(node, call.result, received_values(call))
 
@@ -292,6 +315,10 @@ class _Builder:
         if node.name not in self.nodes:
             raise BodyError(f"it reads the value {node.name!r}, which it neither receives nor computes")
         return self.nodes[node.name]
+
+
+def _called_path(node: fx.Node) -> str | None:
+    return str(node.target) if node.op == "call_module" else None
 
 
 def _depends_on_constants(node: fx.Node) -> bool:
