@@ -4,6 +4,7 @@ from fxprune.adapters.ultralytics.trainer import trainer
 from fxprune.datasets.batches import batches
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
+from fxprune.datasets.folders import ImageFolder, YoloDataset
 from fxprune.deploy.dynamo_backend import pruning_backend
 from fxprune.deploy.save_load import load, save
 from fxprune.errors import (
@@ -40,6 +41,7 @@ __all__ = [
     "DatasetError",
     "FxpruneError",
     "FxpruneWarning",
+    "ImageFolder",
     "LossError",
     "ModelError",
     "NoRegionError",
@@ -49,6 +51,7 @@ __all__ = [
     "Report",
     "SettingError",
     "StorageError",
+    "YoloDataset",
     "__version__",
     "analyze",
     "apply",

@@ -19,7 +19,7 @@ from fxprune.cli.options import DataOptions, ModelOptions
 from fxprune.datasets.batches import batches
 from fxprune.datasets.class_mapping import dataset_categories, model_class_names
 from fxprune.datasets.coco import CocoDataset
-from fxprune.datasets.folders import ImageFolder, YoloDataset
+from fxprune.datasets.folders import ImageFolder, YoloDataset, pick_evenly
 from fxprune.demo.bundled import load_dataset
 from fxprune.errors import SettingError
 from fxprune.graph.fx_utils import class_names
@@ -108,8 +108,7 @@ def open_images(model: nn.Module, options: DataOptions, split: Split, heal: str 
 
 def _pick_evenly(dataset: Any, most: int) -> Any:
     """Return at most `most` items, evenly spread."""
-    count = len(dataset)
-    return dataset if count <= most else Subset(dataset, [index * count // most for index in range(most)])
+    return dataset if len(dataset) <= most else Subset(dataset, pick_evenly(range(len(dataset)), most))
 
 
 def _match_numbers(network: nn.Module, dataset: YoloDataset) -> dict[int, int] | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -17,10 +17,18 @@ from fxprune.datasets.coco import read_image
 from fxprune.errors import DatasetError, warn_user
 
 Item = tuple[Tensor, dict[str, Any]]
+T = TypeVar("T")
 
 
 class ImageFolder(Dataset[Item]):
     """Images of a folder, sorted by name, without labels. Items are as of `fxprune.CocoDataset`, without boxes.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The folder.
+    limit : int, optional
+        Take at most so many images, evenly spread over the folder.
 
     Raises
     ------
@@ -34,12 +42,12 @@ class ImageFolder(Dataset[Item]):
 
     Examples
     --------
-    >>> len(ImageFolder(Path("pictures")))                          # doctest: +SKIP
-    128
+    >>> len(fxprune.ImageFolder("pictures", limit=64))              # doctest: +SKIP
+    64
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.files = list_images(folder)
+    def __init__(self, folder: str | Path, *, limit: int | None = None) -> None:
+        self.files = pick_evenly(list_images(Path(folder)), limit)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -54,10 +62,12 @@ class YoloDataset(Dataset[Item]):
 
     Parameters
     ----------
-    file : Path
+    file : str or Path
         The YAML: ``path``, ``train``, ``val``, ``names``.
     split : str
         ``"train"`` or ``"val"``: a folder, a ``.txt`` list of images, or a list of these.
+    limit : int, optional
+        Take at most so many images, evenly spread over the split.
 
     Attributes
     ----------
@@ -77,11 +87,12 @@ class YoloDataset(Dataset[Item]):
 
     Examples
     --------
-    >>> YoloDataset(Path("data.yaml"), "val").categories            # doctest: +SKIP
+    >>> fxprune.YoloDataset("data.yaml", "val").categories          # doctest: +SKIP
     {0: 'person', 1: 'car'}
     """
 
-    def __init__(self, file: Path, split: str) -> None:
+    def __init__(self, file: str | Path, split: str, *, limit: int | None = None) -> None:
+        file = Path(file)
         content = _read_yaml(file)
         self.categories = _read_names(content, file)
         parts = content.get(split)
@@ -89,7 +100,7 @@ class YoloDataset(Dataset[Item]):
             raise DatasetError(f"{file} has no '{split}'; name the folder of its images")
         roots = _roots(file, content)
         found = [_find(str(part), roots, file) for part in (parts if isinstance(parts, list) else [parts])]
-        self.files = [image for place in found for image in _images_of(place)]
+        self.files = pick_evenly([image for place in found for image in _images_of(place)], limit)
         if not any(_labels_of(image).is_file() for image in self.files):
             raise DatasetError(f"{file}: none of the {len(self.files)} images has labels ({_labels_of(self.files[0])})")
 
@@ -101,6 +112,27 @@ class YoloDataset(Dataset[Item]):
         size = torch.tensor([image.shape[-1], image.shape[-2]] * 2, dtype=torch.float32)
         rows = _read_labels(_labels_of(self.files[index]), len(self.categories))
         return image, _target(self.files[index], rows, size)
+
+
+def pick_evenly(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return at most `limit` items, evenly spread; all of them for None.
+
+    Raises
+    ------
+    DatasetError
+        If `limit` is no positive number.
+
+    Examples
+    --------
+    >>> pick_evenly("abcdef", 3)
+    ['a', 'c', 'e']
+    """
+    if limit is not None and limit < 1:
+        raise DatasetError(f"limit is {limit}; give the number of images to take, 1 or more, or None for all")
+    count = len(items)
+    if limit is None or count <= limit:
+        return list(items)
+    return [items[index * count // limit] for index in range(limit)]
 
 
 def list_images(folder: Path) -> list[Path]:
