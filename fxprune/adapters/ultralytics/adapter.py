@@ -9,10 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters.protocol import Adapter, Batch, check_image, confidence_threshold, device_of, stack_images
+from fxprune.adapters.protocol import Adapter, Batch, check_image, device_of, stack_images
 from fxprune.adapters.ultralytics.decoding import (
     BOX_COLUMNS,
-    best_scores,
     count_classes,
     decode_output,
     has_queries,
@@ -20,14 +19,15 @@ from fxprune.adapters.ultralytics.decoding import (
 )
 from fxprune.adapters.ultralytics.letterbox import Placement, clip, letterbox, match_channels
 from fxprune.adapters.ultralytics.pruned_yaml import is_ultralytics
-from fxprune.errors import BatchError, SettingError
+from fxprune.adapters.ultralytics.tasks import label, targets_of_boxes, task_of
+from fxprune.errors import BatchError, ModelError, SettingError
 
 FORMS = (
-    "dict(img=Tensor(N, 3, H, W), cls=Tensor(n, 1), bboxes=Tensor(n, 4) xywh in [0, 1], batch_idx=Tensor(n)),"
-    " or images alone as dict(img=...) or Tensor(N, 3, H, W)"
+    "dict(img=Tensor(N, C, H, W), cls=Tensor(n, 1), bboxes=Tensor(n, 4) xywh in [0, 1], batch_idx=Tensor(n)), with"
+    " masks for segmentation, keypoints for poses, bboxes=Tensor(n, 5) xywhr for rotated boxes; dict(img=...,"
+    " cls=Tensor(N)) or (Tensor(N, C, H, W), Tensor(N)) for classification; or images alone as dict(img=...) or"
+    " Tensor(N, C, H, W)"
 )
-CONFIDENCE_THRESHOLD = 0.25
-"""Least score of outputs that serve as labels (ultralytics' own prediction threshold)."""
 IMAGE_SIZE = 640
 """Side of the square, in pixels, if a model does not store its training size (ultralytics' default)."""
 
@@ -48,39 +48,59 @@ def prepare(model: nn.Module) -> None:
 
 def normalize(model: nn.Module, raw: Any) -> Batch:
     """Convert a raw batch in one of the `FORMS` to a `Batch` on the model's device."""
-    device = device_of(model)
+    device, task = device_of(model), task_of(model)
     if not isinstance(raw, Mapping):
-        images = raw[0] if isinstance(raw, (list, tuple)) and len(raw) == 1 else raw
-        raw = {"img": images}
+        raw = _as_mapping(raw, pairs=task.keys == ("cls",))
     if "img" not in raw:
         raise BatchError(f"the batch has keys {sorted(map(str, raw))} and no 'img'; known forms: {FORMS}")
     images = stack_images(raw["img"], FORMS).to(device)
-    missing = {"cls", "bboxes", "batch_idx"} - set(raw)
-    if missing == {"cls", "bboxes", "batch_idx"}:
+    missing = [key for key in task.keys if key not in raw]
+    if len(missing) == len(task.keys):
         return Batch(images, None, len(images))
     if missing:
-        raise BatchError(f"the batch lacks {sorted(missing)}; known forms: {FORMS}")
+        raise BatchError(f"the batch lacks {missing}; known forms: {FORMS}")
     targets = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in raw.items()}
-    _check_targets(model, targets, len(images))
+    for key in task.keys:
+        if not isinstance(targets[key], Tensor):
+            raise BatchError(f"{key} should be a tensor, got {type(targets[key]).__name__}; known forms: {FORMS}")
+    if task.columns:
+        _check_boxes(model, targets, len(images), task.columns)
+    elif len(targets[task.keys[0]]) != len(images):
+        raise BatchError(f"{len(images)} images but {len(targets[task.keys[0]])} {task.keys[0]}")
+    elif task.keys == ("cls",):
+        targets["cls"] = targets["cls"].reshape(-1).long()
+        _check_classes(model, targets["cls"])
     return Batch(images, targets | {"img": images}, len(images))
 
 
-def _check_targets(model: nn.Module, targets: Mapping[str, Any], count: int) -> None:
-    for key in ("cls", "bboxes", "batch_idx"):
-        if not isinstance(targets[key], Tensor):
-            raise BatchError(f"{key} should be a tensor, got {type(targets[key]).__name__}; known forms: {FORMS}")
-    if targets["bboxes"].numel() and (targets["bboxes"].ndim != 2 or targets["bboxes"].shape[1] != 4):
-        raise BatchError(f"bboxes have shape {tuple(targets['bboxes'].shape)}; they are (n, 4), xywh in [0, 1]")
-    classes, boxes, index = targets["cls"].reshape(-1), targets["bboxes"], targets["batch_idx"].reshape(-1)
+def _as_mapping(raw: Any, pairs: bool) -> dict[str, Any]:
+    """Name the parts of a batch that is no mapping: images alone, or images and classes."""
+    if isinstance(raw, (list, tuple)) and len(raw) == 1:
+        return {"img": raw[0]}
+    if pairs and isinstance(raw, (list, tuple)) and len(raw) == 2 and isinstance(raw[1], Tensor) and raw[1].ndim < 3:
+        return {"img": raw[0], "cls": raw[1]}
+    return {"img": raw}
+
+
+def _check_classes(model: nn.Module, classes: Tensor) -> None:
+    known = len(getattr(model, "names", ())) or int(getattr(model, "nc", 0)) or int(classes.max()) + 1
+    if len(classes) and (int(classes.min()) < 0 or int(classes.max()) >= known):
+        raise BatchError(
+            f"cls runs from {int(classes.min())} to {int(classes.max())}, the model knows 0 to {known - 1}"
+        )
+
+
+def _check_boxes(model: nn.Module, targets: Mapping[str, Any], count: int, columns: int) -> None:
+    if targets["bboxes"].numel() and (targets["bboxes"].ndim != 2 or targets["bboxes"].shape[1] != columns):
+        form = "xywh in [0, 1]" if columns == 4 else "xywh in [0, 1] and the angle"
+        raise BatchError(f"bboxes have shape {tuple(targets['bboxes'].shape)}; they are (n, {columns}), {form}")
+    classes, index = targets["cls"].reshape(-1), targets["batch_idx"].reshape(-1)
+    boxes = targets["bboxes"][..., :4]
     if not len(classes) == len(boxes) == len(index):
         raise BatchError(f"{len(classes)} cls, {len(boxes)} bboxes and {len(index)} batch_idx should be equally many")
     if not len(classes):
         return
-    known = len(getattr(model, "names", ())) or int(getattr(model, "nc", 0)) or int(classes.max()) + 1
-    if int(classes.min()) < 0 or int(classes.max()) >= known:
-        raise BatchError(
-            f"cls runs from {int(classes.min())} to {int(classes.max())}, the model knows 0 to {known - 1}"
-        )
+    _check_classes(model, classes)
     if int(index.min()) < 0 or int(index.max()) >= count:
         raise BatchError(f"batch_idx runs from {int(index.min())} to {int(index.max())}, the batch has {count} images")
     if not bool(torch.isfinite(boxes).all()):
@@ -92,38 +112,20 @@ def _check_targets(model: nn.Module, targets: Mapping[str, Any], count: int) -> 
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Compute the parts (P,) of the model's own loss in eval mode, as means over the images (ultralytics sums)."""
-    parts = cast(Tensor, cast(Any, model.eval()).loss(batch.targets)[0])
-    return parts.reshape(-1) / batch.count
+    """Compute the parts (P,) of the model's own loss in eval mode, as means over the images.
+
+    A model that knows its classes from texts uses the features of the texts that it holds, unless the batch has others.
+    """
+    network, task = cast(Any, model.eval()), task_of(model)
+    own = has_queries(model) or {"txt_feats", "visuals"} & set(batch.targets)  # then the loss calls the model itself
+    output = network.loss(batch.targets, None if own else model(batch.images))
+    parts = cast(Tensor, output[0]).reshape(-1)
+    return parts / batch.count if task.sums else parts
 
 
 def predict(model: nn.Module, batch: Batch) -> Any:
     """Run the network in eval mode and return its output."""
     return model.eval()(batch.images)
-
-
-def label(model: nn.Module, batch: Batch) -> Batch:
-    """Use the detector's own confident outputs after non-maximum suppression as targets."""
-    height, width = batch.images.shape[-2:]
-    with torch.no_grad():
-        boxes, rows = decode_output(model, predict(model, batch), height, width)
-        threshold = confidence_threshold(CONFIDENCE_THRESHOLD, float(best_scores(model, boxes, rows).max()))
-        found = suppress_overlaps(model, boxes, rows, confidence=threshold, iou=0.45, limit=100, multi_label=False)
-    return Batch(batch.images, _targets(batch.images, [(row[:, :4], row[:, 5]) for row in found]), batch.count)
-
-
-def _targets(images: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Make the targets of a batch from the boxes (x1, y1, x2, y2 in its pixels) and class numbers of every image."""
-    height, width = images.shape[-2:]
-    corners = torch.cat([clip(boxes, height, width) for boxes, _ in found])
-    centres, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
-    index = torch.cat([classes.new_full((len(classes),), image) for image, (_, classes) in enumerate(found)])
-    return {
-        "img": images,
-        "cls": torch.cat([classes for _, classes in found]).float()[:, None],
-        "bboxes": (torch.cat([centres, sides], 1) / corners.new_tensor([width, height] * 2)).clamp(0, 1),
-        "batch_idx": index.float(),
-    }
 
 
 def square_side(model: nn.Module, image_size: int | None) -> int:
@@ -162,6 +164,9 @@ def _letterbox_images(
 
 def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -> list[dict[str, Tensor]]:
     """Find boxes as ultralytics' ``val(rect=False)``: letterboxed, scores from 0.001, at most 300 boxes per image."""
+    if task_of(model).columns == 5:
+        name = type(model).__name__
+        raise ModelError(f"{name} finds rotated boxes, which fxprune cannot evaluate; give a detector of upright boxes")
     squares, placements = _letterbox_images(model, images, image_size)
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     with torch.no_grad():
@@ -171,7 +176,9 @@ def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -
 
 
 def detections(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
-    """Find boxes in a batch, without letterboxing; None if the model also outputs masks or key points."""
+    """Find boxes in a batch, without letterboxing; None if the model has other or further outputs."""
+    if task_of(model).columns != 4:
+        return None
     with torch.no_grad():
         boxes, rows = decode_output(model, predict(model, batch), *batch.images.shape[-2:])
         more = boxes.shape[-1] > BOX_COLUMNS if rows else boxes.shape[1] > 4 + count_classes(model)
@@ -191,11 +198,11 @@ def collate(
     if targets is None:
         return {"img": squares}
     pairs = list(zip(targets, placements, strict=True))
-    return _targets(squares, [(_move_to_square(target, placement), target["labels"]) for target, placement in pairs])
+    return targets_of_boxes(squares, [_move_to_square(target, placement) for target, placement in pairs])
 
 
 def _move_to_square(target: Mapping[str, Any], placement: Placement) -> Tensor:
-    """Clip the boxes of a target to its image and convert them to pixels of the square."""
+    """Return rows of boxes in pixels of the square, clipped to their image, a 1, and the class."""
     boxes = clip(target["boxes"], placement.height, placement.width)
     outside = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
     if bool(outside.any()):
@@ -203,7 +210,8 @@ def _move_to_square(target: Mapping[str, Any], placement: Placement) -> Tensor:
             f"box {target['boxes'][outside][0].tolist()} of image {target.get('image_id', '(no id)')} lies outside"
             f" its {placement.width} x {placement.height} pixels or has no size; boxes are x1, y1, x2, y2 in pixels"
         )
-    return placement.to_square(boxes)
+    labels = target["labels"].to(boxes)[:, None]
+    return torch.cat([placement.to_square(boxes), torch.ones_like(labels), labels], 1)
 
 
 ADAPTER = Adapter(

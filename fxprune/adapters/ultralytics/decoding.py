@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import ModelError
-from fxprune.graph.fx_utils import class_names
 
 BOX_COLUMNS = 6
 """Columns in a row of an end-to-end head: four for the box, score, class."""
@@ -66,8 +65,6 @@ def decode_output(network: nn.Module, output: Any, height: int, width: int) -> t
     while isinstance(output, (list, tuple)) and output:
         output = output[0]
     name, classes = type(network).__name__, count_classes(network)
-    if any(part.endswith("head.OBB") for part in class_names(find_head(network) or network)):
-        raise ModelError(f"{name} finds rotated boxes, which fxprune cannot read; give a detector of upright boxes")
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if not isinstance(output, Tensor) or output.ndim != 3:
         raise ModelError(f"{name} returned {shape} instead of boxes (N, channels, k) or (N, k, 6); give a detector")
@@ -90,7 +87,15 @@ def best_scores(network: nn.Module, boxes: Tensor, rows: bool) -> Tensor:
 
 
 def suppress_overlaps(
-    network: nn.Module, boxes: Tensor, rows: bool, *, confidence: float, iou: float, limit: int, multi_label: bool
+    network: nn.Module,
+    boxes: Tensor,
+    rows: bool,
+    *,
+    confidence: float,
+    iou: float,
+    limit: int,
+    multi_label: bool,
+    rotated: bool = False,
 ) -> list[Tensor]:
     """Remove boxes with low scores and, for columns, boxes that overlap a better box of the same class.
 
@@ -106,11 +111,13 @@ def suppress_overlaps(
         Largest number of boxes per image, best first.
     multi_label : bool
         Whether one box may have several classes.
+    rotated : bool
+        Whether the last column is an angle. Boxes are then centre, width and height.
 
     Returns
     -------
     list of Tensor
-        One per image, (n, 6): x1, y1, x2, y2 in pixels, score, class.
+        One per image, (n, 6 or more): x1, y1, x2, y2 in pixels, score, class, and further columns of the head.
 
     Examples
     --------
@@ -121,6 +128,6 @@ def suppress_overlaps(
 
     found = non_max_suppression(
         boxes, conf_thres=confidence, iou_thres=iou, multi_label=multi_label, max_det=limit,
-        nc=count_classes(network), max_time_img=NMS_TIMEOUT_S, end2end=rows,
+        nc=count_classes(network), max_time_img=NMS_TIMEOUT_S, end2end=rows, rotated=rotated,
     )  # fmt: skip
-    return [image[:, :BOX_COLUMNS] for image in found]
+    return list(found)
