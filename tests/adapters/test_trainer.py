@@ -266,3 +266,35 @@ def test_saving_after_training_leaves_out_what_only_a_training_needs(trained: An
     state = torch.load(folder / "deployed.pt", weights_only=False)
     assert not [name for name in vars(state["model"]) if "reload" in name]
     assert [name for name in vars(trained.model) if "reload" in name]
+
+
+WRITER = """
+import cloudpickle, sys, torch
+import fxprune
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+class Own(DetectionTrainer):
+    pass
+
+kind = {"own": Own, "plain": DetectionTrainer}[sys.argv[3]]
+state = {"trainer": fxprune.trainer(kind), "model": YOLO(sys.argv[1]).model}
+torch.save(state, sys.argv[2], pickle_module=cloudpickle)
+"""
+READER = """
+import sys, torch
+state = torch.load(sys.argv[2], weights_only=False)
+kind, network = state["trainer"], state["model"]
+print("fxprune" in sys.modules, kind.fxprune_keeps_pruned, sum(value.numel() for value in network.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "own"])
+def test_processes_of_several_devices_get_the_trainer_and_the_network(trained: Any, folder: Path, kind: str) -> None:
+    pytest.importorskip("cloudpickle", reason="ultralytics needs it to train on several devices")
+    arguments = [str(folder / "first" / "weights" / "best.pt"), str(folder / f"state_{kind}.pt"), kind]
+    for code in (WRITER, READER):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"True True {count(trained.model)}"

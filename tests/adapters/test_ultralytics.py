@@ -109,3 +109,14 @@ def test_pruned_yolo_save_and_reload_is_bit_equal(pruned: Any, tmp_path: Path) -
     with torch.no_grad():
         assert torch.equal(reloaded(x)[0], expected(x)[0])
     assert fxprune.report(reloaded).to_dict() == fxprune.report(pruned).to_dict()
+
+
+def test_a_pruned_yolo_object_is_copied_and_pickled_whole(pruned: Any, tmp_path: Path) -> None:
+    torch.save(pruned, tmp_path / "object.pt")
+    for twin in (copy.deepcopy(pruned), torch.load(tmp_path / "object.pt", weights_only=False)):
+        assert type(twin) is type(pruned)
+        x = torch.rand(1, 3, 96, 96)
+        with torch.no_grad():
+            assert torch.equal(twin.model.eval()(x)[0], pruned.model.eval()(x)[0])
+        twin.callbacks["on_train_end"].append(print)
+    assert print not in pruned.callbacks["on_train_end"]

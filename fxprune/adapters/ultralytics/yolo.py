@@ -14,6 +14,7 @@ from fxprune.adapters.ultralytics.trainer import RELOADING
 from fxprune.adapters.ultralytics.trainer import trainer as keeping_trainer
 from fxprune.errors import ModelError
 from fxprune.graph.fx_utils import class_names
+from fxprune.runtime.pickled_names import PickledName
 
 _STALE = ("model", "ema", "optimizer", "scaler", "updates", "epoch", "best_fitness", "stopper", "modelopt")
 """Entries of a loaded checkpoint that belong to the network in it, and do not fit another one."""
@@ -103,6 +104,7 @@ def _keeping(kind: Any) -> Any:
     return type(kind.__name__, (_KeepsPruned, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
+@PickledName
 def _blank(kind: Any) -> Any:
     return nn.Module.__new__(_keeping(kind))
 
