@@ -69,7 +69,7 @@ def from_pretrained(cls: Any, folder: str | PathLike[str], **kwargs: Any) -> Any
     for key in {PLANS_KEY, WEIGHTS_KEY} & set(vars(config)):
         delattr(config, key)
     model, info = builder.loader().from_pretrained(place, config=config, output_loading_info=True, **own, **rest)
-    _refuse_misfit(info, place, rest.get("ignore_mismatched_sizes", False))
+    _refuse_misfit(info, place)
     builder.finish(model)
     return (model, info) if with_info else model
 
@@ -96,13 +96,15 @@ class _Builder:
                 try:
                     model = apply(model, plan)
                 except PlanError as error:
-                    raise PlanError(f"{self.place}: {error}") from error
+                    raise PlanError(
+                        f"{self.place}: {error}. Give the class that was saved, and no arguments that change its layers"
+                    ) from error
         self.buffers = {name: value.clone() for name, value in _unsaved_buffers(model)}
         _forget_removed_ties(model)
         return model
 
     def finish(self, model: nn.Module) -> None:
-        """Restore the buffers that no file has, and the history. The loader restores buffers by the class of a module."""
+        """Restore the history, and the buffers that no file has: the loader computes them by the class of a module."""
         with torch.no_grad():
             for name, value in _unsaved_buffers(model):
                 value.copy_(self.buffers[name])
@@ -168,18 +170,18 @@ def _config_reader(cls: Any) -> Any:
 
 def _model_class(cls: Any, config: Any) -> type[nn.Module]:
     """Return a model class, or the one that an Auto class chooses for a configuration."""
-    if issubclass(cls, nn.Module):
-        return cls
-    with torch.random.fork_rng(devices=[]):
-        return type(cls.from_config(config))
+    kind: type[nn.Module] = cls
+    if not issubclass(cls, nn.Module):
+        with torch.random.fork_rng(devices=[]):
+            kind = type(cls.from_config(config))
+    return kind
 
 
-def _refuse_misfit(info: Mapping[str, Iterable[Any]], place: Path, resized: bool) -> None:
+def _refuse_misfit(info: Mapping[str, Iterable[Any]], place: Path) -> None:
     """Raise `StorageError` if the loader did not find a weight, found one too many, or one of another shape."""
-    mismatched = [] if resized else [key for key, *_ in info["mismatched_keys"]]
     lines = [f"{key!r} is missing in the files" for key in sorted(info["missing_keys"])]
     lines += [f"{key!r} is not in the model" for key in sorted(info["unexpected_keys"])]
-    lines += [f"{key!r} has another shape" for key in sorted(mismatched)]
+    lines += [f"{key!r} has another shape" for key in sorted(key for key, *_ in info["mismatched_keys"])]
     if lines:
         raise StorageError(
             f"{place}: the weights do not fit the pruned model: {first_few(lines)}. Save the model again with its"

@@ -15,7 +15,7 @@ CONFIG_FILE = "config.json"
 PLANS_KEY = "fxprune"
 """Key of ``config.json``: the plans that were applied, oldest first."""
 WEIGHTS_KEY = "transformers_weights"
-"""Key of ``config.json``: the file of the weights, for the loader of transformers. It refuses a value that is no file."""
+"""Key of ``config.json``: the file of the weights. The loader of transformers refuses a value that names no file."""
 HINT = "this model was pruned: load it with fxprune.from_pretrained({network}, folder)"
 """The value under `WEIGHTS_KEY`, which the loader's error shows."""
 

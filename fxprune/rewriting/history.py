@@ -1,4 +1,4 @@
-"""Stores attributes on a pruned network: its plans, its inventory, the savings of narrower layers, `save_pretrained`."""
+"""Stores attributes on a pruned network: plans, inventory, savings of narrower layers, and its `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def structural_changes(network: nn.Module) -> list[str]:
 
 
 def refuse_altered(network: nn.Module) -> None:
-    """Raise `StorageError` if the structure of a pruned network was changed after pruning: its plans do not lead to it."""
+    """Raise `StorageError` if a network was changed after pruning, so that its plans do not lead to its structure."""
     lines = structural_changes(network)
     if lines:
         raise StorageError(
@@ -235,23 +235,24 @@ def override_save_pretrained(original: nn.Module, pruned: nn.Module) -> None:
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     for path, module in owners.items():
         if any(is_within(name, path) for name in changed):
-            refusal = _why_not_saved(type(pruned).__name__, path, _original_class(module))
-            setattr(module, SAVE, SavePretrained(module, refusal))
+            setattr(module, SAVE, SavePretrained(module, _why_not_saved(type(pruned).__name__, path, module)))
 
 
-def _why_not_saved(network: str, path: str, kind: type[nn.Module]) -> str:
+def _why_not_saved(network: str, path: str, module: nn.Module) -> str:
     """Return why a module that has `save_pretrained` cannot be saved by it, in words, or ""."""
-    transformers = sys.modules.get("transformers")
+    kind, transformers = _original_class(module), sys.modules.get("transformers")
     if path:
         return (
-            f"{path!r} is a part of a pruned {network}, and {kind.__name__}.{SAVE} would save it without its plan; save"
-            f" the whole with fxprune.save, or prune this {kind.__name__} by itself"
+            f"{path!r} is a part of a pruned {network}, and {SAVE} of this {kind.__name__} would save it without its"
+            f" plan; save the whole model, or prune this {kind.__name__} by itself"
         )
     if transformers is None or not issubclass(kind, transformers.PreTrainedModel):
         return (
-            f"from_pretrained of {kind.__name__} would build the whole model again from the folder of {SAVE}, with"
-            " random weights where blocks were removed; use fxprune.save and fxprune.load"
+            f"from_pretrained of {kind.__name__} would build the whole model from a folder of {SAVE}, with random"
+            " weights where blocks were removed; use fxprune.save and fxprune.load"
         )
+    if kind is not type(module):
+        return f"the forward of this {kind.__name__} itself became a graph, which {SAVE} cannot store; use fxprune.save"
     return ""
 
 
