@@ -159,7 +159,7 @@ def _config_reader(cls: Any) -> Any:
     except ImportError as error:
         raise SettingError("from_pretrained needs transformers: pip install transformers") from error
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-        return cls.config_class or transformers.AutoConfig
+        return getattr(cls, "config_class", None) or transformers.AutoConfig
     if isinstance(cls, type) and not issubclass(cls, nn.Module) and hasattr(cls, "from_config"):
         return transformers.AutoConfig
     raise SettingError(

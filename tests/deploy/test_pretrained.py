@@ -17,13 +17,14 @@ from torch import nn
 
 pytest.importorskip("transformers", reason='pip install "fxprune[huggingface]"')
 
+from transformers import AutoModelForImageClassification
+
 import fxprune
 from fxprune.rewriting.pruned_module import PrunedModule
 from tests.helpers.hostile import assert_unchanged
 from tests.helpers.paths import ROOT
 from tests.helpers.pretrained import (
     REMOVED,
-    AutoModelForImageClassification,
     SmallPreTrained,
     batches,
     build_small,
