@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 pytest.importorskip("transformers", reason='pip install "fxprune[huggingface]"')
@@ -31,8 +32,6 @@ from tests.helpers.pretrained import (
     prune,
 )
 
-Models = dict[str, Any]
-
 
 @pytest.fixture(scope="module")
 def small() -> SmallPreTrained:
@@ -42,8 +41,8 @@ def small() -> SmallPreTrained:
 @pytest.fixture(scope="module")
 def pruned(small: SmallPreTrained) -> Any:
     made = prune(small, REMOVED)
-    assert isinstance(made.get_submodule("blocks.1"), PrunedModule)
-    assert type(made.get_submodule("blocks.0")) is nn.Identity
+    assert isinstance(made.get_submodule("blocks.waves"), PrunedModule)
+    assert type(made.get_submodule("blocks.first")) is nn.Identity
     return made
 
 
@@ -95,6 +94,7 @@ def test_save_pretrained_of_the_original_is_as_before(small: SmallPreTrained, pr
     with assert_unchanged(pruned):
         pruned.save_pretrained(tmp_path / "pruned")
     small.save_pretrained(tmp_path / "full")
+    assert "blocks.waves.both.weight" in load_file(tmp_path / "full" / "model.safetensors")
     assert torch.equal(logits(SmallPreTrained.from_pretrained(tmp_path / "full")), logits(small))
     assert "save_pretrained" not in vars(small)
 
@@ -127,7 +127,7 @@ def test_loaded_model_trains_and_is_pruned_and_saved_again(folder: Path, tmp_pat
     optimizer = torch.optim.SGD(again.parameters(), 0.1)
     again.train()(**batches()[0]).loss.backward()
     optimizer.step()
-    twice = prune(again.eval(), {"blocks.2"})
+    twice = prune(again.eval(), {"blocks.last"})
     twice.save_pretrained(tmp_path / "twice")  # type: ignore[operator]
     final = fxprune.from_pretrained(AutoModelForImageClassification, tmp_path / "twice")
     assert_same(final, twice)

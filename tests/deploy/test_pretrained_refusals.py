@@ -39,7 +39,7 @@ class Holder(nn.Module):
 
 @pytest.fixture(scope="module")
 def pruned() -> Any:
-    return prune(build_small(), {"blocks.0"})
+    return prune(build_small(), {"blocks.first"})
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_save_pretrained_on_another_process_writes_no_plan(pruned: Any, tmp_path
 
 
 def test_save_pretrained_of_a_part_is_refused_if_something_of_it_was_removed(tmp_path: Path) -> None:
-    made: Any = prune(Holder().eval(), {"inner.blocks.0"})
+    made: Any = prune(Holder().eval(), {"inner.blocks.first"})
     with assert_refused(made, fxprune.StorageError, "'inner' is a part of a pruned Holder"):
         made.inner.save_pretrained(tmp_path / "inner")
     made.other.save_pretrained(tmp_path / "other")
@@ -107,8 +107,8 @@ def test_from_pretrained_of_weights_that_do_not_fit_names_them(folder: Path) -> 
     save_file({key: value for key, value in weights.items() if key != "fc.bias"}, folder / "model.safetensors")
     with pytest.raises(fxprune.StorageError, match=r"'fc.bias' is missing"):
         fxprune.from_pretrained(SmallPreTrained, folder)
-    save_file({**weights, "blocks.0.conv.weight": torch.zeros(8, 8, 3, 3)}, folder / "model.safetensors")
-    with pytest.raises(fxprune.StorageError, match=r"'blocks.0.conv.weight' is not in the model"):
+    save_file({**weights, "blocks.first.conv.weight": torch.zeros(8, 8, 3, 3)}, folder / "model.safetensors")
+    with pytest.raises(fxprune.StorageError, match=r"'blocks.first.conv.weight' is not in the model"):
         fxprune.from_pretrained(SmallPreTrained, folder)
 
 

@@ -1,13 +1,19 @@
-"""A small model of Hugging Face transformers with tied weights and a buffer that no file has. Needs transformers."""
+"""A small model of Hugging Face transformers with tied weights and a buffer that no file has. Needs transformers.
+
+In the format of its first release, which `save_pretrained` writes, two of its weights are one.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import fxprune
@@ -45,7 +51,7 @@ class SmallPreTrained(PreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         width = config.width
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
-        self.blocks = nn.Sequential(Block(width), Waves(width), Block(width))
+        self.blocks = nn.Sequential(OrderedDict(first=Block(width), waves=Waves(width), last=Block(width)))
         self.same = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(3))
         self.fc = nn.Linear(width, config.num_labels)
         self.post_init()
@@ -66,8 +72,13 @@ class SmallPreTrained(PreTrainedModel):  # type: ignore[misc]
 
 AutoConfig.register(SmallConfig.model_type, SmallConfig, exist_ok=True)
 AutoModelForImageClassification.register(SmallConfig, SmallPreTrained, exist_ok=True)
+BOTH = [
+    WeightConverter(f"waves.both.{kind}", [f"waves.first.{kind}", f"waves.second.{kind}"], operations=[Chunk(dim=0)])
+    for kind in ("weight", "bias")
+]
+register_checkpoint_conversion_mapping(SmallPreTrained.__name__, BOTH, overwrite=True)
 
-REMOVED = {"blocks.0", "blocks.1.first", "same.0"}
+REMOVED = {"blocks.first", "blocks.waves.first", "same.0"}
 """Paths of what `prune_small` removes: a block, a layer within a module that becomes a graph, a tied weight's first."""
 
 
