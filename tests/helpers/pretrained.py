@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import fxprune
 from fxprune.planning.analysis import Analysis
-from tests.helpers.models import Block, pixels
+from tests.helpers.models import Block, Waves, pixels
 from tests.helpers.removals import plan_for
 
 
@@ -28,19 +28,6 @@ class SmallConfig(PretrainedConfig):  # type: ignore[misc]
     def __init__(self, width: int = 8, **kwargs: Any) -> None:
         self.width = width
         super().__init__(**{"num_labels": 5, "tie_word_embeddings": True, **kwargs})
-
-
-class Waves(nn.Module):
-    """Two convolutions and a buffer that no file has; without one of the convolutions it becomes a graph."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
-        self.steps: Tensor
-        self.register_buffer("steps", torch.linspace(0, 1, width).view(-1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + functional.relu(x + self.second(functional.relu(self.first(x)) + 1)) * self.steps
 
 
 class SmallPreTrained(PreTrainedModel):  # type: ignore[misc]
