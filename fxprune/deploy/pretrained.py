@@ -63,9 +63,9 @@ def from_pretrained(cls: Any, folder: str | PathLike[str], **kwargs: Any) -> Any
     reader = _config_reader(cls)
     place = _find_folder(folder, kwargs)
     own = {name: kwargs.pop(name) for name in _OF_THE_MODEL if name in kwargs}
-    with_info = kwargs.pop("output_loading_info", False)
+    with_info, trust = kwargs.pop("output_loading_info", False), kwargs.get("trust_remote_code")
     config, rest = _read_config(reader, place, kwargs)
-    builder = _Builder(_model_class(cls, config), read_plans(vars(config), place), place)
+    builder = _Builder(_model_class(cls, config, trust), read_plans(vars(config), place), place)
     for key in {PLANS_KEY, WEIGHTS_KEY} & set(vars(config)):
         delattr(config, key)
     model, info = builder.loader().from_pretrained(place, config=config, output_loading_info=True, **own, **rest)
@@ -168,12 +168,12 @@ def _config_reader(cls: Any) -> Any:
     )
 
 
-def _model_class(cls: Any, config: Any) -> type[nn.Module]:
+def _model_class(cls: Any, config: Any, trust: bool | None) -> type[nn.Module]:
     """Return a model class, or the one that an Auto class chooses for a configuration."""
     kind: type[nn.Module] = cls
     if not issubclass(cls, nn.Module):
         with torch.random.fork_rng(devices=[]):
-            kind = type(cls.from_config(config))
+            kind = type(cls.from_config(config, trust_remote_code=trust))
     return kind
 
 

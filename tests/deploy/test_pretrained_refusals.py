@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason='pip install "fxprune[huggingface]"')
 from huggingface_hub import PyTorchModelHubMixin
 
 import fxprune
+from fxprune.rewriting.pruned_module import plain_attributes
 from tests.helpers.hostile import assert_refused
 from tests.helpers.models import Tiny, labelled
 from tests.helpers.pretrained import SmallConfig, SmallPreTrained, batches, build_small, prune
@@ -75,6 +76,7 @@ def test_save_pretrained_of_a_part_is_refused_if_something_of_it_was_removed(tmp
     made: Any = prune(Holder().eval(), {"inner.blocks.first"})
     with assert_refused(made, fxprune.StorageError, "'inner' is a part of a pruned Holder"):
         made.inner.save_pretrained(tmp_path / "inner")
+    assert "save_pretrained" not in plain_attributes(made.inner)
     made.other.save_pretrained(tmp_path / "other")
     again = SmallPreTrained.from_pretrained(tmp_path / "other")
     assert all(torch.equal(value, made.other.state_dict()[key]) for key, value in again.state_dict().items())
