@@ -6,6 +6,7 @@ from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
 from fxprune.datasets.folders import ImageFolder, YoloDataset
 from fxprune.deploy.dynamo_backend import pruning_backend
+from fxprune.deploy.pretrained import from_pretrained
 from fxprune.deploy.save_load import load, save
 from fxprune.errors import (
     BatchError,
@@ -60,6 +61,7 @@ __all__ = [
     "draw",
     "evaluate",
     "fold_norms",
+    "from_pretrained",
     "heal",
     "load",
     "pruning_backend",

@@ -16,7 +16,10 @@ from torch.nn import functional
 from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection, stack_images
 from fxprune.errors import BatchError, ModelError
 
-FORMS = "(Tensor(N, 3, H, W), Tensor(N) of class indices), or images alone as Tensor(N, 3, H, W)"
+FORMS = (
+    "(Tensor(N, 3, H, W), Tensor(N) of class indices), images alone as Tensor(N, 3, H, W), or any other form with"
+    " loss=callable(model, batch) -> scalar tensor"
+)
 
 
 def normalize(model: nn.Module, raw: Any) -> Batch:

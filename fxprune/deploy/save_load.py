@@ -31,7 +31,7 @@ from fxprune.errors import ModelError, PlanError, SettingError, StorageError
 from fxprune.planning.plan import Plan
 from fxprune.planning.plan_schema import encode_json
 from fxprune.rewriting.apply import apply
-from fxprune.rewriting.history import attach_history, raw_plans, structural_changes
+from fxprune.rewriting.history import attach_history, raw_plans, refuse_altered, structural_changes
 from fxprune.runtime.atomic_write import atomic_write
 from fxprune.runtime.json_text import first_few
 from fxprune.version import __version__
@@ -71,7 +71,7 @@ def save(pruned: nn.Module, folder: str | PathLike[str], *, overwrite: bool = Fa
     """
     network = unwrap(pruned)
     files = _plan_files(network)
-    _refuse_altered(network)
+    refuse_altered(network)
     target = _check_target(_resolve_path(folder), overwrite)
     state = collect_state(network)
     files[WEIGHTS] = state.to_bytes()
@@ -155,16 +155,6 @@ def _plan_files(network: nn.Module) -> dict[str, bytes]:
             " first. A model that was not pruned goes to torch.save or safetensors.torch.save_model"
         )
     return {name: encode_json(plan).encode() for name, plan in zip(plan_names(len(plans)), plans, strict=True)}
-
-
-def _refuse_altered(network: nn.Module) -> None:
-    lines = structural_changes(network)
-    if lines:
-        raise StorageError(
-            f"the structure of this {type(network).__name__} was changed after pruning, so its plans do not lead to"
-            f" it: {first_few(lines)}. Save before such a change and repeat it after load (ultralytics' predict and val"
-            " fuse the model they are called on; so does fuse), or make it before pruning"
-        )
 
 
 def _check_target(path: Path, overwrite: bool) -> Path:

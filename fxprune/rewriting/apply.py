@@ -14,7 +14,13 @@ from fxprune.capture.module_trace import Traced, Untraced, trace_module
 from fxprune.errors import PlanError, warn_user
 from fxprune.graph.fx_utils import fingerprint, is_within, join_path
 from fxprune.planning.plan import IslandRecord, Plan
-from fxprune.rewriting.history import attach_history, narrowing_savings, raw_plans, structural_changes
+from fxprune.rewriting.history import (
+    attach_history,
+    narrowing_savings,
+    override_save_pretrained,
+    raw_plans,
+    structural_changes,
+)
 from fxprune.rewriting.placement import remove_regions
 from fxprune.rewriting.pruned_module import PrunedModule, called_layers
 from fxprune.rewriting.verification import verify_weights
@@ -77,6 +83,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     plans = [*raw_plans(network), replace(plan, settings=unhealed).to_dict()]
     attach_history(pruned, plans, structural_changes(network), saved)
     mark_pruned(pruned)
+    override_save_pretrained(network, pruned)
     return rewrap_like(model, pruned)
 
 

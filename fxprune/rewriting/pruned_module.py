@@ -179,7 +179,7 @@ class PrunedModule(fx.GraphModule):
         return list(self.__getstate__().items())
 
 
-_MODULE_STATE = frozenset(vars(nn.Module())) | {"forward", "meta"}
+_MODULE_STATE = frozenset(vars(nn.Module())) | {"forward", "meta", "save_pretrained"}
 _ROWS = "graph_rows"
 _BLANK = fx.GraphModule(nn.Module(), fx.Graph())
 _GRAPH_STATE = frozenset(vars(_BLANK)) - frozenset(vars(nn.Module())) - {"meta"} | {

@@ -1,4 +1,4 @@
-"""Python blocks of the README."""
+"""Python blocks of the README and of other pages."""
 
 from __future__ import annotations
 
@@ -14,4 +14,9 @@ def blocks_under(heading: str, text: str) -> list[str]:
     _, found, rest = text.partition(f"\n{heading}\n")
     assert found, f"the README has no heading {heading!r}"
     section = re.split(rf"\n{heading.split()[0]} ", rest)[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return blocks_in(section)
+
+
+def blocks_in(text: str) -> list[str]:
+    """All python blocks."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -30,7 +30,7 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
 def test_public_names_are_those_documented() -> None:
     own = [value for value in vars(fxprune.errors).values() if getattr(value, "__module__", "") == "fxprune.errors"]
     errors = {value.__name__ for value in own if isinstance(value, type)}
-    data = {"CocoDataset", "batches", "draw", "evaluate", "fold_norms", "heal", "load", "save"}
+    data = {"CocoDataset", "batches", "draw", "evaluate", "fold_norms", "from_pretrained", "heal", "load", "save"}
     values = {"Analysis", "Candidate", "Plan", "Rejection", "Report"}
     steps = {"analyze", "apply", "compile", "report", "pruning_backend"}
     assert set(fxprune.__all__) == errors | data | values | steps | {"__version__"}
@@ -39,7 +39,7 @@ def test_public_names_are_those_documented() -> None:
         assert issubclass(getattr(fxprune, name), fxprune.FxpruneError)
 
 
-def test_import_loads_no_ultralytics_no_dataset_and_no_renderer() -> None:
-    late = {"ultralytics", "pycocotools", "quickjs", "resvg_py"}
+def test_import_loads_no_optional_package_no_dataset_and_no_renderer() -> None:
+    late = {"ultralytics", "transformers", "huggingface_hub", "pycocotools", "quickjs", "resvg_py"}
     code = f"import fxprune, sys; assert not {late} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
