@@ -227,7 +227,10 @@ class Edits:
         """Return the targets of a module's own graph before the removal, and the graph after it."""
         body = build_body(self.module, call, inlined, self.rewriter.traced.meta[CONSTANT_ARGUMENTS])
         self._add_made_tensors(module, body.graph)
-        gm = fx.GraphModule(module, body.graph)
+        try:
+            gm = fx.GraphModule(module, body.graph)
+        except AttributeError as error:
+            raise BodyError(f"another removal took a part that it reads: {error}") from None
         before = _read_paths(gm)
         gm.training = module.training
         names = {name: node.name for name, node in body.nodes.items()}
