@@ -10,7 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters.protocol import Adapter, Batch, check_image, confidence_threshold, device_of, stack_images
+from fxprune.adapters.protocol import (
+    Adapter,
+    Batch,
+    check_image,
+    confidence_threshold,
+    device_of,
+    select_items,
+    stack_images,
+)
 from fxprune.adapters.ultralytics_decoding import (
     BOX_COLUMNS,
     best_scores,
@@ -29,6 +37,8 @@ FORMS = (
 )
 CONFIDENCE_THRESHOLD = 0.25
 """Least score of outputs that serve as labels (ultralytics' own prediction threshold)."""
+BOX_KEYS = ("cls", "bboxes", "batch_idx", "keypoints")
+"""Entries of a batch with one row per box. So are masks, unless ``overlap_mask`` merges those of an image."""
 IMAGE_SIZE = 640
 """Side of the square, in pixels, if a model does not store its training size (ultralytics' default)."""
 
@@ -141,6 +151,25 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     return Batch(batch.images, _targets(batch.images, [(row[:, :4], row[:, 5]) for row in found]), batch.count)
 
 
+def select_targets(model: nn.Module, batch: Batch, numbers: Sequence[int]) -> dict[str, Any]:
+    """Return the targets of some images: rows of boxes by their `batch_idx`, numbered anew, other values by image."""
+    overlapping = getattr(getattr(model, "args", None), "overlap_mask", True)
+    rows_of_boxes = (*BOX_KEYS, "masks") if not overlapping else BOX_KEYS
+    index = batch.targets["batch_idx"].reshape(-1)
+    rows = [torch.nonzero(index == number)[:, 0] for number in numbers]
+    kept = torch.cat(rows) if rows else index.new_zeros(0, dtype=torch.long)
+    renumbered = [index.new_full((len(row),), place) for place, row in enumerate(rows)]
+    found: dict[str, Any] = {}
+    for key, value in batch.targets.items():
+        if key in rows_of_boxes:
+            found[key] = value[kept]
+        elif isinstance(value, (Tensor, list, tuple)) and len(value) == batch.count:
+            found[key] = select_items(value, numbers)
+        else:
+            found[key] = value
+    return found | {"batch_idx": torch.cat(renumbered) if rows else kept.to(index)}
+
+
 def _targets(images: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Make the targets of a batch from the boxes (x1, y1, x2, y2 in its pixels) and class numbers of every image."""
     height, width = images.shape[-2:]
@@ -244,6 +273,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    select_targets=select_targets,
     detections=detections,
     detect=detect,
     collate=collate,
