@@ -37,6 +37,7 @@ from benchmarks.subjects import TWIN, UNPRUNED, Items, Subject, read_items
 from benchmarks.training.finetune import FineTuning
 from benchmarks.training.train_ultralytics import TRAINER_SETTINGS, run, write_data
 from fxprune.profiling.interleaved_timing import compute_ratio, interleave
+from fxprune.runtime.private_copy import private_copy
 
 NAME, MODEL = "bench_life", "yolov8n"
 HEALS = ("none", "affine", "finetune", "mimic", "mimic_labelled")
@@ -170,7 +171,8 @@ def load_yolo(file: Path) -> Any:
 
 def finetune(network: nn.Module, batches: Sequence[Any], steps: int, seed: int) -> nn.Module:
     """Train a copy for so many steps by its own loss; the learning rate falls linearly."""
-    tuning, order = FineTuning(network, batches, FINETUNE_LEARNING_RATE, seed), list[int]()
+    trainable = private_copy(network).requires_grad_(True)  # a loaded checkpoint has no gradients
+    tuning, order = FineTuning(trainable, batches, FINETUNE_LEARNING_RATE, seed), list[int]()
     random = torch.Generator().manual_seed(seed)
     for step in range(steps):
         order = order or torch.randperm(len(batches), generator=random).tolist()
