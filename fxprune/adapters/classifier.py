@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection, stack_images
+from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection, select_items, stack_images
 from fxprune.errors import BatchError, ModelError
 
 FORMS = (
@@ -110,6 +110,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    select_targets=lambda model, batch, numbers: select_items(batch.targets, numbers),
     detections=lambda model, batch: None,
     detect=refuse_detection,
     collate=refuse_detection,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection
+from fxprune.adapters.protocol import Adapter, Batch, device_of, refuse_detection, select_items
 from fxprune.errors import LossError
 from fxprune.graph.fx_utils import full_precision, map_tensors
 from fxprune.runtime.torch_internals import tree_leaves
@@ -54,6 +54,7 @@ def make_adapter(loss: Callable[[nn.Module, Any], Tensor]) -> Adapter:
         loss=compute,
         predict=compute,
         label=label,
+        select_targets=lambda model, batch, numbers: select_items(batch.images, numbers),
         detections=lambda model, batch: None,
         detect=refuse_detection,
         collate=refuse_detection,

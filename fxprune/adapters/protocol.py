@@ -57,6 +57,8 @@ class Adapter:
         ``(model, Batch) -> output`` at inference. Sets eval mode.
     label : callable
         ``(model, Batch) -> Batch`` with the model's own confident outputs as targets.
+    select_targets : callable
+        ``(model, Batch, image numbers) -> targets`` of these images, in the form of the batch's targets.
     detections : callable
         ``(model, Batch) -> list of dict, or None``: the boxes at inference in the form of `detect`, in pixels of the
         batch's images. None if the model outputs no boxes, or more than boxes.
@@ -79,10 +81,24 @@ class Adapter:
     loss: Callable[[nn.Module, Batch], Tensor]
     predict: Callable[[nn.Module, Batch], Any]
     label: Callable[[nn.Module, Batch], Batch]
+    select_targets: Callable[[nn.Module, Batch, Sequence[int]], Any]
     detections: Callable[[nn.Module, Batch], list[dict[str, Tensor]] | None]
     detect: Callable[[nn.Module, Sequence[Tensor], int | None], list[dict[str, Tensor]]]
     collate: Callable[[nn.Module, Sequence[Tensor], Sequence[Mapping[str, Any]] | None, int | None], Any]
     whole_model_is_graph: bool
+
+
+def select_items(values: Any, numbers: Sequence[int]) -> Any:
+    """Return the rows of a tensor, or the items of a list, with these numbers. A range gives a view of a tensor.
+
+    Examples
+    --------
+    >>> select_items([4, 5, 6], [0, 2])
+    [4, 6]
+    """
+    if isinstance(numbers, range):
+        return values[numbers.start : numbers.stop : numbers.step]
+    return values[list(numbers)] if isinstance(values, Tensor) else [values[number] for number in numbers]
 
 
 def refuse_detection(model: nn.Module, *_: Any) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters.protocol import Adapter, Batch, check_image, confidence_threshold, device_of
+from fxprune.adapters.protocol import Adapter, Batch, check_image, confidence_threshold, device_of, select_items
 from fxprune.errors import BatchError, LossError, ModelError
 from fxprune.graph.fx_utils import class_names
 
@@ -177,6 +177,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    select_targets=lambda model, batch, numbers: select_items(batch.targets, numbers),
     detections=detections,
     detect=detect,
     collate=collate,

@@ -165,7 +165,7 @@ class BudgetOptions:
     cost: CostName = "flops"
 
 
-HealName = Annotated[str, choice(SCORES_PANEL, "Heal the pruned model, without labels", METHODS)]
+HealName = Annotated[str, choice(SCORES_PANEL, "Heal the pruned model; only mimic_labelled needs labels", METHODS)]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,10 @@ class PruneOptions:
     steps: Annotated[
         int,
         option(
-            SCORES_PANEL, "Maximum number of training steps of --heal mimic; 4 images per step.", min=1, metavar="N"
+            SCORES_PANEL,
+            "Maximum number of training steps of --heal mimic and mimic_labelled; 4 images per step.",
+            min=1,
+            metavar="N",
         ),
     ] = 400
 

@@ -100,6 +100,10 @@ class CalibrationSet:
         """All batches, without their targets."""
         return [replace(batch, targets=None) for batch in self.batches]
 
+    def labelled_batches(self) -> list[Batch]:
+        """Return all batches, with the labels of the loader; see `OpenCalibration.labelled_batches`."""
+        return [check_labels(batch, index) for index, batch in enumerate(self.batches)]
+
     def own_batches(self) -> Iterator[Batch | None]:
         """Yield the batches in order; None is a batch that another process works on."""
         check_enough_batches(len(self.batches))
@@ -174,8 +178,20 @@ class OpenCalibration:
         if isinstance(self.source, CalibrationSet):
             return self.source.image_batches
         raws = chain([self.first_raw], self.source)
-        batches = (self.adapted.normalize(index, raw) for index, raw in enumerate(raws))
-        return [replace(batch, targets=None) for batch in batches]
+        return [replace(self.adapted.normalize(index, raw), targets=None) for index, raw in enumerate(raws)]
+
+    def labelled_batches(self) -> list[Batch]:
+        """Read all batches with their labels.
+
+        Raises
+        ------
+        BatchError
+            If a batch has no labels. The message names it.
+        """
+        if isinstance(self.source, CalibrationSet):
+            return self.source.labelled_batches()
+        raws = chain([self.first_raw], self.source)
+        return [check_labels(self.adapted.normalize(index, raw), index) for index, raw in enumerate(raws)]
 
     def own_batches(self, adapted: AdaptedModel) -> Iterator[Batch | None]:
         """Yield the batches in order, read one at a time; None is a batch that another process works on.
@@ -232,6 +248,22 @@ def open_calibration(model: nn.Module, loader: Any, loss: Loss | None, seed: int
         raise BatchError("calib_loader yielded no batch; give at least one")
     adapter = choose_adapter(unwrap(model), first_raw, loss)
     return OpenCalibration(AdaptedModel.copy_of(model, adapter, seed), batches, first_raw)
+
+
+def check_labels(batch: Batch, index: int) -> Batch:
+    """Return a batch if its targets are the labels of the loader.
+
+    Raises
+    ------
+    BatchError
+        If it has no labels.
+    """
+    if batch.targets is None or batch.own_targets:
+        raise BatchError(
+            f"batch {index} has no labels, which heal='mimic_labelled' needs in every batch: give labelled batches, or"
+            " heal='mimic', which needs none"
+        )
+    return batch
 
 
 def describe_targets(sources: Collection[bool]) -> str:

@@ -1,4 +1,4 @@
-"""Heals a pruned model on calibration images: it needs no labels and adds no cost at inference."""
+"""Heals a pruned model on calibration images, by most methods without labels; it adds no cost at inference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fxprune.adapters.protocol import Batch
 from fxprune.adapters.registry import rewrap_like, unwrap
 from fxprune.datasets.calibration import check_same_batches, open_calibration
 from fxprune.errors import ModelError, warn_user
-from fxprune.healing.methods import HealingContext, HealingOptions, HealingRun, Note, run_method
+from fxprune.healing.methods import LABELLED_METHODS, HealingContext, HealingOptions, HealingRun, Note, run_method
 from fxprune.healing.teacher_student import TeacherStudent, pair_models
 from fxprune.planning.plan import Plan
 from fxprune.rewriting.apply import trace_checked
@@ -45,19 +45,22 @@ def heal(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Bring a pruned model's features closer to those of the original, without labels and at no cost at inference.
+    """Bring a pruned model's features closer to those of the original, at no cost at inference.
 
     Parameters
     ----------
     pruned, original : Module
         The output and the input of `fxprune.apply` or `fxprune.compile`. Neither is changed.
     calib_loader, loss
-        As for `fxprune.analyze`. Labels are not read. The loss is computed, but not minimized.
+        As for `fxprune.analyze`. Only ``"mimic_labelled"`` reads labels and minimizes the loss.
     method : str
         ``"none"``; ``"affine"``: fits weights, scales and shifts layer by layer, in closed form, to the outputs of the
         original; salient positions have larger weights (`fxprune.healing.saliency`); ``"mimic"``: the same, then a
-        short training (`fxprune.healing.distillation.feature_mimic`). Both interpolate between old and new weights, so
-        that the loss on one eighth of the images, which is held out, is nearest to that of the original.
+        short training on the features of the original (`fxprune.healing.distillation.feature_mimic`);
+        ``"mimic_labelled"``: the same, but the training also minimizes the model's own loss on the labels of the
+        batches (`fxprune.healing.distillation.labelled_distance`). All interpolate between old and new weights, so that
+        the loss on one eighth of the images, which is held out, is nearest to that of the original; with labels, so
+        that it is least.
     steps, learning_rate, seed
         Settings of the training: about four images per step; at most `learning_rate`, less if the training diverges.
     progress : callable, optional
@@ -116,7 +119,7 @@ def heal_student(
         with raise_on_all_ranks():
             for record in plans[0].islands:
                 trace_checked(before, record, plans[0])  # raises if the fingerprints differ
-            pair, batches = _make_pair(before, network, plans, calib_loader, loss)
+            pair, batches = _make_pair(before, network, plans, calib_loader, loss, method in LABELLED_METHODS)
         for model in (before, network):
             check_same_weights(model)
         check_same_batches(batches)
@@ -136,7 +139,7 @@ def _warn_of_loss(note: Note, strategy: str | None) -> None:
     loss = note.get("loss", {"after": 0.0})["after"]
     if (loss is None or loss >= WARN_LOSS_DEVIATION) and rank_and_world()[0] == 0:
         off = "no number" if loss is None else f"still off by {loss:.2g} (1: as if one part of it had doubled)"
-        more = "more steps" if note["method"] == "mimic" else "heal='mimic'"
+        more = "more steps" if "steps" in note else "heal='mimic'"
         more += " or strategy='search'" * (strategy != "search")
         warn_user(
             f"after healing, the loss on images that were held out is {off}: remove less, or try {more};"
@@ -156,12 +159,12 @@ def _plans_applied_since(before: nn.Module, network: nn.Module) -> tuple[Plan, .
 
 
 def _make_pair(
-    before: nn.Module, network: nn.Module, plans: Iterable[Plan], loader: Any, loss: Loss | None
+    before: nn.Module, network: nn.Module, plans: Iterable[Plan], loader: Any, loss: Loss | None, labels: bool = False
 ) -> tuple[TeacherStudent, list[Batch]]:
     """Copy both models and read the calibration batches."""
     opened = open_calibration(before, loader, loss)
     teacher, student = opened.adapted, opened.adapted.copy_version(network)
-    batches = opened.image_batches()
+    batches = opened.labelled_batches() if labels else opened.image_batches()
     check_enough_batches(len(batches))
     islands = {node.island for plan in plans for node in plan.nodes}
     return pair_models(teacher.module, student.module, teacher.adapter, batches[0], islands), batches

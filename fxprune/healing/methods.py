@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.adapters.calls import AdaptedModel
+from fxprune.adapters.calls import AdaptedModel, batch_loss
 from fxprune.adapters.custom_loss import Loss
 from fxprune.adapters.protocol import Batch
 from fxprune.healing.distillation.feature_distance import FeatureDistance
@@ -24,6 +24,7 @@ from fxprune.healing.distillation.feature_mimic import (
     split_batch,
     train_mimic,
 )
+from fxprune.healing.distillation.labelled_distance import LabelledDistance
 from fxprune.healing.distillation.schedule import Schedule, copy_state
 from fxprune.healing.loss_change import LossChange
 from fxprune.healing.reconstruction.layerwise import reconstruct_layers
@@ -104,7 +105,7 @@ class HealingRun:
     pair : TeacherStudent
         The student is changed.
     batches : sequence of Batch
-        Normalized by the adapter; the same in all processes.
+        Normalized by the adapter; the same in all processes. With targets where the method uses labels, else without.
     context : HealingContext
 
     Attributes
@@ -112,13 +113,16 @@ class HealingRun:
     training, held_out : list of (int, Batch)
         Parts of batches for training and for evaluation. If there are fewer training parts than processes, the training
         uses all batches.
+    labels : bool
+        Whether the batches have targets.
     initial_state : dict
         State of the student before healing.
     """
 
     def __init__(self, pair: TeacherStudent, batches: Sequence[Batch], context: HealingContext) -> None:
         self.pair, self.batches, self.context = pair, batches, context
-        whole = [(index, piece) for index, batch in enumerate(batches) for piece in split_batch(batch)]
+        self.labels = batches[0].targets is not None
+        whole = [(index, piece) for index, batch in enumerate(batches) for piece in split_batch(batch, pair.select)]
         self.held_out, rest = hold_out(whole)
         self.training = rest if len(rest) >= rank_and_world()[1] else list(enumerate(batches))
         self.initial_state = copy_state(pair.student)
@@ -133,13 +137,20 @@ class HealingRun:
         """Measures the loss change on the held-out batches."""
         pair, own = self.pair, take_shard(self.held_out)
         original = AdaptedModel(pair.teacher, pair.adapter, self.context.schedule.seed)
-        return LossChange(original, [(index, original.label(piece)) for index, piece in own])
+        return LossChange(original, own if self.labels else [(index, original.label(piece)) for index, piece in own])
 
     def feature_distance(self) -> float:
         """Return the feature distance on the held-out batches; NaN if processes cannot share the images of a batch."""
         held_out = [piece for _, piece in self.held_out]
         shared = all(is_shareable(piece) for _, piece in [*self.training, *self.held_out])
         return self.distance.mean(held_out) if shared else math.nan
+
+    def check_labels(self) -> None:
+        """Raise an error that names the batch if the original cannot compute its loss on the labels of a batch."""
+        pair, seed = self.pair, self.context.schedule.seed
+        with raise_on_all_ranks(), torch.no_grad():
+            for index, piece in take_shard(self.training):
+                batch_loss(pair.teacher, pair.adapter, piece, index, seed)
 
     def fit_layers(self, batches: Sequence[NumberedBatch]) -> None:
         """Fit layer by layer, with larger weights for salient positions."""
@@ -154,18 +165,21 @@ class HealingRun:
         )
 
     def interpolate(self) -> Note:
-        """Set the student to the interpolation of its initial and current weights with the least loss deviation.
+        """Set the student to the interpolation of its initial and current weights that has the best loss.
+
+        Without labels, this is the loss nearest to that of the original; with labels, the least loss.
 
         Returns
         -------
         dict
-            ``share``: the share of the current weights, one of `INTERPOLATIONS`. ``loss``: the deviations ``before``
-            and ``after`` on the held-out batches, see `LossChange.deviation`.
+            ``share``: the share of the current weights, one of `INTERPOLATIONS`. ``loss``: the change of the loss
+            ``before`` and ``after`` on the held-out batches: `LossChange.deviation`, with labels `LossChange.increase`.
         """
+        measure = self.loss_change.increase if self.labels else self.loss_change.deviation
         end, losses = copy_state(self.pair.student), {}
         for share in INTERPOLATIONS:
             self.pair.student.load_state_dict(_interpolate_state(self.initial_state, end, share))
-            losses[share] = self.loss_change.deviation(self.pair.student)
+            losses[share] = measure(self.pair.student)
         best = min(INTERPOLATIONS, key=losses.__getitem__)
         self.pair.student.load_state_dict(_interpolate_state(self.initial_state, end, best))
         return {"share": best, "loss": replace_nonfinite({"before": losses[INTERPOLATIONS[-1]], "after": losses[best]})}
@@ -196,13 +210,17 @@ def _affine(healing: HealingRun) -> Note:
 
 def _mimic(healing: HealingRun) -> Note:
     check_shareable_images(healing.batches)
+    if healing.labels:
+        healing.check_labels()
     healing.fit_layers(healing.training)
     healing.interpolate()
     context = healing.context
     training, held_out = ([piece for _, piece in part] for part in (healing.training, healing.held_out))
-    saliency = gather_shards(context.saliency, len(training))
-    train_mimic(healing.distance, training, held_out, context.schedule, partial(context.progress, "mimic"), saliency)
-    return {**healing.interpolate(), "steps": context.schedule.steps}
+    saliency, schedule = gather_shards(context.saliency, len(training)), context.schedule
+    distance = healing.distance
+    objective = LabelledDistance(distance, held_out, schedule.seed) if healing.labels else distance
+    train_mimic(objective, training, held_out, schedule, partial(context.progress, "mimic"), saliency)
+    return {**healing.interpolate(), "steps": schedule.steps, "labels": healing.labels}
 
 
 def _interpolate_state(start: dict[str, Any], end: dict[str, Any], share: float) -> dict[str, Any]:
@@ -214,5 +232,9 @@ METHODS: dict[str, Callable[[HealingRun], Note]] = {
     "none": lambda healing: {},
     "affine": _affine,
     "mimic": _mimic,
+    "mimic_labelled": _mimic,
 }
 """Healing methods by name."""
+
+LABELLED_METHODS = ("mimic_labelled",)
+"""Methods that use the labels of the batches."""

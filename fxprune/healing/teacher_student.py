@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters.protocol import Adapter, Batch
+from fxprune.adapters.protocol import Adapter, Batch, select_items
 from fxprune.graph.fx_utils import is_within, map_tensors
 from fxprune.runtime.torch_internals import tree_leaves
 
@@ -48,6 +48,11 @@ class TeacherStudent:
     detached_modules: tuple[str, ...]
     calls: Counter[str] = field(repr=False)
     graphs: tuple[str, ...]
+
+    def select(self, batch: Batch, numbers: Sequence[int]) -> Batch:
+        """Return the images of a batch with these numbers, and their targets if it has any."""
+        targets = None if batch.targets is None else self.adapter.select_targets(self.teacher, batch, numbers)
+        return replace(batch, images=select_items(batch.images, numbers), targets=targets, count=len(numbers))
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the student's leaf modules, with paths, that lie in an island and have an entry in `calls`."""

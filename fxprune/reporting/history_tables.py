@@ -31,6 +31,7 @@ DESCRIBED_SETTINGS = ("images", "batches", "targets", "strategy", "tried", "mend
 METHOD_NOTES = {
     "affine": "affine: the layers were fitted, one after the other, to the outputs of the original model.",
     "mimic": "mimic: fitted as by affine, then trained on the features of the original for at most the steps shown.",
+    "mimic_labelled": "mimic_labelled: as mimic, and trained on the labels of the images at the same time.",
 }
 LOSS_NOTE = (
     "loss: its increase on the calibration images. The increase of each part is divided by the part's original size,"
@@ -39,6 +40,10 @@ LOSS_NOTE = (
 DEVIATION_NOTE = (
     "Loss: its absolute change on held-out images. The change of each part is divided by the part's original size (a"
     " single part: by at least 1), then the parts are added. 0: no change; 1: as if one part had doubled."
+)
+LABELLED_NOTE = (
+    "Loss of mimic_labelled: its change on held-out images, by their labels, otherwise as above. Below 0: less than the"
+    " loss of the original."
 )
 DISTANCE_NOTE = (
     "Distance: mean of log(1 + e) over features, on one eighth of these images; e is the mean squared error, divided by"
@@ -136,7 +141,8 @@ def healing_section(plans: Sequence[Plan]) -> Section | None:
     rows = tuple(_healing_row(note, trained, judged) for note in known)
     methods = dict.fromkeys(note.get("method") for note in known)
     words = [METHOD_NOTES[name] for name in methods if name in METHOD_NOTES]
-    notes = (*words, *filter(None, map(_describe_share, known)), DISTANCE_NOTE, *([DEVIATION_NOTE] if judged else []))
+    losses = [DEVIATION_NOTE] * judged + [LABELLED_NOTE] * any(note.get("labels") for note in known)
+    notes = (*words, *filter(None, map(_describe_share, known)), DISTANCE_NOTE, *losses)
     return Section("Healed", columns, rows, notes)
 
 
@@ -145,7 +151,10 @@ def _describe_share(note: Mapping[str, Any]) -> str:
     share = as_number(note.get("share"))
     if share is None or share == 1:
         return ""
-    return f"{share:.0%} of the weight change was applied: this share changes the loss on held-out images least."
+    best = (
+        "has the least loss on held-out images" if note.get("labels") else "changes the loss on held-out images least"
+    )
+    return f"{share:.0%} of the weight change was applied: this share {best}."
 
 
 def _healing_row(note: Mapping[str, Any], trained: bool, judged: bool) -> Row:

@@ -14,7 +14,7 @@ from fxprune.adapters.registry import unwrap
 from fxprune.attribution.criteria import RegionScore
 from fxprune.datasets.calibration import CalibrationSet, open_calibration
 from fxprune.healing.heal import heal_with
-from fxprune.healing.methods import HealingOptions
+from fxprune.healing.methods import LABELLED_METHODS, HealingOptions
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.analyzer import AnalysisOptions
 from fxprune.planning.plan import Plan
@@ -69,7 +69,8 @@ def compile(
     heal : str
         Healing method, see `fxprune.heal`. All methods except ``"none"`` keep the batches in memory.
     tries, steps : int
-        Number of plans that a search tries at most; number of training steps of ``heal="mimic"``.
+        Number of plans that a search tries at most; number of training steps of ``"mimic"`` and
+        ``"mimic_labelled"``.
 
     Returns
     -------
@@ -101,6 +102,8 @@ def prune(
         loader: Any = calib_loader
         if search.strategy != "one_shot" or healing.method != "none":
             loader = materialize_calibration(model, calib_loader, analysis)
+            if healing.method in LABELLED_METHODS:
+                loader.labelled_batches()  # raises now, before the analysis, if a batch has none
         plan, whole = find_plan(model, loader, search, analysis, healing.method)
         analysis.progress("rewrite", 0, 1)
         pruned = apply(model, plan)

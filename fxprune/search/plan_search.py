@@ -36,12 +36,12 @@ MIN_SAVING_SHARE = 0.002
 """Least saving of a region in a plan that is tried, as a share of the saving that the budget requires.
 
 On MobileNetV2, a third of all tries differed from others only by layers that saved less. They were not better."""
-RECOVERY_CRITERION, FITTING_METHODS = "fisher_mended", ("affine", "mimic")
+RECOVERY_CRITERION, FITTING_METHODS = "fisher_mended", ("affine", "mimic", "mimic_labelled")
 """The criterion that measures the loss change that a fit cannot recover, and the healing methods that start with a fit.
 """
 
 
-QUICK_METHODS = {"mimic": "affine"}
+QUICK_METHODS = {"mimic": "affine", "mimic_labelled": "affine"}
 """Healing method of trials, by healing method of the result. A method that is not listed is used for both."""
 
 

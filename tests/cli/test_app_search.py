@@ -48,6 +48,17 @@ def test_search_with_fitted_plans_scores_twice(capsys: Captured) -> None:
     assert capsys.readouterr().err.startswith("search: scores 8 images twice")
 
 
+def test_prune_can_heal_with_labels(capsys: Captured) -> None:
+    assert main([*PRUNE, "--criterion", "l1", "--heal", "mimic_labelled", "--steps", "2", "--json"]) == 0
+    heal = json.loads(capsys.readouterr().out)["settings"]["heal"]
+    assert (heal["method"], heal["labels"], heal["steps"]) == ("mimic_labelled", True, 2)
+
+
+def test_prune_with_labels_refuses_images_alone(capsys: Captured) -> None:
+    told = refusal(capsys, "prune", "bundled", "--images", VAL / "images", *FEW, "--heal", "mimic_labelled")
+    assert "batch 0 has no labels" in told
+
+
 def test_prune_without_search_can_heal_by_mimic(capsys: Captured) -> None:
     assert main([*PRUNE, "--criterion", "l1", "--heal", "mimic", "--steps", "2", "--json"]) == 0
     captured = capsys.readouterr()

@@ -24,7 +24,7 @@ from fxprune.healing.distillation.muon import (
 )
 from fxprune.healing.distillation.schedule import TrainingState, copy_state
 from fxprune.planning.analysis import Analysis
-from tests.helpers.healing import equal, far, images, tiny_with_statistics, without
+from tests.helpers.healing import equal, far, images, pair_of, tiny_with_statistics, without
 from tests.helpers.hostile import assert_refused
 from tests.helpers.models import labelled, pixels, tiny
 
@@ -102,14 +102,17 @@ def test_learning_rate_grows_until_it_first_harms() -> None:
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (7, [7]), (8, [4, 4]), (14, [5, 4, 5]), (16, [4, 4, 4, 4])])
-def test_split_batch_makes_small_steps_and_uses_all_images(count: int, sizes: list[int]) -> None:
+def test_split_batch_makes_small_steps_and_uses_all_images(
+    count: int, sizes: list[int], model: nn.Module, cut: nn.Module
+) -> None:
+    pair, _ = pair_of(model, cut, images(1))
     whole = pixels(count, 3, 4, 4)
     for form in (whole, list(whole)):
-        parts = split_batch(Batch(form, None, count))
+        parts = split_batch(Batch(form, None, count), pair.select)
         assert [part.count for part in parts] == [len(part.images) for part in parts] == sizes
         assert torch.equal(torch.cat([torch.stack([*part.images]) for part in parts]), whole)
     tokens = Batch({"x": whole}, None, count)
-    assert split_batch(tokens) == [tokens]
+    assert split_batch(tokens, pair.select) == [tokens]
 
 
 def test_muon_moves_matrices_along_orthogonal_directions() -> None:

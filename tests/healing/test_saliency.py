@@ -171,7 +171,7 @@ def halves(pair: TeacherStudent, batch: Any, weigh: tuple[float, float]) -> Maps
 
 
 @torch.no_grad()
-def test_feature_distance_weighs_salient_places_and_flips_maps() -> None:
+def test_feature_distance_weighs_salient_places_and_mirrors_them() -> None:
     pair, batch = paired()
     distance = FeatureDistance(pair, [batch])
     assert distance.points == [""]
@@ -185,9 +185,14 @@ def test_feature_distance_weighs_salient_places_and_flips_maps() -> None:
     one, other = halves(pair, batch, (1.0, 0.0)), halves(pair, batch, (0.0, 1.0))
     torch.testing.assert_close(distance(batch, one), expected(off[..., :HALF]), rtol=1e-4, atol=0)
     torch.testing.assert_close(distance(batch, other), expected(off[..., HALF:]), rtol=1e-4, atol=0)
-    torch.testing.assert_close(distance(batch, one, torch.tensor([True, True])), distance(batch, other))
-    mixed = torch.cat([off[:1, ..., :HALF].flatten(), off[1:, ..., HALF:].flatten()])
-    torch.testing.assert_close(distance(batch, one, torch.tensor([False, True])), expected(mixed), rtol=1e-4, atol=0)
+    both, second = torch.tensor([True, True]), torch.tensor([False, True])
+    flipped = replace(batch, images=batch.images.flip(-1))
+    mixed = replace(batch, images=torch.cat([batch.images[:1], flipped.images[1:]]))
+    left = torch.tensor([1.0] * HALF + [0.0] * HALF)
+    maps: Maps = {("", 1): [torch.stack([left, left.flip(0)])[:, None].expand(2, 8, 8)]}
+    torch.testing.assert_close(distance(batch, one, both), distance(flipped, other))
+    torch.testing.assert_close(distance(batch, one, second), distance(mixed, maps))
+    assert not torch.allclose(distance(batch, one, both), distance(batch, one))
     assert distance.mean([batch], [one]) == pytest.approx(float(expected(off[..., :HALF])), rel=1e-4)
 
 

@@ -33,7 +33,7 @@ def write_data(folder: Path, names: Sequence[str], labels: str = LABELS, **more:
             pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "images" / part / f"{index}.jpg")
             (folder / "labels" / part / f"{index}.txt").write_text(labels)
-    settings = {"path": str(folder), "train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
+    settings = {"path": str(folder), "train": "images/train", "val": "images/val", "names": list(names)}
     (folder / "data.yaml").write_text(json.dumps({**settings, **more}))
     return str(folder / "data.yaml")
 

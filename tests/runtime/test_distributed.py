@@ -31,6 +31,7 @@ HEALINGS: dict[str, Job] = {
     "affine": partial(heal, method="affine"),
     "affine by rows": processes.heal_by_rows,
     "mimic": partial(heal, method="mimic", steps=10),
+    "labelled": partial(heal, method="mimic_labelled", steps=10),
 }
 JOBS: dict[str, Job] = {
     **ANALYSES,
@@ -58,6 +59,11 @@ BAD: dict[str, tuple[Job, int | None, str]] = {
         partial(heal, method="affine", loader=processes.four_channels),
         None,
         "RuntimeError: Given groups=1, weight of size [8, 3, 3, 3]",
+    ),
+    "not all labelled": (
+        partial(heal, method="mimic_labelled", loader=processes.partly_labelled),
+        None,
+        "BatchError: batch 1 has no labels",
     ),
     "one cannot read": (partial(analyze, loader=processes.broken_disk), 1, "OSError: the disk is gone"),
     "the first cannot decide": (processes.fail_alone, 0, "SettingError: it is Monday"),
@@ -127,7 +133,9 @@ def test_target_source_is_known_to_all_ranks(together: list[dict[str, Any]]) -> 
     assert {found["some labels"]["settings"]["targets"] for found in together} == {words}
 
 
-@pytest.mark.parametrize(("name", "relative"), [("affine", 1e-6), ("affine by rows", 1e-6), ("mimic", 1e-5)])
+@pytest.mark.parametrize(
+    ("name", "relative"), [("affine", 1e-6), ("affine by rows", 1e-6), ("mimic", 1e-5), ("labelled", 1e-5)]
+)
 def test_distributed_heal_equals_heal_of_one_process(
     name: str, relative: float, together: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:

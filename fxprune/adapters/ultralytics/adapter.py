@@ -19,7 +19,7 @@ from fxprune.adapters.ultralytics.decoding import (
 )
 from fxprune.adapters.ultralytics.letterbox import Placement, clip, letterbox, match_channels
 from fxprune.adapters.ultralytics.pruned_yaml import is_ultralytics
-from fxprune.adapters.ultralytics.tasks import label, targets_of_boxes, task_of
+from fxprune.adapters.ultralytics.tasks import label, select_targets, targets_of_boxes, task_of
 from fxprune.errors import BatchError, ModelError, SettingError
 
 FORMS = (
@@ -223,6 +223,7 @@ ADAPTER = Adapter(
     loss=loss,
     predict=predict,
     label=label,
+    select_targets=select_targets,
     detections=detections,
     detect=detect,
     collate=collate,

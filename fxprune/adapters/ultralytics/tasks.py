@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters.protocol import Batch, confidence_threshold
+from fxprune.adapters.protocol import Batch, confidence_threshold, select_items
 from fxprune.adapters.ultralytics.decoding import (
     BOX_COLUMNS,
     best_scores,
@@ -184,3 +184,24 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     with torch.no_grad():
         output = model.eval()(batch.images)
         return Batch(batch.images, task_of(model).label(model, output, batch.images), batch.count)
+
+
+def select_targets(model: nn.Module, batch: Batch, numbers: Sequence[int]) -> Targets:
+    """Return the targets of some images: rows of boxes by their `batch_idx`, numbered anew, other values by image."""
+    index = batch.targets["batch_idx"].reshape(-1) if task_of(model).columns else torch.zeros(0)
+    overlap = getattr(getattr(model, "args", None), "overlap_mask", True)
+    per_box = (*_BOXES, "keypoints", *(() if overlap else ("masks",))) if task_of(model).columns else ()
+    rows = [torch.nonzero(index == number)[:, 0] for number in numbers]
+    kept = torch.cat(rows) if rows else index.new_zeros(0, dtype=torch.long)
+    found: Targets = {}
+    for key, value in batch.targets.items():
+        if key in per_box:
+            found[key] = value[kept]
+        elif isinstance(value, (Tensor, list, tuple)) and len(value) == batch.count:
+            found[key] = select_items(value, numbers)
+        else:
+            found[key] = value
+    if per_box:
+        renumbered = [index.new_full((len(row),), place) for place, row in enumerate(rows)]
+        found["batch_idx"] = torch.cat(renumbered) if rows else kept.to(index)
+    return found

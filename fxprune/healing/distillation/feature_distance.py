@@ -49,10 +49,12 @@ class FeatureDistance:
     def __call__(self, batch: Batch, saliency: Maps | None = None, mirrored: Tensor | None = None) -> Tensor:
         """Return the distance (scalar) over the images of all processes.
 
-        `saliency` weights the positions. `mirrored` (N,), bool, marks the images that are mirrored in `batch`, but not
-        in the saliency maps.
+        `saliency` weights the positions. `mirrored` (N,), bool, marks the images that are mirrored before, with their
+        saliency maps.
         """
-        own, which = take_image_shard(batch)
+        own, which = take_image_shard(self.pair, batch)
+        if mirrored is not None:
+            own = _mirror_images(own, mirrored[which])
         teacher = self._teacher_features(own)
         student = FeatureRecorder(self.points, self.pair.detached_modules, teacher).run(
             self.pair.student, self.pair.adapter, own
@@ -95,7 +97,7 @@ class FeatureDistance:
             if images >= VARIANCE_IMAGES:
                 break
             images += batch.count
-            for (name, call), values in self._teacher_features(take_image_shard(batch)[0]).values.items():
+            for (name, call), values in self._teacher_features(take_image_shard(self.pair, batch)[0]).values.items():
                 for number, value in enumerate(values):
                     rows = to_rows(self.pair.student.get_submodule(name), value).double()
                     part = torch.stack([rows.new_full(rows.shape[1:], len(rows)), rows.sum(0), rows.square().sum(0)])
@@ -114,10 +116,16 @@ class FeatureDistance:
             )
 
 
-def take_image_shard(batch: Batch) -> tuple[Batch, Any]:
-    """Return this process's share of the images of a batch, and their indices in the batch."""
+def take_image_shard(pair: TeacherStudent, batch: Batch) -> tuple[Batch, Any]:
+    """Return this process's share of the images of a batch, with their targets, and their indices in the batch."""
     if rank_and_world()[1] == 1:
         return batch, slice(None)
     which = [index for index in range(batch.count) if belongs_to_rank(index)]
-    own = [batch.images[index] for index in which]
-    return Batch(torch.stack(own) if isinstance(batch.images, Tensor) else own, None, len(own)), which
+    return pair.select(batch, which), which
+
+
+def _mirror_images(batch: Batch, mirrored: Tensor) -> Batch:
+    if not mirrored.any():
+        return batch
+    images = [image.flip(-1) if flip else image for image, flip in zip(batch.images, mirrored.tolist(), strict=True)]
+    return Batch(torch.stack(images) if isinstance(batch.images, Tensor) else images, None, batch.count)

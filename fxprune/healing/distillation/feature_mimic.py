@@ -1,4 +1,4 @@
-"""Trains a pruned model for a short time to reproduce the features of the original."""
+"""Trains a pruned model for a short time to reproduce the features of the original, without or with labels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxprune.adapters.protocol import Batch
 from fxprune.errors import BatchError
 from fxprune.healing.distillation.feature_distance import FeatureDistance
+from fxprune.healing.distillation.labelled_distance import LabelledDistance
 from fxprune.healing.distillation.muon import MuonAdamW
 from fxprune.healing.distillation.schedule import Schedule, TrainingState, copy_state
 from fxprune.healing.saliency import Maps
@@ -38,23 +39,23 @@ MAX_GRAD_NORM = 1.0
 
 
 def train_mimic(
-    distance: FeatureDistance,
+    objective: FeatureDistance | LabelledDistance,
     training: Sequence[Batch],
     held_out: Sequence[Batch],
     schedule: Schedule,
     progress: Callable[[int, int], None] = lambda step, steps: None,
     saliency: Sequence[Maps] = (),
 ) -> None:
-    """Train a pruned model to reproduce the features of the original, without labels.
+    """Train a pruned model to reproduce the features of the original.
 
-    The loss is the feature distance, weighted by saliency. Norms keep their statistics. Every step mirrors about half
-    of its images.
+    The feature distance is weighted by saliency. Norms keep their statistics. Every step mirrors about half of the
+    images whose features it compares.
 
     Parameters
     ----------
-    distance : FeatureDistance
-        The student of its pair is changed. It gets the weights with the least loss on held-out batches; these may be
-        its initial weights.
+    objective : FeatureDistance or LabelledDistance
+        What is minimized: without or with labels. The student of its pair is changed. It gets the weights with the
+        least objective on held-out batches; these may be its initial weights.
     training, held_out : sequence of Batch
         See `split_batch` and `hold_out`. The same in all processes; each uses its share of the images of every batch.
     schedule : Schedule
@@ -67,22 +68,22 @@ def train_mimic(
     --------
     >>> train_mimic(FeatureDistance(pair, training), training, held_out, Schedule(steps=400))   # doctest: +SKIP
     """
-    pair = distance.pair
+    pair = objective.pair
     with with_gradients(pair.student) as weights, torch.enable_grad():
         optimizer = MuonAdamW(weights)
-        state = TrainingState(distance.mean(held_out), 0, INITIAL_LR_SCALE, True, copy_state(pair.student))
+        state = TrainingState(objective.mean(held_out), 0, INITIAL_LR_SCALE, True, copy_state(pair.student))
         for step in range(1, schedule.steps + 1):
             for weight in weights:
                 weight.grad = None
             number, mirrored = _draw_batch(training, schedule, step)
-            images = _mirror_images(training[number], mirrored)
-            distance(images, saliency[number] if saliency else None, mirrored).backward()  # type: ignore[no-untyped-call]
+            maps = saliency[number] if saliency else None
+            objective(training[number], maps, mirrored).backward()  # type: ignore[no-untyped-call]
             all_reduce_gradients(weights)
             nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
             optimizer.step(schedule.learning_rate_at(step) * state.lr_scale)
             progress(step, schedule.steps)
             if step % max(1, schedule.steps // CHECKS_PER_RUN) == 0 or step == schedule.steps:
-                loss = distance.mean(held_out)
+                loss = objective.mean(held_out)
                 diverged = not loss <= DIVERGENCE_RATIO * state.best  # also if the loss is NaN
                 if diverged:
                     pair.student.load_state_dict(state.best_weights)
@@ -99,13 +100,16 @@ def hold_out(parts: Sequence[T]) -> tuple[list[T], list[T]]:
     return held_out, [part for part in parts if all(part is not other for other in held_out)] or held_out
 
 
-def split_batch(batch: Batch) -> list[Batch]:
-    """Split a batch into parts of a few images, enough for all processes. Batches of unknown forms stay whole."""
+def split_batch(batch: Batch, select: Callable[[Batch, range], Batch]) -> list[Batch]:
+    """Split a batch into parts of a few images, enough for all processes. Batches of unknown forms stay whole.
+
+    `select` returns the images of a batch with the given numbers, see `TeacherStudent.select`.
+    """
     count = max(1, batch.count // max(IMAGES_PER_STEP, rank_and_world()[1])) if _has_images(batch) else 1
     if count == 1:
         return [batch]
     ends = [round(batch.count * number / count) for number in range(count + 1)]
-    return [Batch(batch.images[start:end], None, end - start) for start, end in itertools.pairwise(ends)]
+    return [select(batch, range(start, end)) for start, end in itertools.pairwise(ends)]
 
 
 def check_shareable_images(batches: Sequence[Batch]) -> None:
@@ -143,13 +147,6 @@ def _draw_batch(batches: Sequence[Batch], schedule: Schedule, step: int) -> tupl
     number = int(torch.randperm(len(batches), generator=_generator(schedule.seed, epoch))[position])
     mirrored = torch.rand(batches[number].count, generator=_generator(schedule.seed, epoch, position)) < 0.5
     return number, mirrored & _has_images(batches[number])
-
-
-def _mirror_images(batch: Batch, mirrored: Tensor) -> Batch:
-    if not mirrored.any():
-        return batch
-    images = [image.flip(-1) if flip else image for image, flip in zip(batch.images, mirrored.tolist(), strict=True)]
-    return Batch(torch.stack(images) if isinstance(batch.images, Tensor) else images, None, batch.count)
 
 
 def _generator(*numbers: int) -> torch.Generator:
