@@ -1,5 +1,6 @@
 """Finds the blocks that a detector does not need and replaces them by identities: a compiler pass over torch.fx."""
 
+from fxprune.datasets.agreement import Agreement, agreement
 from fxprune.datasets.batches import batches
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
@@ -31,6 +32,7 @@ from fxprune.version import __version__
 from fxprune.visualize.draw import draw
 
 __all__ = [
+    "Agreement",
     "Analysis",
     "BatchError",
     "BudgetError",
@@ -49,6 +51,7 @@ __all__ = [
     "SettingError",
     "StorageError",
     "__version__",
+    "agreement",
     "analyze",
     "apply",
     "batches",

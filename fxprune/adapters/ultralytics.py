@@ -136,9 +136,11 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     height, width = batch.images.shape[-2:]
     with torch.no_grad():
         boxes, rows = decode_output(model, predict(model, batch), height, width)
-        threshold = confidence_threshold(CONFIDENCE_THRESHOLD, float(best_scores(model, boxes, rows).max()))
+        best = float(best_scores(model, boxes, rows).max())
+        threshold = confidence_threshold(CONFIDENCE_THRESHOLD, best)
         found = suppress_overlaps(model, boxes, rows, confidence=threshold, iou=0.45, limit=100, multi_label=False)
-    return Batch(batch.images, _targets(batch.images, [(row[:, :4], row[:, 5]) for row in found]), batch.count)
+    targets = _targets(batch.images, [(row[:, :4], row[:, 5]) for row in found])
+    return Batch(batch.images, targets, batch.count, confidence=best)
 
 
 def _targets(images: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -200,11 +202,23 @@ def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -
 
 
 def detections(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
-    """Find boxes in a batch, without letterboxing; None if the model also outputs masks or key points."""
+    """Find boxes in a batch, without letterboxing; with the key ``others`` if the model outputs masks or the like."""
     with torch.no_grad():
         boxes, rows = decode_output(model, predict(model, batch), *batch.images.shape[-2:])
         more = boxes.shape[-1] > BOX_COLUMNS if rows else boxes.shape[1] > 4 + count_classes(model)
-        return None if more else _suppress_as_val(model, boxes, rows)
+        others = {"others": boxes[:0]} if more else {}
+        return [{**found, **others} for found in _suppress_as_val(model, boxes, rows)]
+
+
+def true_boxes(batch: Batch) -> list[dict[str, Tensor]]:
+    """Return the boxes and class numbers of a batch's targets, in pixels of its images."""
+    height, width = batch.images.shape[-2:]
+    index, classes = (batch.targets[key].reshape(-1).long() for key in ("batch_idx", "cls"))
+    boxes = batch.targets["bboxes"].reshape(-1, 4)
+    centres, sides = boxes[:, :2], boxes[:, 2:] / 2
+    corners = torch.cat([centres - sides, centres + sides], 1) * boxes.new_tensor([width, height] * 2)
+    own = [index == image for image in range(batch.count)]
+    return [{"boxes": corners[rows], "labels": classes[rows]} for rows in own]
 
 
 def _suppress_as_val(model: nn.Module, boxes: Tensor, rows: bool) -> list[dict[str, Tensor]]:
@@ -248,4 +262,6 @@ ADAPTER = Adapter(
     detect=detect,
     collate=collate,
     whole_model_is_graph=False,
+    true_boxes=true_boxes,
+    takes_unit_images=lambda model: True,
 )
