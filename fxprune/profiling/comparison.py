@@ -30,7 +30,7 @@ class LatencyComparison:
     Attributes
     ----------
     before_ms, after_ms : float
-        Milliseconds per image, medians over the rounds.
+        Milliseconds per image: the median over the rounds, and the same times `ratio`.
     ratio, error : float
         Median of the ratios after / before of single rounds, and half its 95 % confidence interval.
     floor : float
@@ -96,9 +96,10 @@ def compare_latency(
         run, rerun = partial(original.predict, part), partial(pruned.predict, part)
         timings = interleave({BEFORE: run, AGAIN: run, AFTER: rerun}, rounds=rounds, device=device, clock=clock)
     ratio, again = (compute_ratio(timings[name], timings[BEFORE]) for name in (AFTER, AGAIN))
+    before_ms = timings[BEFORE].median_ms / part.count
     return LatencyComparison(
-        timings[BEFORE].median_ms / part.count,
-        timings[AFTER].median_ms / part.count,
+        before_ms,
+        before_ms * ratio.median,
         ratio.median,
         ratio.error,
         max(abs(again.median - 1), again.error),

@@ -23,7 +23,7 @@ from fxprune.rewriting.apply import apply
 from fxprune.runtime.distributed import raise_on_all_ranks
 from fxprune.runtime.options import refuse_removed_keywords
 from fxprune.runtime.progress import Progress, no_progress
-from fxprune.search.measurement import hold_out_images, measure_pruned, read_images
+from fxprune.search.measurement import MeasuringImages, hold_out_images, measure_pruned, read_images
 from fxprune.search.plan_search import DEFAULT_TRIES, SearchOptions, find_plan
 
 
@@ -98,7 +98,9 @@ def compile(
     say = progress or no_progress
     analysis = AnalysisOptions(criterion, loss, seed, choose_backend(cost, latency_backend), say)
     healing = HealingOptions(heal, steps, seed=seed, loss=loss, progress=say)
-    return prune(model, calib_loader, SearchOptions(budget, cost, strategy, tries), analysis, healing, measure).model
+    search = SearchOptions(budget, cost, strategy, tries)
+    images = measure if isinstance(measure, bool) else read_images(model, measure, loss, seed)
+    return prune(model, calib_loader, search, analysis, healing, images).model
 
 
 def prune(
@@ -107,26 +109,23 @@ def prune(
     search: SearchOptions,
     analysis: AnalysisOptions,
     healing: HealingOptions,
-    measure: Any = True,
+    measure: bool | MeasuringImages = True,
 ) -> Pruning:
     """Do what `compile` does, with the options in objects; also return the plan and the analysis."""
     with isolated_run(unwrap(model), grad=True):
         loader: Any = calib_loader
-        images = None
-        if not isinstance(measure, bool):
-            images = read_images(model, measure, analysis.loss, analysis.seed)
         if search.strategy != "one_shot" or healing.method != "none" or measure is True:
             loader = materialize_calibration(model, calib_loader, analysis)
         if measure is True:
-            loader, images = hold_out_images(loader)
+            loader, measure = hold_out_images(loader)
         plan, whole = find_plan(model, loader, search, analysis, healing.method)
         analysis.progress("rewrite", 0, 1)
         pruned = apply(model, plan)
         analysis.progress("rewrite", 1, 1)
         if healing.method != "none":
             pruned = heal_with(pruned, model, loader, healing)
-        if images is not None:
-            measure_pruned(pruned, model, images, analysis.progress)
+        if measure:
+            measure_pruned(pruned, model, measure, analysis.progress)
     return Pruning(pruned, plan, whole)
 
 

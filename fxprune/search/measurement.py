@@ -5,7 +5,7 @@ The result is an entry of the plan's settings, ``"measured"``, which `fxprune.re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.adapters.calls import AdaptedModel
+from fxprune.adapters.calls import AdaptedModel, isolated_run
 from fxprune.adapters.custom_loss import Loss
 from fxprune.adapters.protocol import Adapter, Batch
 from fxprune.adapters.registry import unwrap
@@ -54,19 +54,22 @@ def hold_out_images(calibration: CalibrationSet) -> tuple[CalibrationSet, Measur
     return rest, MeasuringImages(held_out.batches, calibration.adapter, HELD_OUT)
 
 
-def read_images(model: nn.Module, loader: Any, loss: Loss | None, seed: int) -> MeasuringImages:
-    """Read the batches that the caller gave to measure on. They keep their labels, if they have any."""
-    with raise_on_all_ranks():
+def read_images(
+    model: nn.Module, loader: Any, loss: Loss | None = None, seed: int = 0, source: str = GIVEN
+) -> MeasuringImages:
+    """Read batches to measure on, up to `MAX_IMAGES` images. They keep their labels, if they have any."""
+    with isolated_run(unwrap(model), grad=False), raise_on_all_ranks():
         opened = open_calibration(model, loader, loss, seed, name="measure")
-        return MeasuringImages(_first_images(list(opened.given_batches())), opened.adapted.adapter, GIVEN)
+        return MeasuringImages(_first_images(opened.given_batches()), opened.adapted.adapter, source)
 
 
-def _first_images(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+def _first_images(batches: Iterable[Batch]) -> tuple[Batch, ...]:
     """Return the first batches, until they have `MAX_IMAGES` images."""
     taken: list[Batch] = []
     for batch in batches:
-        if sum(one.count for one in taken) < MAX_IMAGES:
-            taken.append(batch)
+        taken.append(batch)
+        if sum(one.count for one in taken) >= MAX_IMAGES:
+            break
     return tuple(taken)
 
 
