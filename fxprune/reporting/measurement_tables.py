@@ -34,7 +34,7 @@ TITLES = {
 }
 """Title by the entry ``source`` of the plan's settings."""
 NOT_APPLIED = "Nothing is measured yet: this plan was not applied."
-NOT_MEASURED = "Nothing was measured: only fxprune.compile with measure=True, or fxprune apply with images, does that."
+NOT_MEASURED = "Nothing was measured after this pruning. fxprune.compile does so, unless measure=False."
 USED_NOTE = "There were too few images to hold any out. On others, the pruned model will agree less."
 BOXES_NOTE = (
     "Boxes: those that the unpruned model is sure of (score .5, or half its best if that is less). Found again: the"
