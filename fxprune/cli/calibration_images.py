@@ -99,17 +99,24 @@ def open_images(model: nn.Module, options: DataOptions, split: Split, heal: str 
 def open_unused_images(model: nn.Module, options: DataOptions, heal: str) -> EvaluationImages | None:
     """Open images that `open_images` does not pick for the calibration; None if there are no others.
 
-    They are of the split for validation, or else of the same folder.
+    They are of the split for validation if there is one, or else of the same images as the calibration.
     """
     most = min(options.limit or MAX_IMAGES, MAX_IMAGES)
     dataset = _open_dataset(options, "calibration")
-    used = {*_spread(range(len(dataset)), options.limit or _enough(heal))}
-    left = [index for index in range(len(dataset)) if index not in used]
-    if options.images is None:
+    used = {_file_of(dataset, index) for index in _spread(range(len(dataset)), options.limit or _enough(heal))}
+    splits: tuple[Split, ...] = ("val", "calibration")
+    for split in splits:
         with contextlib.suppress(DatasetError):  # the data set has no split for validation
-            dataset = _open_dataset(options, "val")
-            left = [*range(len(dataset))]
-    return _make_images(unwrap(model), dataset, _spread(left, most)) if left else None
+            dataset = _open_dataset(options, split)
+            left = [index for index in range(len(dataset)) if _file_of(dataset, index) not in used]
+            if left:
+                return _make_images(unwrap(model), dataset, _spread(left, most))
+    return None
+
+
+def _file_of(dataset: Any, index: int) -> Any:
+    """Return the file of an item; of a `CocoDataset` its folder and number."""
+    return (str(dataset.images), index) if isinstance(dataset, CocoDataset) else dataset.files[index]
 
 
 def _open_dataset(options: DataOptions, split: Split) -> Any:

@@ -141,12 +141,13 @@ class CalibrationSet:
         Returns
         -------
         rest, held_out : CalibrationSet
-            If less than `LEAST_HELD_OUT` images would be held out, `rest` has all batches and `held_out` is None.
+            If less than `LEAST_HELD_OUT` images would be held out, or less batches than processes would be left, `rest`
+            has all batches and `held_out` is None.
         """
         held_out = self._take(self.batches[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY], most)
-        if sum(batch.count for batch in held_out.batches) < LEAST_HELD_OUT:
-            return self, None
         left = [batch for batch in self.batches if all(batch is not taken for taken in held_out.batches)]
+        if sum(batch.count for batch in held_out.batches) < LEAST_HELD_OUT or len(left) < world_size():
+            return self, None
         return replace(self, batches=tuple(left)), held_out
 
     def _take(self, batches: Sequence[Batch], images: int) -> CalibrationSet:
