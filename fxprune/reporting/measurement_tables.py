@@ -24,8 +24,7 @@ DETECTOR_STEP = ('fxprune.evaluate(pruned, data)["mAP"]', "mAP on labelled image
 AGREEMENT_STEP = ("print(fxprune.agreement(model, pruned, images))", "what it still finds; needs no labels")
 TRAIN_STEP = (
     'pruned.train(data="data.yaml", trainer=Trainer)',
-    "train on. Trainer: a subclass of ultralytics' trainer whose get_model(self, *_, **__) returns pruned.model;"
-    " without it, ultralytics builds the unpruned network again",
+    "train on; Trainer: its get_model returns pruned.model, else pruning is undone",
 )
 TITLES = {
     "held out": "Measured on {} held out: pruning did not use them",

@@ -64,20 +64,16 @@ def compile(
         Fraction, in (0, 1), of the model's cost to remove at least.
     cost : str
         Unit of the budget: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
-    strategy : str
-        ``"one_shot"``: the plan with the least summed score. ``"search"``, useful for budgets of 0.2 or more: try
+    strategy, tries
+        ``"one_shot"``: the plan with the least summed score. ``"search"``, useful for budgets of 0.2 or more: try at most
         `tries` plans, first those of the criterion, of ``"fisher_mended"`` and of their geometric mean. Each is healed
         on 64 images and judged on 192 others (`fxprune.search.judges`). Ctrl-C returns the best plan so far.
-    heal : str
-        Healing method, see `fxprune.heal`. All methods except ``"none"`` keep the batches in memory.
-    tries, steps : int
-        Number of plans that a search tries at most; number of training steps of ``heal="mimic"``.
+    heal, steps
+        Healing method, and number of training steps of ``"mimic"``; see `fxprune.heal`.
     measure : bool or iterable
-        Whether to measure, at the end, what the pruned model still finds (`fxprune.agreement`; mAP or accuracy too if
-        there are labels) and its milliseconds per image beside those of `model`. Every eighth batch is held out for
-        this, if that is 16 images or more; else calibration images are used again, and the report says so. Or an
-        iterable: batches to measure on, so that none is held out. At most 64 images are used. ``False`` saves this
-        time, and with ``heal="none"`` batches are then read one at a time.
+        Whether to measure what the result still finds (`fxprune.agreement`, mAP, accuracy) and its milliseconds, on up
+        to 64 images: every eighth batch, held out if that is 16 images or more, else calibration images again; or the
+        batches of an iterable. With False and ``heal="none"``, batches are read one at a time.
 
     Returns
     -------
