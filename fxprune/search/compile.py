@@ -65,7 +65,7 @@ def compile(
     cost : str
         Unit of the budget: ``"flops"``, ``"latency"`` (by default in eager mode), ``"params"`` or ``"blocks"``.
     strategy, tries
-        ``"one_shot"``: the plan with the least summed score. ``"search"``, useful for budgets of 0.2 or more: try at most
+        ``"one_shot"``: the plan with the least summed score. ``"search"``, for budgets of 0.2 or more: try at most
         `tries` plans, first those of the criterion, of ``"fisher_mended"`` and of their geometric mean. Each is healed
         on 64 images and judged on 192 others (`fxprune.search.judges`). Ctrl-C returns the best plan so far.
     heal, steps
