@@ -150,7 +150,7 @@ def _describe_classes(own: Sequence[BatchFacts]) -> str:
     sure = sum(one.images * (one.confidence or 0.0) for one in judged) / images
     if sure < LEAST_CLASS_CONFIDENCE:
         return (
-            f"the classifier looks untrained: its classes for {images} images are little better than chance. {way_out}"
+            f"the classifier looks untrained: its classes for {_count(images)} are little better than chance. {way_out}"
         )
     if images >= JUDGED_IMAGES and len(frozenset().union(*(one.classes for one in judged))) == 1:
         return (
@@ -171,7 +171,7 @@ def _describe_boxes(own: Sequence[BatchFacts]) -> str:
     if not filled or best < LEAST_BOX_SCORE:
         score = f": the score of the surest box is {best:.2g}" if filled else ""
         return (
-            f"the model finds next to nothing in {images} images{score}. It looks untrained, or the images are not like"
+            f"the model finds next to nothing in {_count(images)}{score}. It looks untrained, or the images are not like"
             f" those of its training. {way_out}"
         )
     if images > 1 and len({*counts}) == 1 and counts[0] >= SUSPICIOUS_BOXES:
@@ -188,4 +188,8 @@ def _describe_empty_labels(facts: Sequence[BatchFacts]) -> str:
     counts = [count for one in facts if not one.own_targets for count in one.boxes or ()]
     if not counts or any(counts):
         return ""
-    return f"the labels have no box in any of {len(counts)} images; give labelled images, or leave the labels out"
+    return f"the labels of {_count(len(counts))} have no box; give images with boxes, or leave the labels out"
+
+
+def _count(images: int) -> str:
+    return f"{images} image{'s' * (images != 1)}"

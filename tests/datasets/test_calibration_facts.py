@@ -49,7 +49,7 @@ def test_nothing_is_said_of_ordinary_batches(facts: BatchFacts) -> None:
         (replace(OWN, confidence=0.0, boxes=(0, 0, 0, 0)), "next to nothing in 4 images. It looks untrained"),
         (replace(OWN, boxes=(100, 100, 100, 100)), "exactly 100 boxes in each of 4 images"),
         (replace(OWN, boxes=(0, 0, 0, 3)), "finds boxes in 1 of 4 images only"),
-        (replace(OWN, own_targets=False, boxes=(0, 0, 0, 0)), "labels have no box in any of 4 images"),
+        (replace(OWN, own_targets=False, boxes=(0, 0, 0, 0)), "labels of 4 images have no box"),
         (replace(CLASSES, confidence=0.01), "classes for 16 images are little better than chance.*weights"),
         (replace(CLASSES, classes=frozenset({7})), "all 16 images the same class"),
     ],
