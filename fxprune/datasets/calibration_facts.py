@@ -171,7 +171,7 @@ def _describe_boxes(own: Sequence[BatchFacts]) -> str:
     if not filled or best < LEAST_BOX_SCORE:
         score = f": the score of the surest box is {best:.2g}" if filled else ""
         return (
-            f"the model finds next to nothing in {_count(images)}{score}. It looks untrained, or the images are not like"
+            f"the model finds next to nothing in {_count(images)}{score}. It looks untrained, or the images are unlike"
             f" those of its training. {way_out}"
         )
     if images > 1 and len({*counts}) == 1 and counts[0] >= SUSPICIOUS_BOXES:
