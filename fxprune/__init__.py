@@ -1,6 +1,7 @@
 """Finds the blocks that a detector does not need and replaces them by identities: a compiler pass over torch.fx."""
 
 from fxprune.adapters.ultralytics.trainer import trainer
+from fxprune.datasets.agreement import Agreement, agreement
 from fxprune.datasets.batches import batches
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.evaluation import evaluate
@@ -34,6 +35,7 @@ from fxprune.version import __version__
 from fxprune.visualize.draw import draw
 
 __all__ = [
+    "Agreement",
     "Analysis",
     "BatchError",
     "BudgetError",
@@ -54,6 +56,7 @@ __all__ = [
     "StorageError",
     "YoloDataset",
     "__version__",
+    "agreement",
     "analyze",
     "apply",
     "batches",

@@ -98,7 +98,21 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
 def label(model: nn.Module, batch: Batch) -> Batch:
     """Use the class with the model's highest logit as the label of each image."""
     with torch.no_grad():
-        return Batch(batch.images, predict(model, batch).argmax(1), batch.count)
+        logits = predict(model, batch)
+        return Batch(batch.images, logits.argmax(1), batch.count, confidence=class_confidence(logits))
+
+
+def class_confidence(logits: Tensor) -> float | None:
+    """Return the mean probability of the top class, 0 at chance and 1 at certainty; None for a single class."""
+    count = logits.shape[1]
+    probability = float(logits.float().softmax(1).amax(1).mean())
+    return (probability - 1 / count) / (1 - 1 / count) if count > 1 else None
+
+
+def classes(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the class with the highest logit of each image."""
+    with torch.no_grad():
+        return predict(model, batch).argmax(1)
 
 
 ADAPTER = Adapter(
@@ -115,4 +129,5 @@ ADAPTER = Adapter(
     detect=refuse_detection,
     collate=refuse_detection,
     whole_model_is_graph=True,
+    classes=classes,
 )

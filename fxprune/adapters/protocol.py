@@ -26,12 +26,16 @@ class Batch:
         Number of images.
     own_targets : bool
         Whether the targets are the model's own confident outputs.
+    confidence : float or None
+        How sure the model is of its own targets: the score of the surest box, or for classes the mean over the images,
+        0 at chance (all classes alike) and 1 at certainty. None for given targets.
     """
 
     images: Any
     targets: Any
     count: int
     own_targets: bool = False
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Adapter:
         ``(model, Batch, image numbers) -> targets`` of these images, in the form of the batch's targets.
     detections : callable
         ``(model, Batch) -> list of dict, or None``: the boxes at inference in the form of `detect`, in pixels of the
-        batch's images. None if the model outputs no boxes, or more than boxes.
+        batch's images. A model that outputs more than boxes (masks, key points) has other keys too. None if the model
+        outputs no boxes.
     detect : callable
         ``(model, images, image size or None) -> list of dict``, for images (3, H, W) in [0, 1] of any sizes. One dict
         per image: ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels of the input image, ``labels`` (n,) the model's class
@@ -71,6 +76,14 @@ class Adapter:
         in [0, 1] and targets, dicts with ``boxes`` and ``labels`` as in `detect`.
     whole_model_is_graph : bool
         Whether only the forward of the model is used, so that the whole model can be captured as one graph.
+    classes : callable
+        ``(model, Batch) -> Tensor (N,), or None``: the class with the highest logit of each image. None if the model
+        outputs no logits.
+    true_boxes : callable
+        ``(Batch) -> list of dict, or None``: the boxes of the batch's targets, one dict of ``boxes`` and ``labels`` per
+        image, as in `detections`. None if targets are no boxes.
+    takes_unit_images : callable
+        ``(model) -> bool``: whether the model needs float images in [0, 1], for example because it normalizes them.
     """
 
     family: str
@@ -86,6 +99,9 @@ class Adapter:
     detect: Callable[[nn.Module, Sequence[Tensor], int | None], list[dict[str, Tensor]]]
     collate: Callable[[nn.Module, Sequence[Tensor], Sequence[Mapping[str, Any]] | None, int | None], Any]
     whole_model_is_graph: bool
+    classes: Callable[[nn.Module, Batch], Tensor | None] = lambda model, batch: None
+    true_boxes: Callable[[Batch], list[dict[str, Tensor]] | None] = lambda batch: None
+    takes_unit_images: Callable[[nn.Module], bool] = lambda model: False
 
 
 def select_items(values: Any, numbers: Sequence[int]) -> Any:

@@ -115,14 +115,27 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     """Use the detector's own confident outputs as targets."""
     with torch.no_grad():
         outputs = predict(model, batch)
-    return Batch(batch.images, [_confident_targets(output) for output in outputs], batch.count)
+    best = max((float(output["scores"].max()) for output in outputs if len(output["scores"])), default=0.0)
+    return Batch(batch.images, [_confident_targets(output) for output in outputs], batch.count, confidence=best)
 
 
 def detections(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
-    """Return the boxes found at inference; None if the detector also outputs masks or key points."""
+    """Return the boxes found at inference, with masks or key points if the detector outputs these too."""
     with torch.no_grad():
         outputs = predict(model, batch)
-    return outputs if all(set(output) == {"boxes", "labels", "scores"} for output in outputs) else None
+    return outputs if all(map(_is_detection, outputs)) else None
+
+
+def true_boxes(batch: Batch) -> list[dict[str, Tensor]]:
+    """Return the boxes and labels of a batch's targets."""
+    return [{"boxes": target["boxes"], "labels": target["labels"]} for target in batch.targets]
+
+
+def takes_unit_images(model: nn.Module) -> bool:
+    """Whether the model normalizes images by itself, as torchvision's detectors do, which have a `transform` for it."""
+    transform = getattr(model, "transform", None)
+    mean, std = (list(getattr(transform, name, None) or ()) for name in ("image_mean", "image_std"))
+    return any(mean) or any(value != 1 for value in std)
 
 
 def _confident_targets(output: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,4 +195,6 @@ ADAPTER = Adapter(
     detect=detect,
     collate=collate,
     whole_model_is_graph=False,
+    true_boxes=true_boxes,
+    takes_unit_images=takes_unit_images,
 )

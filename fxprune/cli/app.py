@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,16 @@ from fxprune.attribution.criteria import CRITERIA
 from fxprune.cli import options as o
 from fxprune.cli import output, steps, tables
 from fxprune.cli.calibration_images import check_data, open_images
-from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, PruneOptions, ScoreOptions
+from fxprune.cli.next_commands import PLAN_FILE, after_analysis, after_pruning
+from fxprune.cli.options import (
+    BudgetOptions,
+    DataOptions,
+    HealOptions,
+    ModelOptions,
+    OutputOptions,
+    PruneOptions,
+    ScoreOptions,
+)
 from fxprune.cli.runner import EXIT_STATUS, Command, keep_stdout, report_errors, typer_command, version_line
 from fxprune.cli.terminal import Result, Terminal, open_terminal
 from fxprune.demo.run import DEMO_CRITERIA, run_demo
@@ -119,11 +129,12 @@ def analyze(
         plan = analysis.plan(budget.budget, budget.cost)
 
         def fill(draft: Path) -> None:
-            plan.save(draft / "plan.json")
+            plan.save(draft / PLAN_FILE)
             output.write_report(report(plan), draft / output.REPORT)
 
         remark = steps.write_outputs(out, fill, analysis, plan, tell)
-    return Result(plan.to_dict(), report(plan), remark)
+    following = after_analysis(model, data, budget.budget, budget.cost, out.out)
+    return Result(plan.to_dict(), replace(report(plan), next_steps=following), remark)
 
 
 @command("Inspect")
@@ -218,12 +229,13 @@ def prune(
     """Analyze, remove blocks, heal (unless --heal none), and save the pruned model."""
     with terminal.progress() as tell:
         network = steps.load_checked_model(model, data, budget, out, tell)
-        images = steps.open_calibration_images(network, data, tell, search.heal)
+        images = steps.open_calibration_images(network, data, tell, search.heal, search.measure)
         if remark := steps.describe_effort(images.image_count, search):
             terminal.say(remark, head=f"{search.strategy}:")
         pruning = steps.prune_and_heal(network, images, scores, budget, search)
         shown = applied_plans(pruning.model)[-1]
-        return steps.save_result(pruning.model, pruning.analysis, shown, out, tell)
+        following = after_pruning(shown, model, data, out.out)
+        return steps.save_result(pruning.model, pruning.analysis, shown, out, following, tell)
 
 
 @command("Prune")
@@ -231,11 +243,22 @@ def apply(
     terminal: Terminal,
     model: ModelOptions,
     plan: Annotated[Path, typer.Argument(help="Plan file that analyze --json or --out wrote.", show_default=False)],
+    data: DataOptions,
+    healing: HealOptions,
     out: OutputOptions,
 ) -> Result:
-    """Apply a plan that analyze made."""
+    """Apply a plan that analyze made, heal (with --heal) and save the pruned model; measure it if there are images."""
+    has_images = data.data is not None or data.images is not None or model.model == "bundled"
+    if has_images or healing.heal != "none":
+        check_data(model, data)
     output.check_folder(out.out, out.force)
     made = Plan.load(plan)
     with terminal.progress() as tell:
-        pruned = steps.apply_plan(steps.load_model(model, "cpu", tell), made, tell)
-        return steps.save_result(pruned, made, None, out, tell)
+        network = steps.load_model(model, data.device, tell)
+        pruned = steps.apply_plan(network, made, tell)
+        if has_images:
+            images = steps.open_calibration_images(network, data, tell, healing.heal, healing.measure)
+            pruned = steps.heal_and_measure(pruned, network, images, healing)
+        if healing.heal == "none":
+            terminal.say("nothing was healed; --heal affine, with images, mends what is left", head="note:")
+        return steps.save_result(pruned, made, None, out, after_pruning(made, model, data, out.out), tell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -21,8 +22,9 @@ from fxprune.datasets.class_mapping import dataset_categories, model_class_names
 from fxprune.datasets.coco import CocoDataset
 from fxprune.datasets.folders import ImageFolder, YoloDataset, pick_evenly
 from fxprune.demo.bundled import load_dataset
-from fxprune.errors import SettingError
+from fxprune.errors import DatasetError, SettingError
 from fxprune.graph.fx_utils import class_names
+from fxprune.search.measurement import MAX_IMAGES
 
 Split = Literal["calibration", "val"]
 CALIBRATION_IMAGES, HEALING_IMAGES = 64, 256
@@ -89,26 +91,57 @@ def open_images(model: nn.Module, options: DataOptions, split: Split, heal: str 
     SettingError
         If the model's classes differ from the data set's.
     """
-    network = unwrap(model)
-    dataset: Any
+    dataset = _open_dataset(options, split)
+    most = options.limit or (_enough(heal) if split == "calibration" else len(dataset))
+    return _make_images(unwrap(model), dataset, _spread(range(len(dataset)), most))
+
+
+def open_unused_images(model: nn.Module, options: DataOptions, heal: str) -> EvaluationImages | None:
+    """Open images that `open_images` does not pick for the calibration; None if there are no others.
+
+    They are of the split for validation if there is one, or else of the same images as the calibration.
+    """
+    most = min(options.limit or MAX_IMAGES, MAX_IMAGES)
+    dataset = _open_dataset(options, "calibration")
+    used = {_file_of(dataset, index) for index in _spread(range(len(dataset)), options.limit or _enough(heal))}
+    splits: tuple[Split, ...] = ("val", "calibration")
+    for split in splits:
+        with contextlib.suppress(DatasetError):  # the data set has no split for validation
+            dataset = _open_dataset(options, split)
+            left = [index for index in range(len(dataset)) if _file_of(dataset, index) not in used]
+            if left:
+                return _make_images(unwrap(model), dataset, _spread(left, most))
+    return None
+
+
+def _file_of(dataset: Any, index: int) -> Any:
+    """Return the file of an item; of a `CocoDataset` its folder and number."""
+    return (str(dataset.images), index) if isinstance(dataset, CocoDataset) else dataset.files[index]
+
+
+def _open_dataset(options: DataOptions, split: Split) -> Any:
     if options.data is not None:
-        dataset = YoloDataset(options.data, "train" if split == "calibration" else split)
-    elif options.annotations is not None:
-        dataset = CocoDataset(str(options.images), str(options.annotations))
-    elif options.images is not None:
-        dataset = ImageFolder(options.images)
-    else:
-        dataset = load_dataset(split)
-    enough = CALIBRATION_IMAGES if heal == "none" else HEALING_IMAGES
-    most = options.limit or (enough if split == "calibration" else len(dataset))
+        return YoloDataset(options.data, "train" if split == "calibration" else split)
+    if options.annotations is not None:
+        return CocoDataset(str(options.images), str(options.annotations))
+    return load_dataset(split) if options.images is None else ImageFolder(options.images)
+
+
+def _make_images(network: nn.Module, dataset: Any, picked: Sequence[int]) -> EvaluationImages:
+    """Return some images of a data set, after a check that its classes match the model's."""
     labels = _match_numbers(network, dataset) if isinstance(dataset, YoloDataset) else None
     _check_classes(network, dataset, 0 if labels is None else 1)
-    return EvaluationImages(_pick_evenly(dataset, most), not isinstance(dataset, ImageFolder), labels)
+    some = dataset if len(picked) == len(dataset) else Subset(dataset, picked)
+    return EvaluationImages(some, not isinstance(dataset, ImageFolder), labels)
 
 
-def _pick_evenly(dataset: Any, most: int) -> Any:
+def _enough(heal: str) -> int:
+    return CALIBRATION_IMAGES if heal == "none" else HEALING_IMAGES
+
+
+def _spread(items: Sequence[int], most: int) -> Sequence[int]:
     """Return at most `most` items, evenly spread."""
-    return dataset if len(dataset) <= most else Subset(dataset, pick_evenly(range(len(dataset)), most))
+    return items if len(items) <= most else pick_evenly(items, most)
 
 
 def _match_numbers(network: nn.Module, dataset: YoloDataset) -> dict[int, int] | None:

@@ -166,6 +166,24 @@ class BudgetOptions:
 
 
 HealName = Annotated[str, choice(SCORES_PANEL, "Heal the pruned model; only mimic_labelled needs labels", METHODS)]
+StepsNumber = Annotated[
+    int,
+    option(
+        SCORES_PANEL,
+        "Most training steps of --heal mimic and mimic_labelled; 4 images each.",
+        min=1,
+        metavar="N",
+    ),
+]
+MeasureFlag = Annotated[
+    bool,
+    option(
+        SCORES_PANEL,
+        "Measure what the pruned model still finds and its milliseconds, on up to 64 images that pruning did not use.",
+        "--measure/--no-measure",
+        metavar="",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -180,15 +198,17 @@ class PruneOptions:
         int, option(SCORES_PANEL, "Maximum number of plans that --strategy search tries.", min=1, metavar="N")
     ] = DEFAULT_TRIES
     heal: HealName = "affine"
-    steps: Annotated[
-        int,
-        option(
-            SCORES_PANEL,
-            "Maximum number of training steps of --heal mimic and mimic_labelled; 4 images per step.",
-            min=1,
-            metavar="N",
-        ),
-    ] = 400
+    steps: StepsNumber = 400
+    measure: MeasureFlag = True
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """How a pruned model is healed and measured. Without images it is neither."""
+
+    heal: HealName = "none"
+    steps: StepsNumber = 400
+    measure: MeasureFlag = True
 
 
 JsonFlag = Annotated[bool, option(RESULT_PANEL, "One JSON document on stdout.", "--json", metavar="")]

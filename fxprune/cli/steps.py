@@ -12,9 +12,24 @@ from typing import Any
 from torch import nn
 
 from fxprune.adapters.registry import unwrap
-from fxprune.cli.calibration_images import EvaluationImages, calibration_batches, check_data, check_size, open_images
+from fxprune.cli.calibration_images import (
+    EvaluationImages,
+    calibration_batches,
+    check_data,
+    check_size,
+    open_images,
+    open_unused_images,
+)
 from fxprune.cli.models import open_model
-from fxprune.cli.options import BudgetOptions, DataOptions, ModelOptions, OutputOptions, PruneOptions, ScoreOptions
+from fxprune.cli.options import (
+    BudgetOptions,
+    DataOptions,
+    HealOptions,
+    ModelOptions,
+    OutputOptions,
+    PruneOptions,
+    ScoreOptions,
+)
 from fxprune.cli.output import PICTURE, REPORT, check_folder, write_folder, write_report
 from fxprune.cli.tables import Point
 from fxprune.cli.terminal import Result, Tell, to_json
@@ -27,9 +42,11 @@ from fxprune.planning.analysis import Analysis
 from fxprune.planning.analyzer import analyze_with
 from fxprune.planning.ilp import check_budget
 from fxprune.planning.plan import Plan
+from fxprune.reporting.measurement_tables import NextSteps
 from fxprune.reporting.report import report
 from fxprune.rewriting.apply import apply
 from fxprune.search.compile import Pruning, prune
+from fxprune.search.measurement import CALIBRATION, GIVEN, HELD_OUT, MeasuringImages, measure_pruned, read_images
 from fxprune.search.plan_search import FITTING_METHODS, HEALING_IMAGES, JUDGING_IMAGES, SearchOptions
 from fxprune.visualize import draw as drawing
 from fxprune.visualize.network_view import Drawable
@@ -45,12 +62,13 @@ def load_model(options: ModelOptions, device: str, tell: Tell) -> nn.Module:
 
 @dataclass(frozen=True)
 class CalibrationInput:
-    """The calibration batches, and progress that is counted in images."""
+    """The calibration batches, batches of images that are not among them, and progress that is counted in images."""
 
     loader: Sequence[Any]
     image_count: int
     batch: int
     tell: Tell
+    unused: Sequence[Any] | None = None
 
     def tell_images(self, stage: str, done: int, total: int | None) -> None:
         """Report the progress of a stage; the progress of the scoring is converted from batches to images."""
@@ -61,10 +79,14 @@ class CalibrationInput:
             self.tell("attribution", 0, self.image_count)
 
 
-def open_calibration_images(model: nn.Module, data: DataOptions, tell: Tell, heal: str = "none") -> CalibrationInput:
-    """Open the calibration images."""
+def open_calibration_images(
+    model: nn.Module, data: DataOptions, tell: Tell, heal: str = "none", measure: bool = False
+) -> CalibrationInput:
+    """Open the calibration images, and others to measure on if `measure` is true and there are any."""
     pictures = open_images(model, data, "calibration", heal)
-    return CalibrationInput(calibration_batches(model, pictures, data), len(pictures.dataset), data.batch, tell)
+    others = open_unused_images(model, data, heal) if measure else None
+    unused = None if others is None else calibration_batches(model, others, data)
+    return CalibrationInput(calibration_batches(model, pictures, data), len(pictures.dataset), data.batch, tell, unused)
 
 
 def run_analysis(model: nn.Module, images: CalibrationInput, scores: ScoreOptions, cost: str = "flops") -> Analysis:
@@ -88,7 +110,23 @@ def prune_and_heal(
     """Prune and heal a model, as `fxprune.compile` does."""
     search = SearchOptions(budget.budget, budget.cost, options.strategy, options.tries)
     healing = HealingOptions(options.heal, options.steps, seed=scores.seed, progress=images.tell_images)
-    return prune(model, images.loader, search, scores.for_analysis(budget.cost, images.tell_images), healing)
+    measure: bool | MeasuringImages = options.measure
+    if options.measure and images.unused is not None:
+        measure = read_images(model, images.unused, seed=scores.seed, source=HELD_OUT)
+    return prune(model, images.loader, search, scores.for_analysis(budget.cost, images.tell_images), healing, measure)
+
+
+def heal_and_measure(pruned: nn.Module, model: nn.Module, images: CalibrationInput, options: HealOptions) -> nn.Module:
+    """Heal a pruned model, and measure it on images that the healing did not use if there are others."""
+    if options.heal != "none":
+        healing = HealingOptions(options.heal, options.steps, progress=images.tell)
+        pruned = heal_with(pruned, model, images.loader, healing)
+    if options.measure:
+        others, source = images.unused, HELD_OUT
+        if others is None:
+            others, source = images.loader, GIVEN if options.heal == "none" else CALIBRATION
+        measure_pruned(pruned, model, read_images(model, others, source=source), images.tell)
+    return pruned
 
 
 def heal_model(pruned: nn.Module, model: nn.Module, images: CalibrationInput, method: str) -> nn.Module:
@@ -140,9 +178,11 @@ def apply_plan(model: nn.Module, plan: Plan, tell: Tell) -> nn.Module:
     return pruned
 
 
-def save_result(pruned: nn.Module, what: Drawable, shown: Plan | None, output: OutputOptions, tell: Tell) -> Result:
+def save_result(
+    pruned: nn.Module, what: Drawable, shown: Plan | None, output: OutputOptions, following: NextSteps, tell: Tell
+) -> Result:
     """Write a pruned model with report and picture, and return the result of the command."""
-    summary = report(pruned)
+    summary = replace(report(pruned), next_steps=following)
 
     def fill(draft: Path) -> None:
         save(pruned, draft)

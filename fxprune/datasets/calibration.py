@@ -26,6 +26,8 @@ from fxprune.runtime.distributed import (
 )
 from fxprune.runtime.torch_internals import tree_leaves
 
+HOLD_OUT_EVERY, LEAST_HELD_OUT = 8, 16
+"""One of this many batches is held out to measure on, if these have at least so many images."""
 _END = object()
 SAME_LOADER_HINT = "give all the same loader in the same order, without a DistributedSampler"
 
@@ -132,6 +134,26 @@ class CalibrationSet:
         left = [batch for batch in self.batches if all(batch is not taken for taken in first.batches)]
         return first, self._take(left, others)
 
+    def hold_out(self, most: int) -> tuple[CalibrationSet, CalibrationSet | None]:
+        """Divide the batches into those for scores and healing, and every eighth to measure on.
+
+        Parameters
+        ----------
+        most : int
+            Number of images from which on no further batch is held out.
+
+        Returns
+        -------
+        rest, held_out : CalibrationSet
+            If less than `LEAST_HELD_OUT` images would be held out, or less batches than processes would be left, `rest`
+            has all batches and `held_out` is None.
+        """
+        held_out = self._take(self.batches[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY], most)
+        left = [batch for batch in self.batches if all(batch is not taken for taken in held_out.batches)]
+        if sum(batch.count for batch in held_out.batches) < LEAST_HELD_OUT or len(left) < world_size():
+            return self, None
+        return replace(self, batches=tuple(left)), held_out
+
     def _take(self, batches: Sequence[Batch], images: int) -> CalibrationSet:
         taken: list[Batch] = []
         for batch in batches:
@@ -173,12 +195,17 @@ class OpenCalibration:
             first = self.first
         return CalibrationSet.read(self.adapted, first, self.source)
 
-    def image_batches(self) -> list[Batch]:
-        """Read all batches without targets; no targets are computed."""
+    def given_batches(self) -> Iterator[Batch]:
+        """Read the batches one at a time, with their labels if they have any; no targets are computed."""
         if isinstance(self.source, CalibrationSet):
-            return self.source.image_batches
-        raws = chain([self.first_raw], self.source)
-        return [replace(self.adapted.normalize(index, raw), targets=None) for index, raw in enumerate(raws)]
+            yield from self.source
+            return
+        for index, raw in enumerate(chain([self.first_raw], self.source)):
+            yield self.adapted.normalize(index, raw)
+
+    def image_batches(self) -> Iterator[Batch]:
+        """Read the batches one at a time, without targets."""
+        return (replace(batch, targets=None) for batch in self.given_batches())
 
     def labelled_batches(self) -> list[Batch]:
         """Read all batches with their labels.
@@ -190,8 +217,7 @@ class OpenCalibration:
         """
         if isinstance(self.source, CalibrationSet):
             return self.source.labelled_batches()
-        raws = chain([self.first_raw], self.source)
-        return [check_labels(self.adapted.normalize(index, raw), index) for index, raw in enumerate(raws)]
+        return [check_labels(batch, index) for index, batch in enumerate(self.given_batches())]
 
     def own_batches(self, adapted: AdaptedModel) -> Iterator[Batch | None]:
         """Yield the batches in order, read one at a time; None is a batch that another process works on.
@@ -217,7 +243,9 @@ class OpenCalibration:
         check_enough_batches(count)
 
 
-def open_calibration(model: nn.Module, loader: Any, loss: Loss | None, seed: int = 0) -> OpenCalibration:
+def open_calibration(
+    model: nn.Module, loader: Any, loss: Loss | None, seed: int = 0, name: str = "calib_loader"
+) -> OpenCalibration:
     """Copy a model, choose its adapter by the first batch of a loader, and prepare the copy.
 
     Parameters
@@ -230,6 +258,8 @@ def open_calibration(model: nn.Module, loader: Any, loss: Loss | None, seed: int
         The caller's own loss, for models without an own adapter.
     seed : int
         Seed of samplers inside the loss.
+    name : str
+        Name of the loader in messages.
 
     Raises
     ------
@@ -240,12 +270,13 @@ def open_calibration(model: nn.Module, loader: Any, loss: Loss | None, seed: int
         return OpenCalibration(AdaptedModel.copy_of(model, loader.adapter, seed), loader, None)
     if isinstance(loader, (str, bytes, Tensor, dict)) or not isinstance(loader, Iterable):
         raise BatchError(
-            f"calib_loader must be an iterable of batches, got {type(loader).__name__}; a single batch goes in a list"
+            f"{name} must be an iterable of batches, got {type(loader).__name__}; a single batch goes in a list"
         )
     batches = iter(loader)
     first_raw = next(batches, _END)
     if first_raw is _END:
-        raise BatchError("calib_loader yielded no batch; give at least one")
+        read = "; a generator is empty once it was read" if batches is loader else ""
+        raise BatchError(f"{name} yielded no batch; give at least one{read}")
     adapter = choose_adapter(unwrap(model), first_raw, loss)
     return OpenCalibration(AdaptedModel.copy_of(model, adapter, seed), batches, first_raw)
 

@@ -17,7 +17,7 @@ from fxprune.healing.methods import LABELLED_METHODS, HealingContext, HealingOpt
 from fxprune.healing.teacher_student import TeacherStudent, pair_models
 from fxprune.planning.plan import Plan
 from fxprune.rewriting.apply import trace_checked
-from fxprune.rewriting.history import SAVINGS_ATTRIBUTE, applied_plans, attach_history, raw_plans, structural_changes
+from fxprune.rewriting.history import applied_plans, note_in_last_plan, raw_plans
 from fxprune.runtime.distributed import (
     broadcast_tensors,
     check_enough_batches,
@@ -127,10 +127,8 @@ def heal_student(
         healed.load_state_dict(pair.student.state_dict())
         broadcast_tensors([*healed.parameters(), *healed.buffers()])
         if context.final:
-            *others, last = raw_plans(healed)
-            last = {**last, "settings": {**last["settings"], "heal": note}}
-            _warn_of_loss(note, last["settings"].get("strategy"))
-            attach_history(healed, [*others, last], structural_changes(healed), getattr(healed, SAVINGS_ATTRIBUTE, {}))
+            note_in_last_plan(healed, heal=note, measured=None)  # what was measured before is no longer true
+            _warn_of_loss(note, raw_plans(healed)[-1]["settings"].get("strategy"))
     return rewrap_like(pruned, healed)
 
 
@@ -164,7 +162,7 @@ def _make_pair(
     """Copy both models and read the calibration batches."""
     opened = open_calibration(before, loader, loss)
     teacher, student = opened.adapted, opened.adapted.copy_version(network)
-    batches = opened.labelled_batches() if labels else opened.image_batches()
+    batches = opened.labelled_batches() if labels else list(opened.image_batches())
     check_enough_batches(len(batches))
     islands = {node.island for plan in plans for node in plan.nodes}
     return pair_models(teacher.module, student.module, teacher.adapter, batches[0], islands), batches

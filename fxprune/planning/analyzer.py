@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from fxprune.datasets.calibration import (
     describe_targets,
     open_calibration,
 )
+from fxprune.datasets.calibration_facts import BatchFacts, count_boxes, describe_nonsense, watch
+from fxprune.errors import LossError, warn_user
 from fxprune.planning.analysis import Analysis
 from fxprune.planning.candidates import build_candidates, build_node_records
 from fxprune.planning.plan import IslandRecord, Totals
@@ -32,7 +36,7 @@ from fxprune.planning.provenance import Provenance
 from fxprune.profiling.flops_params import count_params, group_parameters
 from fxprune.profiling.folded_blocks import saved_by_folding
 from fxprune.profiling.latency import BACKENDS, UNMEASURED, Latency, backend_copy, check_backend, measure_latency
-from fxprune.runtime.distributed import raise_on_all_ranks, run_on_rank_zero
+from fxprune.runtime.distributed import all_gather, raise_on_all_ranks, rank_and_world, run_on_rank_zero
 from fxprune.runtime.options import refuse_removed_keywords
 from fxprune.runtime.private_copy import check_same_weights
 from fxprune.runtime.progress import Progress, no_progress
@@ -86,7 +90,7 @@ class Analyzer:
     """
 
     def __init__(self, model: nn.Module, loader: Any, options: AnalysisOptions) -> None:
-        self.options, say = options, options.progress
+        self.options, say, self.is_checked = options, options.progress, False
         network = unwrap(model)
         check_same_weights(network)
         with raise_on_all_ranks():
@@ -109,9 +113,12 @@ class Analyzer:
         if chosen.linear_recovery:
             self.opened = replace(self.opened, source=self.opened.keep())
             maps = fit_recovery_maps(captured, self.opened.own_batches(captured.adapted), say)
-        batches = self.opened.own_batches(captured.adapted)
-        record, links, count = record_attribution(captured, chosen, batches, maps, say)
+        facts: list[BatchFacts] = []
+        batches = watch(self.opened.own_batches(captured.adapted), captured.adapted, facts)
+        with self._explaining(facts):
+            record, links, count = record_attribution(captured, chosen, batches, maps, say)
         check_same_count(count)
+        facts = sorted(chain(*all_gather(facts)), key=lambda one: one.index)
         inputs = ScoringInputs(
             captured.regions, record, dict(captured.adapted.module.named_modules()), captured.adapted.seed
         )
@@ -120,7 +127,9 @@ class Analyzer:
         scores = run_on_rank_zero(lambda: scores)
         units = [(block.unit.parts, block.params_saved) for block in captured.folded.values()]
         groups = group_parameters(captured.adapted.module, captured.graphs, units)
-        regions, unscored = build_candidates(captured, scores, record, groups, self.latency)
+        with self._explaining(facts):
+            regions, unscored = build_candidates(captured, scores, record, groups, self.latency)
+        self._warn_of_nonsense(facts)
         settings = {
             "model": self.name,
             "criterion": name,
@@ -129,6 +138,7 @@ class Analyzer:
             "images": record.images,
             "batches": count,
             "targets": describe_targets(record.own_targets),
+            **count_boxes(facts),
             "versions": library_versions(),
         }
         if self.latency is not UNMEASURED:
@@ -145,6 +155,26 @@ class Analyzer:
             settings=Provenance(settings),
             groups=tuple(groups),
         )
+
+    @contextmanager
+    def _explaining(self, facts: Sequence[BatchFacts]) -> Iterator[None]:
+        """Add to a `LossError` in the block what the batches have that makes scores meaningless."""
+        try:
+            yield
+        except LossError as error:
+            error.args = ("; ".join([str(error), *self._nonsense(facts)]),)
+            raise
+
+    def _warn_of_nonsense(self, facts: Sequence[BatchFacts]) -> None:
+        """Warn, at the first scoring and in one process, of what makes scores meaningless."""
+        if not self.is_checked and rank_and_world()[0] == 0:
+            for text in self._nonsense(facts):
+                warn_user(text)
+        self.is_checked = True
+
+    def _nonsense(self, facts: Sequence[BatchFacts]) -> list[str]:
+        adapted = self.captured.adapted
+        return describe_nonsense(facts, adapted.adapter.takes_unit_images(adapted.module))
 
     def _measure_latency(self, timed: nn.Module, first: Batch) -> Latency:
         """Measure the latency in one process; the others wait for the result."""

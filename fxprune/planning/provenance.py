@@ -94,6 +94,11 @@ class Provenance(Mapping[str, Any]):
         return as_mapping(self._entries.get("heal"))
 
     @property
+    def measured(self) -> Mapping[str, Any]:
+        """What the pruned model still finds and how fast it is; empty if it was not measured."""
+        return as_mapping(self._entries.get("measured"))
+
+    @property
     def versions(self) -> Mapping[str, str]:
         """Versions of the libraries by which the plan was made."""
         return {name: str(version) for name, version in as_mapping(self._entries.get("versions")).items()}

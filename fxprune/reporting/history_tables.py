@@ -26,7 +26,10 @@ from fxprune.runtime.json_text import first_few
 COST_NAMES = {"flops": "FLOPs", "latency": "latency", "params": "parameters"}
 
 JUDGEMENT_SETTINGS = ("loss_increase", "agreement")
-DESCRIBED_SETTINGS = ("images", "batches", "targets", "strategy", "tried", "mended", *JUDGEMENT_SETTINGS, "heal")
+DESCRIBED_SETTINGS = (
+    *("images", "batches", "targets", "boxes", "images_with_boxes", "strategy", "tried", "mended", "heal", "measured"),
+    *JUDGEMENT_SETTINGS,
+)
 """Settings that the report describes in sentences."""
 METHOD_NOTES = {
     "affine": "affine: the layers were fitted, one after the other, to the outputs of the original model.",
@@ -219,7 +222,9 @@ def _describe_budget(plan: Plan) -> str:
 
 def _describe_calibration(plan: Plan) -> str:
     images, batches, targets = (plan.settings.get(key, "?") for key in ("images", "batches", "targets"))
-    return f"{count_noun(images, 'image')} in {count_noun(batches, 'batch', 'batches')}; targets: {targets}"
+    boxes, filled = plan.settings.get("boxes"), plan.settings.get("images_with_boxes")
+    found = "" if boxes is None else f" ({count_noun(boxes, 'box', 'boxes')} in {filled} of {images} images)"
+    return f"{count_noun(images, 'image')} in {count_noun(batches, 'batch', 'batches')}; targets: {targets}{found}"
 
 
 def latency_conditions(plan: Plan) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def _section(section: Section) -> str:
 
 
 def _table(section: Section) -> str:
+    if not section.columns:
+        return ""
     heads = "".join(map(_head, section.columns)) if any(column.title for column in section.columns) else ""
     head = f'<thead><tr style="{LINED}">{heads}</tr></thead>' if heads else ""
     rows = "".join(_row(section.columns, row) for row in section.rows)

@@ -17,6 +17,7 @@ from fxprune.graph.records import Rejection
 from fxprune.planning.plan import Candidate, Plan, Totals
 from fxprune.reporting.history_tables import Step, build_steps
 from fxprune.reporting.html import render_html
+from fxprune.reporting.measurement_tables import NextSteps, next_section, next_steps
 from fxprune.reporting.sections import build_sections
 from fxprune.reporting.table_model import Section, format_change
 from fxprune.reporting.text import render_markdown, render_terminal
@@ -37,6 +38,8 @@ class Report:
         Whether the plans were applied; False for the report of a plan.
     spared : mapping of str to float
         ``flops`` and ``params`` saved by layers that read one tensor twice and were therefore made narrower.
+    next_steps : tuple of (str, str)
+        What to type next, and what for. It is shown in the terminal and in a notebook.
 
     Examples
     --------
@@ -50,6 +53,7 @@ class Report:
     plans: tuple[Plan, ...]
     applied: bool = True
     spared: Mapping[str, Any] = field(default_factory=dict)
+    next_steps: NextSteps = ()
 
     @property
     def before(self) -> Totals:
@@ -126,10 +130,13 @@ class Report:
         return "\n".join(line.rstrip() for line in text.splitlines())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from render_terminal(self._sections(), options.max_width)
+        yield from render_terminal(self._sections_and_next(), options.max_width)
 
     def _repr_html_(self) -> str:
-        return render_html(self._sections())
+        return render_html(self._sections_and_next())
+
+    def _sections_and_next(self) -> tuple[Section, ...]:
+        return (*self._sections(), *([next_section(self.next_steps)] if self.next_steps else []))
 
     def _sections(self) -> tuple[Section, ...]:
         return build_sections(self.plans, self.applied, self.before, self.after)
@@ -159,8 +166,10 @@ def report(pruned: nn.Module | Plan) -> Report:
     >>> print(fxprune.report(analysis.plan(budget=0.2)))           # doctest: +SKIP
     """
     if isinstance(pruned, Plan):
-        return Report((pruned,), applied=False)
-    return Report(applied_plans(pruned), spared=getattr(unwrap(pruned), SAVINGS_ATTRIBUTE, {}))
+        return Report((pruned,), applied=False, next_steps=next_steps(pruned, False, False))
+    plans, network = applied_plans(pruned), unwrap(pruned)
+    steps = next_steps(plans[-1], True, network is not pruned)
+    return Report(plans, spared=getattr(network, SAVINGS_ATTRIBUTE, {}), next_steps=steps)
 
 
 def _settings(plan: Plan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fxprune.planning.analysis import exclusive_sets
 from fxprune.planning.plan import Candidate, Plan, Totals
 from fxprune.reporting.history_tables import decision_section, healing_section, latency_conditions, steps_section
 from fxprune.reporting.importance_scale import Scale, choose_scale
+from fxprune.reporting.measurement_tables import measured_section
 from fxprune.reporting.table_model import (
     MAX_NAMES,
     Column,
@@ -68,6 +69,7 @@ def build_sections(plans: Sequence[Plan], applied: bool, before: Totals, after: 
         _chart(last, before, f" before step {len(plans)}" if len(plans) > 1 else ""),
         _rejections_section(last.rejections) if last.rejections else None,
         decision_section(plans),
+        measured_section(plans, applied),
     )
     return tuple(section for section in sections if section)
 

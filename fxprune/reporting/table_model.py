@@ -38,6 +38,7 @@ class Section:
     ----------
     title : str
     columns : tuple of Column
+        Without columns, the section is its notes.
     rows : tuple of Row
         One cell per column; a `Bar` if the kind of the column is ``"bar"``.
     notes : tuple of str

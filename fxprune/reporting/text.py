@@ -41,7 +41,8 @@ def render_terminal(sections: Iterable[Section], width: int) -> Iterator[Rendera
     width = min(width, MAX_WIDTH)
     for index, section in enumerate(sections):
         yield Text(f"\n{section.title}" if index else section.title, style="bold")
-        yield _table(section, width)
+        if section.columns:
+            yield _table(section, width)
         for note in _notes(section):
             yield Constrain(Text(note, style="dim"), width)
 
@@ -103,7 +104,8 @@ def _blocks(section: Section) -> Iterator[str]:
     rules = ["--:" if column.kind == "number" else "---" for column in section.columns]
     rows = [_markdown_cells(section.columns, row) for row in section.rows]
     yield f"### {_escape(section.title)}"
-    yield "\n".join(f"| {' | '.join(line)} |" for line in (heads, rules, *rows))
+    if section.columns:
+        yield "\n".join(f"| {' | '.join(line)} |" for line in (heads, rules, *rows))
     yield from map(_escape, _notes(section))
 
 

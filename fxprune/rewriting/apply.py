@@ -79,8 +79,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         pruned = shell.get_submodule("root")
     verify_weights(network, pruned, plan, narrowed)
     saved = narrowing_savings({node.name: node.flops for node in plan.nodes}, network.state_dict(), narrowed)
-    unhealed = plan.settings.without("heal")
-    plans = [*raw_plans(network), replace(plan, settings=unhealed).to_dict()]
+    fresh = plan.settings.without("heal", "measured")
+    plans = [*raw_plans(network), replace(plan, settings=fresh).to_dict()]
     attach_history(pruned, plans, structural_changes(network), saved)
     mark_pruned(pruned)
     override_save_pretrained(network, pruned)

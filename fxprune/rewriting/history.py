@@ -101,6 +101,13 @@ def attach_history(
         keep_when_copied(network, notes)
 
 
+def note_in_last_plan(network: nn.Module, **entries: Any) -> None:
+    """Set entries of the settings of a network's last plan, and remove those that are None."""
+    *others, last = raw_plans(network)
+    settings = {name: value for name, value in {**last["settings"], **entries}.items() if value is not None}
+    attach_history(network, [*others, {**last, "settings": settings}], structural_changes(network))
+
+
 _TENSOR = "a tensor"
 
 

@@ -22,7 +22,7 @@ from fxprune.planning.plan import Plan, cost_of
 from fxprune.rewriting.apply import apply
 from fxprune.runtime.distributed import rank_and_world, run_on_rank_zero
 from fxprune.runtime.options import check_choice
-from fxprune.search.agreement import PlanJudge, make_plan_judge
+from fxprune.search.judges import PlanJudge, make_plan_judge
 from fxprune.search.surrogate import LinearSurrogate
 
 DEFAULT_TRIES = 16

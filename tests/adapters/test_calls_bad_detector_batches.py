@@ -121,6 +121,8 @@ def test_label_out_of_range_in_a_later_batch_names_the_batch(retinanet: nn.Modul
         fxprune.compile(retinanet, batches, 0.1)
 
 
+@pytest.mark.filterwarnings("ignore:the labels of 1 image have no box:fxprune.FxpruneWarning")
+@pytest.mark.filterwarnings("ignore:the model finds next to nothing in 1 image:fxprune.FxpruneWarning")
 @pytest.mark.parametrize(
     "batch",
     [

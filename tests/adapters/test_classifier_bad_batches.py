@@ -91,7 +91,7 @@ def test_classifier_batch_with_wrong_channels_is_refused() -> None:
         [pixels(1, 3, 16, 16)],
         [pixels(3, 16, 16)],
         (pixels(1, 3, 16, 16), torch.full((1, 5), 0.2)),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.tensor([4])),
+        ((255 * pixels(1, 3, 16, 16)).byte(), torch.tensor([4])),
     ],
     ids=["labelled", "tensor", "list of a batch", "list of an image", "soft labels", "bytes"],
 )

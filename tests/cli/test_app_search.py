@@ -19,7 +19,7 @@ from fxprune.cli.terminal import Terminal
 from fxprune.demo.bundled import load_detector
 from fxprune.healing.loss_change import LossChange
 from fxprune.healing.methods import METHODS
-from fxprune.search.agreement import DetectionAgreement
+from fxprune.search.judges import DetectionAgreement
 from fxprune.search.plan_search import STRATEGIES
 from tests.helpers.commands import FEW, VAL, Captured, refusal
 

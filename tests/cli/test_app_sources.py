@@ -14,11 +14,11 @@ import torch
 import torchvision
 
 from fxprune.cli.app import main
-from fxprune.cli.calibration_images import calibration_batches, open_images
+from fxprune.cli.calibration_images import calibration_batches, open_images, open_unused_images
 from fxprune.cli.models import fill_weights, open_model
 from fxprune.cli.options import DataOptions, ModelOptions
 from fxprune.datasets.folders import ImageFolder
-from fxprune.demo.bundled import build_detector, load_detector
+from fxprune.demo.bundled import build_detector, load_dataset, load_detector
 from fxprune.errors import DatasetError, FxpruneWarning, ModelError, SettingError, StorageError
 from tests.helpers.commands import VAL, Captured, refusal
 
@@ -168,6 +168,20 @@ def test_limit_spreads_the_images_evenly() -> None:
     pictures = open_images(load_detector(), DataOptions(limit=4), "val")
     assert [pictures.dataset[index][1]["image_id"] for index in range(4)] == [1, 51, 101, 151]
     assert len(open_images(load_detector(), DataOptions(), "val").dataset) == 200
+
+
+def test_unused_images_are_none_of_the_calibration(images: Path) -> None:
+    model, options = load_detector(), DataOptions(images=images, limit=3)
+    used, others = open_images(model, options, "calibration"), open_unused_images(model, options, "none")
+    assert others is not None
+    shown = [[pictures.dataset[index][0] for index in range(len(pictures.dataset))] for pictures in (used, others)]
+    assert [len(rows) for rows in shown] == [3, 1]
+    assert not any(torch.equal(image, shown[1][0]) for image in shown[0])
+    assert open_unused_images(model, DataOptions(images=images), "none") is None
+    bundled = open_unused_images(model, DataOptions(), "none")
+    assert bundled is not None
+    assert len(bundled.dataset) == 64
+    assert bundled.dataset[1][1]["image_id"] == load_dataset("val")[3][1]["image_id"]
 
 
 def test_annotations_that_do_not_fit_are_refused(images: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxprune.cli.app import main
-from fxprune.cli.calibration_images import calibration_batches, open_images
+from fxprune.cli.calibration_images import calibration_batches, open_images, open_unused_images
 from fxprune.cli.models import open_model
 from fxprune.cli.options import DataOptions, ModelOptions
 from fxprune.datasets.folders import YoloDataset
@@ -43,6 +43,14 @@ def test_yolo_labels_equal_those_of_the_coco_file(yolo: Path) -> None:
         assert torch.equal(image, true_image)
         assert torch.equal(target["labels"] + 1, true_target["labels"])
         torch.testing.assert_close(target["boxes"], true_target["boxes"], atol=0.01, rtol=0)
+
+
+def test_yolo_data_whose_splits_are_the_same_files_has_no_unused_images(yolo: Path) -> None:
+    model = open_model(ModelOptions("bundled"), "cpu")
+    assert open_unused_images(model, DataOptions(data=yolo), "none") is None
+    others = open_unused_images(model, DataOptions(data=yolo, limit=3), "none")
+    assert others is not None
+    assert (len(others.dataset), others.labelled) == (1, True)
 
 
 def test_yolo_data_gives_the_same_map_as_the_coco_file(

@@ -37,6 +37,29 @@ def test_unlabelled_batches_are_labelled_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
+    ("batches", "count", "world", "held_out"),
+    [
+        (8, 16, 1, [7]),
+        (7, 64, 1, None),
+        (15, 8, 1, None),
+        (16, 8, 1, [7, 15]),
+        (40, 16, 1, [7, 15]),  # until there are 32 images
+        (8, 16, 8, None),  # one for each process must be left
+    ],
+)
+def test_hold_out_takes_every_eighth_batch_if_that_is_enough(
+    batches: int, count: int, world: int, held_out: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = open_calibration(tiny(), [pixels(count, 3, 4, 4) for _ in range(batches)], None).keep()
+    monkeypatch.setattr(calibration, "world_size", lambda: world)
+    rest, others = kept.hold_out(32)
+    places = {id(batch): place for place, batch in enumerate(kept.batches)}
+    taken = None if others is None else [places[id(batch)] for batch in others.batches]
+    assert taken == held_out
+    assert len(rest.batches) == batches - len(held_out or ())
+
+
+@pytest.mark.parametrize(
     ("batches", "images", "world", "one", "other"),
     [
         (8, 99, 1, [0, 2, 4, 6], [1, 3, 5, 7]),

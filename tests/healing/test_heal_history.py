@@ -49,6 +49,7 @@ def test_heal_notes_method_images_and_loss(method: str, model: nn.Module, cut: n
     assert 0 <= note["loss"]["after"] < note["loss"]["before"]
 
 
+@pytest.mark.filterwarnings("ignore:the classifier gives all 36 images the same class:fxprune.FxpruneWarning")
 def test_heal_warns_of_a_loss_that_stays_far_off(
     model: nn.Module, cut: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from fxprune.healing.methods import HealingContext
 from fxprune.healing.reconstruction import least_squares
 from fxprune.rewriting.history import applied_plans
 from fxprune.runtime.distributed import rank_and_world, run_on_rank_zero, take_shard
-from fxprune.search.agreement import DetectionAgreement
+from fxprune.search.judges import DetectionAgreement
 from tests.helpers.models import pixels, tiny
 
 Job = Callable[[Path], Any]

@@ -30,8 +30,9 @@ def test_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
 def test_public_names_are_those_documented() -> None:
     own = [value for value in vars(fxprune.errors).values() if getattr(value, "__module__", "") == "fxprune.errors"]
     errors = {value.__name__ for value in own if isinstance(value, type)}
-    data = {"CocoDataset", "batches", "draw", "evaluate", "fold_norms", "from_pretrained", "heal", "load", "save"}
-    values = {"Analysis", "Candidate", "Plan", "Rejection", "Report"}
+    data = {"CocoDataset", "ImageFolder", "YoloDataset", "agreement", "batches", "draw", "evaluate", "fold_norms"}
+    data |= {"from_pretrained", "heal", "load", "save", "trainer"}
+    values = {"Agreement", "Analysis", "Candidate", "Plan", "Rejection", "Report"}
     steps = {"analyze", "apply", "compile", "report", "pruning_backend"}
     assert set(fxprune.__all__) == errors | data | values | steps | {"__version__"}
     assert dir(fxprune) == sorted(fxprune.__all__)

@@ -100,7 +100,7 @@ def test_settings_shown_elsewhere_are_not_repeated(monkeypatch: pytest.MonkeyPat
     report = steps(0.01, 0.02, heal=HEAL, **SEARCH)
     said = text(report, monkeypatch)
     assert "search: 7 plans tried" in said
-    keys = {line.split()[0] for line in said.partition("How it was decided\n")[2].splitlines()}
+    keys = {line.split()[0] for line in said.partition("How it was decided\n")[2].partition("\n\n")[0].splitlines()}
     assert {"budget", "criterion", "strategy"} <= keys
     assert not keys & {"heal", "tried", "loss_increase", "mended"}
 

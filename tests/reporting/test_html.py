@@ -79,9 +79,10 @@ def hostile() -> Report:
 
 def test_html_and_markdown_have_the_same_cells(report: Report, hostile: Report, pruned_twice: nn.Module) -> None:
     for one in (report, hostile, fxprune.report(pruned_twice)):
-        page = cells(html_tables(one))
+        *page, following = cells(html_tables(one))
         assert page == cells(markdown_tables(one))
-        assert len(page) == 4 + (len(one.plans) > 1) + ("heal" in one.settings)
+        assert len(page) == 4 + (len(one.plans) > 1) + ("heal" in one.settings) + ("measured" in one.settings)
+        assert following[0][0].startswith("#")
 
 
 def test_html_escapes_names(hostile: Report) -> None:

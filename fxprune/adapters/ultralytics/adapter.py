@@ -176,13 +176,35 @@ def detect(model: nn.Module, images: Sequence[Tensor], image_size: int | None) -
 
 
 def detections(model: nn.Module, batch: Batch) -> list[dict[str, Tensor]] | None:
-    """Find boxes in a batch, without letterboxing; None if the model has other or further outputs."""
+    """Find boxes in a batch, without letterboxing; with the key ``others`` if the model outputs masks or the like."""
     if task_of(model).columns != 4:
         return None
     with torch.no_grad():
         boxes, rows = decode_output(model, predict(model, batch), *batch.images.shape[-2:])
         more = boxes.shape[-1] > BOX_COLUMNS if rows else boxes.shape[1] > 4 + count_classes(model)
-        return None if more else _suppress_as_val(model, boxes, rows)
+        others = {"others": boxes[:0]} if more else {}
+        return [{**found, **others} for found in _suppress_as_val(model, boxes, rows)]
+
+
+def classes(model: nn.Module, batch: Batch) -> Tensor | None:
+    """Return the most likely class of each image; None if the model is no classifier."""
+    if task_of(model).keys != ("cls",):
+        return None
+    with torch.no_grad():
+        return cast(Tensor, task_of(model).label(model, predict(model, batch), batch.images)[0]["cls"])
+
+
+def true_boxes(batch: Batch) -> list[dict[str, Tensor]] | None:
+    """Return the boxes and class numbers of a batch's targets, in pixels of its images, without angles."""
+    if "bboxes" not in batch.targets:
+        return None
+    height, width = batch.images.shape[-2:]
+    index, classes = (batch.targets[key].reshape(-1).long() for key in ("batch_idx", "cls"))
+    boxes = batch.targets["bboxes"]
+    centres, sides = boxes[:, :2], boxes[:, 2:4] / 2
+    corners = torch.cat([centres - sides, centres + sides], 1) * boxes.new_tensor([width, height] * 2)
+    own = [index == image for image in range(batch.count)]
+    return [{"boxes": corners[rows], "labels": classes[rows]} for rows in own]
 
 
 def _suppress_as_val(model: nn.Module, boxes: Tensor, rows: bool) -> list[dict[str, Tensor]]:
@@ -228,4 +250,7 @@ ADAPTER = Adapter(
     detect=detect,
     collate=collate,
     whole_model_is_graph=False,
+    classes=classes,
+    true_boxes=true_boxes,
+    takes_unit_images=lambda model: True,
 )

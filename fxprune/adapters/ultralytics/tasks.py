@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fxprune.adapters.classifier import class_confidence
 from fxprune.adapters.protocol import Batch, confidence_threshold, select_items
 from fxprune.adapters.ultralytics.decoding import (
     BOX_COLUMNS,
@@ -26,6 +27,7 @@ VISIBLE = 0.5
 """Least score of a key point that counts as visible in a label."""
 
 Targets = dict[str, Any]
+Labelled = tuple[Targets, float | None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Task:
     keys : tuple of str
         Entries of a batch that its loss reads, next to ``img``.
     label : callable
-        ``label(model, output, images) -> targets`` from the model's own output in eval mode.
+        ``label(model, output, images) -> (targets, confidence)`` from the model's own output in eval mode. See `Batch`.
     columns : int
         Numbers per box in ``bboxes``; 0 if the task has no boxes.
     sums : bool
@@ -45,7 +47,7 @@ class Task:
     """
 
     keys: tuple[str, ...]
-    label: Callable[[nn.Module, Any, Tensor], Targets]
+    label: Callable[[nn.Module, Any, Tensor], Labelled]
     columns: int = 4
     sums: bool = True
 
@@ -103,11 +105,17 @@ def _counted(images: Tensor, found: list[Tensor]) -> Targets:
     return {"img": images, "cls": classes.float()[:, None], "batch_idx": index.float()}
 
 
-def _detect(network: nn.Module, output: Any, images: Tensor) -> Targets:
-    return targets_of_boxes(images, confident_rows(network, output, images))
+def _best(found: list[Tensor]) -> float:
+    """Return the score of the surest box."""
+    return max((float(rows[:, 4].max()) for rows in found if len(rows)), default=0.0)
 
 
-def _segment(network: nn.Module, output: Any, images: Tensor) -> Targets:
+def _detect(network: nn.Module, output: Any, images: Tensor) -> Labelled:
+    found = confident_rows(network, output, images)
+    return targets_of_boxes(images, found), _best(found)
+
+
+def _segment(network: nn.Module, output: Any, images: Tensor) -> Labelled:
     """Masks as ultralytics' data sets have them: per image one map of object numbers, small objects on top."""
     from ultralytics.utils.ops import process_mask
 
@@ -119,7 +127,8 @@ def _segment(network: nn.Module, output: Any, images: Tensor) -> Targets:
         order = masks.flatten(1).sum(1, dtype=torch.long).argsort(descending=True)
         found.append(rows[order])
         maps.append(_paint(masks[order]) if overlap else masks[order])
-    return {**targets_of_boxes(images, found), "masks": torch.stack(maps) if overlap else torch.cat(maps)}
+    masks = torch.stack(maps) if overlap else torch.cat(maps)
+    return {**targets_of_boxes(images, found), "masks": masks}, _best(found)
 
 
 def _paint(masks: Tensor) -> Tensor:
@@ -130,7 +139,7 @@ def _paint(masks: Tensor) -> Tensor:
     return painted
 
 
-def _pose(network: nn.Module, output: Any, images: Tensor) -> Targets:
+def _pose(network: nn.Module, output: Any, images: Tensor) -> Labelled:
     """Key points (n, K, 3): x and y divided by the image's size, and 2 for visible or 0."""
     found = confident_rows(network, output, images)
     shape = [int(size) for size in cast(Any, find_head(network)).kpt_shape]
@@ -138,28 +147,30 @@ def _pose(network: nn.Module, output: Any, images: Tensor) -> Targets:
     height, width = images.shape[-2:]
     place = points[..., :2] / points.new_tensor([width, height])
     visible = (points[..., 2:3] >= VISIBLE).to(points) * 2 if shape[1] == 3 else torch.full_like(place[..., :1], 2)
-    return {**targets_of_boxes(images, found), "keypoints": torch.cat([place, visible], -1)[..., : shape[1]]}
+    keypoints = torch.cat([place, visible], -1)[..., : shape[1]]
+    return {**targets_of_boxes(images, found), "keypoints": keypoints}, _best(found)
 
 
-def _obb(network: nn.Module, output: Any, images: Tensor) -> Targets:
+def _obb(network: nn.Module, output: Any, images: Tensor) -> Labelled:
     """Boxes (n, 5): centre, width and height divided by the image's size, and the angle in radians."""
     found = confident_rows(network, output, images, rotated=True)
     rows = torch.cat(found)
     scale = rows.new_tensor([images.shape[-1], images.shape[-2]] * 2)
-    return {**_counted(images, found), "bboxes": torch.cat([rows[:, :4] / scale, rows[:, -1:]], 1)}
+    boxes = torch.cat([rows[:, :4] / scale, rows[:, -1:]], 1)
+    return {**_counted(images, found), "bboxes": boxes}, _best(found)
 
 
-def _classify(network: nn.Module, output: Any, images: Tensor) -> Targets:
+def _classify(network: nn.Module, output: Any, images: Tensor) -> Labelled:
+    logits = output[-1] if isinstance(output, (list, tuple)) else output  # (probabilities, logits)
+    return {"img": images, "cls": logits.argmax(1)}, class_confidence(logits)
+
+
+def _semantic(network: nn.Module, output: Any, images: Tensor) -> Labelled:
     scores = output[0] if isinstance(output, (list, tuple)) else output
-    return {"img": images, "cls": scores.argmax(1)}
+    return {"img": images, "semantic_mask": scores.argmax(1)}, None
 
 
-def _semantic(network: nn.Module, output: Any, images: Tensor) -> Targets:
-    scores = output[0] if isinstance(output, (list, tuple)) else output
-    return {"img": images, "semantic_mask": scores.argmax(1)}
-
-
-def _depth(network: nn.Module, output: Any, images: Tensor) -> Targets:
+def _depth(network: nn.Module, output: Any, images: Tensor) -> Labelled:
     raise ModelError(
         f"{type(network).__name__} has no loss on its own output, which it meets exactly: give labels as"
         " dict(img=..., depth=Tensor(N, H, W)), or loss="
@@ -183,7 +194,8 @@ def label(model: nn.Module, batch: Batch) -> Batch:
     """Use the model's own confident outputs as targets."""
     with torch.no_grad():
         output = model.eval()(batch.images)
-        return Batch(batch.images, task_of(model).label(model, output, batch.images), batch.count)
+        targets, confidence = task_of(model).label(model, output, batch.images)
+        return Batch(batch.images, targets, batch.count, confidence=confidence)
 
 
 def select_targets(model: nn.Module, batch: Batch, numbers: Sequence[int]) -> Targets:

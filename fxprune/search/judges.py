@@ -1,23 +1,19 @@
-"""Measures how well the boxes of a pruned detector agree with those of the original, to compare plans."""
+"""Judges plans: by the boxes that a pruned detector still finds, or by the loss of any other model."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from torch import nn
 
 from fxprune.adapters.calls import AdaptedModel
-from fxprune.adapters.protocol import Batch, confidence_threshold
-from fxprune.datasets.evaluation import Boxes, average_precision, make_boxes
+from fxprune.adapters.protocol import Batch
+from fxprune.datasets.agreement import confident_boxes, to_boxes
+from fxprune.datasets.evaluation import Boxes, average_precision
 from fxprune.healing.loss_change import LossChange
 from fxprune.runtime.distributed import all_gather, raise_on_all_ranks
-
-CONFIDENCE_THRESHOLD = 0.5
-"""Least score of the original's boxes that serve as ground truth. If half the best score is less, that is used."""
 
 
 class DetectionAgreement:
@@ -37,10 +33,7 @@ class DetectionAgreement:
 
     def __init__(self, original: AdaptedModel, batches: Sequence[tuple[int, Batch]]) -> None:
         self.original, self.batches = original, batches
-        own = self._detect_boxes(original)
-        best = max((float(score) for boxes in own or () for score in boxes.scores), default=0.0)
-        least = confidence_threshold(CONFIDENCE_THRESHOLD, best)
-        self.truth = [_keep_confident(boxes, least) for boxes in own or ()]
+        self.truth = confident_boxes(self._detect_boxes(original) or [])
 
     @property
     def is_applicable(self) -> bool:
@@ -60,8 +53,7 @@ class DetectionAgreement:
     def _detect_boxes(self, version: AdaptedModel) -> list[Boxes] | None:
         """Return the boxes of a version on the images of all processes; None if it does not output boxes only."""
         with version.running(grad=False), raise_on_all_ranks():
-            outputs = [(index, version.detections(batch)) for index, batch in self.batches]
-        own = [(index, None if rows is None else list(map(_to_boxes, rows))) for index, rows in outputs]
+            own = [(index, _find_boxes_only(version, batch)) for index, batch in self.batches]
         every = sorted(itertools.chain(*all_gather(own)), key=lambda pair: pair[0])  # the order of a single process
         return None if any(rows is None for _, rows in every) else [boxes for _, rows in every for boxes in rows]
 
@@ -76,12 +68,9 @@ def make_plan_judge(original: AdaptedModel, batches: Sequence[tuple[int, Batch]]
     return agreement if agreement.is_applicable else LossChange(original, batches)
 
 
-def _to_boxes(output: dict[str, Any]) -> Boxes:
-    known = output["scores"].isfinite() & output["boxes"].isfinite().all(1)
-    return make_boxes(*(output[key][known] for key in ("boxes", "labels", "scores")))
-
-
-def _keep_confident(boxes: Boxes, least: float) -> Boxes:
-    keep = boxes.scores >= least
-    ones = np.ones(int(keep.sum()))
-    return Boxes(boxes.xywh[keep], boxes.labels[keep], ones, boxes.areas[keep], boxes.crowd[keep])
+def _find_boxes_only(version: AdaptedModel, batch: Batch) -> list[Boxes] | None:
+    """Return the boxes in a batch; None if the model outputs no boxes, or more than boxes."""
+    rows = version.detections(batch)
+    if rows is None or any(set(row) != {"boxes", "labels", "scores"} for row in rows):
+        return None
+    return [to_boxes(row) for row in rows]
