@@ -19,6 +19,7 @@ from fxprune.adapters.ultralytics.yolo import rewrap_yolo
 from fxprune.planning.plan import Plan
 from tests.helpers.yolo_data import TRAINING, count, write_data
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*It looks untrained:fxprune.FxpruneWarning")  # the weights are random
 ultralytics = pytest.importorskip("ultralytics")
 detect: Any = pytest.importorskip("ultralytics.models.yolo.detect")
 NAMES = ["cat", "dog", "fox"]

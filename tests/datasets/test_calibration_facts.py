@@ -75,8 +75,9 @@ def test_facts_of_a_batch_are_those_of_its_images_and_targets() -> None:
     rows = {"cls": torch.ones(3, 1), "bboxes": torch.full((3, 4), 0.5), "batch_idx": torch.tensor([1.0, 1, 0])}
     yolo = Batch(torch.rand(2, 3, 8, 4), rows, 2)
     assert look_at(0, yolo, ultralytics.ADAPTER).boxes == (1, 2)
-    (corners, _) = ultralytics.true_boxes(yolo)
-    assert corners["boxes"].tolist() == [[1, 2, 3, 6]]
+    found = ultralytics.true_boxes(yolo)
+    assert found is not None
+    assert found[0]["boxes"].tolist() == [[1, 2, 3, 6]]
 
 
 # Whole analyses ------------------------------------------------------------------------------------------------------
