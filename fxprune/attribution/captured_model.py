@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import fx, nn
 
 from fxprune.adapters.calls import AdaptedModel
 from fxprune.adapters.protocol import Batch
 from fxprune.capture.islands import Run, capture_islands
+from fxprune.capture.observed_runs import overwritten_outputs
 from fxprune.errors import ModelError, NoRegionError
 from fxprune.graph.interpreters import Graphs, NodeName
+from fxprune.graph.operators import is_spare_tensor
 from fxprune.graph.records import Island, Region, Rejection
 from fxprune.graph.region_finder import find_regions
 from fxprune.graph.symbolic_shapes import propagate_symbolic
@@ -100,13 +102,32 @@ def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
     islands, rejections = capture_islands(adapted.module, runs, adapted.adapter.whole_model_is_graph)
     if not islands:
         raise ModelError(f"no part of {name} with weights could be traced to an fx graph:{_listed(rejections)}")
+    overwritten = overwritten_outputs(adapted.module, runs, [island.name for island in islands])
     regions: list[Region] = []
     for island in islands:
         shapes = propagate_symbolic(island.gm, island.call.args, island.call.kwargs)
         found, refused = find_regions(island.name, island.gm, shapes, units)
-        regions += found
+        unsafe = _unsafe_regions(island.gm, found) if island.name in overwritten else []
+        rejections += [Rejection(region.name, OVERWRITTEN) for region in unsafe]
+        regions += [region for region in found if region not in unsafe]
         rejections += refused
     return CapturedModel(adapted, tuple(islands), tuple(regions), tuple(rejections), folded=folded)
+
+
+OVERWRITTEN = "code outside the graph overwrites what it returns; without it, that would be a value that others need"
+
+
+def _unsafe_regions(gm: fx.GraphModule, regions: Sequence[Region]) -> list[Region]:
+    """Return the regions without which a graph would return a value that its caller must not overwrite."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    exits = {region.exit for region in regions}
+    unsafe = []
+    for region in regions:
+        stand_in = nodes[region.stand_in]
+        needed = not is_spare_tensor(gm, stand_in) or any(user.name not in region.nodes for user in stand_in.users)
+        if any(user.op == "output" for user in nodes[region.exit].users) and (needed or region.stand_in in exits):
+            unsafe.append(region)
+    return unsafe
 
 
 def _drop_costless(captured: CapturedModel) -> CapturedModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,6 +143,41 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], watch: Watch) -> 
         if watch.gradients:
             record.reached = _reached_weights(model, result, watch.closely)
     return record
+
+
+def overwritten_outputs(
+    model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]], names: Sequence[str]
+) -> frozenset[str]:
+    """Return the paths of the modules whose output is overwritten by code outside them, as by ``y = block(x); y += x``.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
+    >>> sorted(overwritten_outputs(model, [lambda network: network(torch.ones(1, 2))], ["0", "1"]))
+    ['0']
+    """
+    returned: list[tuple[str, Tensor, int]] = []
+
+    def keep(name: str, output: Any) -> None:
+        returned.extend((name, leaf, write_count(leaf)) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda module, args, output: keep(name, output)
+
+    found: set[str] = set()
+    for run in runs:
+        with ExitStack() as stack:
+            stack.enter_context(preserve_state(model))
+            stack.enter_context(preserve_rng_state(model))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for name in names:
+                stack.callback(model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
+            run(model)
+        found |= {name for name, tensor, count in returned if write_count(tensor) != count}
+        returned.clear()
+    return frozenset(found)
 
 
 @contextmanager

@@ -90,8 +90,11 @@ def may_be_overwritten(gm: fx.GraphModule, node: fx.Node) -> bool:
 
     The value must have one reader only and be a new tensor that no backward pass needs.
     """
-    if len(node.users) != 1:
-        return False
+    return len(node.users) == 1 and is_spare_tensor(gm, node)
+
+
+def is_spare_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node's value is a new tensor that no backward pass needs."""
     if node.op == "call_module":
         return class_names(gm.get_submodule(str(node.target)))[0].startswith(NEW_TENSOR_MODULES)
     called = node.op in ("call_function", "call_method")
