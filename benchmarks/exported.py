@@ -28,6 +28,11 @@ class OpenVino:
         (file,) = folder.glob("*.xml")
         self.model = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": threads})
 
+    @property
+    def precision(self) -> str:
+        """Data type that OpenVINO chose for this processor where the network is not quantized."""
+        return str(self.model.get_property("INFERENCE_PRECISION_HINT").to_string())
+
     def __call__(self, images: Tensor) -> Tensor:
         """Run the network on images (N, 3, H, W); returns its first output."""
         return torch.cat([torch.from_numpy(self.model(image[None].numpy())[0].copy()) for image in images])
@@ -45,7 +50,7 @@ def export_openvino(weights: Path, size: int | None, data: Path, int8_images: in
     data : Path
         ultralytics' YAML file of the data set.
     int8_images : int
-        Number of its training images for the calibration; 0 exports in FP32.
+        Number of its training images for the calibration; 0 exports in floating point.
     """
     from ultralytics import YOLO
     from ultralytics.data.utils import check_det_dataset

@@ -41,7 +41,7 @@ def test_render_shows_only_what_was_measured() -> None:
 
 
 def test_render_shows_timings_beside_the_unpruned_detector() -> None:
-    timed = {"model": "yolov8n", "timed": True, "rounds": 3, "machine": "m"}
+    timed = {"model": "yolov8n", "timed": True, "rounds": 3, "machine": "m", "precision": "f32"}
     timed |= {"ms": {"a": 2.0}, "ratio": {"a": [1, 0.9, 1.1]}}
     assert [*bench_life.render([timed])][-1] == "| a | 2.00 | 1.00 [0.90, 1.10] |"
 
@@ -82,4 +82,4 @@ def test_main_measures_every_healing_and_training() -> None:
     assert [found["train_seconds"] > 0 for found in rows] == [training == "distilled" for _, training in wanted]
     bench_life.main([*given, "--time", "--rounds", "3"])
     timed = results.read_rows("bench_life")[-1]
-    assert set(timed["ms"]) == {"unpruned FP32", "unpruned INT8", "pruned FP32", "pruned INT8", "unpruned again"}
+    assert set(timed["ms"]) == {"unpruned float", "unpruned INT8", "pruned float", "pruned INT8", "unpruned again"}

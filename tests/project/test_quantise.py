@@ -113,7 +113,7 @@ def test_torchvision_recipe_gives_a_smaller_int8_program_that_works(
     torch._dynamo.reset()
     model = resnet()
     loader = [(torch.rand(4, 3, 64, 64), torch.arange(4)) for _ in range(4)]
-    names = run_blocks("## A torchvision model: torchao and torch.compile", {"model": model, "calib_loader": loader})
+    names = run_blocks("## A torchvision model: torchao", {"model": model, "calib_loader": loader})
     images = loader[0][0]
     with torch.no_grad():
         whole = torch.export.export(names["quantise"](model, [images]), (images,))
