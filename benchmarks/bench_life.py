@@ -141,23 +141,12 @@ class Life:
         started, recipe = time.process_time(), DETECTORS[MODEL]
         more = {"distill_model": str(self.weights)} if training == "distilled" else {}
         yolo.train(
-            trainer=keeping_trainer(), data=str(write_data(self.digits)), imgsz=recipe.size, epochs=self.options.more,
+            data=str(write_data(self.digits)), imgsz=recipe.size, epochs=self.options.more,
             batch=16, seed=self.options.seed, device="cpu", optimizer="AdamW", lr0=recipe.learning_rate / 2,
             cos_lr=True, warmup_epochs=1, val=False, project=str(folder), name="run", exist_ok=True,
             **TRAINER_SETTINGS, **more,
         )  # fmt: skip
         return load_yolo(folder / "run" / "weights" / "last.pt"), time.process_time() - started
-
-
-def keeping_trainer() -> type:
-    """Return ultralytics' trainer, except that it trains the network that it is given and does not build it anew."""
-    from ultralytics.models.yolo.detect import DetectionTrainer
-
-    class Keeps(DetectionTrainer):  # type: ignore[misc]
-        def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
-            return self.set_model_names_for_load(weights)
-
-    return Keeps
 
 
 def load_yolo(file: Path) -> Any:
