@@ -120,14 +120,14 @@ OVERWRITTEN = "code outside the graph overwrites what it returns; without it, th
 def _unsafe_regions(gm: fx.GraphModule, regions: Sequence[Region]) -> list[Region]:
     """Return the regions without which a graph would return a value that its caller must not overwrite."""
     nodes = {node.name: node for node in gm.graph.nodes}
-    exits = {region.exit for region in regions}
-    unsafe = []
-    for region in regions:
+
+    def is_safe(region: Region) -> bool:
         stand_in = nodes[region.stand_in]
-        needed = not is_spare_tensor(gm, stand_in) or any(user.name not in region.nodes for user in stand_in.users)
-        if any(user.op == "output" for user in nodes[region.exit].users) and (needed or region.stand_in in exits):
-            unsafe.append(region)
-    return unsafe
+        spare = is_spare_tensor(gm, stand_in) and all(user.name in region.nodes for user in stand_in.users)
+        return spare and all(is_safe(other) for other in regions if other.exit == region.stand_in)
+
+    last = [region for region in regions if any(user.op == "output" for user in nodes[region.exit].users)]
+    return [region for region in last if not is_safe(region)]
 
 
 def _drop_costless(captured: CapturedModel) -> CapturedModel:

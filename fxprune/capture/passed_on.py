@@ -77,9 +77,14 @@ def _places_in_calls(graph: fx.Graph, name: str) -> Places | None:
     return places if reads.count(argument) == len(places) else None
 
 
+def _is_check(node: fx.Node) -> bool:
+    """Whether a node is a check that `torch.fx` adds for a constant: a value and a message go in, nothing comes out."""
+    return node.op == "call_function" and not node.users and any(isinstance(value, str) for value in node.args)
+
+
 def _structure(graph: fx.Graph, name: str) -> list[Any]:
     """Return the operations of a graph, with None in place of an argument, and without the checks of constants."""
-    nodes = [node for node in graph.nodes if getattr(node.target, "__name__", "") != "_assert_is_none"]
+    nodes = [node for node in graph.nodes if not _is_check(node)]
     numbers = {node: number for number, node in enumerate(nodes)}
 
     def describe(node: fx.Node) -> Any:

@@ -102,7 +102,7 @@ def _latency_notes(part: Mapping[str, Any]) -> Iterator[str]:
     )
     ratio = as_number(part.get("ratio"))
     if ratio is not None and abs(ratio - 1) <= _noise(part):
-        yield "The change of the ms is within the noise: neither is measurably faster."
+        yield "The change of the ms is within the noise: neither measurably takes less time."
 
 
 NOTES = {"agreement": _agreement_notes, "quality": lambda part: iter(()), "latency": _latency_notes}

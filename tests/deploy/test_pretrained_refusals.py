@@ -90,6 +90,7 @@ def test_save_pretrained_of_other_libraries_is_refused(tmp_path: Path) -> None:
         fxprune.from_pretrained(Shared, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*looks untrained:fxprune.FxpruneWarning")
 def test_save_pretrained_of_a_model_that_became_a_graph_is_refused(tmp_path: Path) -> None:
     class Plain(SmallPreTrained):
         def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]

@@ -207,6 +207,7 @@ def test_sums_become_in_place_where_nothing_else_reads() -> None:
     assert again(x).shape == (2, 5)
 
 
+@pytest.mark.filterwarnings("ignore:.*looks untrained:fxprune.FxpruneWarning")
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
 def test_most_activations_stay_in_place(name: str) -> None:
     torch.manual_seed(0)

@@ -196,6 +196,7 @@ def strip_docstrings(code: str) -> str:
     return ast.unparse(tree)
 
 
+@pytest.mark.filterwarnings("ignore:.*ooks untrained:fxprune.FxpruneWarning")
 @pytest.mark.parametrize("name", ["mobilenet_v2", "ssdlite320_mobilenet_v3_large", "yolov8n"])
 def test_compile_works_with_images_alone(name: str) -> None:
     system = SYSTEMS[name]

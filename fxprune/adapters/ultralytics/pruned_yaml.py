@@ -77,7 +77,6 @@ def unmarked(yaml: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rename(path: Path) -> Path:
-    """Append ``_pruned`` to the name of a file, or count up: ``_pruned2``."""
+    """Add the word pruned to the name of a file, or count up: ``best_pruned``, ``best_pruned2``."""
     found = re.fullmatch(r"(.*_pruned)(\d*)", path.stem)
-    stem = f"{found[1]}{int(found[2] or 1) + 1}" if found else f"{path.stem}_pruned"
-    return path.with_stem(stem)
+    return path.with_stem(f"{found[1]}{int(found[2] or 1) + 1}" if found else "_".join((path.stem, "pruned")))
