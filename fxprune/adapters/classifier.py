@@ -130,4 +130,5 @@ ADAPTER = Adapter(
     collate=refuse_detection,
     whole_model_is_graph=True,
     classes=classes,
+    true_classes=lambda batch: batch.targets.argmax(1) if batch.targets.ndim == 2 else batch.targets,
 )

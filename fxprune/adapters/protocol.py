@@ -82,6 +82,9 @@ class Adapter:
     true_boxes : callable
         ``(Batch) -> list of dict, or None``: the boxes of the batch's targets, one dict of ``boxes`` and ``labels`` per
         image, as in `detections`. None if targets are no boxes.
+    true_classes : callable
+        ``(Batch) -> Tensor (N,), or None``: the class number of each image, of the batch's targets. The most
+        probable one where targets are probabilities. None if targets are no classes.
     takes_unit_images : callable
         ``(model) -> bool``: whether the model needs float images in [0, 1], for example because it normalizes them.
     """
@@ -101,6 +104,7 @@ class Adapter:
     whole_model_is_graph: bool
     classes: Callable[[nn.Module, Batch], Tensor | None] = lambda model, batch: None
     true_boxes: Callable[[Batch], list[dict[str, Tensor]] | None] = lambda batch: None
+    true_classes: Callable[[Batch], Tensor | None] = lambda batch: None
     takes_unit_images: Callable[[nn.Module], bool] = lambda model: False
 
 

@@ -41,7 +41,8 @@ def batches(
     image_size : int, optional
         As for `fxprune.evaluate`.
     targets : bool
-        Whether batches have boxes and classes. If not, the model's own confident outputs are the targets.
+        Whether batches have boxes and classes. If not, or if the model's loss needs more (masks, key points, angles),
+        the model's own confident outputs are the targets.
 
     Returns
     -------

@@ -68,8 +68,7 @@ def watch(batches: Iterable[Batch | None], adapted: AdaptedModel, facts: list[Ba
 
 def look_at(index: int, batch: Batch, adapter: Adapter) -> BatchFacts:
     """Return the facts of a batch."""
-    rows, targets = adapter.true_boxes(batch), batch.targets
-    known = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
+    rows, classes = adapter.true_boxes(batch), adapter.true_classes(batch)
     ranges = [(image.amin((-2, -1)), image.amax((-2, -1))) for image in _image_tensors(batch.images)]
     return BatchFacts(
         index,
@@ -77,7 +76,7 @@ def look_at(index: int, batch: Batch, adapter: Adapter) -> BatchFacts:
         batch.own_targets,
         batch.confidence,
         None if rows is None else tuple(len(row["labels"]) for row in rows),
-        frozenset(targets.tolist()) if known else frozenset(),
+        frozenset() if classes is None else frozenset(classes.tolist()),
         min((float(low.min()) for low, _ in ranges), default=0.0),
         max((float(high.max()) for _, high in ranges), default=1.0),
         bool(ranges) and all(bool((low == high).all()) for low, high in ranges),

@@ -82,7 +82,8 @@ class YoloDataset(Dataset[Item]):
     Notes
     -----
     Items are as of `fxprune.CocoDataset`. The labels of ``.../images/x.jpg`` are in ``.../labels/x.txt``, one object
-    per line: class number, then centre, width and height, or a polygon, divided by the image's width and height. An
+    per line: class number, then centre, width and height, or a polygon, divided by the image's width and height. Key
+    points behind a box (``kpt_shape`` in the YAML) are not read. An
     image without such a file has no objects. Repeated lines count once.
 
     Examples
@@ -98,6 +99,7 @@ class YoloDataset(Dataset[Item]):
         parts = content.get(split)
         if not parts:
             raise DatasetError(f"{file} has no '{split}'; name the folder of its images")
+        self._pose_values = math.prod(map(int, content.get("kpt_shape") or (0,)))  # per object, behind its box
         roots = _roots(file, content)
         found = [_find(str(part), roots, file) for part in (parts if isinstance(parts, list) else [parts])]
         self.files = pick_evenly([image for place in found for image in _images_of(place)], limit)
@@ -110,7 +112,7 @@ class YoloDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         image = _read(self.files[index])
         size = torch.tensor([image.shape[-1], image.shape[-2]] * 2, dtype=torch.float32)
-        rows = _read_labels(_labels_of(self.files[index]), len(self.categories))
+        rows = _read_labels(_labels_of(self.files[index]), len(self.categories), self._pose_values)
         return image, _target(self.files[index], rows, size)
 
 
@@ -217,20 +219,23 @@ def _labels_of(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _read_labels(file: Path, classes: int) -> list[tuple[float, ...]]:
+def _read_labels(file: Path, classes: int, pose_values: int = 0) -> list[tuple[float, ...]]:
     """Return rows (class, x1, y1, x2, y2) in [0, 1], without duplicates."""
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8-sig").split("\n")
-    rows = [_read_row(line, f"{file}, line {number}", classes) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_read_row(line, f"{file}, line {number}", classes, pose_values) for number, line in numbered]
     return list(dict.fromkeys(rows))
 
 
-def _read_row(line: str, where: str, classes: int) -> tuple[float, ...]:
+def _read_row(line: str, where: str, classes: int, pose_values: int = 0) -> tuple[float, ...]:
     try:
         number, *values = map(float, line.split())
     except ValueError as error:
         raise DatasetError(f"{where}: not numbers ({error}); a line is class, x, y, width, height") from error
+    if pose_values and len(values) == 4 + pose_values:
+        values = values[:4]
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
         raise DatasetError(f"{where}: {len(values) + 1} numbers; a line is class, x, y, width, height, or a polygon")
     if number not in range(classes):

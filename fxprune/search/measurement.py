@@ -131,10 +131,10 @@ def _measure_quality(
 
 
 def _accuracy(adapter: Adapter, batches: Sequence[Batch], outputs: Sequence[Found]) -> float:
-    """Return the share of images whose class is the label, or the most probable one where labels are probabilities."""
-    if not batches:
+    """Return the share of images whose class is the label."""
+    labels = [label for batch in batches if (label := adapter.true_classes(batch)) is not None]
+    if not labels:
         raise BatchError("there are no labels")
-    labels = [batch.targets.argmax(1) if batch.targets.ndim == 2 else batch.targets for batch in batches]
     found = [row for row in outputs if isinstance(row, Tensor)]
     return float((torch.cat(labels).cpu() == torch.cat(found)).double().mean())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import fxprune
 from fxprune.adapters.protocol import Batch
 from fxprune.adapters.ultralytics import adapter
 from fxprune.adapters.ultralytics.tasks import TASKS, label, task_of
+from tests.helpers.yolo_data import write_data
 
 ultralytics = pytest.importorskip("ultralytics")
 BOXED = ["yolov8n-seg.yaml", "yolov8n-pose.yaml", "yolov8n-obb.yaml", "yolo26n-seg.yaml", "yolo26n-obb.yaml"]
@@ -140,3 +142,28 @@ def test_an_unknown_task_is_named() -> None:
     with pytest.raises(fxprune.ModelError, match="task 'juggle'; known are detect"):
         task_of(network)
     assert len(TASKS) == 7
+
+
+TASK_LABELS = {
+    "yolov8n-seg.yaml": "0 .2 .2 .7 .2 .7 .7 .2 .7\n",
+    "yolov8n-pose.yaml": "0 .5 .5 .4 .4 " + ".5 .5 2 " * 17 + "\n",
+    "yolov8n-obb.yaml": "0 .2 .2 .7 .2 .7 .7 .2 .7\n",
+}
+
+
+@pytest.mark.parametrize("yaml", TASK_LABELS)
+def test_batches_of_a_data_set_are_images_alone_where_boxes_are_not_enough(yaml: str, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", ["cat"], TASK_LABELS[yaml], kpt_shape=[17, 3])
+    network = build(yaml)
+    batches = fxprune.batches(network, fxprune.YoloDataset(data, "train"), image_size=64, labels={0: 0})
+    (batch,) = (adapter.normalize(network, raw) for raw in batches)
+    assert batch.targets is None
+    assert batch.images.shape == (4, 3, 64, 64)
+
+
+def test_accuracy_and_agreement_of_a_classifier_are_measured() -> None:
+    network = build("yolov8n-cls.yaml")
+    pruned = fxprune.compile(network, [{"img": images(), **labels_of("yolov8n-cls.yaml")}], budget=0.05)
+    measured = fxprune.report(pruned).plans[-1].settings.measured
+    assert measured["quality"]["name"] == "accuracy"
+    assert 0 <= measured["agreement"]["share"] <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +103,10 @@ def test_detector_is_warned_of_images_out_of_range(change: Any, message: str) ->
 def test_detector_that_does_not_normalize_takes_any_range() -> None:
     model: Any = load_detector()
     model.transform.image_mean, model.transform.image_std = [0.0] * 3, [1.0] * 3
-    fxprune.analyze(model, [([image * 2 - 1 for image in images()], targets())])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fxprune.analyze(model, [([image * 2 - 1 for image in images()], targets())])
+    assert not [one for one in caught if issubclass(one.category, FxpruneWarning)]
 
 
 def targets() -> list[dict[str, Tensor]]:

@@ -110,8 +110,10 @@ SHORT = {
 def test_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = ROOT / "docs" / page
-    with PAGES[page]() as names:
-        for block in blocks_in(path.read_text(encoding="utf-8")):
+    blocks = blocks_in(path.read_text(encoding="utf-8"))
+    assert blocks
+    with PAGES[page]() as names:  # checks at its end what the blocks made
+        for block in blocks:
             for written, short in SHORT.items():
                 block = block.replace(written, short)
             exec(compile(block, str(path), "exec"), names)

@@ -19,7 +19,7 @@ from fxprune.adapters.ultralytics.decoding import (
 )
 from fxprune.adapters.ultralytics.letterbox import Placement, clip, letterbox, match_channels
 from fxprune.adapters.ultralytics.pruned_yaml import is_ultralytics
-from fxprune.adapters.ultralytics.tasks import label, select_targets, targets_of_boxes, task_of
+from fxprune.adapters.ultralytics.tasks import TASKS, label, select_targets, targets_of_boxes, task_of
 from fxprune.errors import BatchError, ModelError, SettingError
 
 FORMS = (
@@ -194,6 +194,11 @@ def classes(model: nn.Module, batch: Batch) -> Tensor | None:
         return cast(Tensor, task_of(model).label(model, predict(model, batch), batch.images)[0]["cls"])
 
 
+def true_classes(batch: Batch) -> Tensor | None:
+    """Return the class number of each image, of a classifier."""
+    return None if "bboxes" in batch.targets else cast("Tensor | None", batch.targets.get("cls"))
+
+
 def true_boxes(batch: Batch) -> list[dict[str, Tensor]] | None:
     """Return the boxes and class numbers of a batch's targets, in pixels of its images, without angles."""
     if "bboxes" not in batch.targets:
@@ -215,9 +220,12 @@ def _suppress_as_val(model: nn.Module, boxes: Tensor, rows: bool) -> list[dict[s
 def collate(
     model: nn.Module, images: Sequence[Tensor], targets: Sequence[Mapping[str, Any]] | None, image_size: int | None
 ) -> dict[str, Tensor]:
-    """Letterbox images and their boxes into a batch of ultralytics' form; see `FORMS`."""
+    """Letterbox images and their boxes into a batch of ultralytics' form; see `FORMS`.
+
+    Images alone for a task whose loss needs more than upright boxes, such as masks.
+    """
     squares, placements = _letterbox_images(model, images, image_size)
-    if targets is None:
+    if targets is None or task_of(model) is not TASKS["detect"]:
         return {"img": squares}
     pairs = list(zip(targets, placements, strict=True))
     return targets_of_boxes(squares, [_move_to_square(target, placement) for target, placement in pairs])
@@ -252,5 +260,6 @@ ADAPTER = Adapter(
     whole_model_is_graph=False,
     classes=classes,
     true_boxes=true_boxes,
+    true_classes=true_classes,
     takes_unit_images=lambda model: True,
 )
