@@ -10,7 +10,6 @@ from torch import fx, nn
 from fxprune.adapters.calls import AdaptedModel
 from fxprune.adapters.protocol import Batch
 from fxprune.capture.islands import Run, capture_islands
-from fxprune.capture.observed_runs import overwritten_outputs
 from fxprune.errors import ModelError, NoRegionError
 from fxprune.graph.interpreters import Graphs, NodeName
 from fxprune.graph.operators import is_spare_tensor
@@ -102,12 +101,11 @@ def find_all_regions(adapted: AdaptedModel, first: Batch) -> CapturedModel:
     islands, rejections = capture_islands(adapted.module, runs, adapted.adapter.whole_model_is_graph)
     if not islands:
         raise ModelError(f"no part of {name} with weights could be traced to an fx graph:{_listed(rejections)}")
-    overwritten = overwritten_outputs(adapted.module, runs, [island.name for island in islands])
     regions: list[Region] = []
     for island in islands:
         shapes = propagate_symbolic(island.gm, island.call.args, island.call.kwargs)
         found, refused = find_regions(island.name, island.gm, shapes, units)
-        unsafe = _unsafe_regions(island.gm, found) if island.name in overwritten else []
+        unsafe = _unsafe_regions(island.gm, found) if island.overwritten else []
         rejections += [Rejection(region.name, OVERWRITTEN) for region in unsafe]
         regions += [region for region in found if region not in unsafe]
         rejections += refused

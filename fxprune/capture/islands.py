@@ -7,6 +7,7 @@ arguments and buffers that it overwrites, in the weights that gradients reach, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,7 +72,9 @@ def capture_islands(
         search.refused |= blamed
         islands = [island for island in islands if not is_within(island.name, blamed)]
         islands += [found for name in blamed for found in search.find_below(name)]
-    return islands, search.rejections()
+    return [
+        replace(island, overwritten=island.name in comparison.overwritten) for island in islands
+    ], search.rejections()
 
 
 class _Search:
@@ -158,11 +161,14 @@ class _Comparison:
     ----------
     first_calls : dict of str to RecordedCall
         First call of each module that the first run calls, by path.
+    overwritten : frozenset of str
+        Islands whose output was overwritten outside them, in the last comparison.
     """
 
     def __init__(self, model: nn.Module, runs: Sequence[Run]) -> None:
         self.model, self.runs, self.gradients, self.closely = model, runs, True, False
         self.first_calls: dict[str, RecordedCall] = {}
+        self.overwritten: frozenset[str] = frozenset()
         names = [name for name, module in model.named_modules() if any(True for _ in module.parameters())]
         self.known = self._observe((), names, tell=self._keep_first_call)
         if self.known[0].failure is not None:  # a model may write to weights that require no gradient
@@ -182,8 +188,9 @@ class _Comparison:
     def _observe(self, islands: Sequence[Island], names: Sequence[str], tell: Tell = ignore_call) -> list[RunRecord]:
         """Run the model in every way, with the graphs of some islands in place. `tell` hears of the first run only."""
         with run_with(Graphs.of(self.model, islands), lambda name, gm: fx.Interpreter(gm)):
-            watches = [Watch(tuple(names), self.gradients, self.closely, tell)]
-            watches += [Watch(tuple(names), closely=self.closely)] * (len(self.runs) - 1)
+            first = Watch(tuple(names), self.gradients, self.closely, tell, outputs=bool(islands))
+            later = Watch(tuple(names), closely=self.closely, outputs=bool(islands))
+            watches = [first, *[later] * (len(self.runs) - 1)]
             return [observe(self.model, *pair) for pair in zip(self.runs, watches, strict=True)]
 
     def find_unfaithful(self, islands: Sequence[Island]) -> dict[str, str]:
@@ -192,7 +199,9 @@ class _Comparison:
         As long as all agree, the model runs once in every way. After the first difference it is watched closely.
         """
         names = [island.name for island in islands]
-        if not self._differ(self._observe(islands, names), names):
+        records = self._observe(islands, names)
+        self.overwritten = frozenset().union(*(record.overwritten for record in records))
+        if not self._differ(records, names):
             return {}
         self.closely = True
         self.known = [reproducible(*pair) for pair in zip(self.known, self._observe((), names), strict=True)]

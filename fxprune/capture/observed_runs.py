@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from fxprune.runtime.private_copy import preserve_rng_state, preserve_state, weights_require_gradients
 from fxprune.runtime.torch_internals import tree_flatten, tree_leaves, write_count
@@ -67,6 +68,8 @@ class RunRecord:
         Digest of each buffer after the run.
     reached
         Names of the weights that gradients of the result reach; empty if gradients were off.
+    overwritten : set of str
+        Modules whose output code outside them overwrote, as by ``y = block(x); y += x``. Only if outputs were watched.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -75,6 +78,7 @@ class RunRecord:
     result: Any = None
     buffers: dict[str, Any] = field(default_factory=dict)
     reached: Any = frozenset()
+    overwritten: set[str] = field(default_factory=set)
 
 
 Tell = Callable[[str, Any, Any], None]
@@ -100,12 +104,15 @@ class Watch:
         not reached. Otherwise every weight is reached that a backward pass would come to.
     tell : callable
         Called before each call of a module.
+    outputs : bool
+        Whether the outputs of the modules are kept to the end of the run, to see which of them are overwritten.
     """
 
     names: tuple[str, ...]
     gradients: bool = False
     closely: bool = False
     tell: Tell = ignore_call
+    outputs: bool = False
 
 
 def observe(model: nn.Module, run: Callable[[nn.Module], Any], watch: Watch) -> RunRecord:
@@ -129,6 +136,9 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], watch: Watch) -> 
         stack.enter_context(torch.set_grad_enabled(watch.gradients))
         for name in watch.names:
             stack.enter_context(_recording_hooks(model.get_submodule(name), name, record, watch))
+        returned: list[tuple[str, Tensor, int]] = []
+        for name in watch.names if watch.outputs else ():
+            stack.callback(_keep_outputs(model.get_submodule(name), name, returned).remove)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -138,6 +148,7 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], watch: Watch) -> 
             record.failure = error
             return record
         record.begun.clear()
+        record.overwritten = {name for name, tensor, count in returned if write_count(tensor) != count}
         record.result = digest(result)
         record.buffers = {name: digest(buffer) for name, buffer in model.named_buffers()}
         if watch.gradients:
@@ -145,39 +156,11 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], watch: Watch) -> 
     return record
 
 
-def overwritten_outputs(
-    model: nn.Module, runs: Sequence[Callable[[nn.Module], Any]], names: Sequence[str]
-) -> frozenset[str]:
-    """Return the paths of the modules whose output is overwritten by code outside them, as by ``y = block(x); y += x``.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
-    >>> sorted(overwritten_outputs(model, [lambda network: network(torch.ones(1, 2))], ["0", "1"]))
-    ['0']
-    """
-    returned: list[tuple[str, Tensor, int]] = []
-
-    def keep(name: str, output: Any) -> None:
+def _keep_outputs(module: nn.Module, name: str, returned: list[tuple[str, Tensor, int]]) -> RemovableHandle:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         returned.extend((name, leaf, write_count(leaf)) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
-    def hook_for(name: str) -> Callable[..., None]:
-        return lambda module, args, output: keep(name, output)
-
-    found: set[str] = set()
-    for run in runs:
-        with ExitStack() as stack:
-            stack.enter_context(preserve_state(model))
-            stack.enter_context(preserve_rng_state(model))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            for name in names:
-                stack.callback(model.get_submodule(name).register_forward_hook(hook_for(name)).remove)
-            run(model)
-        found |= {name for name, tensor, count in returned if write_count(tensor) != count}
-        returned.clear()
-    return frozenset(found)
+    return module.register_forward_hook(keep)
 
 
 @contextmanager

@@ -39,6 +39,8 @@ class Island:
         Fingerprint of the graph.
     constants : mapping of str to object
         Arguments that were the same constant in all calls, and are constants in the graph.
+    overwritten : bool
+        Whether code outside the submodule overwrites what it returns.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Island:
     call: RecordedCall = field(repr=False)
     fingerprint: str
     constants: Mapping[str, Any] = field(default_factory=dict)
+    overwritten: bool = False
 
 
 @dataclass(frozen=True)

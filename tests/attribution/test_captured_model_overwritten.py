@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.capture.observed_runs import overwritten_outputs
+from fxprune.capture.islands import capture_islands
 from tests.helpers.models import finite, labelled, pixels
 
 
@@ -49,9 +49,9 @@ def candidates(kind: type[nn.Module]) -> Any:
 
 
 def test_outputs_that_are_overwritten_are_found() -> None:
-    names = ["stem", "body"]
     for kind, expected in ((Overwrites, {"body"}), (Adds, set())):
-        assert overwritten_outputs(kind().eval(), [lambda network: network(pixels(2, 3, 8, 8))], names) == expected
+        islands, _ = capture_islands(kind().eval(), [lambda network: network(pixels(2, 3, 8, 8))], False)
+        assert {island.name for island in islands if island.overwritten} == expected
 
 
 def test_regions_that_would_return_a_needed_value_are_rejected_with_the_reason() -> None:
